@@ -1,0 +1,231 @@
+"""The same names for asynchronous sessions, connections and engines.
+
+Each function takes what its synchronous twin takes, and is awaited. The bind is an
+``AsyncSession``, ``async_scoped_session``, ``AsyncConnection``, ``AsyncEngine`` or
+``async_sessionmaker``. It runs the twin's own code beside the event loop, as SQLAlchemy does it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar, overload
+
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from . import claim as _claim
+from . import lease as _lease
+from .binds import pause
+from .claim import Claim
+from .errors import ClaimError
+from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
+from .lease import Held
+
+__all__ = [
+    "claim_jobs",
+    "complete_jobs",
+    "extend_jobs",
+    "fail_jobs",
+    "keep_claims",
+    "release_jobs",
+    "sweep_jobs",
+]
+
+AsyncBind = (
+    AsyncSession
+    | async_scoped_session[Any]
+    | AsyncConnection
+    | AsyncEngine
+    | async_sessionmaker[Any]
+)
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+@overload
+async def claim_jobs(
+    bind: AsyncSession | async_scoped_session[Any] | async_sessionmaker[Any],
+    table: type[J],
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[J]: ...
+@overload
+async def claim_jobs(
+    bind: AsyncBind,
+    table: Any,
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[Any]: ...
+async def claim_jobs(
+    bind: AsyncBind,
+    table: Any,
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[Any]:
+    """Claim free rows; see :func:`atomic_claim.claim_jobs`."""
+    return await _run(
+        _claim.claim_jobs,
+        bind,
+        table,
+        limit,
+        where=where,
+        order_by=order_by,
+        values=values,
+        worker=worker,
+        lease=lease,
+    )
+
+
+async def complete_jobs(
+    bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
+) -> int:
+    """Mark claimed jobs as done; see :func:`atomic_claim.complete_jobs`."""
+    return await _run(_lease.complete_jobs, bind, claim, jobs, unfenced=unfenced)
+
+
+async def fail_jobs(
+    bind: AsyncBind,
+    claim: Held,
+    jobs: Iterable[Any] | None = None,
+    *,
+    retry: bool | timedelta = False,
+    error: str | BaseException | None = None,
+    unfenced: bool = False,
+) -> int:
+    """Mark claimed jobs as failed, or free them for later; see :func:`atomic_claim.fail_jobs`."""
+    return await _run(
+        _lease.fail_jobs, bind, claim, jobs, retry=retry, error=error, unfenced=unfenced
+    )
+
+
+async def release_jobs(
+    bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
+) -> int:
+    """Give claimed jobs back; see :func:`atomic_claim.release_jobs`."""
+    return await _run(_lease.release_jobs, bind, claim, jobs, unfenced=unfenced)
+
+
+async def extend_jobs(
+    bind: AsyncBind,
+    claim: Held,
+    jobs: Iterable[Any] | None = None,
+    *,
+    lease: timedelta | None = None,
+) -> int:
+    """Prolong the leases of claimed jobs; see :func:`atomic_claim.extend_jobs`."""
+    return await _run(_lease.extend_jobs, bind, claim, jobs, lease=lease)
+
+
+async def sweep_jobs(bind: AsyncBind, table: Any) -> int:
+    """Mark as failed what has spent its attempts; see :func:`atomic_claim.sweep_jobs`."""
+    return await _run(_lease.sweep_jobs, bind, table)
+
+
+@asynccontextmanager
+async def keep_claims(
+    bind: AsyncEngine | async_sessionmaker[Any],
+    claim: Held,
+    *,
+    every: timedelta | None = None,
+    on_lost: OnLost | None = None,
+) -> AsyncIterator[Keeper]:
+    """Extend the leases of a claim from a task while the block runs.
+
+    See :func:`atomic_claim.keep_claims`; ``on_lost`` is called from the task.
+    """
+    beat: Beat = await greenlet_spawn(_patiently, prepared_beat, _sync_bind(bind), claim, every)
+    stopped = asyncio.Event()
+
+    async def run() -> None:
+        try:
+            while not await _is_set(stopped, beat.pause()):
+                if (lost := await greenlet_spawn(beat.once)) and on_lost is not None:
+                    on_lost(lost)
+        except Exception:
+            beat.give_up()
+            raise
+
+    task = asyncio.create_task(run(), name="atomic_claim.keep_claims")
+    try:
+        yield beat.keeper
+    finally:
+        beat.stop()
+        stopped.set()
+        # To cancel a beat would lose its connection in the middle of a transaction.
+        _, late = await asyncio.wait([task], timeout=LONGEST_END)
+        for each in late:
+            each.cancel()
+
+
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event so long, and tell whether it came."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
+
+
+async def _run(function: Callable[..., R], bind: Any, *args: Any, **options: Any) -> R:
+    return await greenlet_spawn(_patiently, function, _sync_bind(bind), *args, **options)
+
+
+def _patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
+    """Run with pauses that leave the event loop to others."""
+    token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
+    try:
+        return function(*args, **options)
+    finally:
+        pause.reset(token)
+
+
+def _sync_bind(bind: Any) -> Any:
+    """What stands behind an asynchronous bind."""
+    if isinstance(bind, async_scoped_session):
+        bind = bind.registry()
+    if isinstance(bind, AsyncSession):
+        return bind.sync_session
+    if isinstance(bind, AsyncConnection):
+        return bind.sync_connection
+    if isinstance(bind, AsyncEngine):
+        return bind.sync_engine
+    if isinstance(bind, async_sessionmaker):
+        return _sync_maker(bind)
+    raise ClaimError(
+        f"{bind!r} is not an asynchronous bind: pass an AsyncSession, AsyncConnection, "
+        "AsyncEngine or async_sessionmaker (the synchronous ones go to atomic_claim itself)"
+    )
+
+
+def _sync_maker(maker: async_sessionmaker[Any]) -> sessionmaker[Any]:
+    options = dict(maker.kw)
+    if options.get("bind") is not None:
+        options["bind"] = _sync_bind(options["bind"])
+    if options.get("binds"):
+        options["binds"] = {key: _sync_bind(each) for key, each in options["binds"].items()}
+    session_class = options.pop("sync_session_class", None) or maker.class_.sync_session_class
+    return sessionmaker(class_=session_class, **options)

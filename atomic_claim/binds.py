@@ -1,0 +1,241 @@
+"""Where statements of ours run: in the caller's transaction, or in one of our own."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import (
+    DBAPIError,
+    InvalidRequestError,
+    SQLAlchemyError,
+    UnboundExecutionError,
+)
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from .columns import JobTable
+from .dialects import Strategy, Work, strategy_for
+from .errors import ClaimConflict, ClaimError
+
+R = TypeVar("R")
+Bind = Session | scoped_session[Any] | Connection | Engine | sessionmaker[Any]
+Run = Callable[[Strategy, Work], R]
+IsSingle = Callable[[Strategy], bool]
+
+TRIES = 8
+FIRST_PAUSE = 0.005
+LONGEST_PAUSE = 0.5
+FIRST_OUTAGE_PAUSE = 0.1
+LONGEST_OUTAGE_PAUSE = 2.0
+
+pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
+"""How to wait between two tries; an event loop must not be blocked."""
+
+
+def run_in(
+    bind: Any,
+    job_table: JobTable,
+    run: Run[R],
+    *,
+    single: IsSingle,
+    recoverable: bool = False,
+    tries: int = TRIES,
+) -> R:
+    """Run statements in a bind: never ending the caller's transaction, always ending our own.
+
+    Args:
+        bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
+        job_table: the table that the statements are for, where a session has several binds.
+        run: what is run, with the database's strategy and where it runs. In a transaction of our
+            own it is run again if the database asks for it.
+        single: whether it is one statement on that database, for which autocommit is enough.
+        recoverable: whether ``run`` can tell from the table what became of an earlier try, so
+            that a transaction of our own is run again when its connection is lost.
+        tries: how often a transaction of our own is run at most.
+
+    Raises:
+        ClaimConflict: another transaction was in the way.
+        ClaimError: the bind cannot be used.
+    """
+    if isinstance(bind, scoped_session):
+        bind = bind.registry()
+    if isinstance(bind, Session):
+        strategy_for(_bind_of(bind, job_table).dialect)
+        connection = _connection_of(bind, job_table)
+        return _run_in_transaction(Work(bind, connection, own=False), run)
+    if isinstance(bind, Connection):
+        strategy_for(bind.dialect)
+        if bind.closed:
+            raise ClaimError("the Connection is closed; open one with engine.connect()")
+        return _run_in_transaction(Work(bind, bind, own=False), run)
+    if isinstance(bind, Engine):
+        return _try_again(
+            lambda lost: _run_by_engine(bind, run, single, resumed=lost), tries, recoverable
+        )
+    if isinstance(bind, sessionmaker):
+        return _try_again(
+            lambda lost: _run_by_sessionmaker(bind, job_table, run, single, resumed=lost),
+            tries,
+            recoverable,
+        )
+    raise ClaimError(
+        f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
+        "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+    )
+
+
+def _run_in_transaction(work: Work, run: Run[R]) -> R:
+    """Run in a transaction that somebody else begins and ends."""
+    strategy = strategy_for(work.connection.dialect)
+    with _conflicts(strategy):
+        return run(strategy, work)
+
+
+def _run_by_engine(engine: Engine, run: Run[R], single: IsSingle, *, resumed: bool) -> R:
+    strategy = strategy_for(engine.dialect)
+    _refuse_shared(strategy, engine)
+    with _conflicts(strategy), engine.connect() as connection:
+        strategy.check(connection.dialect)
+        listeners = engine.dispatch.begin
+        with _driver_mode(strategy, connection, single, listeners=listeners):
+            found = run(strategy, Work(connection, connection, own=True, resumed=resumed))
+            strategy.commit(connection)
+            connection.commit()
+    return found
+
+
+def _run_by_sessionmaker(
+    maker: sessionmaker[Any],
+    job_table: JobTable,
+    run: Run[R],
+    single: IsSingle,
+    *,
+    resumed: bool,
+) -> R:
+    # Expiring at commit would unload the entities that are about to be detached.
+    with maker(expire_on_commit=False) as session:
+        if not session.in_transaction():
+            session.begin()
+        engine = _bind_of(session, job_table)
+        if not isinstance(engine, Engine):
+            raise ClaimError(
+                "the sessionmaker is bound to a Connection, whose transaction is somebody "
+                "else's: pass that Connection, or a Session on it"
+            )
+        strategy = strategy_for(engine.dialect)
+        _refuse_shared(strategy, engine)
+        with _conflicts(strategy):
+            connection = _connection_of(session, job_table)
+            strategy.check(connection.dialect)
+            listeners = (
+                session.dispatch.after_begin
+                or session.dispatch.do_orm_execute
+                or engine.dispatch.begin
+            )
+            with _driver_mode(strategy, connection, single, listeners=listeners):
+                found = run(strategy, Work(session, connection, own=True, resumed=resumed))
+                strategy.commit(connection)
+                session.commit()
+        session.expunge_all()
+    return found
+
+
+def _driver_mode(
+    strategy: Strategy, connection: Connection, single: IsSingle, *, listeners: Any
+) -> AbstractContextManager[None]:
+    """Let the driver commit by itself where one statement is all and nothing hangs on BEGIN.
+
+    A listener to the beginning of a transaction may set what lasts only as long as it does, or
+    begin another kind of transaction.
+    """
+    if listeners or not single(strategy) or strategy.in_transaction(connection.connection):
+        return nullcontext()
+    return strategy.autocommit(connection) or nullcontext()
+
+
+@contextmanager
+def _conflicts(strategy: Strategy) -> Iterator[None]:
+    """Turn what the database says of a conflict into a ``ClaimConflict``."""
+    try:
+        yield
+    except DBAPIError as error:
+        if not strategy.is_conflict(error):
+            raise
+        raise ClaimConflict(
+            f"another transaction was in the way ({error.orig}): {strategy.cure()}"
+        ) from error
+
+
+def _try_again(run: Callable[[bool], R], tries: int, recoverable: bool) -> R:
+    """Run a transaction of our own, again if the database asks for it or the connection is lost.
+
+    ``run`` is told whether an earlier try may have been committed without our hearing of it.
+    """
+    lost = False
+    for tried in range(1, tries + 1):
+        try:
+            return run(lost)
+        except ClaimConflict:
+            if tried == tries:
+                raise
+        except Exception as error:
+            if tried == tries or not (recoverable and _is_outage(error, lost)):
+                raise
+            lost = True
+        # Full jitter, so that the ones in each other's way do not meet again.
+        longest = LONGEST_OUTAGE_PAUSE if lost else LONGEST_PAUSE
+        first = FIRST_OUTAGE_PAUSE if lost else FIRST_PAUSE
+        pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
+    raise AssertionError("unreachable")
+
+
+def _is_outage(error: Exception, lost: bool) -> bool:
+    """Whether the connection is lost, or, once one was, no new one is to be had."""
+    if isinstance(error, DBAPIError):
+        # Only a statement's error names a statement, a refusal to connect does not.
+        return error.connection_invalidated or (lost and error.statement is None)
+    # A refusal may reach us as the driver raised it: asyncpg's is an OSError, or its own.
+    return lost and not isinstance(error, (ClaimError, SQLAlchemyError))
+
+
+def _bind_of(session: Session, job_table: JobTable) -> Engine | Connection:
+    try:
+        return session.get_bind(mapper=job_table.mapper, clause=job_table.table)
+    except UnboundExecutionError as error:
+        raise ClaimError(f"the Session has no bind for this table: {error}") from error
+
+
+def _connection_of(session: Session, job_table: JobTable) -> Connection:
+    try:
+        return session.connection(
+            bind_arguments={"mapper": job_table.mapper, "clause": job_table.table}
+        )
+    except InvalidRequestError as error:
+        raise ClaimError(f"the Session cannot be used: {error}") from error
+
+
+def _refuse_shared(strategy: Strategy, engine: Engine) -> None:
+    """Refuse a pool that would hand out the connection of somebody's open transaction.
+
+    Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
+    """
+    pool = engine.pool
+    if isinstance(pool, StaticPool):
+        shared = strategy.in_transaction(pool.connection)
+    elif isinstance(pool, SingletonThreadPool):
+        with engine.connect() as connection:
+            shared = strategy.in_transaction(connection.connection)
+    else:
+        return
+    if shared:
+        raise ClaimError(
+            f"the engine's {type(pool).__name__} has one connection, and a transaction is open "
+            "on it, which a claim by engine would commit: pass the Session or Connection that "
+            "owns the transaction, or end it first"
+        )

@@ -1,0 +1,236 @@
+"""The claim: free rows are handed to exactly one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, SupportsIndex, TypeVar, overload
+
+from sqlalchemy import and_, select
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.orm import Session, scoped_session, selectin_polymorphic, sessionmaker, undefer
+
+from .binds import Bind, run_in
+from .columns import JobTable, job_table_of
+from .dialects import Found, Strategy, Work, load
+from .errors import ClaimError
+from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
+from .tickets import ticket_for
+
+Key = tuple[Any, ...]
+J = TypeVar("J")
+
+
+class Claim(list[J]):
+    """The claimed rows or entities, in claim order, and what proves that they are ours.
+
+    A slice is a ``Claim`` too.
+
+    Attributes:
+        table: the ``JobTable``.
+        keys: the rows' primary keys, a tuple each, in claim order.
+        token: the claim's token, if the table has a column for it.
+        worker: the worker's name, if one was given.
+        lease: how long the claim holds, if a lease was asked for.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterable[J] = (),
+        *,
+        table: JobTable,
+        keys: Sequence[Key] = (),
+        token: str | None = None,
+        worker: str | None = None,
+        lease: timedelta | None = None,
+    ) -> None:
+        super().__init__(jobs)
+        self.table = table
+        self.keys = tuple(keys)
+        self.token = token
+        self.worker = worker
+        self.lease = lease
+
+    def __repr__(self) -> str:
+        return f"<Claim of {len(self)} from {self.table.table.fullname}: {list(self)!r}>"
+
+    def ticket(self, job: J) -> dict[str, Any]:
+        """A handle on one job of this claim that survives JSON, processes and other queues.
+
+        Args:
+            job: one of the claim's entities or rows.
+
+        Returns:
+            A dictionary of plain values, which ``complete_jobs`` and its like accept in place of
+            the claim. It holds the token: who has it can end the job.
+
+        Raises:
+            ClaimError: the job is not one of this claim's.
+        """
+        for mine, key in zip(self, self.keys, strict=True):
+            if mine is job or (isinstance(job, tuple) and mine == job):
+                return ticket_for(self.table, [key], self.token, self.lease)
+        raise ClaimError(f"{job!r} is not one of the claim's {len(self)} jobs")
+
+    @overload
+    def __getitem__(self, place: SupportsIndex, /) -> J: ...
+    @overload
+    def __getitem__(self, place: slice, /) -> Claim[J]: ...
+    def __getitem__(self, place: SupportsIndex | slice, /) -> J | Claim[J]:
+        if not isinstance(place, slice):
+            return super().__getitem__(place)
+        return Claim(
+            super().__getitem__(place),
+            table=self.table,
+            keys=self.keys[place],
+            token=self.token,
+            worker=self.worker,
+            lease=self.lease,
+        )
+
+
+@overload
+def claim_jobs(
+    bind: Session | scoped_session[Any] | sessionmaker[Any],
+    table: type[J],
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[J]: ...
+@overload
+def claim_jobs(
+    bind: Bind,
+    table: Any,
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[Any]: ...
+def claim_jobs(
+    bind: Bind,
+    table: Any,
+    limit: int = 1,
+    *,
+    where: Any = None,
+    order_by: Any = None,
+    values: Mapping[Any, Any] | None = None,
+    worker: str | None = None,
+    lease: timedelta | None = None,
+) -> Claim[Any]:
+    """Claim up to ``limit`` free rows that are due: each goes to exactly one caller.
+
+    With a ``Session`` or ``Connection`` the claim is part of the caller's transaction: others
+    see it at commit, a rollback undoes it, and nothing is committed here. On a cluster with
+    several writable nodes it counts only once the commit has succeeded, so start no work before.
+    With an ``Engine`` or ``sessionmaker`` it is a transaction of its own, committed before this
+    returns and tried again (up to 8 times, with jittered pauses) when the database asks for it.
+
+    Args:
+        bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
+        table: a ``Table``, a mapped class or a :class:`JobTable`. The first two are read by
+            :meth:`JobTable.infer`.
+        limit: how many rows at most, an ``int`` of at least 1.
+        where: further conditions on the table's own columns, an expression or a sequence of them.
+        order_by: what comes first, in place of the ``JobTable``'s order.
+        values: further values to write, by column, attribute or name.
+        worker: the claiming worker's name; needs a worker column.
+        lease: for how long the claim holds; needs a lease and a token column.
+
+    Returns:
+        A :class:`Claim` in claim order, empty if nothing is free and due. A mapped class gives
+        entities: attached to the ``Session``, or, by ``sessionmaker``, detached with every column
+        loaded. A ``Table``, and anything by ``Connection`` or ``Engine``, gives rows. In a
+        transaction of the caller's at MySQL's or MariaDB's REPEATABLE READ the order is best
+        effort, since the transaction reads from a snapshot that may be old.
+
+    Raises:
+        ClaimConflict: another transaction was in the way; roll back and claim again. Own
+            transactions raise it only once their tries are spent.
+        ClaimError: an argument or the bind does not fit; nothing was written.
+        AmbiguousTable: the table's columns cannot be read with certainty.
+        UnsupportedDialect: the database has no atomic claim.
+        ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
+    """
+    job_table = job_table_of(table)
+    ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
+    by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
+    parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
+    token = new_token() if job_table.token is not None else None
+
+    def run(strategy: Strategy, work: Work) -> Found:
+        session = work.executor
+        if parts.entities and isinstance(session, Session) and not session.autoflush:
+            _refuse_unflushed(session, job_table)
+        found = _won_before(strategy, work, parts, token) if work.resumed else []
+        found = found or strategy.claim(work, parts, ask.parameters(token))
+        if parts.entities and isinstance(session, Session) and work.own:
+            _load_fully(session, parts, found)
+        return found
+
+    found = run_in(
+        bind,
+        job_table,
+        run,
+        # What cannot be read must not be committed: nobody would ever get it.
+        single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
+        recoverable=token is not None,
+    )
+    return Claim(
+        (job for _, job in found),
+        table=job_table,
+        keys=[key for key, _ in found],
+        token=token,
+        worker=worker,
+        lease=lease,
+    )
+
+
+def _won_before(strategy: Strategy, work: Work, parts: ClaimParts, token: str | None) -> Found:
+    """What an earlier try claimed whose reply was lost with the connection."""
+    job_table = parts.job_table
+    ours = and_(job_table.token == token, job_table.is_running)
+    keys = work.execute(select(*job_table.key).where(ours).order_by(*parts.order))
+    return load(work, parts, [tuple(row) for row in keys], strategy.hints)
+
+
+def _refuse_unflushed(session: Session, job_table: JobTable) -> None:
+    """Refuse edits that nobody will flush: reading a claimed entity anew would wipe them."""
+    assert job_table.entity is not None
+    for entity in (*session.dirty, *session.deleted):
+        if isinstance(entity, job_table.entity) and (
+            entity in session.deleted or session.is_modified(entity)
+        ):
+            raise ClaimError(
+                f"{entity!r} has changes that are not flushed and the Session's autoflush is "
+                "off, so a claim could overwrite them: call session.flush() before claim_jobs()"
+            )
+
+
+def _load_fully(session: Session, parts: ClaimParts, found: Found) -> None:
+    """Load what the entities lack of their columns: deferred ones, and those of subclasses."""
+    incomplete = [key for key, entity in found if _unloaded(entity)]
+    if not incomplete:
+        return
+    mapper = parts.job_table.mapper
+    assert mapper is not None
+    options: list[Any] = [undefer("*")]
+    if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:
+        options.append(selectin_polymorphic(mapper.class_, subclasses))
+    for start in range(0, len(incomplete), 500):
+        wanted = key_in(parts.key_attributes, incomplete[start : start + 500])
+        session.scalars(parts.reading.where(wanted).options(*options)).unique().all()
+    for _, entity in found:
+        if unloaded := _unloaded(entity):
+            session.refresh(entity, unloaded)
+
+
+def _unloaded(entity: Any) -> list[str]:
+    state = sa_inspect(entity)
+    return sorted(state.unloaded.intersection(state.mapper.column_attrs.keys()))

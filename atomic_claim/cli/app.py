@@ -1,0 +1,47 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from . import demo
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    # Paragraphs are filled to the terminal's width.
+    rich_markup_mode="markdown",
+    # Typer's own tracebacks could show the values of variables, a URL with its password included.
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        found = version("atomic-claim")
+    except PackageNotFoundError:
+        found = "(not installed)"
+    typer.echo(f"atomic-claim {found}")
+    raise typer.Exit
+
+
+@app.callback()
+def atomic_claim(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Atomic claims on the job tables that are already there.
+
+    A job that is free is handed to exactly one worker, on PostgreSQL, MySQL, MariaDB and SQLite.
+    """

@@ -1,0 +1,215 @@
+"""The database that a command is pointed at: its address, its driver, and what it complains of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+
+from atomic_claim.dialects import strategy_for
+from atomic_claim.errors import ClaimError, UnsupportedDialect
+
+# Other drivers of a database than SQLAlchemy's default, the best first.
+DRIVERS = {
+    "postgresql": ("psycopg", "psycopg2"),
+    "mysql": ("pymysql", "mysqldb"),
+    "mariadb": ("pymysql", "mysqldb"),
+}
+EXTRAS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
+# Some drivers would wait for minutes for a host that does not answer.
+TIMEOUT = 10
+TIMEOUT_ARGUMENTS = {
+    "psycopg": "connect_timeout",
+    "psycopg2": "connect_timeout",
+    "pymysql": "connect_timeout",
+    "mysqldb": "connect_timeout",
+    "mysqlconnector": "connection_timeout",
+}
+TITLES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB", "sqlite": "SQLite"}
+SECRET_OPTION = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
+# A shorter password is replaced only where it stands alone; else its gaps would spell it.
+SUBSTRING = 4
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked for; the message is one line."""
+
+
+def parse_url(given: str) -> URL:
+    """The URL as given, with a driver that is installed.
+
+    ``postgres://`` is understood, an asynchronous driver is replaced, and where the URL names no
+    driver and SQLAlchemy's default is missing, another is taken.
+
+    Raises:
+        CommandError: it is no URL, or its database or driver cannot be used.
+    """
+    try:
+        url = make_url(given)
+    except (ArgumentError, ValueError):
+        raise CommandError(
+            "the URL cannot be read (it is not shown, since it may hold a password); expected "
+            "one such as postgresql://user:password@host:5432/database, special characters in a "
+            "password written as %40"
+        ) from None
+    backend, plus, driver = url.drivername.partition("+")
+    if backend == "postgres":
+        url = url.set(drivername=f"postgresql{plus}{driver}")
+    if "@" in (url.host or "") or (url.password is not None and "@" in (url.database or "")):
+        raise CommandError("the URL has one '@' too many: write an '@' in a password as %40")
+    return _with_driver(url)
+
+
+def _with_driver(url: URL) -> URL:
+    try:
+        dialect = url.get_dialect()
+        strategy_for(dialect())
+    except NoSuchModuleError:
+        raise CommandError(
+            f"SQLAlchemy knows no {url.drivername!r}; expected a URL that begins with "
+            "postgresql://, mysql://, mariadb:// or sqlite:///"
+        ) from None
+    except UnsupportedDialect as error:
+        raise CommandError(one_line(error)) from None
+    except ImportError as error:
+        raise _missing(url, error) from None
+    backend = url.get_backend_name()
+    candidates = [url]
+    if "+" not in url.drivername or dialect.is_async:
+        plain = backend if dialect.is_async else url.drivername
+        names = [plain, *(f"{backend}+{driver}" for driver in DRIVERS.get(backend, ()))]
+        candidates = [url.set(drivername=name) for name in names]
+    missing: CommandError | None = None
+    for candidate in candidates:
+        try:
+            candidate.get_dialect().import_dbapi()
+        except ImportError as error:
+            missing = missing or _missing(candidate, error)
+        else:
+            return candidate
+    assert missing is not None
+    raise missing
+
+
+def _missing(url: URL, error: ImportError) -> CommandError:
+    backend = url.get_backend_name()
+    extra = EXTRAS.get(backend)
+    cure = f": pip install 'atomic-claim[{extra}]'" if extra is not None else ""
+    if extra is not None and "+" in url.drivername:
+        cure += f", and write {backend}+{DRIVERS[backend][0]}://"
+    return CommandError(
+        f"the driver of {url.drivername}:// is not installed ({one_line(error)}){cure}"
+    )
+
+
+def masked(url: URL) -> str:
+    """The URL as it may be shown: without a password, and without options."""
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def make_engine(url: URL) -> Engine:
+    """An engine that does not wait for ever for a host that does not answer."""
+    name = TIMEOUT_ARGUMENTS.get(url.get_driver_name())
+    arguments = {name: TIMEOUT} if name is not None and name not in url.query else {}
+    return create_engine(url, connect_args=arguments)
+
+
+@contextmanager
+def connected(url: URL) -> Iterator[Engine]:
+    """An engine whose server has answered, and is known to claim atomically.
+
+    Raises:
+        CommandError: there is no such server or database, or it is too old.
+    """
+    _check_name(url)
+    engine = _answering(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _answering(url: URL) -> Engine:
+    try:
+        engine = make_engine(url)
+        with engine.connect() as connection:
+            strategy_for(connection.dialect)
+    except UnsupportedDialect as error:
+        raise CommandError(one_line(error)) from None
+    # Drivers complain of options that they do not know by TypeError and ValueError.
+    except (SQLAlchemyError, TypeError, ValueError, OSError) as error:
+        raise complaint(f"cannot connect to {masked(url)}", error, url) from None
+    return engine
+
+
+def _check_name(url: URL) -> None:
+    """Refuse a URL without a database, and what SQLite would make up in its place."""
+    backend = url.get_backend_name()
+    if backend in {"mysql", "mariadb"} and not url.database:
+        raise CommandError(f"{masked(url)} names no database: write {backend}://user@host/database")
+    if backend != "sqlite":
+        return
+    name = url.database or ":memory:"
+    if ":memory:" in name or url.query.get("mode") == "memory":
+        raise CommandError(
+            "a SQLite database in memory belongs to one process, and the workers are several: "
+            "name a file, sqlite:///jobs.db"
+        )
+    if not name.startswith("file:") and not Path(name).is_file():
+        raise CommandError(f"there is no SQLite database {name!r}")
+
+
+def complaint(what: str, error: BaseException, url: URL) -> CommandError:
+    """What failed and why, in one line that tells no secret of the URL."""
+    return CommandError(_without_secrets(f"{what}: {one_line(error)}", url))
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of a driver's error what the driver says."""
+    found: Any = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    # PostgreSQL's drivers add the line of the statement, and MySQL's give a number before the text.
+    said = getattr(getattr(found, "diag", None), "message_primary", None)
+    if len(found.args) > 1 and isinstance(found.args[0], int):
+        said = found.args[1]
+    text = " ".join(str(said or found).split())
+    if isinstance(error, SQLAlchemyError | ClaimError):
+        text = text.partition(" (Background on this error at")[0]
+    return text or type(found).__name__
+
+
+def _without_secrets(text: str, url: URL) -> str:
+    for secret in sorted(set(_secrets(url)), key=len, reverse=True):
+        pattern = re.escape(secret)
+        if len(secret) < SUBSTRING:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, "***", text)
+    return text
+
+
+def _secrets(url: URL) -> Iterator[str]:
+    given = [str(url.password or "")]
+    for name, values in url.query.items():
+        if SECRET_OPTION.search(name):
+            given += _listed(values)
+    for secret in filter(None, given):
+        yield from (secret, quote(secret), quote(secret, safe=""), quote_plus(secret))
+        yield repr(secret)[1:-1]
+
+
+def _listed(values: str | Iterable[str]) -> list[str]:
+    return [values] if isinstance(values, str) else list(values)
+
+
+def server_title(connection: Connection) -> str:
+    """The database's product and version, such as ``PostgreSQL 15.20``."""
+    dialect = connection.dialect
+    name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+    # What comes after the third number is the packager's.
+    version = ".".join(str(part) for part in (dialect.server_version_info or ())[:3])
+    return f"{TITLES.get(name, name)} {version}".strip()

@@ -1,0 +1,220 @@
+"""``atomic-claim demo``: the problem and its cure, on a real database."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from sqlalchemy import URL
+
+from .database import CommandError, connected, masked, parse_url, server_title
+from .options import FAILED, JsonOption, UrlOption, plain_ending
+from .workload import HALVES, Half, Workload, run_half
+
+PICTURES = (".svg", ".png")
+COLUMNS = (
+    "jobs",
+    "times\nclaimed",
+    "duplicates",
+    "extra\nruns",
+    "lost",
+    "seconds",
+    "claims\nper second",
+)
+
+
+def demo(
+    *,
+    workers: Annotated[int, typer.Option(min=1, help="How many worker processes run at once.")] = 4,
+    jobs: Annotated[int, typer.Option(min=1, help="How many jobs there are to do.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="How many jobs a worker takes at a time.")] = 10,
+    url: UrlOption = None,
+    svg: Annotated[
+        Path | None,
+        typer.Option(
+            "--svg",
+            metavar="FILE",
+            help="Draw both runs as a timeline into this file, .svg or .png (needs the extra "
+            "'plot').",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run the same jobs by a legacy find-then-update loop and by claim_jobs, and compare.
+
+    Each half fills a table of its own and lets several worker processes loose on it: the first
+    looks for free jobs and then marks them, as most job queues are written; the second calls
+    claim_jobs. The work itself records which jobs were run. Without --url (or one of its
+    environment variables) the tables are in a temporary SQLite file; with it they are in that
+    database, under names of their own, and are dropped again.
+
+    The exit code is 0 if claim_jobs had every job run exactly once, 1 if not, and 2 if the demo
+    could not run.
+    """
+    with plain_ending():
+        if svg is not None:
+            _check_picture(svg)
+        workload = Workload(workers, jobs, limit)
+        with _database(url) as address:
+            with connected(address) as engine, engine.connect() as connection:
+                title = server_title(connection)
+            halves = _run(address, workload)
+        if svg is not None:
+            _draw(svg, title, halves)
+        if as_json:
+            shown = None if url is None else masked(address)
+            typer.echo(json.dumps(_figures(title, shown, halves), indent=2))
+        else:
+            Console().print(_table(title, halves))
+        if not halves[-1].exact:
+            raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _database(given: str | None) -> Iterator[URL]:
+    """The database at the URL, or a new one in a temporary file."""
+    if given is not None:
+        yield parse_url(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="atomic-claim-") as folder:
+        path = Path(folder) / "demo.sqlite"
+        path.touch()
+        yield URL.create("sqlite", database=str(path))
+
+
+def _run(url: URL, workload: Workload) -> list[Half]:
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    progress = Progress(*columns, console=console, transient=True)
+    # Asked of the file itself: the environment can make Rich take anything for a terminal.
+    with progress if sys.stderr.isatty() else nullcontext():
+        tasks = {name: progress.add_task(name, total=workload.jobs, start=False) for name in HALVES}
+        halves = []
+        for name, task in tasks.items():
+            progress.start_task(task)
+            halves.append(run_half(name, url, workload, _shower(progress, task)))
+            progress.update(task, completed=workload.jobs)
+            progress.stop_task(task)
+    return halves
+
+
+def _shower(progress: Progress, task: TaskID) -> Callable[[int], None]:
+    return lambda reached: progress.update(task, completed=reached)
+
+
+def _table(title: str, halves: Sequence[Half]) -> Table:
+    table = Table(
+        title=f"{title}: {halves[0].workload}",
+        title_justify="left",
+        caption="\n".join(_verdict(half) for half in halves),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column(no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right")
+    for half in halves:
+        table.add_row(
+            half.name,
+            f"{half.workload.jobs:,}",
+            f"{len(half.runs):,}",
+            _alarming(len(half.doubled)),
+            _alarming(half.extra_runs),
+            _alarming(half.lost),
+            f"{half.seconds:,.2f}",
+            f"{half.claims_per_second:,.0f}",
+        )
+    return table
+
+
+def _alarming(count: int) -> str:
+    return f"[{'red' if count else 'green'}]{count:,}[/]"
+
+
+def _verdict(half: Half) -> str:
+    if half.exact:
+        return f"{half.name}: every job ran exactly once."
+    return (
+        f"{half.name}: {len(half.doubled):,} of {half.workload.jobs:,} jobs ran more than once"
+        + (f", {half.lost:,} never." if half.lost else ".")
+    )
+
+
+def _figures(title: str, url: str | None, halves: Sequence[Half]) -> dict[str, Any]:
+    workload = halves[0].workload
+    return {
+        "database": title,
+        "url": url,
+        "workers": workload.workers,
+        "jobs": workload.jobs,
+        "limit": workload.limit,
+        "halves": {half.name.replace(" ", "_"): _half(half) for half in halves},
+        "exact": halves[-1].exact,
+    }
+
+
+def _half(half: Half) -> dict[str, Any]:
+    workers = range(half.workload.workers)
+    return {
+        "jobs": half.workload.jobs,
+        "times_claimed": len(half.runs),
+        "duplicates": len(half.doubled),
+        "extra_runs": half.extra_runs,
+        "lost": half.lost,
+        "seconds": round(half.seconds, 6),
+        "claims_per_second": round(half.claims_per_second, 1),
+        "claimed_by_worker": [sum(run.worker == worker for run in half.runs) for worker in workers],
+    }
+
+
+def _check_picture(path: Path) -> None:
+    """Find out before the work whether the picture can be drawn after it."""
+    if path.suffix.lower() not in PICTURES:
+        raise CommandError(f"--svg {path}: expected a name that ends in {' or '.join(PICTURES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--svg needs matplotlib: pip install 'atomic-claim[plot]'")
+    try:
+        if path.exists():
+            if not path.is_file() or not os.access(path, os.W_OK):
+                raise CommandError(f"--svg {path}: it is there and cannot be written")
+        else:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+    except OSError as error:
+        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None
+
+
+def _draw(path: Path, title: str, halves: Sequence[Half]) -> None:
+    # Matplotlib takes half a second to import, and is an extra.
+    from .picture import draw  # noqa: PLC0415
+
+    try:
+        draw(path, title, halves)
+    except OSError as error:
+        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None

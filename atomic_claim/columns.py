@@ -1,0 +1,629 @@
+"""Which columns of the user's own table mean what."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Any, Literal
+
+from sqlalchemy import Column, ColumnElement, Table, and_, false, literal, not_, or_, true
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.orm import Mapper
+from sqlalchemy.sql import functions
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
+from sqlalchemy.types import Boolean, DateTime, Enum, Float, Integer
+
+from .conventions import (
+    NOW,
+    Now,
+    Reading,
+    is_flag,
+    is_text,
+    plain_type,
+    read_columns,
+    time_format,
+)
+from .elements import DatabaseNow, Declared
+from .errors import AmbiguousTable, ClaimError
+
+TOKEN_LENGTH = 32
+declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
+"""The job tables of this process, so that a ticket finds its own again."""
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "..."
+
+
+_UNSET: Any = _Unset()
+Values = Mapping[Column[Any], Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class JobTable:
+    """Say which columns of a job table mean what.
+
+    Columns are given as ``Column``, mapped attribute or name. Values given here are written into
+    the SQL as literals, by the column's type, so that partial indexes on them serve the claim;
+    what changes from call to call belongs into the arguments of :func:`claim_jobs`.
+
+    Args:
+        table: a ``Table`` with a primary key, or a mapped class.
+        state: the column that says whether a job is free. A boolean (``processing``) is free when
+            false, a nullable time (``locked_at``) when NULL; any other needs ``free`` and
+            ``claimed``. Without ``state``, ``free`` is an expression and ``claimed`` a mapping.
+        free: the value of ``state`` that is free, a tuple of such values, or an SQLAlchemy
+            expression that is true for a free row.
+        claimed: the value of ``state`` that marks a claimed row, or a mapping of columns to
+            values; ``func.now()`` stands for the database's clock, as the column stores it.
+        done: likewise for a finished job. Rows that bear it are never claimed.
+        failed: likewise for a failed job. Rows that bear it are never claimed.
+        released: the value of ``state`` that a released row gets, or a mapping. Left out, the
+            first of the values that are free.
+        withdrawn: a mapping of further columns to values that take a row out of the queue
+            (``{"cancelled_at": func.now()}``: not free once it is set).
+        due: the time from which the job may run; NULL is due at once.
+        order: what comes first: columns or expressions, ``table.c.priority.desc()`` for example.
+            Left out, the primary key's order.
+        worker: where the claiming worker's name goes.
+        token: where the claim's token goes, a string of 32 hexadecimal digits.
+        lease: where the end of the lease goes.
+        attempts: an integer that counts the claims.
+        max_attempts: how many claims are allowed, an ``int`` or a column, in which NULL is no
+            maximum. A row that has had as many is not claimed.
+        error: where a failure's text goes.
+        stamps: time columns that every change of ours sets to the database's clock.
+        naive_times: what the time columns without a zone hold: ``"utc"`` or the ``"server"``'s
+            (the session's) zone. Demanded where the two differ.
+        text_times: the ``strftime`` format (SQLite's) of time columns that are text.
+        null_is_free: whether NULL in ``state`` is free.
+        unleased: what becomes of rows that run without a lease, such as those that were running
+            before the column existed. None: they are owned for ever. A ``timedelta``: they are
+            free once the time of their claim (or else the first of ``stamps``) is so long ago.
+
+    Raises:
+        AmbiguousTable: something needed was not said; the message says what to write.
+        ClaimError: the table has no primary key, or a column is not one of the table's.
+    """
+
+    table: Any
+    _: KW_ONLY
+    state: Any = None
+    free: Any = _UNSET
+    claimed: Any = _UNSET
+    done: Any = _UNSET
+    failed: Any = _UNSET
+    withdrawn: Any = None
+    released: Any = _UNSET
+    due: Any = None
+    order: Any = ()
+    worker: Any = None
+    token: Any = None
+    lease: Any = None
+    attempts: Any = None
+    max_attempts: Any = None
+    error: Any = None
+    stamps: Any = ()
+    naive_times: Literal["utc", "server"] | None = None
+    text_times: str | None = None
+    null_is_free: bool = False
+    unleased: timedelta | None = None
+    entity: type[Any] | None = field(init=False, default=None)
+    statements: dict[Any, Any] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given = self.table
+        mapper = _mapper_of(given)
+        tables = list(mapper.tables) if mapper is not None else [given]
+        if not all(isinstance(table, Table) for table in tables):
+            raise ClaimError(
+                f"{given!r} is not a table: pass a Table, a mapped class or a JobTable"
+                + (" (is the class mapped?)" if isinstance(given, type) else "")
+            )
+        self._set("entity", mapper.class_ if mapper is not None else None)
+        self._set("table", self._table_of_state(tables))
+        if not self.table.primary_key.columns:
+            raise ClaimError(
+                f"table {self.table.fullname!r} has no primary key, so its rows cannot be told "
+                "apart while they are claimed: add one, or name the columns that are unique with "
+                "PrimaryKeyConstraint(...) in the Table"
+            )
+        for name in ("state", "due", "worker", "token", "lease", "attempts", "error"):
+            if (column := getattr(self, name)) is not None:
+                self._set(name, self.column(column, name))
+        if isinstance(self.max_attempts, (str, ClauseElement)) or hasattr(
+            self.max_attempts, "__clause_element__"
+        ):
+            self._set("max_attempts", self.column(self.max_attempts, "max_attempts"))
+        self._check_attempts()
+        self._check_token()
+        self._set("stamps", tuple(self.column(c, "stamps") for c in _listed(self.stamps)))
+        self._set("order", tuple(self.term(term) for term in _listed(self.order)))
+        if self.naive_times not in {None, "utc", "server"}:
+            raise ClaimError(
+                f"naive_times is {self.naive_times!r}; it must be 'utc', 'server' or None"
+            )
+        self._read_state()
+        for role in ("done", "failed"):
+            self._set(role, self._mapping(getattr(self, role), role))
+        self._set("withdrawn", self._mapping(self.withdrawn or {}, "withdrawn"))
+        self._check_unleased()
+        for column in (self.due, self.lease):
+            if column is not None:
+                self.now(column)
+        declared_tables.add(self)
+
+    def __repr__(self) -> str:
+        said = [f"state={self.state.name!r}"] if self.state is not None else []
+        said += [
+            f"{role}={column.name!r}"
+            for role in ("due", "worker", "token", "lease", "attempts")
+            if (column := getattr(self, role)) is not None
+        ]
+        return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
+
+    @classmethod
+    def infer(cls, table: Any) -> JobTable:
+        """Read the meaning of conventionally named columns, or refuse.
+
+        A declaration in ``table.info["atomic_claim"]``, a dictionary of this class's arguments
+        with columns by name, goes before the names.
+
+        Args:
+            table: a ``Table`` (reflected or declared) or a mapped class.
+
+        Returns:
+            The ``JobTable``; the same one for the same table.
+
+        Raises:
+            AmbiguousTable: it lists what was understood, what was not, and what to write.
+            ClaimError: it is not a table, or has no primary key.
+        """
+        mapper = _mapper_of(table)
+        key = mapper if mapper is not None else table
+        if not isinstance(key, (Table, Mapper)):
+            raise ClaimError(
+                f"{table!r} is not a table: pass a Table, a mapped class or a JobTable"
+                + (" (is the class mapped?)" if isinstance(table, type) else "")
+            )
+        # Kept with the table rather than in a registry of ours, so that it dies with the table.
+        info = table.info if mapper is None else mapper.tables[0].info  # type: ignore[attr-defined]
+        kept = info.setdefault("atomic_claim.inferred", {})
+        if (known := kept.get(key)) is None:
+            known = kept[key] = cls._infer(table, mapper)
+        return known  # type: ignore[no-any-return]
+
+    @classmethod
+    def _infer(cls, given: Any, mapper: Mapper[Any] | None) -> JobTable:
+        tables = [t for t in mapper.tables if isinstance(t, Table)] if mapper else [given]
+        readings = [(table, read_columns(table, _names(table, mapper))) for table in tables]
+        for table, reading in readings:
+            declared = table.info.get("atomic_claim")
+            if isinstance(declared, JobTable):
+                return declared
+            if declared is not None:
+                return cls(given, **declared)
+            if "state" in reading.arguments and not reading.problems:
+                arguments = dict(reading.arguments)
+                arguments["text_times"] = time_format(table.columns)
+                return cls(given, **arguments)
+        raise AmbiguousTable(_explain(*readings[0]))
+
+    @cached_property
+    def key(self) -> tuple[Column[Any], ...]:
+        """The primary key's columns, in its order."""
+        return tuple(self.table.primary_key.columns)
+
+    @cached_property
+    def shape(self) -> str:
+        """A short name for what the columns mean, the same in every process."""
+        roles = [
+            f"{role}={column.name}"
+            for role in ("state", "due", "worker", "token", "lease", "attempts", "error")
+            if (column := getattr(self, role)) is not None
+        ]
+        said = [*roles, str(self.is_free), str(self.is_running), str(sorted(self._marks))]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
+
+    @property
+    def _marks(self) -> list[str]:
+        return [
+            f"{role}: {column.name} = {value}"
+            for role in ("claimed", "done", "failed", "released")
+            for column, value in getattr(self, role).items()
+        ]
+
+    @cached_property
+    def mapper(self) -> Mapper[Any] | None:
+        """The mapper of the class that was given, if one was."""
+        return _mapper_of(self.entity) if self.entity is not None else None
+
+    @cached_property
+    def is_free(self) -> ColumnElement[bool]:
+        """True for a row that nobody has claimed and that has not ended."""
+        return and_(self.free, *self.not_ended)
+
+    @cached_property
+    def is_running(self) -> ColumnElement[bool]:
+        """True for a row that bears the mark of a claim and has not ended."""
+        marks = [
+            column.is_not(None) if isinstance(value, DatabaseNow) else column == value
+            for column, value in self.claimed.items()
+            if value is None or isinstance(value, (DatabaseNow, Declared, True_, False_))
+        ]
+        return and_(*(marks or [not_(self.free)]), *self.not_ended)
+
+    @cached_property
+    def reasons(
+        self,
+    ) -> tuple[tuple[tuple[ColumnElement[bool], ...], tuple[ColumnElement[Any], ...]], ...]:
+        """Why a row may be claimed, a tuple of conditions each; and what then comes first.
+
+        The order of the whole claim stands for an empty second part.
+        """
+        found: list[Any] = [((self.is_free, *self.is_due), ())]
+        lease, unspent = self.lease, self.is_unspent
+        if lease is not None:
+            expired = (self.is_running, lease <= self.now(lease), *unspent)
+            found.append((expired, (lease,)))
+            if self.unleased is not None:
+                since = self._claimed_since
+                age = literal(-self.unleased.total_seconds(), Float())
+                old = (self.is_running, lease.is_(None), since <= self.now(since, age), *unspent)
+                found.append((old, (since,)))
+        return tuple(found)
+
+    @cached_property
+    def not_ended(self) -> tuple[ColumnElement[bool], ...]:
+        """Together true for a row that is neither done nor failed nor withdrawn."""
+        return tuple(
+            _is_not(column, value)
+            for mapping in (self.done, self.failed, self.withdrawn)
+            for column, value in mapping.items()
+            if column is not self.state
+        )
+
+    @cached_property
+    def is_due(self) -> tuple[ColumnElement[bool], ...]:
+        """Together true for a row whose time has come and whose attempts are not spent."""
+        conditions: list[ColumnElement[bool]] = []
+        if self.due is not None:
+            conditions.append(_null_or(self.due, self.due <= self.now(self.due)))
+        return (*conditions, *self.is_unspent)
+
+    @cached_property
+    def is_unspent(self) -> tuple[ColumnElement[bool], ...]:
+        """True, if anything, for a row that has attempts left."""
+        if self.attempts is None or self.max_attempts is None:
+            return ()
+        most = self.max_attempts
+        if isinstance(most, int):
+            most = Declared(most, Integer())
+            return (_null_or(self.attempts, self.attempts < most),)
+        return (_null_or(most, _null_or(self.attempts, self.attempts < most)),)
+
+    @cached_property
+    def time_columns(self) -> tuple[Column[Any], ...]:
+        """The time columns that a claim compares or writes."""
+        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseNow)]
+        found = [*([self.due] if self.due is not None else []), *self.stamps, *written]
+        return tuple(found + ([self.lease] if self.lease is not None else []))
+
+    def column(self, given: Any, role: str) -> Column[Any]:
+        """The table's column that a name, a column or a mapped attribute stands for."""
+        table: Table = self.table
+        if isinstance(given, str):
+            given = self._named(given)
+        elif hasattr(given, "__clause_element__"):
+            given = given.__clause_element__()
+        if isinstance(given, ColumnClause):
+            found = table.corresponding_column(given)
+            if isinstance(found, Column):
+                return found
+        raise ClaimError(
+            f"{role}={given!s} is not a column of table {table.fullname!r}, which has: "
+            + ", ".join(column.name for column in table.columns)
+        )
+
+    def _named(self, name: str) -> Any:
+        """What a name stands for: a key, or else an attribute, or else a column's own name."""
+        table: Table = self.table
+        if name in table.columns:
+            return table.columns[name]
+        if self.mapper is not None and name in self.mapper.columns:
+            return self.mapper.columns[name]
+        return next((column for column in table.columns if column.name == name), name)
+
+    def now(
+        self,
+        column: Column[Any],
+        offset: ColumnElement[Any] | None = None,
+        *,
+        floor: bool = False,
+    ) -> ColumnElement[Any]:
+        """The database's clock in the form in which ``column`` holds times, plus seconds."""
+        if isinstance(plain_type(column.type), DateTime):
+            return DatabaseNow(column.type, self.naive_times or "unsaid", offset, floor=floor)
+        if is_text(column) and self.text_times is not None:
+            return DatabaseNow(column.type, "text:" + self.text_times, offset)
+        raise AmbiguousTable(
+            f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
+            "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "
+            "format) in the JobTable"
+        )
+
+    def values(self, given: Any, role: str) -> dict[Column[Any], Any]:
+        """A mapping given per call, by column; plain values become parameters."""
+        if not isinstance(given, Mapping):
+            raise ClaimError(f"{role} is {given!r}; expected a mapping of columns to values")
+        return {self.column(column, role): value for column, value in given.items()}
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _table_of_state(self, tables: list[Any]) -> Table:
+        """Of a class mapped to several tables, the one that holds the state."""
+        if len(tables) == 1:
+            return tables[0]  # type: ignore[no-any-return]
+        wanted = [self.state] if self.state is not None else list(_columns_in(self.claimed))
+        for table in tables:
+            names = {name for c in table.columns for name in (c.name, c.key)}
+            for column in wanted:
+                if isinstance(column, str):
+                    if column in names:
+                        return table  # type: ignore[no-any-return]
+                    continue
+                clause = getattr(column, "__clause_element__", lambda column=column: column)()
+                if table.columns.contains_column(clause):
+                    return table  # type: ignore[no-any-return]
+        raise ClaimError(
+            f"none of the tables {', '.join(t.fullname for t in tables)} has the state column "
+            f"{wanted!r}"
+        )
+
+    @cached_property
+    def _claimed_since(self) -> Column[Any]:
+        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseNow)]
+        found: Column[Any] = [*written, *self.stamps][0]
+        return found
+
+    def _check_unleased(self) -> None:
+        if self.unleased is None:
+            return
+        if not isinstance(self.unleased, timedelta) or self.unleased <= timedelta(0):
+            raise ClaimError(f"unleased is {self.unleased!r}; expected a timedelta above zero")
+        marks_time = any(isinstance(value, DatabaseNow) for value in self.claimed.values())
+        if self.lease is None or not (marks_time or self.stamps):
+            raise ClaimError(
+                "unleased needs lease=..., and a time from which a row's age can be told: "
+                "claimed={..., 'claimed_at': func.now()} or stamps=('updated_at',)"
+            )
+
+    def _check_token(self) -> None:
+        if self.token is None:
+            return
+        length = getattr(plain_type(self.token.type), "length", None)
+        if not is_text(self.token) or (length is not None and length < TOKEN_LENGTH):
+            raise ClaimError(
+                f"the token column {self.token.name!r} is {self.token.type!r}; expected a string "
+                f"of at least {TOKEN_LENGTH} characters"
+            )
+
+    def _check_attempts(self) -> None:
+        limit = self.max_attempts
+        if limit is None:
+            return
+        if self.attempts is None:
+            raise ClaimError("max_attempts needs attempts=..., the column that counts the claims")
+        if isinstance(limit, Column):
+            return
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise ClaimError(
+                f"max_attempts is {limit!r}; expected an int of at least 1, or a column"
+            )
+
+    def term(self, term: Any) -> ColumnElement[Any]:
+        """A term of an order, given as a name, a column, an attribute or an expression."""
+        if isinstance(term, str):
+            return self.column(term, "order")
+        if hasattr(term, "__clause_element__"):
+            term = term.__clause_element__()
+        if not isinstance(term, ColumnElement):
+            raise ClaimError(
+                f"order={term!r}: expected a column, its name, or an expression such as "
+                "table.c.priority.desc()"
+            )
+        return term
+
+    def _read_state(self) -> None:
+        """Bring ``free`` and ``claimed`` into one form: an expression and a mapping."""
+        state: Column[Any] | None = self.state
+        free, claimed = self.free, self.claimed
+        if hasattr(free, "__clause_element__"):
+            free = free.__clause_element__()
+        if state is not None and (free is _UNSET or claimed is _UNSET):
+            free, claimed = self._complete(state, free, claimed)
+        if free is _UNSET or claimed is _UNSET:
+            raise AmbiguousTable(
+                f"JobTable({self.table.fullname!r}): name the state column with state=..., or "
+                "give free=<expression> and claimed={column: value}"
+            )
+        if isinstance(free, ClauseElement):
+            expression = free
+        elif state is None:
+            raise ClaimError(f"free={free!r} is a value; it needs state=..., the column it is in")
+        else:
+            expression = self._equals(state, free)
+        mapping = self._mapping(claimed, "claimed")
+        if not mapping:
+            raise ClaimError("claimed={} marks nothing: a claimed row would stay free")
+        self._set("free", expression)
+        self._set("claimed", mapping)
+        self._set("released", self._read_released(free, mapping))
+
+    def _read_released(self, free: Any, claimed: Values) -> dict[Column[Any], Any]:
+        """What undoes the mark of a claim; empty if that cannot be told from what was given."""
+        if self.released is not _UNSET:
+            return self._mapping(self.released, "released")
+        found: dict[Column[Any], Any] = {}
+        for column, value in claimed.items():
+            if isinstance(value, DatabaseNow):
+                found[column] = None
+            elif column is self.state and not isinstance(free, ClauseElement):
+                values = list(free) if isinstance(free, (tuple, list, set, frozenset)) else [free]
+                found[column] = self._literal(column, values[0])
+            elif is_flag(column) and isinstance(value, (True_, False_)):
+                found[column] = false() if isinstance(value, True_) else true()
+            else:
+                return {}
+        return found
+
+    def _complete(self, state: Column[Any], free: Any, claimed: Any) -> tuple[Any, Any]:
+        """What a state column's type says of the values that were not given."""
+        if is_flag(state):
+            marked = claimed
+            if isinstance(claimed, Mapping):
+                by_column = {self.column(c, "claimed"): value for c, value in claimed.items()}
+                marked = by_column.get(state, _UNSET)
+            if free is _UNSET:
+                free = False if marked is _UNSET else not marked
+            return free, (not free if claimed is _UNSET else claimed)
+        type_ = plain_type(state.type)
+        if isinstance(type_, DateTime) or (is_text(state) and self.text_times is not None):
+            return (None if free is _UNSET else free), (NOW if claimed is _UNSET else claimed)
+        missing = " and ".join(
+            f"{role}=..."
+            for role, value in (("free", free), ("claimed", claimed))
+            if value is _UNSET
+        )
+        raise AmbiguousTable(
+            f"{self.table.fullname}.{state.name} is {type_!r}, whose values nobody named: give "
+            f"{missing} as they stand in the column"
+            + (f" (one of {', '.join(type_.enums)})" if isinstance(type_, Enum) else "")
+        )
+
+    def _equals(self, state: Column[Any], free: Any) -> ColumnElement[bool]:
+        if free is None:
+            return state.is_(None)
+        values = list(free) if isinstance(free, (tuple, list, set, frozenset)) else [free]
+        literals = [self._literal(state, value) for value in values]
+        found = state == literals[0] if len(literals) == 1 else state.in_(literals)
+        if not self.null_is_free or not state.nullable:
+            return found
+        if len(values) == 1 and isinstance(plain_type(state.type), Boolean):
+            return state.is_not(true() if not values[0] else false())
+        return or_(state.is_(None), found)
+
+    def _mapping(self, given: Any, role: str) -> dict[Column[Any], Any]:
+        if given is _UNSET:
+            return {}
+        if not isinstance(given, Mapping):
+            if self.state is None:
+                raise ClaimError(
+                    f"{role}={given!r} is a value; without state=... it must be a mapping of "
+                    "columns to values"
+                )
+            given = {self.state: given}
+        elif role == "claimed" and self.state is not None:
+            columns = {self.column(c, role): v for c, v in given.items()}
+            if self.state not in columns:
+                raise ClaimError(
+                    f"claimed={given!r} leaves out the state column {self.state.name!r}"
+                )
+        return {
+            (column := self.column(name, role)): self._literal(column, value)
+            for name, value in given.items()
+        }
+
+    def _literal(self, column: Column[Any], value: Any) -> Any:
+        if hasattr(value, "__clause_element__"):
+            value = value.__clause_element__()
+        if isinstance(value, (Now, functions.now, functions.current_timestamp)):
+            return self.now(column)
+        if value is None or isinstance(value, ClauseElement):
+            return value
+        if isinstance(value, bool) and is_flag(column):
+            if isinstance(plain_type(column.type), Boolean):
+                return true() if value else false()
+            return Declared(int(value), Integer())
+        try:
+            hash(value)
+        except TypeError:
+            raise ClaimError(
+                f"{column.name}={value!r} cannot be declared: the value must be hashable, since "
+                "it is part of the statement; pass it in values=... of the call"
+            ) from None
+        return Declared(value, column.type)
+
+
+def job_table_of(given: Any) -> JobTable:
+    """The ``JobTable`` that a ``Table``, a mapped class or a ``JobTable`` stands for."""
+    return given if isinstance(given, JobTable) else JobTable.infer(given)
+
+
+def _mapper_of(given: Any) -> Mapper[Any] | None:
+    if not isinstance(given, type):
+        return None
+    mapper: Any = sa_inspect(given, raiseerr=False)
+    return mapper if isinstance(mapper, Mapper) else None
+
+
+def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozenset[str]]:
+    names = {column: {column.name, column.key} for column in table.columns}
+    if mapper is not None:
+        for key, column in mapper.columns.items():
+            if isinstance(column, Column) and column in names:
+                names[column].add(key)
+    return {column: frozenset(found) for column, found in names.items()}
+
+
+def _columns_in(claimed: Any) -> Iterator[Any]:
+    if isinstance(claimed, Mapping):
+        yield from claimed
+
+
+def _listed(given: Any) -> tuple[Any, ...]:
+    if given is None:
+        return ()
+    if isinstance(given, Iterable) and not isinstance(given, (str, ClauseElement)):
+        return tuple(given)
+    return (given,)
+
+
+def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    return or_(column.is_(None), condition) if column.nullable else condition
+
+
+def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
+    """True where the column does not bear the value; NULL does not bear it."""
+    if isinstance(value, DatabaseNow) or not isinstance(value, ClauseElement):
+        return column.is_(None)
+    if isinstance(plain_type(column.type), Boolean) and value is not None:
+        flag = value.compare(true())
+        if not column.nullable:
+            return column == (false() if flag else true())
+        return column.is_not(true() if flag else false())
+    return _null_or(column, column != value)
+
+
+def _explain(table: Table, reading: Reading) -> str:
+    understood = "; ".join(f"{role}: {names}" for role, names in reading.understood.items())
+    arguments = ["table"]
+    for role, value in reading.arguments.items():
+        if isinstance(value, Column):
+            arguments.append(f"{role}={value.name!r}")
+    if "state" not in reading.arguments:
+        arguments.append('state="<column>"')
+    arguments += [f"{role}=<...>" for role in dict.fromkeys(reading.asked)]
+    return (
+        f"table {table.fullname!r} cannot be read with certainty.\n"
+        f"  understood: {understood or 'nothing'}\n"
+        f"  not understood: {', '.join(reading.unknown) or 'nothing'}\n"
+        + "".join(f"  in doubt: {problem}\n" for problem in reading.problems)
+        + f"  write: JobTable({', '.join(arguments)})"
+    )

@@ -1,0 +1,286 @@
+"""What a database's strategy has to answer, and what it is given to work with."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
+
+from sqlalchemy import ColumnElement, Connection, Dialect, Result, Select, Update, select, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.types import DateTime
+
+from atomic_claim.columns import JobTable
+from atomic_claim.conventions import plain_type
+from atomic_claim.errors import ClaimError, UnsupportedDialect
+from atomic_claim.statement import LIMIT, ByKey, ClaimParts, key_in
+
+Key = tuple[Any, ...]
+Pooled = PoolProxiedConnection | ConnectionPoolEntry
+T = TypeVar("T")
+Statement = TypeVar("Statement", bound=Select[Any] | Update)
+# A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
+CHUNK = 500
+Found = list[tuple[Key, Any]]
+"""Keys and the rows or entities they belong to, in claim order."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a claim runs.
+
+    Attributes:
+        executor: executes the statements: a session, so that its events see them, or a connection.
+        connection: the connection they arrive at.
+        own: whether the transaction is ours, begun for this claim and ended after it.
+        resumed: whether an earlier try lost its connection, so that nobody knows what became of it.
+    """
+
+    executor: Session | Connection
+    connection: Connection
+    own: bool
+    resumed: bool = False
+
+    def execute(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> Result[Any]:
+        """Execute where the caller wants it executed."""
+        return self.executor.execute(statement, params)
+
+    @property
+    def has_criteria(self) -> bool:
+        """Whether somebody may add conditions to the session's SELECTs, such as a tenant's."""
+        return isinstance(self.executor, Session) and bool(self.executor.dispatch.do_orm_execute)
+
+    @property
+    def in_autocommit(self) -> bool:
+        """Whether the driver commits every statement by itself; asked of the driver."""
+        dbapi_connection = self.connection.connection.dbapi_connection
+        assert dbapi_connection is not None
+        return self.connection.dialect.detect_autocommit_setting(dbapi_connection)
+
+
+class Strategy(ABC):
+    """How one database claims rows atomically."""
+
+    names: ClassVar[tuple[str, ...]]
+    """The names of the SQLAlchemy dialects that it serves."""
+    hints: ClassVar[Mapping[str, str]] = {}
+    """What makes a statement reach rows through their key and lock no others, by dialect."""
+
+    @abstractmethod
+    def check(self, dialect: Dialect) -> None:
+        """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
+
+    @abstractmethod
+    def is_single(self, parts: ClaimParts) -> bool:
+        """Whether the claim is one statement here, atomic without a transaction around it."""
+
+    @abstractmethod
+    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        """Claim, and return the rows or entities in claim order."""
+
+    def change(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+        values: Mapping[Any, Any],
+    ) -> list[Key]:
+        """Change those of the rows that the guard is true for; their keys, in no order."""
+        changed: list[Key] = []
+        for chunk in chunks(keys, CHUNK):
+            statement = (
+                update(job_table.table)
+                .values(dict(values))
+                .where(key_in(job_table.key, chunk), guard)
+                .returning(*job_table.key)
+            )
+            changed += [tuple(row) for row in work.execute(statement)]
+        return changed
+
+    def changes_at_once(self, keys: Sequence[Key]) -> bool:
+        """Whether :meth:`change` is one statement for so many keys."""
+        return len(keys) <= CHUNK
+
+    def unlocked(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+    ) -> list[Key]:
+        """Lock those of the rows that the guard is true for and that nobody else holds."""
+        locked: list[Key] = []
+        for chunk in chunks(keys, CHUNK):
+            statement = select(*job_table.key).where(key_in(job_table.key, chunk), guard)
+            statement = hinted(statement, job_table.table, self.hints)
+            statement = statement.with_for_update(skip_locked=True, key_share=True)
+            locked += [tuple(row) for row in work.execute(statement)]
+        return locked
+
+    def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
+        """Wait for no lock longer than this."""
+        return nullcontext()
+
+    def commit(self, connection: Connection) -> None:  # noqa: B027 - most have nothing to do
+        """Commit a transaction of our own ahead of SQLAlchemy, where that has to clean up."""
+
+    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
+        """Have the driver commit by itself; None where that may differ from BEGIN … COMMIT."""
+        return None
+
+    @abstractmethod
+    def in_transaction(self, pooled: Pooled) -> bool:
+        """Whether a transaction is open on the driver's connection; asked of the driver."""
+
+    @abstractmethod
+    def is_conflict(self, error: DBAPIError) -> bool:
+        """Whether the database asks for the transaction to be tried again."""
+
+    def is_naive(self, type_: DateTime) -> bool:
+        """Whether a time column of this type has no zone here."""
+        return not type_.timezone
+
+    def naive_columns(self, job_table: JobTable) -> list[str]:
+        """The names of the columns of which nobody said what times without a zone mean."""
+        if job_table.naive_times is not None:
+            return []
+        return [
+            column.name
+            for column in job_table.time_columns
+            if isinstance(type_ := plain_type(column.type), DateTime) and self.is_naive(type_)
+        ]
+
+    def refuse_naive(self, job_table: JobTable, zone: str) -> NoReturn:
+        """Refuse to guess what times without a zone mean in a session that is not in UTC."""
+        names = ", ".join(repr(name) for name in self.naive_columns(job_table))
+        raise ClaimError(
+            f"the session's time zone is {zone}, and {names} of {job_table.table.fullname!r} "
+            'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
+            'JobTable(naive_times="server")'
+        )
+
+    def cure(self) -> str:
+        """What the owner of a transaction can do about a conflict."""
+        return "roll back, and claim again in a new transaction"
+
+
+def require(
+    dialect: Dialect,
+    product: str,
+    least: tuple[int, ...],
+    because: str,
+    *,
+    prefix: tuple[int, ...] = (),
+) -> None:
+    """Refuse a server older than ``least``; a dialect that never connected has no version.
+
+    ``prefix`` is what may stand before the version that counts.
+    """
+    found = tuple(dialect.server_version_info or ())
+    if prefix and len(found) > len(prefix) and found[: len(prefix)] == prefix:
+        found = found[len(prefix) :]
+    if not found or found[: len(least)] >= least:
+        return
+    raise UnsupportedDialect(
+        f"{product} {_dotted(found)} cannot claim rows atomically: {because} came with "
+        f"{product} {_dotted(least)}; upgrade the server"
+    )
+
+
+def _dotted(version: Iterable[Any]) -> str:
+    return ".".join(str(part) for part in version)
+
+
+def returned(parts: ClaimParts, result: Result[Any]) -> Found:
+    """What the claim statement returned, with its keys, in the order in which it came."""
+    if parts.spread:
+        return [(tuple(row), None) for row in result]
+    items = result.scalars().all() if parts.entities else result.all()
+    key_of = parts.key_of
+    return [(key_of(item), item) for item in items]
+
+
+def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
+    """The statement with a hint for each dialect; the others render nothing of it."""
+    for dialect_name, hint in hints.items():
+        with_hint = statement.with_hint(selectable=table, text=hint, dialect_name=dialect_name)
+        statement = cast("Statement", with_hint)
+    return statement
+
+
+def mark_and_load(
+    work: Work,
+    parts: ClaimParts,
+    keys: Sequence[Key],
+    params: Mapping[str, Any],
+    hints: Mapping[str, str],
+) -> Found:
+    """Write the claim to rows that are locked, and read them."""
+    written = {name: value for name, value in params.items() if name != LIMIT}
+    marking = parts.prepare(f"marking {hints}", partial(_marking, hints=hints))
+    for chunk in chunks(keys, CHUNK):
+        work.execute(*marking.of(chunk, written))
+    return load(work, parts, keys, hints)
+
+
+def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
+    table = parts.job_table.table
+    return ByKey(
+        parts.job_table.key, hinted(update(table).values(parts.values), table, hints).where
+    )
+
+
+def load(work: Work, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str, str]) -> Found:
+    """The rows or entities with these keys, complete and as they are now, in this order.
+
+    A plain read comes first: it sees what this transaction wrote itself, whatever its snapshot.
+    A row of another table of a mapped class may be newer than the snapshot, so what is missing
+    is read again with a lock, which sees the latest.
+    """
+    found: dict[Key, Any] = {}
+    for lock in (False, True):
+        missing = [key for key in keys if key not in found]
+        make = partial(_reading, lock=lock, hints=hints)
+        for chunk in chunks(missing, CHUNK):
+            reading = parts.prepare(f"reading {lock} {hints}", make)
+            result = work.execute(*reading.of(chunk))
+            items = result.scalars().unique() if parts.entities else result
+            key_of = parts.key_of
+            found.update((key_of(item), item) for item in items)
+    return [(key, found[key]) for key in keys]
+
+
+def _reading(parts: ClaimParts, lock: bool, hints: Mapping[str, str]) -> ByKey:
+    reading = hinted(parts.reading, parts.job_table.table, hints)
+    if lock:
+        reading = reading.with_for_update()
+    key = parts.key_attributes if parts.entities else parts.job_table.key
+    return ByKey(key, reading.where)
+
+
+def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The keys in runs of at most ``size``: databases limit the parameters of a statement."""
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size]
+
+
+def refuse_autocommit(strategy: Strategy, work: Work, why: str) -> None:
+    """Refuse a bind whose driver commits after every statement.
+
+    Asked after a first statement: an engine may begin its transactions by itself, on a driver in
+    autocommit, and only then has done so.
+    """
+    if work.in_autocommit and not strategy.in_transaction(work.connection.connection):
+        raise ClaimError(
+            f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
+            'as engine.execution_options(isolation_level="READ COMMITTED")'
+        )

@@ -1,0 +1,393 @@
+"""MySQL and MariaDB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from sqlalchemy import (
+    ColumnElement,
+    Dialect,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
+
+from atomic_claim.columns import JobTable
+from atomic_claim.conventions import plain_type
+from atomic_claim.elements import DatabaseNow
+from atomic_claim.errors import ClaimError, UnsupportedDialect
+from atomic_claim.statement import LIMIT, ByKey, ClaimParts, ClaimStatement, key_equals, key_in
+
+from .base import (
+    Found,
+    Key,
+    Pooled,
+    Statement,
+    Strategy,
+    Work,
+    chunks,
+    hinted,
+    mark_and_load,
+    refuse_autocommit,
+    require,
+)
+
+NAMES = ("mysql", "mariadb")
+# https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
+# ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK.
+CONFLICTS = frozenset({1020, 1205, 1213})
+# ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
+HELD = frozenset({1205, 3572})
+# Optimisers give up on ranges of very many keys and read the whole index instead.
+CHUNK = 1000
+# So many candidates more than are wanted are read, and tried in one statement if the order allows.
+WINDOW = 16
+
+
+SERIALIZABLE = (
+    "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
+    'workers hold: use isolation_level="READ COMMITTED" or "REPEATABLE READ", at which a claim is '
+    "as safe"
+)
+# Seconds by which the session's zone is ahead of UTC.
+SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
+
+
+class MySQL(Strategy):
+    """One transaction, in which exactly the rows that are claimed are locked.
+
+    .. code-block:: sql
+
+        SELECT jobs.id FROM jobs WHERE <free and due> ORDER BY jobs.created_at LIMIT 10;
+        SELECT jobs.id FROM jobs FORCE INDEX (PRIMARY)
+            WHERE jobs.id IN (...) AND <free and due> FOR UPDATE SKIP LOCKED;
+        UPDATE jobs FORCE INDEX (PRIMARY) SET processing = true WHERE jobs.id IN (...);
+        SELECT ... FROM jobs FORCE INDEX (PRIMARY) WHERE jobs.id IN (...)
+
+    InnoDB locks every index record that a locking statement scans, not only those it returns
+    (manual, "Locks Set by Different SQL Statements in InnoDB"), so an ordered locking read hides
+    the whole queue from other workers. The candidates are read without locks, and of those that
+    others hold the next ones are tried.
+    """
+
+    names = NAMES
+    # A hint for "mysql" renders nothing for mariadb://, so both names are said.
+    hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+
+    def check(self, dialect: Dialect) -> None:
+        if getattr(dialect, "is_mariadb", False):
+            # Behind some servers' own version stands what they tell old clients: 5.5.5-10.11.6.
+            require(dialect, "MariaDB", (10, 6), "SKIP LOCKED", prefix=(5, 5, 5))
+        else:
+            require(dialect, "MySQL", (8, 0, 1), "SKIP LOCKED")
+
+    def is_single(self, parts: ClaimParts) -> bool:
+        return False
+
+    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+        statements = parts.prepare(
+            "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
+        )
+        keys = _Search(self, work, statements, params[LIMIT]).keys()
+        return mark_and_load(work, parts, keys, params, self.hints)
+
+    def change(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+        values: Mapping[Any, Any],
+    ) -> list[Key]:
+        """No RETURNING here: what the guard holds for is locked and read, then written."""
+        changed: list[Key] = []
+        for chunk in chunks(keys, CHUNK):
+            held = self._by_key(select(*job_table.key), job_table, chunk)
+            held = held.where(guard).with_for_update()
+            changed += (found := [tuple(row) for row in work.execute(held)])
+            refuse_autocommit(self, work, "the row locks would be gone before the rows are changed")
+            if found:
+                statement = update(job_table.table).values(dict(values))
+                work.execute(self._by_key(statement, job_table, found))
+        return changed
+
+    def _by_key(self, statement: Statement, job_table: JobTable, keys: Sequence[Key]) -> Statement:
+        found = hinted(statement, job_table.table, self.hints).where(key_in(job_table.key, keys))
+        return cast("Statement", found)
+
+    def changes_at_once(self, keys: Sequence[Key]) -> bool:
+        return False
+
+    @contextmanager
+    def limit_wait(self, work: Work, seconds: float) -> Iterator[None]:
+        """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
+        names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
+        before = work.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
+        _set_session(work, dict.fromkeys(names, max(1, round(seconds))))
+        try:
+            yield
+        finally:
+            _set_session(work, dict(zip(names, before, strict=True)))
+
+    def in_transaction(self, pooled: Pooled) -> bool:
+        driver: Any = pooled.driver_connection
+        status = getattr(driver, "server_status", 0)
+        return bool(isinstance(status, int) and status & 1)  # SERVER_STATUS_IN_TRANS
+
+    def is_naive(self, type_: DateTime) -> bool:
+        """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""
+        return not isinstance(type_, TIMESTAMP)
+
+    def is_conflict(self, error: DBAPIError) -> bool:
+        return self.code(error) in CONFLICTS
+
+    def code(self, error: DBAPIError) -> Any:
+        """The server's error number."""
+        return error.orig.args[0] if error.orig is not None and error.orig.args else None
+
+
+def _set_session(work: Work, settings: Mapping[str, int]) -> None:
+    assignments = ", ".join(f"{name} = {value}" for name, value in settings.items())
+    work.connection.execute(text(f"SET SESSION {assignments}"))
+
+
+class _Statements:
+    """The statements of the sequence, built once per parts."""
+
+    def __init__(self, strategy: MySQL, parts: ClaimParts, *, mariadb: bool) -> None:
+        self.parts = parts
+        self.asks_zone = bool(strategy.naive_columns(parts.job_table))
+        self.table = parts.job_table.table
+        self.key = parts.job_table.key
+        # What has to be known of the session comes with the candidates, for no further round trip.
+        self.session: list[ColumnElement[Any]] = [
+            literal_column("@@tx_isolation" if mariadb else "@@transaction_isolation", String()),
+            # MariaDB's NOWAIT fails with the error after which this rolls everything back.
+            literal_column("@@innodb_rollback_on_timeout" if mariadb else "0", Integer()),
+        ]
+        if self.asks_zone:
+            self.session.append(SKEW)
+        self.candidates = parts.candidates.select().add_columns(*self.session)
+        self.latest = [
+            parts.candidates.only_keys(branch).with_for_update(skip_locked=True, of=self.lock_of)
+            for branch in parts.candidates.branches
+        ]
+
+        # Locks those of the rows that are still free and that nobody holds.
+        self.lock = self._by_key(self._locking(skip_locked=True).where(*parts.conditions))
+        # The same, but only the first ones in the order of the key.
+        self.lock_first = self._by_key(
+            self._locking(skip_locked=True)
+            .where(*parts.conditions)
+            .order_by(*parts.key_attributes)
+            .limit(bindparam(LIMIT, 1, Integer(), literal_execute=True))
+        )
+        # Locks those of the rows that nobody holds, and tells whether they are still free. This
+        # is also what makes it read by key: a SELECT of nothing but the key is covered by the
+        # index, and then scans all of it, forced or not.
+        free = and_(*parts.conditions)
+        self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
+        # The same, or it fails if somebody holds one of the rows.
+        self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
+
+    @property
+    def lock_of(self) -> Any:
+        """The table whose rows are locked, where a mapped class has several."""
+        return self.table if self.parts.spread else None
+
+    def _locking(self, **how: bool) -> Select[Any]:
+        source = self.parts.source(*self.parts.key_attributes)
+        if self.parts.spread:
+            # Else the subclass's table may come first, and MariaDB locks every row of it.
+            source = source.prefix_with("STRAIGHT_JOIN")
+        return source.with_for_update(of=self.lock_of, **how)
+
+    def _by_key(self, statement: Select[Any]) -> ByKey:
+        return ByKey(self.key, hinted(statement, self.table, MySQL.hints).where)
+
+
+class _Search:
+    """One search for rows to claim; all that it finds, it has locked."""
+
+    def __init__(self, strategy: MySQL, work: Work, statements: _Statements, limit: int) -> None:
+        self.strategy = strategy
+        self.work = work
+        self.statements = statements
+        self.limit = limit
+        self.repeatable = False
+        self.may_fail = False
+        self.stale = False
+        self.taken: set[Key] = set()
+        self.tried: set[Key] = set()
+
+    def keys(self) -> list[Key]:
+        """Up to ``limit`` free rows that nobody else holds, in claim order."""
+        seen: list[Key] = []
+        # A few more than are wanted, since others may hold the first ones.
+        reach = self.limit + WINDOW
+        while len(self.taken) < self.limit:
+            seen = self._read_candidates(reach)
+            fresh = [key for key in seen if key not in self.tried]
+            while fresh and len(self.taken) < self.limit:
+                self._lock(fresh)
+                fresh = [key for key in fresh if key not in self.tried]
+            if len(seen) < reach:
+                break
+            # Others hold the head of the queue; all that is read again is keys.
+            reach = 4 * reach + 16
+        # Rows that we only locked are still free in our own reads, so the last one has them all.
+        found = [key for key in seen if key in self.taken]
+        if len(found) < self.limit and self.repeatable and not self.work.own:
+            newer = [key for key in self._read_latest() if key not in self.taken]
+            found += newer[: self.limit - len(found)]
+        return found
+
+    def _read_candidates(self, reach: int) -> list[Key]:
+        try:
+            rows = self.work.execute(self.statements.candidates, {LIMIT: reach}).all()
+        except DBAPIError as error:
+            if self.strategy.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
+                raise ClaimError(SERIALIZABLE) from error
+            raise
+        why = "the row locks would be gone before the rows are marked"
+        refuse_autocommit(self.strategy, self.work, why)
+        if not rows and not self.statements.asks_zone:
+            return []
+        width = len(self.statements.key)
+        said = rows[0][width:] if rows else self._ask()
+        if said[0] == "SERIALIZABLE":
+            raise ClaimError(SERIALIZABLE)
+        if said[2:] and said[2]:
+            zone = f"{int(said[2]) / 3600:+g} h from UTC"
+            self.strategy.refuse_naive(self.statements.parts.job_table, zone)
+        self.repeatable = said[0] == "REPEATABLE-READ"
+        self.may_fail = not said[1]
+        return [tuple(row)[:width] for row in rows]
+
+    def _ask(self) -> Sequence[Any]:
+        return self.work.execute(select(*self.statements.session)).one()
+
+    def _lock(self, fresh: list[Key]) -> None:
+        """Lock the first of the candidates, as many as are still wanted."""
+        wanted = self.limit - len(self.taken)
+        if self.repeatable and not self.work.own:
+            self.tried.update(keys := fresh[: min(wanted, CHUNK)])
+            if self.may_fail:
+                self._lock_without_gaps(keys)
+            else:
+                self._sort_out(self.work.execute(*self.statements.lock_all.of(keys)))
+            return
+        # READ COMMITTED lets go at once of what does not meet the WHERE; ours is over soon.
+        window = fresh[: min(wanted + WINDOW, CHUNK)]
+        if _ascends(window):
+            lock = self.statements.lock_first.of(window, {LIMIT: wanted})
+        else:
+            window = window[:wanted]
+            lock = self.statements.lock.of(window)
+        found = [tuple(row) for row in self.work.execute(*lock)]
+        self.taken.update(found)
+        # What comes behind the last row that was wanted has not been looked at.
+        enough = len(found) == wanted
+        self.tried.update(window[: window.index(found[-1]) + 1] if enough else window)
+
+    def _lock_without_gaps(self, keys: list[Key]) -> None:
+        """Lock in a REPEATABLE READ transaction that may go on for long.
+
+        There SKIP LOCKED locks the gap behind a row that it skips: behind the table's last row,
+        no producer could insert until the transaction ends. NOWAIT fails and locks no gap; what
+        it had locked before, it takes in the next try.
+        """
+        try:
+            self._sort_out(self.work.execute(*self.statements.lock_unless_held.of(keys)))
+        except DBAPIError as error:
+            if self.strategy.code(error) not in HELD:
+                raise
+            if len(keys) > 1:
+                middle = len(keys) // 2
+                self._lock_without_gaps(keys[:middle])
+                self._lock_without_gaps(keys[middle:])
+
+    def _sort_out(self, rows: Iterable[Any]) -> None:
+        for row in rows:
+            if row[-1]:
+                self.taken.add(tuple(row)[:-1])
+            else:
+                self.stale = True
+
+    def _read_latest(self) -> list[Key]:
+        """Rows newer than the snapshot that the caller's REPEATABLE READ transaction reads from.
+
+        Only a locking read sees them, and it locks what it scans; so it is made only when
+        candidates turned out to be claimed or gone, which shows that the snapshot is old.
+        """
+        if not self.stale and not self._some_are_gone():
+            return []
+        return [
+            tuple(row)
+            for latest in self.statements.latest
+            for row in self.work.execute(latest, {LIMIT: self.limit})
+        ]
+
+    def _some_are_gone(self) -> bool:
+        left = list(self.tried - self.taken)
+        if not left or not self.may_fail:
+            return False
+        try:
+            found = [
+                row
+                for chunk in chunks(left, CHUNK)
+                for row in self.work.execute(*self.statements.lock_unless_held.of(chunk))
+            ]
+        except DBAPIError as error:
+            if self.strategy.code(error) not in HELD:
+                raise
+            return False
+        return len(found) < len(left)
+
+
+def _ascends(keys: Sequence[Key]) -> bool:
+    """Whether the claim's order is that of the key, compared as the database does it."""
+    numbers = [key[0] for key in keys if len(key) == 1 and isinstance(key[0], int)]
+    return len(numbers) == len(keys) and numbers == sorted(numbers)
+
+
+@compiles(ClaimStatement, *NAMES)
+def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+    MySQL().check(compiler.dialect)
+    # Text asked for with compile() has no column keys; a statement about to be executed has.
+    if compiler.column_keys is not None:
+        raise UnsupportedDialect(
+            f"one statement cannot return the rows it claims on {compiler.dialect.name}: use "
+            "claim_jobs(bind, table, ...), which runs the sequence that can"
+        )
+    key = tuple(element.table.primary_key)
+    claimable = element.candidates.select(
+        lock=lambda branch: branch.with_for_update(skip_locked=True)
+    ).subquery("claimable")
+    claim = update(element.table).values(element.written)
+    return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
+
+
+@compiles(DatabaseNow, *NAMES)
+def _now(element: DatabaseNow, compiler: SQLCompiler, **kw: Any) -> str:
+    zoned = isinstance(plain_type(element.type), TIMESTAMP) or element.clock == "server"
+    sql = "CURRENT_TIMESTAMP(6)" if zoned else "UTC_TIMESTAMP(6)"
+    if element.offset is None:
+        return sql
+    microseconds = f"ROUND(({compiler.process(element.offset, **kw)}) * 1000000)"
+    if element.floor and not getattr(plain_type(element.type), "fsp", None):
+        # A column without digits of the second rounds what it is given.
+        microseconds += " - 500000"
+    return f"TIMESTAMPADD(MICROSECOND, {microseconds}, {sql})"

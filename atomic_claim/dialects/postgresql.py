@@ -1,0 +1,212 @@
+"""PostgreSQL, and the databases that speak its dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from sqlalchemy import Connection, Dialect, Select, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import DateTime
+
+from atomic_claim.conventions import plain_type
+from atomic_claim.elements import DatabaseNow
+from atomic_claim.errors import ClaimError
+from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm, key_equals
+
+from .base import Found, Pooled, Strategy, Work, load, mark_and_load, require, returned
+
+NAMES = ("postgresql", "cockroachdb", "yugabytedb")
+UTC_NAMES = frozenset(
+    [
+        "utc",
+        "etc/utc",
+        "gmt",
+        "etc/gmt",
+        "zulu",
+        "etc/zulu",
+        "uct",
+        "etc/uct",
+        "universal",
+        "etc/universal",
+        "greenwich",
+        "etc/greenwich",
+        "gmt0",
+        "etc/gmt0",
+        "gmt+0",
+        "etc/gmt+0",
+        "gmt-0",
+        "etc/gmt-0",
+    ]
+)
+# https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
+# deadlock_detected, lock_not_available.
+CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+
+
+class PostgreSQL(Strategy):
+    """One statement.
+
+    .. code-block:: sql
+
+        WITH claimable AS (
+            SELECT jobs.id FROM jobs WHERE <free and due> ORDER BY jobs.created_at LIMIT 10
+            FOR NO KEY UPDATE SKIP LOCKED
+        ), claimed AS (
+            UPDATE jobs SET processing = true FROM claimable WHERE jobs.id = claimable.id
+            RETURNING jobs.id, ...
+        )
+        SELECT claimed.* FROM claimed JOIN claimable ON claimed.id = claimable.id
+        ORDER BY claimable.claim_order_1
+
+    Where a listener may add criteria to a session's SELECTs, the rows are locked by a SELECT of the
+    session's own, and marked by key.
+
+    The row lock keeps the planner from inlining the CTE, so the LIMIT holds whatever the plan;
+    ``NO KEY`` lets rows be claimed to which another transaction is adding children (manual,
+    13.3.2, row-level locks).
+    """
+
+    names = NAMES
+
+    def check(self, dialect: Dialect) -> None:
+        if dialect.name == "postgresql":
+            require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
+
+    def is_single(self, parts: ClaimParts) -> bool:
+        return not parts.spread
+
+    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
+            zone = _time_zone(work)
+            if zone.lower() not in UTC_NAMES:
+                self.refuse_naive(parts.job_table, repr(zone))
+        if parts.entities and work.has_criteria:
+            locked = parts.prepare("locked", _locked_candidates)
+            keys = [tuple(row) for row in work.execute(locked, params)]
+            return mark_and_load(work, parts, keys, params, self.hints)
+        found = returned(parts, work.execute(parts.statement, params))
+        if not parts.spread:
+            return found
+        return load(work, parts, [key for key, _ in found], self.hints)
+
+    def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
+        milliseconds = max(1, round(seconds * 1000))
+        work.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        return nullcontext()
+
+    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
+        """Only psycopg is known here: what BEGIN would say it keeps in these attributes."""
+        driver: Any = connection.connection.driver_connection
+        if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
+            return None
+        if driver.isolation_level is not None or driver.read_only or driver.deferrable:
+            return None
+        return nullcontext() if driver.autocommit else _autocommit(driver)
+
+    def in_transaction(self, pooled: Pooled) -> bool:
+        driver: Any = pooled.driver_connection
+        if hasattr(driver, "is_in_transaction"):  # asyncpg
+            return bool(driver.is_in_transaction())
+        info = getattr(driver, "info", None)
+        status = getattr(info, "transaction_status", 0)  # psycopg and psycopg2: IDLE is 0
+        return bool(status != 0)
+
+    def is_conflict(self, error: DBAPIError) -> bool:
+        found = error.orig
+        code = getattr(found, "sqlstate", None) or getattr(found, "pgcode", None)
+        return code in CONFLICTS
+
+
+@contextmanager
+def _autocommit(driver: Any) -> Iterator[None]:
+    driver.autocommit = True
+    try:
+        yield
+    finally:
+        if not driver.closed:
+            driver.autocommit = False
+
+
+def _time_zone(work: Work) -> str:
+    """The session's time zone; psycopg knows it without asking the server."""
+    driver: Any = work.connection.connection.driver_connection
+    status = getattr(getattr(driver, "info", None), "parameter_status", None)
+    zone = status("TimeZone") if status is not None else None
+    return str(zone or work.connection.scalar(text("SELECT current_setting('TimeZone')")))
+
+
+def _lock(of: Any, changes_key: bool) -> Callable[[Select[Any]], Select[Any]]:
+    return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
+
+
+def _locked_candidates(parts: ClaimParts) -> Select[Any]:
+    of = parts.job_table.table if parts.spread else None
+    return parts.candidates.select(lock=_lock(of, parts.changes_key))
+
+
+@compiles(ClaimStatement, *NAMES)
+def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+    PostgreSQL().check(compiler.dialect)
+    key = tuple(element.table.primary_key)
+    terms = [] if element.single else [OrderTerm.of(term) for term in element.order_terms]
+    names = [f"{ORDER}{place}" for place in range(1, len(terms) + 1)]
+
+    # A CTE must not be called like the table that is updated.
+    table_name = getattr(element.table, "name", None)
+    claimable_name, claimed_name = (
+        name + "_" if table_name == name else name for name in ("claimable", "claimed")
+    )
+
+    lock = _lock(element.table if element.spread else None, element.changes_key)
+    claimable = element.candidates.select(terms=not element.single, lock=lock).cte(claimable_name)
+    taken = list(claimable.columns)[: len(key)]
+    update = element.where(key_equals(key, taken))
+    sql = compiler.visit_update(update, guard_clock=element.guarded, **kw)
+    if element.single:
+        return sql
+    # compiler.ctes holds the text of each CTE: the UPDATE becomes one more of them.
+    before, ctes, statement = sql.partition(", \n".join((compiler.ctes or {}).values()))
+    if not statement:
+        raise ClaimError(
+            "where has a CTE with nesting=True, which a claim cannot hold: leave it out"
+        )
+    quote = compiler.preparer.quote
+    same = " AND ".join(
+        f"{claimed_name}.{quote(column.name)} = {claimable_name}.{quote(other.name)}"
+        for column, other in zip(key, taken, strict=True)
+    )
+    order = ", ".join(
+        f"{claimable_name}.{name}{term.suffix}" for term, name in zip(terms, names, strict=True)
+    )
+    return (
+        f"{before}{ctes}, \n{claimed_name} AS \n({statement.strip()})\n SELECT {claimed_name}.* \n"
+        f"FROM {claimed_name} JOIN {claimable_name} ON {same} \nORDER BY {order}"
+    )
+
+
+@compiles(DatabaseNow, *NAMES)
+def _now(
+    element: DatabaseNow, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
+) -> str:
+    # now() would be the start of the transaction, which may be long ago.
+    sql = "statement_timestamp()"
+    if element.offset is not None:
+        sql = f"({sql} + make_interval(secs => {compiler.process(element.offset, **kw)}))"
+    type_ = plain_type(element.type)
+    if isinstance(type_, DateTime) and type_.timezone:
+        return sql
+    if element.clock == "server":
+        return f"CAST({sql} AS TIMESTAMP WITHOUT TIME ZONE)"
+    sql = f"timezone('UTC', {sql})"
+    if element.clock == "unsaid" and guard_clock:
+        # Nobody of ours is there to look at the session when the caller executes a construct.
+        names = ", ".join(f"'{name}'" for name in sorted(UTC_NAMES))
+        refusal = "'JobTable(naive_times=...) has to say what times mean in ' || "
+        zone = "current_setting('TimeZone')"
+        refusal = f"CAST({refusal}{zone} AS TIMESTAMP WITHOUT TIME ZONE)"
+        return f"(CASE WHEN lower({zone}) IN ({names}) THEN {sql} ELSE {refusal} END)"
+    return sql

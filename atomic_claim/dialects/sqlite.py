@@ -1,0 +1,235 @@
+"""SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+from sqlalchemy import CTE, Connection, Dialect, Result, false, text, tuple_, type_coerce, update
+from sqlalchemy.engine import result_tuple
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.types import NullType, String
+
+from atomic_claim.elements import DatabaseNow
+from atomic_claim.errors import UnsupportedDialect
+from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm
+
+from .base import (
+    Found,
+    Pooled,
+    Strategy,
+    Work,
+    mark_and_load,
+    refuse_autocommit,
+    require,
+    returned,
+)
+
+MARK = "/* claimable */"
+
+
+class SQLite(Strategy):
+    """One statement, which takes the write lock before it reads.
+
+    .. code-block:: sql
+
+        UPDATE jobs SET processing = 1 WHERE jobs.id IN (
+            SELECT jobs.id FROM jobs WHERE <free and due> ORDER BY jobs.created_at LIMIT 10)
+        RETURNING id, ...
+
+    ``RETURNING`` has no order (https://www.sqlite.org/lang_returning.html). Numbers and times
+    that the claim leaves as they are come back as they are stored, and are put in SQLite's own
+    order of stored values; where the order depends on a collation, on an expression, or on what
+    the claim writes, the database says it:
+
+    .. code-block:: sql
+
+        UPDATE jobs SET id = id WHERE 0 = 1;   -- takes the write lock, changes nothing
+        SELECT jobs.id FROM jobs WHERE <free and due> ORDER BY lower(jobs.name) LIMIT 10;
+        UPDATE jobs SET processing = 1 WHERE jobs.id IN (...);
+        SELECT ... FROM jobs WHERE jobs.id IN (...)
+    """
+
+    names = ("sqlite",)
+
+    def check(self, dialect: Dialect) -> None:
+        require(dialect, "SQLite", (3, 35), "RETURNING")
+
+    def is_single(self, parts: ClaimParts) -> bool:
+        if parts.spread or _has_cte(*parts.values.values()):
+            return False
+        return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
+
+    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        if not self.is_single(parts) or (parts.entities and work.has_criteria):
+            return self._claim_by_key(work, parts, params)
+        if parts.single:
+            return returned(parts, work.execute(parts.statement, params))
+        return _in_order(parts, work.execute(parts.prepare("sqlite", _with_terms), params))
+
+    def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        self._lock(work, parts)
+        refuse_autocommit(self, work, "another claim could come between this one's statements")
+        keys = [tuple(row) for row in work.execute(parts.candidates.select(), params)]
+        return mark_and_load(work, parts, keys, params, self.hints)
+
+    def _lock(self, work: Work, parts: ClaimParts) -> None:
+        """Take the write lock as the transaction's first statement would, and change nothing."""
+        table, key = parts.job_table.table, parts.job_table.key[0]
+        work.execute(update(table).values({key: key}).where(false()))
+
+    def commit(self, connection: Connection) -> None:
+        """A COMMIT that finds the file busy leaves the transaction open.
+
+        SQLAlchemy takes it for ended, and would give the connection back to the pool as it is.
+        """
+        pooled = connection.connection
+        if not self.in_transaction(pooled) or not _is_legacy(pooled.driver_connection):
+            return
+        try:
+            connection.exec_driver_sql("COMMIT")
+        except DBAPIError:
+            connection.exec_driver_sql("ROLLBACK")
+            raise
+
+    @contextmanager
+    def limit_wait(self, work: Work, seconds: float) -> Iterator[None]:
+        before = work.connection.scalar(text("PRAGMA busy_timeout"))
+        milliseconds = max(1, round(seconds * 1000))
+        work.connection.execute(text(f"PRAGMA busy_timeout = {milliseconds}"))
+        try:
+            yield
+        finally:
+            work.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
+
+    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
+        driver: Any = connection.connection.driver_connection
+        if not isinstance(driver, sqlite3.Connection) or not _is_legacy(driver):
+            return None
+        return nullcontext() if driver.isolation_level is None else _autocommit(driver)
+
+    def in_transaction(self, pooled: Pooled) -> bool:
+        driver: Any = pooled.driver_connection
+        return bool(driver.in_transaction)
+
+    def is_conflict(self, error: DBAPIError) -> bool:
+        code = getattr(error.orig, "sqlite_errorcode", None)
+        # The low byte is the primary result code: https://www.sqlite.org/rescode.html
+        return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+    def cure(self) -> str:
+        return (
+            "roll back, and claim as the first statement of the transaction: a transaction that "
+            "has read cannot become a writer once another connection has written "
+            "(https://www.sqlite.org/lang_transaction.html)"
+        )
+
+
+def _is_legacy(driver: Any) -> bool:
+    """Whether there is no transaction but what was begun.
+
+    From Python 3.12 on ``autocommit=False`` keeps one open at all times.
+    """
+    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
+    return bool(getattr(driver, "autocommit", legacy) == legacy)
+
+
+@contextmanager
+def _autocommit(driver: Any) -> Iterator[None]:
+    before = driver.isolation_level
+    driver.isolation_level = None
+    try:
+        yield
+    finally:
+        driver.isolation_level = before
+
+
+def _has_cte(*clauses: Any) -> bool:
+    return any(
+        isinstance(part, CTE)
+        for clause in clauses
+        if isinstance(clause, ClauseElement)
+        for part in visitors.iterate(clause)
+    )
+
+
+def _terms(parts: ClaimParts) -> list[OrderTerm]:
+    return [OrderTerm.of(term) for term in parts.order]
+
+
+def _with_terms(parts: ClaimParts) -> ClaimStatement:
+    """The claim with the terms of its order behind what it returns, as they are stored."""
+    stored = [
+        type_coerce(term.element, NullType()).label(f"{ORDER}{place}")
+        for place, term in enumerate(_terms(parts), 1)
+    ]
+    return cast("ClaimStatement", parts.statement.returning(*stored))
+
+
+def _in_order(parts: ClaimParts, result: Result[Any]) -> Found:
+    """What was returned, in the order that SQLite gives to the stored values."""
+    terms = _terms(parts)
+    names = list(result.keys())
+    width = len(names) - len(terms)
+    rows = [tuple(row) for row in result]
+    items: list[Any] = [row[0] for row in rows]
+    if not parts.entities:
+        columns = [(column,) for column in parts.job_table.table.columns]
+        make = result_tuple(names[:width], columns)
+        items = [make(row[:width]) for row in rows]
+    key_of = parts.key_of
+    found = [((key_of(item), item), row[width:]) for item, row in zip(items, rows, strict=True)]
+    for place, term in reversed(list(enumerate(terms))):
+        nulls = [pair for pair in found if pair[1][place] is None]
+        others = [pair for pair in found if pair[1][place] is not None]
+        others.sort(
+            key=lambda pair, place=place: _storage_class(pair[1][place]),  # type: ignore[misc]
+            reverse=term.descending,
+        )
+        # NULL is the smallest value: https://www.sqlite.org/datatype3.html#sort_order
+        first = not term.descending if term.nulls_first is None else term.nulls_first
+        found = nulls + others if first else others + nulls
+    return [pair[0] for pair in found]
+
+
+def _storage_class(value: Any) -> tuple[int, Any]:
+    """Numbers before text before blobs, as SQLite compares them."""
+    return (1 if isinstance(value, str) else 2 if isinstance(value, bytes) else 0), value
+
+
+@compiles(ClaimStatement, "sqlite")
+def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+    SQLite().check(compiler.dialect)
+    if _has_cte(*element.written.values()):
+        raise UnsupportedDialect(
+            "values with a CTE make a statement that starts with WITH, for which sqlite3 begins no "
+            "transaction: use claim_jobs(bind, table, ...)"
+        )
+    key = tuple(element.table.primary_key)
+    target = key[0] if len(key) == 1 else tuple_(*key)
+    candidates = element.candidates.select().correlate(None).prefix_with(MARK)
+    sql = compiler.visit_update(element.where(target.in_(candidates)), **kw)
+    # A WITH of the user's goes into the subquery, so that sqlite3 sees an UPDATE and begins.
+    ctes = ", \n".join((compiler.ctes or {}).values())
+    before, _, statement = sql.partition(ctes) if ctes else ("", "", sql)
+    return statement.lstrip().replace(f"SELECT {MARK}", f"{before}{ctes} SELECT".lstrip())
+
+
+@compiles(DatabaseNow, "sqlite")
+def _now(element: DatabaseNow, compiler: SQLCompiler, **kw: Any) -> str:
+    # SQLAlchemy writes six digits of the second, %f gives three; as text they must be as long,
+    # since '20:00:00.000000' is not <= '20:00:00'.
+    form, padding = "%Y-%m-%d %H:%M:%f", " || '000'"
+    if element.clock.startswith("text:"):
+        form, padding = element.clock.removeprefix("text:"), ""
+    modifiers = ", 'localtime'" if element.clock == "server" else ""
+    if element.offset is not None:
+        modifiers = f", ({compiler.process(element.offset, **kw)}) || ' seconds'{modifiers}"
+    literal = compiler.render_literal_value(form, String())
+    return f"(strftime({literal}, 'now'{modifiers}){padding})"

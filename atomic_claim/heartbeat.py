@@ -1,0 +1,248 @@
+"""Leases that are kept while the work goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Engine, Float, literal
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from .binds import run_in
+from .claim import Key
+from .dialects import Strategy, Work
+from .errors import ClaimConflict, ClaimError, ClaimLost
+from .lease import Ended, Held, Owned, ended_here, extension, owned_rows
+
+OnLost = Callable[[tuple[Key, ...]], Any]
+
+LONGEST_WAIT = 0.25
+"""Seconds that a beat waits for a lock at most: the end of the block waits for the beat."""
+LONGEST_END = 1.0
+"""Seconds that the end of the block waits for a beat that does not come back."""
+
+
+class Keeper:
+    """What a block learns of the leases that are kept for it."""
+
+    def __init__(self, beat: Beat) -> None:
+        self._beat = beat
+
+    def __repr__(self) -> str:
+        return f"<Keeper, {len(self.lost)} lost>"
+
+    @property
+    def lost(self) -> tuple[Key, ...]:
+        """The keys of the rows that are no longer the claim's, a tuple each.
+
+        All of them are once no beat has got through for as long as the lease.
+        """
+        beat = self._beat
+        gone = beat.lost.union(beat.remaining) if beat.is_over else beat.lost
+        return tuple(key for key in beat.owned.keys if key in gone and key not in beat.ended)
+
+    def check(self) -> None:
+        """Raise ``ClaimLost`` if a row is no longer the claim's."""
+        if lost := self.lost:
+            raise ClaimLost(
+                f"{len(lost)} jobs are no longer this claim's, their keys: "
+                f"{list(lost)!r}; stop working on them",
+                keys=lost,
+            )
+
+
+@contextmanager
+def keep_claims(
+    bind: Engine | sessionmaker[Any],
+    claim: Held,
+    *,
+    every: timedelta | None = None,
+    on_lost: OnLost | None = None,
+) -> Iterator[Keeper]:
+    """Extend the leases of a claim from a thread while the block runs.
+
+    Rows that the block itself has locked (by a completion that is not yet committed) are passed
+    over, and never waited for; those that it has ended are let go. If the database cannot be
+    reached, it is tried again, and when the lease is over the rows count as lost.
+
+    Args:
+        bind: an ``Engine`` or ``sessionmaker``, since the thread needs a connection of its own.
+        claim: what ``claim_jobs`` returned with a ``lease``, or a ticket of it. It must be
+            committed.
+        every: how often; a third of the lease if left out.
+        on_lost: called from the thread with the keys of rows that are no longer the claim's.
+
+    Yields:
+        A :class:`Keeper`, whose ``lost`` and ``check()`` tell the block what it lost.
+
+    Raises:
+        ClaimError: the claim has no lease, is not committed, or the bind is no ``Engine`` or
+            ``sessionmaker``.
+    """
+    beat = prepared_beat(bind, claim, every)
+    stopped = threading.Event()
+
+    def run() -> None:
+        try:
+            while not stopped.wait(beat.pause()):
+                if (lost := beat.once()) and on_lost is not None:
+                    on_lost(lost)
+        except BaseException:
+            beat.give_up()
+            raise
+
+    thread = threading.Thread(target=run, name="atomic_claim.keep_claims", daemon=True)
+    thread.start()
+    try:
+        yield beat.keeper
+    finally:
+        beat.stop()
+        stopped.set()
+        thread.join(LONGEST_END)
+
+
+class Beat:
+    """One claim's heartbeat: what is done each time, and what it found out."""
+
+    def __init__(self, bind: Any, owned: Owned, every: timedelta) -> None:
+        assert owned.lease is not None
+        assert owned.token is not None
+        self.bind = bind
+        self.owned = owned
+        self.every = every.total_seconds()
+        self.lease = owned.lease.total_seconds()
+        self.values = extension(owned.job_table, owned.lease)
+        self.keeper = Keeper(self)
+        self.remaining = owned.keys
+        self.lost: frozenset[Key] = frozenset()
+        self.ended = ended_here.setdefault(owned.token, Ended())
+        self.least = max(self.lease / 2, 2 * self.every)
+        self.reached = time.monotonic() - max(0, self.lease - self.least)
+        self.failed = False
+        self.stopped: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rows may be others' because none of the last beats got through."""
+        now = time.monotonic() if self.stopped is None else self.stopped
+        return now - self.reached >= self.lease
+
+    def stop(self) -> None:
+        """Keep what is known now: what becomes of the rows later is not the block's affair."""
+        self.stopped = time.monotonic()
+
+    def pause(self) -> float:
+        """Seconds until the next beat; short after one that did not get through."""
+        return min(self.every, 0.5) if self.failed else self.every
+
+    def once(self) -> tuple[Key, ...]:
+        """Extend what is still ours; the keys that turned out to be lost."""
+        if not self.remaining:
+            return ()
+        began = time.monotonic()
+        found = self._run(self._extend)
+        self.failed = found is None
+        if found is None:
+            # On SQLite nobody can write while the block's own transaction has, and nobody does.
+            found = self._run(self._look)
+        if found is None:
+            return self.give_up() if self.is_over else ()
+        lost = self._keep(found)
+        self.reached = began
+        return lost
+
+    def give_up(self) -> tuple[Key, ...]:
+        """Count all that is left as lost."""
+        return self._keep(set())
+
+    def outlasts(self) -> ColumnElement[bool]:
+        """True for a row whose lease is in no danger before the first beat."""
+        job_table, seconds = self.owned.job_table, literal(self.least, Float())
+        condition: ColumnElement[bool] = job_table.lease > job_table.now(job_table.lease, seconds)
+        return condition
+
+    def _keep(self, ours: set[Key]) -> tuple[Key, ...]:
+        gone = [key for key in self.remaining if key not in ours]
+        lost = tuple(key for key in gone if key not in self.ended)
+        self.remaining = tuple(key for key in self.remaining if key in ours)
+        self.lost = self.lost.union(lost)
+        return lost
+
+    def _run(self, run: Callable[[Strategy, Work], set[Key]]) -> set[Key] | None:
+        """What it finds, or None if it did not get through."""
+        try:
+            return run_in(self.bind, self.owned.job_table, run, single=lambda _: False, tries=1)
+        except ClaimConflict:
+            return None
+        except ClaimError:
+            raise
+        except Exception:  # noqa: BLE001 - drivers raise what they like when they cannot connect
+            return None
+
+    def _extend(self, strategy: Strategy, work: Work) -> set[Key]:
+        job_table, guard = self.owned.job_table, self.owned.guard()
+        with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
+            free = strategy.unlocked(work, job_table, self.remaining, guard)
+            # Running and not locked: an end that the block had begun was rolled back.
+            self.ended.difference_update(free)
+            strategy.change(work, job_table, free, guard, self.values)
+            return set(free) | self._standing(work, set(self.remaining).difference(free))
+
+    def _look(self, strategy: Strategy, work: Work) -> set[Key]:
+        with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
+            return self._standing(work, set(self.remaining))
+
+    def _standing(self, work: Work, keys: set[Key]) -> set[Key]:
+        """Those that are ours as far as is committed: the block itself may have them locked."""
+        ours = set(self.owned.visible(work, tuple(keys), self.owned.guard()))
+        if rest := tuple(keys.difference(ours)):
+            self.ended.update(self.owned.visible(work, rest, self.owned.is_ended()))
+        return ours
+
+
+def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
+    """The heartbeat of a claim, if there is a claim that could be kept."""
+    if not isinstance(bind, (Engine, sessionmaker)):
+        raise ClaimError(
+            f"keep_claims needs an Engine or sessionmaker, for a connection of its own; {bind!r} "
+            "is the caller's"
+        )
+    owned = owned_rows(claim, None, unfenced=False)
+    if owned.lease is None:
+        raise ClaimError("the claim has no lease to keep: claim_jobs(..., lease=timedelta(...))")
+    every = owned.lease / 3 if every is None else every
+    if not timedelta(0) < every < owned.lease:
+        raise ClaimError(f"every is {every!r}; expected less than the lease, {owned.lease!r}")
+
+    beat = Beat(bind, owned, every)
+
+    def look(_: Strategy, work: Work) -> tuple[set[Key], set[Key]]:
+        _refuse_single(work.connection.engine)
+        seen = set(owned.visible(work, owned.keys, owned.guard()))
+        return seen, set(owned.visible(work, owned.keys, owned.guard(), beat.outlasts()))
+
+    seen, safe = run_in(bind, owned.job_table, look, single=lambda _: False)
+    if missing := [key for key in owned.keys if key not in seen]:
+        raise ClaimError(
+            f"the claim of {missing!r} is not to be seen from another connection: commit it "
+            "before keep_claims, or it is lost already"
+        )
+    if len(safe) < len(seen):
+        # Claimed a while ago: the first beat may not wait.
+        beat.once()
+    return beat
+
+
+def _refuse_single(engine: Engine) -> None:
+    """Refuse a pool whose connection is the block's own, or leads to another database."""
+    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+        raise ClaimError(
+            f"keep_claims needs a connection beside the block's, and the engine's "
+            f"{type(engine.pool).__name__} has one connection: use another pool, and on SQLite a "
+            "file in place of memory"
+        )

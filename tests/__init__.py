@@ -1,0 +1,1 @@
+"""Tests of atomic_claim, against real servers."""

@@ -1,0 +1,107 @@
+"""The fixture `database`, what the report says of the servers, and what becomes of missing ones."""
+
+import os
+import platform
+import signal
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import pytest
+import sqlalchemy as sa
+
+from tests.databases import KINDS, NAMES, Database, SQLiteDatabase
+from tests.processes import Workspace
+from tests.servers import DatabaseServer, Unavailable
+
+servers_key = pytest.StashKey[dict[str, DatabaseServer]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make room for the servers, which are stopped when pytest ends, interrupted or not."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So it is for whoever was started in the background, and for all that they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    workspace = Workspace()
+    config.add_cleanup(workspace.close)
+    config.stash[servers_key] = {name: server(workspace) for name, (server, _) in KINDS.items()}
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Name every database and version that the tests would use, without starting any."""
+    servers = config.stash[servers_key].values()
+    return [
+        f"SQLAlchemy {sa.__version__}, Python {platform.python_version()}",
+        f"SQLite {sqlite3.sqlite_version}",
+        *(server.describe() for server in servers),
+    ]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Name every server that the tests did use, by its own words."""
+    started = [server for server in config.stash[servers_key].values() if server.started]
+    if started:
+        terminalreporter.section("servers")
+    for server in started:
+        terminalreporter.write_line(f"{server.title}: {server.version}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test once for each database, or for those that its marker names."""
+    marker = metafunc.definition.get_closest_marker("databases")
+    if unknown := set(marker.args if marker else ()) - set(NAMES):
+        raise pytest.UsageError(f"{metafunc.definition.nodeid}: no such database: {unknown}")
+    if "database" in metafunc.fixturenames:
+        metafunc.parametrize("database", marker.args if marker else NAMES, indirect=True)
+
+
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test, except in CI, where every database has to be there."""
+    if os.environ.get("CI"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def servers(request: pytest.FixtureRequest) -> dict[str, DatabaseServer]:
+    """The servers of this run by name; each starts when its `admin` is first asked for."""
+    return request.config.stash[servers_key]
+
+
+@pytest.fixture
+def workspace() -> Iterator[Workspace]:
+    """Room for servers of one test's own."""
+    with Workspace() as workspace:
+        yield workspace
+
+
+@contextmanager
+def fresh_database(
+    name: str, config: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Database]:
+    """An empty database of a kind, or a skipped test."""
+    reason = ""
+    try:
+        made: Database
+        if name == "sqlite":
+            made = SQLiteDatabase(tmp_path_factory.mktemp("sqlite"))
+        else:
+            made = KINDS[name][1](config.stash[servers_key][name])
+    except Unavailable as error:
+        reason = str(error)
+    if reason:
+        skip_or_fail(reason)
+    with made:
+        yield made
+
+
+@pytest.fixture
+def database(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Database]:
+    """An empty database, one after another of each kind."""
+    with fresh_database(request.param, request.config, tmp_path_factory) as made:
+        yield made

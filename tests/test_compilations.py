@@ -1,0 +1,143 @@
+"""A claim is compiled once a shape, however often it is made."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Column, DateTime, Integer, String
+from sqlalchemy.orm import Session
+
+from atomic_claim import JobTable, claim_jobs, claim_statement
+from tests.databases import Database
+from tests.jobs import bound, fill, ids, job_table, mapped
+from tests.statements import compiled_by
+
+# A sequence of several statements, in a transaction with its own round trips, takes its time.
+CLAIMS = {"sqlite": 1001, "postgresql": 1001}
+FEWER = 200
+# Candidates, lock, mark and load; elsewhere the claim is one statement.
+STATEMENTS = {"mysql": 4, "mariadb": 4}
+ROLES: dict[str, Any] = {
+    "worker": "worker",
+    "token": "claim_token",
+    "lease": "lease_until",
+    "attempts": "attempts",
+}
+Options = Callable[[Any, int], dict[str, Any]]
+
+one_statement = pytest.mark.databases("sqlite", "postgresql")
+by_rows_and_entities = pytest.mark.parametrize("kind", ["engine", "session"])
+
+
+def made(database: Database, kind: str, count: int = 60) -> tuple[sa.Engine, JobTable]:
+    """An engine, and a table of more free jobs than will be claimed."""
+    engine = database.engine()
+    if database.name == "sqlite":
+        sa.event.listen(engine, "connect", hasten)
+    table = job_table(
+        Column("worker", String(20)),
+        Column("claim_token", String(32)),
+        Column("lease_until", DateTime),
+        Column("attempts", Integer, nullable=False, default=0),
+    )
+    fill(engine, table, count + 1)
+    given = mapped(table) if kind == "session" else table
+    return engine, JobTable(given, state="processing", **ROLES)
+
+
+def hasten(connection: Any, _record: object) -> None:
+    """Have SQLite wait for no disk: a thousand commits are waited for otherwise."""
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+def plain(_table: Any, _turn: int) -> dict[str, Any]:
+    """Nothing but a limit."""
+    return {}
+
+
+def leased(_table: Any, turn: int) -> dict[str, Any]:
+    """Another worker and another lease each time."""
+    return {"worker": f"worker {turn}", "lease": timedelta(hours=1, seconds=turn)}
+
+
+def composed(table: Any, turn: int) -> dict[str, Any]:
+    """Conditions, an order and values that are made anew each time, with other values in them."""
+    return {
+        "where": [table.c.id > -turn, sa.or_(table.c.note.is_(None), table.c.note != f"{turn}")],
+        "order_by": [table.c.created_at.desc(), table.c.id],
+        "values": {table.c.note: f"turn {turn}"},
+    }
+
+
+@by_rows_and_entities
+@pytest.mark.parametrize("options", [plain, leased, composed])
+def test_one_shape_is_compiled_once(database: Database, kind: str, options: Options) -> None:
+    """Over a thousand claims of one shape come from one compilation of each statement."""
+    count = CLAIMS.get(database.name, FEWER) if options is not leased else FEWER
+    engine, jobs = made(database, kind, count)
+    compiled = compiled_by(engine)
+    claimed: set[int] = set()
+    with bound(engine, kind) as bind:
+        for turn in range(count):
+            claimed.update(ids(claim_jobs(bind, jobs, **options(jobs.table, turn))))
+            if isinstance(bind, Session):
+                bind.commit()
+    assert len(claimed) == count
+    assert len(compiled) == STATEMENTS.get(database.name, 1)
+
+
+@by_rows_and_entities
+@one_statement
+def test_limits_are_one_shape(database: Database, kind: str) -> None:
+    """All limits above one come from one compilation; a limit of one has a cheaper text."""
+    engine, jobs = made(database, kind)
+    compiled = compiled_by(engine)
+    with bound(engine, kind) as bind:
+        found = [len(claim_jobs(bind, jobs, limit)) for limit in (2, 3, 1, 7, 2, 1, 30)]
+    assert found == [2, 3, 1, 7, 2, 1, 30]
+    assert len(compiled) == 2
+
+
+@by_rows_and_entities
+@one_statement
+def test_equal_declarations_share_their_text(database: Database, kind: str) -> None:
+    """A `JobTable` that is declared anew for every claim still finds the compiled text."""
+    engine, jobs = made(database, kind)
+    compiled = compiled_by(engine)
+    with bound(engine, kind) as bind:
+        for turn in range(1, 21):
+            declared = JobTable(jobs.entity or jobs.table, state="processing", **ROLES)
+            assert ids(claim_jobs(bind, declared)) == [turn]
+    assert len(compiled) == 1
+
+
+@one_statement
+def test_the_construct_is_compiled_once(database: Database) -> None:
+    """So does a construct that is made anew for every execution."""
+    engine, jobs = made(database, "session")
+    compiled = compiled_by(engine)
+    with Session(engine) as session:
+        for turn in range(1, 21):
+            assert ids(session.scalars(claim_statement(jobs))) == [turn]
+    assert len(compiled) == 1
+
+
+def test_a_construct_without_a_cache_key_is_compiled_again(database: Database) -> None:
+    """The twin: a subclass of Update that says nothing of its cache key is compiled every time."""
+    engine, jobs = made(database, "engine")
+
+    class Uncached(sa.Update):
+        pass
+
+    compiled = compiled_by(engine)
+    with engine.connect() as connection:
+        for turn in range(1, 4):
+            claim = Uncached(jobs.table).where(jobs.table.c.id == turn).values(processing=True)
+            if turn == 1:
+                with pytest.warns(sa.exc.SAWarning, match="will not make use of SQL compilation"):
+                    connection.execute(claim)
+            else:
+                connection.execute(claim)
+    assert len(compiled) == 3

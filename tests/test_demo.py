@@ -1,0 +1,567 @@
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from atomic_claim import claim_jobs
+from atomic_claim.cli import main, workload
+from atomic_claim.cli.database import CommandError, complaint, masked, parse_url
+from atomic_claim.cli.workload import Half, RunJob, Workload
+from tests.databases import Database, SQLiteDatabase
+
+typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
+
+REPOSITORY = Path(__file__).parent.parent
+PASSWORD = "Swordfish-7"  # noqa: S105 - to be looked for in what is said
+VARIABLES = ("ATOMIC_CLAIM_URL", "DATABASE_URL")
+# The loop shows itself at its first step already, so once would do almost always.
+ATTEMPTS = 3
+PATIENCE = 60
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    def refused(self) -> str:
+        """The one line of a command that could not do what it was asked for."""
+        assert self.code == 2, self
+        assert not self.out
+        assert self.err.startswith("atomic-claim: "), self
+        assert self.err.endswith("\n"), self
+        assert self.err.count("\n") == 1, self
+        assert PASSWORD not in self.err
+        return self.err
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No URL from outside, and a terminal of 80 columns without colours."""
+    for name in (*VARIABLES, "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process."""
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["atomic-claim", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return run
+
+
+def real(*arguments: str, **options: Any) -> Ended:
+    """The command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "atomic_claim", *arguments],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+        **options,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@contextmanager
+def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command while it runs, in a process group of its own, as a shell starts it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atomic_claim", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def address(database: Database) -> str:
+    """What is given as --url; of SQLite a file that is there."""
+    if isinstance(database, SQLiteDatabase):
+        database.path.touch()
+    return database.url.render_as_string(hide_password=False)
+
+
+def tables(database: Database) -> list[str]:
+    """The tables that are in the database."""
+    return sa.inspect(database.engine()).get_table_names()
+
+
+def table_in_use(database: Database) -> str:
+    """The demo's table, as soon as a job in it has been taken."""
+    engine = database.engine(poolclass=NullPool)
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        for name in sa.inspect(engine).get_table_names():
+            with engine.connect() as connection:
+                if connection.scalar(sa.text(f"SELECT count(*) FROM {name} WHERE processing")):
+                    return name
+        time.sleep(0.05)
+    raise TimeoutError("the demo has not begun")
+
+
+def half(*jobs: int, count: int | None = None, name: str = "legacy loop") -> Half:
+    """What a loop did with two workers that ran these jobs in turn."""
+    runs = [workload.Run(job, n % 2, n / 10, n / 10 + 0.05) for n, job in enumerate(jobs)]
+    return Half(name, Workload(2, count or len(set(jobs)), 1), runs)
+
+
+def test_counts_come_from_the_record_of_the_work() -> None:
+    """Jobs run more than once, runs beyond the first and jobs never run are told apart."""
+    found = half(1, 2, 2, 2, 3, 3, count=5)
+    assert found.doubled == {2, 3}
+    assert found.extra_runs == 3
+    assert found.lost == 2
+    assert found.claims_per_second == pytest.approx(6 / 0.55)
+    assert not found.exact
+    assert not half(1, 2, count=3).exact
+    assert half(1, 2, 3).exact
+
+
+def test_the_claim_is_exact_and_the_legacy_loop_is_not(database: Database) -> None:
+    """On each database the claim has every job run once; the loop has some run again."""
+    url = address(database)
+    for _ in range(ATTEMPTS):
+        ended = real("demo", "--jobs", "300", "--url", url, "--json")
+        assert ended.code == 0, ended
+        assert ended.err == ""
+        figures = json.loads(ended.out)
+        assert figures["exact"] is True
+        claimed = figures["halves"]["claim_jobs"]
+        assert (
+            claimed["jobs"] == claimed["times_claimed"] == sum(claimed["claimed_by_worker"]) == 300
+        )
+        assert claimed["duplicates"] == claimed["extra_runs"] == claimed["lost"] == 0
+        legacy = figures["halves"]["legacy_loop"]
+        assert legacy["lost"] == 0
+        assert legacy["times_claimed"] == 300 + legacy["extra_runs"]
+        assert tables(database) == []
+        if legacy["duplicates"]:
+            break
+    else:
+        pytest.fail(f"the legacy loop had no duplicates in {ATTEMPTS} runs")
+
+
+def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
+    """Without a URL one table is printed, no bars where there is no terminal, nothing is left."""
+    ended = real("demo", "--jobs", "100", env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert ended.code == 0
+    assert ended.err == ""
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"SQLite {sqlite3.sqlite_version}: 100 jobs, 4 workers, limit 10")
+    assert sum(line.startswith(" legacy loop ") for line in lines) == 1
+    claimed = next(line for line in lines if line.startswith(" claim_jobs "))
+    assert claimed.split()[1:6] == ["100", "100", "0", "0", "0"]
+    assert lines[-1].strip() == "claim_jobs: every job ran exactly once."
+    assert all(len(line) <= 80 for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_goes_to_the_terminal(tmp_path: Path) -> None:
+    """On a terminal both halves have a bar, which is not on standard output."""
+    pty = pytest.importorskip("pty", reason="no terminals to try on this system")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "atomic_claim", "demo", "--jobs", "50", "--workers", "2", "--json"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "TMPDIR": str(tmp_path)},
+    )
+    os.close(theirs)
+    shown = ""
+    # At the other side's end Linux says EIO.
+    with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as terminal:
+        while chunk := terminal.read(10_000):
+            shown += chunk.decode(errors="replace")
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert json.loads(out)["exact"] is True
+    assert "legacy loop" in shown
+    assert "claim_jobs" in shown
+    assert "50/50" in shown
+
+
+def test_the_table_is_dropped_on_ctrl_c(database: Database) -> None:
+    """Ctrl-C, which a terminal sends to the workers too, leaves nothing behind."""
+    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+        assert table_in_use(database).startswith("atomic_claim_demo_")
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert Ended(process.returncode, out, err) == Ended(130, "", "atomic-claim: interrupted\n")
+    assert tables(database) == []
+
+
+@pytest.mark.databases("sqlite")
+def test_the_table_is_dropped_when_killed(database: Database) -> None:
+    """The signal by which processes are asked to end leaves nothing behind either."""
+    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+        table_in_use(database)
+        process.terminate()
+        out, err = process.communicate(timeout=PATIENCE)
+    assert Ended(process.returncode, out, err) == Ended(143, "", "")
+    assert tables(database) == []
+
+
+def test_the_table_is_dropped_after_an_error(database: Database) -> None:
+    """A worker that fails ends the demo by one line, and the table goes all the same."""
+    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+        name = table_in_use(database)
+        waits = {"connect_args": {"timeout": PATIENCE}} if database.name == "sqlite" else {}
+        with database.engine(**waits).begin() as connection:
+            connection.execute(sa.text(f"ALTER TABLE {name} RENAME COLUMN subject TO object"))
+        out, err = process.communicate(timeout=PATIENCE)
+    assert "subject" in Ended(process.returncode, out, err).refused()
+    assert tables(database) == []
+
+
+def losing_loop(engine: sa.Engine, jobs: sa.Table, limit: int, run: RunJob) -> None:
+    """A loop that forgets what it claimed first."""
+    claim_jobs(engine, jobs, limit)
+    workload.claim_loop(engine, jobs, limit, run)
+
+
+def test_exit_code_1_if_jobs_are_lost(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim half that loses jobs fails the demo, and the table says how many."""
+    monkeypatch.setitem(workload.HALVES, "claim_jobs", losing_loop)
+    ended = command("demo", "--jobs", "30", "--workers", "1")
+    assert ended.code == 1
+    assert "claim_jobs: 0 of 30 jobs ran more than once, 10 never." in ended.out
+
+
+def test_exit_code_1_if_jobs_are_run_twice(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim half with duplicates fails the demo."""
+    monkeypatch.setitem(workload.HALVES, "claim_jobs", workload.legacy_loop)
+    assert any(command("demo", "--jobs", "300", "--json").code == 1 for _ in range(ATTEMPTS))
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("", "cannot be read"),
+        (f"garbage:{PASSWORD}", "cannot be read"),
+        (f"postgresql://ann:{PASSWORD}@127.0.0.1:port/jobs", "cannot be read"),
+        (f"postgresql://ann:p@{PASSWORD}@127.0.0.1/jobs", "one '@' too many"),
+        (f"nonsuch://ann:{PASSWORD}@127.0.0.1/jobs", "'nonsuch'"),
+        (f"postgresql+nonsuch://ann:{PASSWORD}@127.0.0.1/jobs", "'postgresql+nonsuch'"),
+        (f"mssql+pyodbc://ann:{PASSWORD}@127.0.0.1/jobs", "not known for 'mssql'"),
+        (f"mssql://ann:{PASSWORD}@127.0.0.1/jobs", "not known for 'mssql'"),
+        (f"oracle://ann:{PASSWORD}@127.0.0.1/jobs", "not known for 'oracle'"),
+        (f"postgresql+psycopg://ann:{PASSWORD}@127.0.0.1:1/jobs", "cannot connect to"),
+        (f"postgresql://ann@127.0.0.1:1/jobs?password={PASSWORD}", "cannot connect to"),
+        (f"postgresql+psycopg://ann:{PASSWORD}@127.0.0.1:1/jobs?nonsuch={PASSWORD}", "nonsuch"),
+        (f"mysql+pymysql://ann:{PASSWORD}@127.0.0.1:1/jobs", "cannot connect to"),
+        (f"mariadb+pymysql://ann:{PASSWORD}@127.0.0.1:1/jobs", "cannot connect to"),
+        (f"mysql+pymysql://ann:{PASSWORD}@127.0.0.1:1/jobs?ssl-mode=x", "ssl-mode"),
+        (f"mysql+pymysql://ann:{PASSWORD}@127.0.0.1/jobs?connect_timeout=soon", "soon"),
+        (f"mysql+pymysql://ann:{PASSWORD}@127.0.0.1/", "names no database"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("sqlite:///no/such/file.db", "no SQLite database 'no/such/file.db'"),
+    ],
+)
+def test_wrong_url(command: Command, url: str, said: str) -> None:
+    """A URL that leads nowhere gets one line that says so, and shows no password."""
+    assert said in command("demo", "--url", url).refused()
+
+
+@pytest.mark.databases("postgresql", "mysql", "mariadb")
+def test_absent_database(database: Database, command: Command) -> None:
+    """A database that the server does not have is named."""
+    url = database.url.set(database="nonsuch", password=PASSWORD)
+    if database.name != "postgresql":
+        # Their root has no password, and is asked for it before the database.
+        url = url.set(password=None)
+    said = command("demo", "--url", url.render_as_string(hide_password=False)).refused()
+    assert "nonsuch" in said
+
+
+@contextmanager
+def powerless_user(database: Database) -> Iterator[sa.URL]:
+    """A user who may read, and nothing else."""
+    name = f"reader_of_{database.url.database}"[:32]
+    user, make, take = name, "ROLE", "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
+    password = f"LOGIN PASSWORD '{PASSWORD}'"
+    if database.name != "postgresql":
+        user, make = f"{name}@'%'", "USER"
+        take = f"GRANT SELECT ON {database.url.database}.* TO {user}"
+        password = f"IDENTIFIED BY '{PASSWORD}'"
+    with database.engine(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql(f"CREATE {make} {user} {password}".replace("%", "%%"))
+        try:
+            connection.exec_driver_sql(take.replace("%", "%%"))
+            yield database.url.set(username=name, password=PASSWORD)
+        finally:
+            connection.exec_driver_sql(f"DROP {make} {user}".replace("%", "%%"))
+
+
+@pytest.mark.databases("postgresql", "mysql", "mariadb")
+def test_no_right_to_create_a_table(database: Database, command: Command) -> None:
+    """A user who may not create tables is told so by one line."""
+    with powerless_user(database) as url:
+        said = command("demo", "--url", url.render_as_string(hide_password=False)).refused()
+        assert "cannot make a job table in" in said
+        assert "denied" in said
+    assert tables(database) == []
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_wrong_password(database: Database, command: Command) -> None:
+    """A server that refuses the password is quoted without it."""
+    with powerless_user(database) as url:
+        wrong = url.set(password=f"not {PASSWORD}")
+        said = command("demo", "--url", wrong.render_as_string(hide_password=False)).refused()
+    assert "Access denied" in said
+
+
+def test_file_that_is_no_database(tmp_path: Path, command: Command) -> None:
+    """SQLite's own complaint is passed on."""
+    path = tmp_path / "text.db"
+    path.write_text("no database " * 100, encoding="utf-8")
+    assert "not a database" in command("demo", "--url", f"sqlite:///{path}").refused()
+
+
+def test_too_old_database(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version without the statement that the claim needs is refused before anything runs."""
+    monkeypatch.setattr(sqlite3.dbapi2, "sqlite_version_info", (3, 34, 1))
+    assert "SQLite 3.34.1 cannot claim" in command("demo").refused()
+
+
+def test_missing_driver(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that is not installed is named together with the extra that brings one."""
+    monkeypatch.setitem(sys.modules, "pg8000", None)
+    said = command("demo", "--url", f"postgresql+pg8000://ann:{PASSWORD}@127.0.0.1/jobs").refused()
+    assert "atomic-claim[postgresql]" in said
+    for name in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "atomic-claim[postgresql]" in command("demo", "--url", "postgresql://h/jobs").refused()
+    for name in ("MySQLdb", "pymysql"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "atomic-claim[mysql]" in command("demo", "--url", "mariadb://h/jobs").refused()
+
+
+@pytest.mark.parametrize(
+    ("given", "absent", "drivers"),
+    [
+        ("mysql://h/jobs", "MySQLdb", {"mysql+pymysql"}),
+        ("mariadb://h/jobs", "MySQLdb", {"mariadb+pymysql"}),
+        ("mysql+asyncmy://h/jobs", "MySQLdb", {"mysql+pymysql"}),
+        ("postgresql://h/jobs", "psycopg2", {"postgresql", "postgresql+psycopg"}),
+        ("postgres://h/jobs", "psycopg2", {"postgresql", "postgresql+psycopg"}),
+        ("postgresql+asyncpg://h/jobs", "psycopg2", {"postgresql", "postgresql+psycopg"}),
+        ("postgresql+psycopg://h/jobs", "psycopg2", {"postgresql+psycopg"}),
+        ("sqlite:////jobs.db", "nothing", {"sqlite"}),
+        ("sqlite+aiosqlite:////jobs.db", "nothing", {"sqlite"}),
+    ],
+)
+def test_driver_that_is_there(
+    given: str, absent: str, drivers: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """URLs as they are pasted lead to a driver that is installed, and stay otherwise the same."""
+    monkeypatch.setitem(sys.modules, absent, None)
+    found = parse_url(given)
+    assert found.drivername in drivers
+    assert (found.host, found.database) == (sa.make_url(given).host, sa.make_url(given).database)
+
+
+@pytest.mark.parametrize("password", ["s3cret", "p@ss/w:rd%", "it's", "a"])
+def test_no_message_has_a_password(password: str) -> None:
+    """Whatever form a driver's text gives a URL's secrets, they are masked."""
+    url = sa.URL.create("postgresql", "ann", password, "h", database="jobs")
+    url = url.update_query_dict({"sslpassword": "Tuna-9", "application_name": "banana"})
+    text = f"{url.render_as_string(hide_password=False)} password={password} {password!r}"
+    said = str(complaint("no", OperationalError("SELECT 1", {}, ValueError(text)), url))
+    assert not re.search(rf"(?<!\w){re.escape(password)}(?!\w)", said)
+    assert "Tuna-9" not in said
+    assert "banana" in said
+    assert masked(url) == "postgresql://ann:***@h/jobs"
+
+
+def test_urls_come_from_the_environment(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ATOMIC_CLAIM_URL goes before DATABASE_URL, and --url before both."""
+    for name in reversed(VARIABLES):
+        monkeypatch.setenv(name, f"sqlite:///no/{name}.db")
+        assert name in command("demo").refused()
+    assert "no/option.db" in command("demo", "--url", "sqlite:///no/option.db").refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("picture.pdf", "ends in .svg or .png"),
+        ("no/such/folder/picture.svg", "cannot be written"),
+        ("folder.svg", "cannot be written"),
+    ],
+)
+def test_picture_that_cannot_be_written(
+    name: str, said: str, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a picture cannot be written is said before any work is done."""
+    monkeypatch.setattr("atomic_claim.cli.demo.run_half", None)
+    (tmp_path / "folder.svg").mkdir()
+    assert said in command("demo", "--svg", str(tmp_path / name)).refused()
+
+
+def test_picture_without_matplotlib(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra that draws is named."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = command("demo", "--svg", str(tmp_path / "picture.svg")).refused()
+    assert "atomic-claim[plot]" in said
+
+
+@pytest.mark.parametrize("option", ["--workers", "--jobs", "--limit"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_wrong_number(command: Command, option: str, value: str) -> None:
+    """Numbers below one, and what is no number, are usage errors."""
+    ended = command("demo", option, value)
+    assert ended.code == 2
+    assert option in ended.err
+    assert "Traceback" not in ended.err
+
+
+def bars(picture: Path, name: str) -> int:
+    """How many bars the picture has in a group."""
+    group = ET.parse(picture).find(f".//{SVG}g[@id='{name}']")  # noqa: S314 - our own picture
+    return 0 if group is None else len(group.findall(f".//{SVG}path"))
+
+
+def test_picture_marks_what_was_run_more_than_once(tmp_path: Path) -> None:
+    """Each run is a bar, those of a job that was run again are a group of their own, in red."""
+    picture = pytest.importorskip("atomic_claim.cli.picture", reason="no matplotlib")
+    halves = [half(1, 2, 2, 2, 3), half(1, 2, 3, name="claim_jobs")]
+    for path in (tmp_path / "one.svg", tmp_path / "two.svg", tmp_path / "three.png"):
+        picture.draw(path, "SQLite 3.40.1", halves)
+    one = tmp_path / "one.svg"
+    assert bars(one, "legacy-loop-once") == 2
+    assert bars(one, "legacy-loop-more-than-once") == 3
+    assert bars(one, "claim_jobs-once") == 3
+    assert bars(one, "claim_jobs-more-than-once") == 0
+    assert picture.MORE_THAN_ONCE in one.read_text(encoding="utf-8")
+    assert one.read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert (tmp_path / "three.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture_of_a_demo(tmp_path: Path) -> None:
+    """The picture has as many bars as the figures say."""
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "demo.svg"
+    ended = real("demo", "--jobs", "100", "--workers", "2", "--json", "--svg", str(path))
+    assert ended.code == 0, ended
+    halves = json.loads(ended.out)["halves"]
+    for name, found in halves.items():
+        kinds = ("once", "more-than-once")
+        drawn = [bars(path, f"{name.replace('legacy_loop', 'legacy-loop')}-{k}") for k in kinds]
+        assert sum(drawn) == found["times_claimed"]
+        assert drawn[1] == found["extra_runs"] + found["duplicates"]
+
+
+def commands() -> list[tuple[str, ...]]:
+    """The words of every command, none for the program itself."""
+    from atomic_claim.cli.app import app  # noqa: PLC0415 - needs typer
+
+    group: Any = typer.main.get_command(app)
+    return [(), *((name,) for name in group.commands)]
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words) or "atomic-claim")
+def test_help(words: tuple[str, ...], command: Command) -> None:
+    """Every command and every option has its help, in 80 columns."""
+    from atomic_claim.cli.app import app  # noqa: PLC0415 - needs typer
+
+    found: Any = typer.main.get_command(app)
+    for word in words:
+        found = found.commands[word]
+    assert found.help
+    ended = command(*words, "--help")
+    assert ended.code == 0
+    shown = re.sub(r"\x1b\[[\d;]*m", "", ended.out)
+    assert all(len(line) <= 80 for line in shown.splitlines())
+    for option in found.params:
+        assert option.help, option.name
+        assert all(name in shown for name in option.opts)
+        variables = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
+        places = [shown.index(variable) for variable in variables]
+        assert all(before < after for before, after in pairwise(places))
+
+
+def test_url_names_its_variables(command: Command) -> None:
+    """The help of --url shows both variables, in the order in which they count."""
+    shown = command("demo", "--help").out
+    assert 0 < shown.index("ATOMIC_CLAIM_URL") < shown.index("DATABASE_URL")
+
+
+def test_version(command: Command) -> None:
+    """--version is an option of the program."""
+    ended = command("--version")
+    assert ended.code == 0
+    assert ended.out.startswith("atomic-claim ")
+
+
+@pytest.mark.parametrize("absent", ["typer", "rich"])
+def test_without_the_extra(absent: str) -> None:
+    """Where Typer or Rich is missing, one line names the extra."""
+    script = (
+        f"import sys; sys.modules[{absent!r}] = None; import atomic_claim.__main__ as m; m.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    said = Ended(done.returncode, done.stdout, done.stderr).refused()
+    assert "pip install 'atomic-claim[cli]'" in said
+
+
+def test_workers_need_no_extra() -> None:
+    """Neither the core nor what worker processes import loads Typer or Rich."""
+    script = (
+        "import sys, atomic_claim.cli.workload\n"
+        "print(sorted({'typer', 'rich', 'click', 'matplotlib'}.intersection(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_url_without_a_driver_error_is_a_command_error() -> None:
+    """What cannot be used is refused by the error that commands end with one line on."""
+    with pytest.raises(CommandError, match="no 'nonsuch'"):
+        parse_url("nonsuch://h/jobs")

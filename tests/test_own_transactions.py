@@ -1,0 +1,437 @@
+"""Claims by engine and sessionmaker: one statement where autocommit is safe, BEGIN where it is not.
+
+What reaches the server is counted by what the driver's library hears from it (PostgreSQL) or by
+SQLite itself, not by SQLAlchemy.
+"""
+
+import re
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from psycopg import pq
+from sqlalchemy import Column, String
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from atomic_claim import ClaimError, claim_jobs, claim_statement
+from tests.databases import Database
+from tests.jobs import OWN, fill, ids, job_table, mapped, rows, taken
+
+# Both turn an engine into what to claim by.
+by_both = pytest.mark.parametrize("own", [lambda engine: engine, sessionmaker], ids=OWN)
+Own = Callable[[sa.Engine], Any]
+limited = pytest.mark.parametrize("limit", [1, 10])
+
+
+@contextmanager
+def commands(engine: sa.Engine) -> Iterator[list[str]]:
+    """The first word of every command that the server has run on the engine's one connection."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+    found: list[str] = []
+    if engine.dialect.name == "sqlite":
+        driver.set_trace_callback(lambda sql: found.append(sql.split()[0]))
+        yield found
+        driver.set_trace_callback(None)
+        return
+    with tempfile.TemporaryFile("w+") as trace:
+        driver.pgconn.trace(trace.fileno())
+        driver.pgconn.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+        yield found
+        driver.pgconn.untrace()
+        trace.seek(0)
+        found += re.findall(r'^B\t\d+\tCommandComplete\t "(\w+)', trace.read(), re.MULTILINE)
+
+
+@by_both
+@limited
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_claim_is_one_statement(database: Database, own: Own, limit: int) -> None:
+    """Ten claims are ten statements: no BEGIN, COMMIT or ROLLBACK stands beside them."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 200)
+    bind = own(engine)
+    claim_jobs(bind, table, limit)
+    with commands(engine) as found:
+        for _ in range(10):
+            assert len(claim_jobs(bind, table, limit)) == limit
+    expected = "SELECT" if database.name == "postgresql" and limit > 1 else "UPDATE"
+    assert found == [expected] * 10
+    assert taken(engine, table) == list(range(1, 11 * limit + 1))
+
+
+@limited
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_claim_of_entities_is_one_statement(database: Database, limit: int) -> None:
+    """Neither do detached entities of a sessionmaker cost more than one."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 200)
+    job, maker = mapped(table), sessionmaker(engine)
+    claim_jobs(maker, job, limit)
+    with commands(engine) as found:
+        assert len(claim_jobs(maker, job, limit)) == limit
+    assert len(found) == 1
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_the_caller_s_transactions_begin_and_commit(database: Database) -> None:
+    """The twin: the same claim in a transaction of the caller's is three commands."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 2)
+    with commands(engine) as found, engine.begin() as connection:
+        claim_jobs(connection, table)
+    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+
+
+@by_both
+@pytest.mark.databases("sqlite", "postgresql", "mysql", "mariadb")
+def test_the_connection_is_given_back_as_it_was(database: Database, own: Own) -> None:
+    """Whether a claim succeeds or fails, the next user of its connection can roll back."""
+    engine = database.engine(pool_size=1, max_overflow=0)
+    table = job_table(Column("place", sa.Integer, unique=True))
+    fill(engine, table, 4)
+    with pytest.raises(IntegrityError):
+        claim_jobs(own(engine), table, 2, values={"place": 1})
+    assert ids(claim_jobs(own(engine), table)) == [1]
+    with engine.connect() as connection:
+        connection.execute(table.update().values(processing=True))
+        connection.rollback()
+    assert taken(engine, table) == [1]
+
+
+@pytest.mark.databases("postgresql")
+def test_psycopg_leaves_autocommit_again(database: Database) -> None:
+    """The driver's own setting is as before, also on an engine that was in AUTOCOMMIT."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 4)
+    automatic = database.engine(isolation_level="AUTOCOMMIT")
+    for each, expected in ((engine, False), (automatic, True)):
+        assert len(claim_jobs(each, table)) == 1
+        with each.connect() as connection:
+            driver: Any = connection.connection.driver_connection
+            assert driver.autocommit is expected
+
+
+@pytest.mark.parametrize("level", ["", "IMMEDIATE", "EXCLUSIVE", None])
+@pytest.mark.databases("sqlite")
+def test_sqlite_keeps_its_way_to_begin(database: Database, level: str | None) -> None:
+    """The isolation level given to sqlite3, which says how it begins, is as before."""
+    engine, table = database.engine(connect_args={"isolation_level": level}), job_table()
+    fill(engine, table, 4)
+    assert ids(claim_jobs(engine, table)) == [1]
+    assert ids(claim_jobs(sessionmaker(engine), table)) == [2]
+    assert taken(database.engine(), table) == [1, 2]
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert driver.isolation_level == level
+
+
+def begin_immediate(engine: sa.Engine) -> None:
+    """SQLAlchemy's documented recipe for SQLite: sqlite3 begins nothing, SQLAlchemy does."""
+
+    @sa.event.listens_for(engine, "connect")
+    def leave_it(connection: Any, _: object) -> None:
+        connection.isolation_level = None
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+@by_both
+@limited
+@pytest.mark.databases("sqlite")
+def test_a_listener_that_begins(database: Database, own: Own, limit: int) -> None:
+    """Rows returned by an engine whose `begin` event sends BEGIN IMMEDIATE are persisted."""
+    engine, table = database.engine(), job_table()
+    begin_immediate(engine)
+    fill(engine, table, 20)
+    with commands(engine) as found:
+        claimed = claim_jobs(own(engine), table, limit)
+    assert taken(database.engine(), table) == ids(claimed) == list(range(1, limit + 1))
+    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+
+
+@pytest.mark.databases("sqlite")
+def test_a_listener_that_begins_defeats_autocommit(database: Database) -> None:
+    """The twin: in SQLAlchemy's AUTOCOMMIT the row is returned, and rolled back with the BEGIN."""
+    engine, table = database.engine(), job_table()
+    begin_immediate(engine)
+    fill(engine, table, 20)
+    automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with automatic.connect() as connection:
+        assert len(connection.execute(claim_statement(table)).all()) == 1
+    assert taken(database.engine(), table) == []
+
+
+@contextmanager
+def tenants(database: Database) -> Iterator[tuple[sa.URL, sa.Table]]:
+    """Jobs of two tenants, and the address of a role that sees only those of its tenant."""
+    role = f"tenant_{uuid4().hex[:12]}"
+    table, admin = job_table(Column("tenant", String(10), nullable=False)), database.engine()
+    fill(admin, table, 3, tenant="acme")
+    fill(admin, table, 3, first=4, tenant="zeta")
+    policy = "tenant = current_setting('app.tenant', true)"
+    with admin.begin() as connection:
+        for sql in (
+            f"CREATE ROLE {role} LOGIN PASSWORD 'tenant'",
+            f"GRANT SELECT, UPDATE ON jobs TO {role}",
+            "ALTER TABLE jobs ENABLE ROW LEVEL SECURITY",
+            f"CREATE POLICY tenants ON jobs TO {role} USING ({policy}) WITH CHECK ({policy})",
+        ):
+            connection.exec_driver_sql(sql)
+    try:
+        yield database.url.set(username=role, password="tenant"), table
+    finally:
+        with admin.begin() as connection:
+            connection.exec_driver_sql(f"DROP OWNED BY {role}")
+            connection.exec_driver_sql(f"DROP ROLE {role}")
+
+
+SET_TENANT = "SELECT set_config('app.tenant', 'zeta', true)"
+
+
+@limited
+@pytest.mark.databases("postgresql")
+def test_row_level_security_set_at_begin(database: Database, limit: int) -> None:
+    """A tenant that is set for the length of each transaction claims its own rows."""
+    with tenants(database) as (url, table):
+        engine = database.engine(url=url)
+
+        @sa.event.listens_for(engine, "begin")
+        def begin(connection: sa.Connection) -> None:
+            connection.exec_driver_sql(SET_TENANT)
+
+        assert ids(claim_jobs(engine, table, limit)) == [4, 5, 6][:limit]
+        assert taken(database.engine(), table) == [4, 5, 6][:limit]
+
+
+@limited
+@pytest.mark.databases("postgresql")
+def test_row_level_security_set_by_a_session(database: Database, limit: int) -> None:
+    """Likewise where the sessionmaker's `after_begin` sets it, for rows and for entities."""
+    with tenants(database) as (url, table):
+        engine = database.engine(url=url)
+        maker = sessionmaker(engine)
+
+        @sa.event.listens_for(maker, "after_begin")
+        def begin(_: Session, __: object, connection: sa.Connection) -> None:
+            connection.exec_driver_sql(SET_TENANT)
+
+        assert ids(claim_jobs(maker, mapped(table), limit)) == [4, 5, 6][:limit]
+        assert taken(database.engine(), table) == [4, 5, 6][:limit]
+
+
+@pytest.mark.databases("postgresql")
+def test_row_level_security_is_gone_in_autocommit(database: Database) -> None:
+    """The twin: in autocommit the setting ends with its own statement, and no row is visible."""
+    with tenants(database) as (url, table):
+        engine = database.engine(url=url, isolation_level="AUTOCOMMIT")
+
+        @sa.event.listens_for(engine, "begin")
+        def begin(connection: sa.Connection) -> None:
+            connection.exec_driver_sql(SET_TENANT)
+
+        with engine.connect() as connection:
+            assert connection.execute(claim_statement(table, 10)).all() == []
+
+
+LEVEL = sa.func.current_setting("transaction_isolation")
+
+
+@by_both
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2"])
+@pytest.mark.parametrize("level", ["SERIALIZABLE", "REPEATABLE READ", "READ COMMITTED"])
+@pytest.mark.databases("postgresql")
+def test_the_engine_s_isolation_level(
+    database: Database, own: Own, driver: str, level: str
+) -> None:
+    """The claim runs at the level that the engine asks for: the server stamps it into the row."""
+    table = job_table()
+    fill(database.engine(), table, 20)
+    engine = database.engine(drivername=f"postgresql+{driver}", isolation_level=level)
+    for limit in (1, 10):
+        claimed = claim_jobs(own(engine), table, limit, values={"note": LEVEL})
+        assert [job.note for job in claimed] == [level.lower()] * limit
+    assert taken(database.engine(), table) == list(range(1, 12))
+
+
+@pytest.mark.databases("postgresql")
+def test_the_isolation_level_of_execution_options(database: Database) -> None:
+    """A level given by `execution_options` holds likewise, and the engine beside it has its own."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 4)
+    serializable = engine.execution_options(isolation_level="SERIALIZABLE")
+    assert claim_jobs(serializable, table, values={"note": LEVEL})[0].note == "serializable"
+    assert claim_jobs(engine, table, values={"note": LEVEL})[0].note == "read committed"
+
+
+@by_both
+@pytest.mark.databases("postgresql")
+def test_the_isolation_level_of_the_driver(database: Database, own: Own) -> None:
+    """So does a level that a `connect` listener gives to psycopg, and the server's own default."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 4)
+    listening = database.engine()
+
+    @sa.event.listens_for(listening, "connect")
+    def connect(connection: Any, _: object) -> None:
+        connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+
+    options = {"options": r"-c default_transaction_isolation=repeatable\ read"}
+    by_default = database.engine(connect_args=options)
+    for each, level in ((listening, "serializable"), (by_default, "repeatable read")):
+        claimed = claim_jobs(own(each), table, values={"note": LEVEL})
+        assert claimed[0].note == level
+
+
+@pytest.mark.databases("postgresql")
+def test_the_isolation_level_is_lost_in_autocommit(database: Database) -> None:
+    """The twin: in autocommit no BEGIN carries the level, and SERIALIZABLE is READ COMMITTED."""
+    table = job_table()
+    engine = database.engine(isolation_level="SERIALIZABLE")
+    fill(engine, table, 2)
+    automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with automatic.connect() as connection:
+        claimed = connection.execute(claim_statement(table, values={"note": LEVEL})).one()
+    assert claimed.note == "read committed"
+
+
+@pytest.mark.databases("postgresql")
+def test_a_read_only_engine_fails(database: Database) -> None:
+    """An engine that is read only does not become writable by autocommit."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 2)
+    reader = engine.execution_options(postgresql_readonly=True)
+    with pytest.raises(sa.exc.InternalError, match="read-only transaction"):
+        claim_jobs(reader, table)
+    assert taken(engine, table) == []
+
+
+@by_both
+@limited
+@pytest.mark.skipif(
+    not hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"),
+    reason="sqlite3.connect(autocommit=...) came with Python 3.12",
+)
+@pytest.mark.databases("sqlite")
+def test_a_transaction_at_all_times(database: Database, own: Own, limit: int) -> None:
+    """Claims through sqlite3's `autocommit=False`, which begins by itself, are persisted."""
+    table = job_table()
+    fill(database.engine(), table, 20)
+    engine = database.engine(connect_args={"autocommit": False})
+    claimed = claim_jobs(own(engine), table, limit)
+    assert ids(claimed) == list(range(1, limit + 1))
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert driver.autocommit is False
+    assert taken(database.engine(), table) == ids(claimed)
+
+
+@pytest.mark.skipif(
+    not hasattr(sqlite3, "LEGACY_TRANSACTION_CONTROL"),
+    reason="sqlite3.connect(autocommit=...) came with Python 3.12",
+)
+@pytest.mark.databases("sqlite")
+def test_a_transaction_at_all_times_defeats_autocommit(database: Database) -> None:
+    """The twin: there an isolation level of None commits nothing, and the claim is rolled back."""
+    table = job_table()
+    fill(database.engine(), table, 2)
+    engine = database.engine(connect_args={"autocommit": False})
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        driver.isolation_level = None
+        assert len(connection.execute(claim_statement(table)).all()) == 1
+    assert taken(database.engine(), table) == []
+
+
+POOLS = {
+    "a StaticPool on a file": (StaticPool, True),
+    "a StaticPool in memory": (StaticPool, False),
+    "the pool of SQLite in memory": (SingletonThreadPool, False),
+}
+
+
+@by_both
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.databases("sqlite")
+def test_a_pool_that_hands_out_the_caller_s_connection(
+    database: Database, own: Own, pool: str
+) -> None:
+    """While the caller has a transaction open on the one connection, a claim of our own is refused.
+
+    The caller's work is neither committed nor rolled back by that.
+    """
+    poolclass, in_file = POOLS[pool]
+    url = database.url if in_file else sa.URL.create("sqlite")
+    engine, table = database.engine(url=url, poolclass=poolclass), job_table()
+    fill(engine, table, 2)
+    with engine.connect() as connection:
+        connection.execute(table.insert(), rows(1, first=3))
+        with pytest.raises(ClaimError, match="has one connection, and a transaction is open"):
+            claim_jobs(own(engine), table)
+        kept = connection.execute(sa.select(table.c.id, table.c.processing)).all()
+        assert kept == [(1, False), (2, False), (3, False)]
+        connection.rollback()
+        # Committed by anybody, it would have outlived the rollback.
+        assert connection.scalars(sa.select(table.c.id)).all() == [1, 2]
+    assert ids(claim_jobs(own(engine), table)) == [1]
+    assert taken(engine, table) == [1]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.databases("sqlite")
+def test_a_statement_commits_the_caller_s_work(database: Database, pool: str) -> None:
+    """The twin: another user of the one connection commits what the first has not."""
+    poolclass, in_file = POOLS[pool]
+    url = database.url if in_file else sa.URL.create("sqlite")
+    engine, table = database.engine(url=url, poolclass=poolclass), job_table()
+    fill(engine, table, 2)
+    with engine.connect() as connection:
+        connection.execute(table.insert(), rows(1, first=3))
+        with engine.begin() as other:
+            other.execute(claim_statement(table))
+        connection.rollback()
+        assert connection.scalars(sa.select(table.c.id)).all() == [1, 2, 3]
+
+
+@by_both
+@limited
+@pytest.mark.databases("sqlite", "postgresql", "mysql", "mariadb")
+def test_a_row_that_cannot_be_read_is_not_lost(database: Database, own: Own, limit: int) -> None:
+    """Where a value that its type does not know makes a claim fail, the rows stay free."""
+    kinds = sa.Enum("mail", "film", native_enum=False, length=10)
+    engine, table = database.engine(), job_table(Column("kind", kinds))
+    fill(engine, table, 4, kind="mail")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id = 1")
+    with pytest.raises(LookupError, match="'fax' is not among the defined enum values"):
+        claim_jobs(own(engine), table, limit)
+    assert taken(engine, table) == []
+    assert ids(claim_jobs(own(engine), table, limit, where=table.c.id > 1))[0] == 2
+
+
+# PostgreSQL is not configured for it, and SQLite does not know it.
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_commit_in_two_phases(database: Database) -> None:
+    """A sessionmaker that prepares its commits claims by them."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 4)
+    assert ids(claim_jobs(sessionmaker(engine, twophase=True), table, 2)) == [1, 2]
+    assert taken(engine, table) == [1, 2]
+
+
+def test_a_sessionmaker_without_autobegin(database: Database) -> None:
+    """A session of our own is begun by us, if it does not begin by itself."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 4)
+    assert ids(claim_jobs(sessionmaker(engine, autobegin=False), table, 2)) == [1, 2]
+    assert taken(engine, table) == [1, 2]

@@ -1,0 +1,222 @@
+"""Uses of the public names as a type checker sees them; nothing here is ever run.
+
+A line that must be refused is ignored by its error's name: were it accepted, mypy would complain
+of an ignore that is not needed.
+"""
+
+import json
+from datetime import timedelta
+from typing import Any, assert_type
+
+import sqlalchemy as sa
+from sqlalchemy import Column, Connection, Engine, Table
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+)
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    scoped_session,
+    sessionmaker,
+)
+
+from atomic_claim import (
+    AmbiguousTable,
+    Claim,
+    ClaimConflict,
+    ClaimError,
+    ClaimLost,
+    ClaimStatement,
+    JobTable,
+    PatchError,
+    UnsupportedDialect,
+    aio,
+    claim_jobs,
+    claim_statement,
+    complete_jobs,
+    extend_jobs,
+    fail_jobs,
+    keep_claims,
+    release_jobs,
+    sweep_jobs,
+)
+
+
+class Base(DeclarativeBase):
+    """The mapping."""
+
+
+class Job(Base):
+    """A job."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    processing: Mapped[bool] = mapped_column(default=False)
+    queue: Mapped[str]
+
+
+jobs = Table("jobs", sa.MetaData(), Column("id", sa.Integer, primary_key=True))
+minutes = timedelta(minutes=5)
+
+
+def entities(
+    session: Session, scoped: scoped_session[Session], maker: sessionmaker[Session]
+) -> None:
+    """By whatever makes sessions a mapped class gives its entities."""
+    assert_type(claim_jobs(session, Job), Claim[Job])
+    assert_type(claim_jobs(scoped, Job, 10), Claim[Job])
+    assert_type(claim_jobs(maker, Job, limit=10), Claim[Job])
+    claim = claim_jobs(
+        session,
+        Job,
+        10,
+        where=[Job.queue == "mail", Job.id > 3],
+        order_by=Job.id.desc(),
+        values={Job.queue: "post", "processing": True},
+        worker="alice",
+        lease=minutes,
+    )
+    assert_type(claim, Claim[Job])
+    for job in claim:
+        assert_type(job, Job)
+        assert_type(job.queue, str)
+
+
+def parts(claim: Claim[Job]) -> None:
+    """A claim is a list of its jobs, a slice of it a claim."""
+    assert_type(claim[0], Job)
+    assert_type(claim[1:], Claim[Job])
+    assert_type(claim[::2][0], Job)
+    as_list: list[Job] = claim
+    assert_type(claim.table, JobTable)
+    assert_type(claim.keys, tuple[tuple[Any, ...], ...])
+    assert_type(claim.token, str | None)
+    assert_type(claim.worker, str | None)
+    assert_type(claim.lease, timedelta | None)
+    assert_type(claim.ticket(as_list[0]), dict[str, Any])
+    assert_type(json.dumps(claim.ticket(claim[0])), str)
+
+
+def rows(
+    engine: Engine, connection: Connection, session: Session, maker: sessionmaker[Session]
+) -> None:
+    """A table, and anything by engine or connection, gives rows, whose columns are not known."""
+    assert_type(claim_jobs(engine, jobs), Claim[Any])
+    assert_type(claim_jobs(connection, jobs, 3), Claim[Any])
+    assert_type(claim_jobs(session, jobs), Claim[Any])
+    assert_type(claim_jobs(maker, jobs), Claim[Any])
+    assert_type(claim_jobs(engine, Job), Claim[Any])
+    assert_type(claim_jobs(engine, JobTable(jobs, state="processing")), Claim[Any])
+    assert_type(claim_jobs(session, JobTable.infer(Job)), Claim[Any])
+
+
+def declarations() -> None:
+    """What a `JobTable` is told of its columns: names, columns, attributes, expressions."""
+    declared = JobTable(
+        Job,
+        state=Job.processing,
+        free=False,
+        claimed={Job.processing: True, "claimed_at": sa.func.now()},
+        done={"done_at": sa.func.now()},
+        failed=True,
+        withdrawn={"cancelled": True},
+        released={"processing": False},
+        due="run_at",
+        order=[jobs.c.priority.desc(), "created_at"],
+        worker="worker",
+        token=jobs.c.claim_token,
+        lease="lease_until",
+        attempts="attempts",
+        max_attempts=3,
+        error="last_error",
+        stamps=("updated_at",),
+        naive_times="utc",
+        text_times="%Y-%m-%dT%H:%M:%fZ",
+        null_is_free=True,
+        unleased=timedelta(hours=1),
+    )
+    assert_type(declared, JobTable)
+    assert_type(JobTable.infer(jobs), JobTable)
+
+
+def statements(session: Session) -> None:
+    """The construct can be executed like any other."""
+    statement = claim_statement(Job, 10, where=Job.queue == "mail", worker="alice", lease=minutes)
+    assert_type(statement, ClaimStatement)
+    session.scalars(statement).all()
+    session.execute(claim_statement(jobs)).all()
+
+
+def endings(engine: Engine, session: Session, claim: Claim[Job]) -> None:
+    """A claim, a slice or a ticket of it can end in four ways."""
+    ticket = claim.ticket(claim[0])
+    assert_type(complete_jobs(engine, claim), int)
+    assert_type(complete_jobs(session, claim[:2], unfenced=True), int)
+    assert_type(complete_jobs(engine, ticket), int)
+    assert_type(complete_jobs(engine, json.loads(json.dumps(ticket))), int)
+    assert_type(complete_jobs(session, claim, [claim[0], claim[1]]), int)
+    assert_type(fail_jobs(session, claim, retry=True, error=ValueError("no")), int)
+    assert_type(fail_jobs(session, claim, claim[:1], retry=minutes, error="no"), int)
+    assert_type(release_jobs(session, claim, (job for job in claim)), int)
+    assert_type(extend_jobs(engine, claim, lease=minutes), int)
+    assert_type(sweep_jobs(engine, Job), int)
+    with keep_claims(engine, claim, every=minutes, on_lost=print) as keeper:
+        keeper.check()
+        assert_type(keeper.lost, tuple[tuple[Any, ...], ...])
+
+
+def errors(engine: Engine) -> None:
+    """One class catches all errors; a lost claim knows its keys."""
+    try:
+        claim_jobs(engine, Job)
+    except ClaimLost as lost:
+        assert_type(lost.keys, tuple[tuple[Any, ...], ...])
+    except (AmbiguousTable, ClaimConflict, PatchError, UnsupportedDialect) as error:
+        as_claim_error: ClaimError = error
+        raise as_claim_error from None
+
+
+async def asynchronous(
+    session: AsyncSession,
+    scoped: async_scoped_session[AsyncSession],
+    maker: async_sessionmaker[AsyncSession],
+    engine: AsyncEngine,
+    connection: AsyncConnection,
+) -> None:
+    """The asynchronous names take the asynchronous binds."""
+    assert_type(await aio.claim_jobs(session, Job, 3, where=Job.queue == "mail"), Claim[Job])
+    assert_type(await aio.claim_jobs(scoped, Job), Claim[Job])
+    assert_type(await aio.claim_jobs(maker, Job), Claim[Job])
+    assert_type(await aio.claim_jobs(connection, jobs), Claim[Any])
+    claim = await aio.claim_jobs(engine, jobs, worker="alice", lease=minutes)
+    assert_type(claim, Claim[Any])
+    assert_type(await aio.complete_jobs(session, claim), int)
+    assert_type(await aio.fail_jobs(session, claim.ticket(claim[0]), retry=minutes), int)
+    assert_type(await aio.release_jobs(engine, claim), int)
+    assert_type(await aio.extend_jobs(engine, claim), int)
+    assert_type(await aio.sweep_jobs(engine, Job), int)
+    async with aio.keep_claims(engine, claim) as keeper:
+        keeper.check()
+
+
+async def refused(engine: Engine, session: AsyncSession, claim: Claim[Job]) -> None:
+    """What a checker finds before the program does."""
+    claim_jobs(engine, Job, "3")  # type: ignore[call-overload]
+    claim_jobs(engine, Job, lease=5)  # type: ignore[call-overload]
+    claim_jobs(engine, Job, 3, Job.id > 3)  # type: ignore[call-overload]
+    claim_jobs("sqlite://", Job)  # type: ignore[call-overload]
+    claim_jobs(session, Job)  # type: ignore[call-overload]
+    await aio.claim_jobs(engine, Job)  # type: ignore[call-overload]
+    claim_statement(Job, "3")  # type: ignore[arg-type]
+    complete_jobs(engine, [claim[0]])  # type: ignore[arg-type]
+    extend_jobs(engine, claim, lease=5)  # type: ignore[arg-type]
+    JobTable(Job, naive_times="local")  # type: ignore[arg-type]
+    with keep_claims(session, claim):  # type: ignore[arg-type]
+        pass
