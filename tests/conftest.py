@@ -6,7 +6,7 @@ import signal
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +16,7 @@ from tests.processes import Workspace
 from tests.servers import DatabaseServer, Unavailable
 
 servers_key = pytest.StashKey[dict[str, DatabaseServer]]()
+used_key = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # So it is for whoever was started in the background, and for all that they start.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[used_key] = {}
     workspace = Workspace()
     config.add_cleanup(workspace.close)
     config.stash[servers_key] = {name: server(workspace) for name, (server, _) in KINDS.items()}
@@ -38,15 +40,29 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Note every server that the tests did use, by its own words."""
+    servers = session.config.stash[servers_key].values()
+    used = {server.title: server.version for server in servers if server.started}
+    session.config.stash[used_key].update(used)
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["servers"] = used
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Hear from a process of pytest-xdist, which has servers of its own, what it used."""
+    node.config.stash[used_key].update(getattr(node, "workeroutput", {}).get("servers", {}))
+
+
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Name every server that the tests did use, by its own words."""
-    started = [server for server in config.stash[servers_key].values() if server.started]
-    if started:
+    """Name the servers that were used."""
+    if used := config.stash[used_key]:
         terminalreporter.section("servers")
-    for server in started:
-        terminalreporter.write_line(f"{server.title}: {server.version}")
+    for title, version in sorted(used.items()):
+        terminalreporter.write_line(f"{title}: {version}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

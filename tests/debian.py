@@ -5,6 +5,7 @@ count: every library a program needs, the C library included, ends up in the fol
 archive is the one that the machine's apt already uses, with another suite where one is asked for.
 """
 
+import fcntl
 import os
 import platform
 import re
@@ -115,23 +116,11 @@ def unpacked(package: str, *, suite: str | None = None) -> Path:
     destination = _destination(package, suite)
     if destination.is_dir():
         return destination
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise PackageError(f"the package {package} can be fetched by apt only, and there is none")
-    etc = Path("/etc/apt")
-    files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
-    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
-    candidates = list(
-        sources(filter(Path.is_file, files), codename=codename, suite=suite),
-    )
-    if not candidates:
-        raise PackageError(f"apt knows no Debian archive to fetch the package {package} from")
-    failures = []
-    for source in candidates:
-        try:
-            return _fetch(package, source, destination)
-        except PackageError as error:
-            failures.append(str(error))
-    raise PackageError("\n".join(failures))
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with destination.with_suffix(".lock").open("w") as lock:
+        # Of several runs at once, one fetches and the others wait.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return destination if destination.is_dir() else _fetched(package, suite, destination)
 
 
 def command(folder: Path, program: str) -> list[str]:
@@ -151,26 +140,41 @@ def _destination(package: str, suite: str | None) -> Path:
     return cache_folder() / f"{package}-{release}-{platform.machine()}"
 
 
+def _fetched(package: str, suite: str | None, destination: Path) -> Path:
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise PackageError(f"the package {package} can be fetched by apt only, and there is none")
+    etc = Path("/etc/apt")
+    files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
+    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
+    candidates = list(
+        sources(filter(Path.is_file, files), codename=codename, suite=suite),
+    )
+    if not candidates:
+        raise PackageError(f"apt knows no Debian archive to fetch the package {package} from")
+    failures = []
+    for source in candidates:
+        try:
+            return _fetch(package, source, destination)
+        except PackageError as error:
+            failures.append(str(error))
+    raise PackageError("\n".join(failures))
+
+
 def _fetch(package: str, source: Source, destination: Path) -> Path:
-    destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="atomic_claim-apt-") as name:
         work = Path(name)
         configuration = _apt_configuration(work, source)
         apt = ["apt-get", "-q", "-c", str(configuration)]
         _run([*apt, "update"])
         _run([*apt, "install", "--yes", "--download-only", package])
-        # Other runs must never see a folder that is only half there: it gets its name at the end.
+        # A run that ends early must not leave a folder that is only half there for the next one:
+        # it gets its name at the end.
         with tempfile.TemporaryDirectory(dir=destination.parent, prefix="unpacking-") as unpacking:
             folder = Path(unpacking) / "folder"
             folder.mkdir()
             for archive in sorted((work / "cache/archives").glob("*.deb")):
                 _run(["dpkg", "--extract", str(archive), str(folder)])
-            try:
-                folder.rename(destination)
-            except OSError:
-                # Another run was faster; its folder is as good.
-                if not destination.is_dir():
-                    raise
+            folder.rename(destination)
     return destination
 
 

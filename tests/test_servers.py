@@ -22,7 +22,8 @@ from tests.servers import IGNORE_INSTALLED, DatabaseServer, MySQL, PostgreSQL, U
 REPOSITORY = Path(__file__).parent.parent
 STANDARD_PORTS = {3306, 5432, 33060}
 TEST_COMMAND = (
-    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+    "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && "
+    ".venv/bin/python -m pytest -n 2 --dist worksteal\n"
 )
 
 
