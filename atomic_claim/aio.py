@@ -166,9 +166,9 @@ async def keep_claims(
             while not await _is_set(stopped, beat.pause()):
                 if (lost := await greenlet_spawn(beat.once)) and on_lost is not None:
                     on_lost(lost)
-        except Exception:
-            beat.give_up()
-            raise
+        finally:
+            if not stopped.is_set():
+                beat.give_up()
 
     task = asyncio.create_task(run(), name="atomic_claim.keep_claims")
     try:

@@ -13,7 +13,6 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import (
     DBAPIError,
     InvalidRequestError,
-    SQLAlchemyError,
     UnboundExecutionError,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -76,13 +75,15 @@ def run_in(
         return _run_in_transaction(Work(bind, bind, own=False), run)
     if isinstance(bind, Engine):
         return _try_again(
-            lambda lost: _run_by_engine(bind, run, single, resumed=lost), tries, recoverable
+            lambda lost: _run_by_engine(bind, run, single, resumed=lost),
+            tries,
+            lambda: outages(bind, job_table) if recoverable else (),
         )
     if isinstance(bind, sessionmaker):
         return _try_again(
             lambda lost: _run_by_sessionmaker(bind, job_table, run, single, resumed=lost),
             tries,
-            recoverable,
+            lambda: outages(bind, job_table) if recoverable else (),
         )
     raise ClaimError(
         f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
@@ -172,7 +173,18 @@ def _conflicts(strategy: Strategy) -> Iterator[None]:
         ) from error
 
 
-def _try_again(run: Callable[[bool], R], tries: int, recoverable: bool) -> R:
+def outages(bind: Engine | sessionmaker[Any], job_table: JobTable) -> tuple[type[Exception], ...]:
+    """What may be raised where the database of a bind cannot be reached."""
+    if isinstance(bind, Engine):
+        return strategy_for(bind.dialect).outages(bind.dialect)
+    with bind() as session:
+        dialect = _bind_of(session, job_table).dialect
+    return strategy_for(dialect).outages(dialect)
+
+
+def _try_again(
+    run: Callable[[bool], R], tries: int, outages: Callable[[], tuple[type[Exception], ...]]
+) -> R:
     """Run a transaction of our own, again if the database asks for it or the connection is lost.
 
     ``run`` is told whether an earlier try may have been committed without our hearing of it.
@@ -184,8 +196,8 @@ def _try_again(run: Callable[[bool], R], tries: int, recoverable: bool) -> R:
         except ClaimConflict:
             if tried == tries:
                 raise
-        except Exception as error:
-            if tried == tries or not (recoverable and _is_outage(error, lost)):
+        except outages() as error:
+            if tried == tries or not _is_outage(error, lost):
                 raise
             lost = True
         # Full jitter, so that the ones in each other's way do not meet again.
@@ -200,8 +212,7 @@ def _is_outage(error: Exception, lost: bool) -> bool:
     if isinstance(error, DBAPIError):
         # Only a statement's error names a statement, a refusal to connect does not.
         return error.connection_invalidated or (lost and error.statement is None)
-    # A refusal may reach us as the driver raised it: asyncpg's is an OSError, or its own.
-    return lost and not isinstance(error, (ClaimError, SQLAlchemyError))
+    return lost
 
 
 def _bind_of(session: Session, job_table: JobTable) -> Engine | Connection:

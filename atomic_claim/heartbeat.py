@@ -10,10 +10,11 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Float, literal
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from .binds import run_in
+from .binds import outages, run_in
 from .claim import Key
 from .dialects import Strategy, Work
 from .errors import ClaimConflict, ClaimError, ClaimLost
@@ -92,9 +93,9 @@ def keep_claims(
             while not stopped.wait(beat.pause()):
                 if (lost := beat.once()) and on_lost is not None:
                     on_lost(lost)
-        except BaseException:
-            beat.give_up()
-            raise
+        finally:
+            if not stopped.is_set():
+                beat.give_up()
 
     thread = threading.Thread(target=run, name="atomic_claim.keep_claims", daemon=True)
     thread.start()
@@ -181,7 +182,9 @@ class Beat:
             return None
         except ClaimError:
             raise
-        except Exception:  # noqa: BLE001 - drivers raise what they like when they cannot connect
+        except SQLAlchemyError:
+            return None
+        except outages(self.bind, self.owned.job_table):
             return None
 
     def _extend(self, strategy: Strategy, work: Work) -> set[Key]:

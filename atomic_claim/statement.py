@@ -35,7 +35,7 @@ from sqlalchemy.sql.elements import (
     True_,
     UnaryExpression,
 )
-from sqlalchemy.sql.selectable import ScalarSelect, SelectBase
+from sqlalchemy.sql.selectable import FromClause, ScalarSelect, SelectBase, Subquery
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import JSON, Boolean, DateTime, Enum, Float, Numeric, TypeDecorator
 
@@ -44,11 +44,15 @@ from .elements import DatabaseNow, Declared
 from .errors import ClaimError
 
 LIMIT = "atomic_claim_limit"
+REACH = "atomic_claim_reach"
 TOKEN = "atomic_claim_token"  # noqa: S105 - the name of a parameter
 WORKER = "atomic_claim_worker"
 LEASE = "atomic_claim_lease"
 KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
+# So many rows more than are wanted are looked at where a lease has run out, or to pass over what
+# others hold.
+MARGIN = 100
 
 T = TypeVar("T")
 
@@ -56,6 +60,11 @@ T = TypeVar("T")
 def new_token() -> str:
     """A fencing token: 128 random bits, made before anything is sent."""
     return secrets.token_hex(16)
+
+
+def limits(limit: int) -> dict[str, Any]:
+    """The parameters that say how many rows are wanted, and how many looked at."""
+    return {LIMIT: limit, REACH: limit + MARGIN}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +80,7 @@ class Ask:
 
     def parameters(self, token: str | None) -> dict[str, Any]:
         """The parameters of one execution of the parts' statements."""
-        found: dict[str, Any] = {LIMIT: self.limit}
+        found: dict[str, Any] = limits(self.limit)
         if token is not None:
             found[TOKEN] = token
         if self.worker is not None:
@@ -94,6 +103,8 @@ class ClaimStatement(Update):
         ("branches", InternalTraversal.dp_clauseelement_tuple),
         ("order_terms", InternalTraversal.dp_clauseelement_tuple),
         ("limit_parameter", InternalTraversal.dp_clauseelement),
+        ("reach_parameter", InternalTraversal.dp_clauseelement),
+        ("claimable_rows", InternalTraversal.dp_clauseelement),
         ("single", InternalTraversal.dp_boolean),
         ("changes_key", InternalTraversal.dp_boolean),
         ("spread", InternalTraversal.dp_boolean),
@@ -105,6 +116,8 @@ class ClaimStatement(Update):
         self.branches = parts.candidates.branches
         self.order_terms = parts.order
         self.limit_parameter = parts.candidates.limit
+        self.reach_parameter = parts.candidates.reach
+        self.claimable_rows = parts.candidates.rows
         self.single = parts.single
         self.changes_key = parts.changes_key
         self.spread = parts.spread
@@ -114,7 +127,13 @@ class ClaimStatement(Update):
     @property
     def candidates(self) -> Candidates:
         """What is claimed, made of what the cache key knows."""
-        return Candidates(self.branches, self.order_terms, self.limit_parameter)
+        return Candidates(
+            self.branches,
+            self.order_terms,
+            self.limit_parameter,
+            self.reach_parameter,
+            self.claimable_rows,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +141,23 @@ class Candidates:
     """The keys of the rows to claim, ordered and limited.
 
     Where a row is free for one of several reasons (nobody has claimed it; its lease is over),
-    each reason is a SELECT of its own, since no index can serve their OR in order.
+    each reason is a SELECT of its own, since no index can serve their OR in order. Free rows come
+    in the claim's order; others as their index has them, some more than are wanted, so that the
+    claim's order can be made of what is found.
 
     Attributes:
         branches: SELECTs of the key and the terms of the order, each ordered and limited.
         order: the terms of the order.
-        limit: the parameter that limits each of them, and all together.
+        limit: the parameter that limits the first of them, and all together.
+        reach: the parameter that limits the others.
+        rows: the keys of all rows that may be claimed, in no order.
     """
 
     branches: tuple[Select[Any], ...]
     order: tuple[ColumnElement[Any], ...]
     limit: ColumnElement[Any]
+    reach: ColumnElement[Any]
+    rows: Select[Any]
 
     def select(
         self,
@@ -147,20 +172,22 @@ class Candidates:
         """
         if len(self.branches) == 1:
             return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = union_all(
-            *(
-                select(lock(branch).subquery(f"branch_{place}"))
-                for place, branch in enumerate(self.branches, 1)
-            )
-        ).subquery("branches")
+        found = self.ordered(self.together(*map(lock, self.branches)))
+        return (found if terms else self.only_keys(found)).limit(self.limit)
+
+    def together(self, *branches: Select[Any]) -> Subquery:
+        """One table of what several SELECTs find."""
+        numbered = enumerate(branches, 1)
+        parts = [select(branch.subquery(f"branch_{place}")) for place, branch in numbered]
+        return union_all(*parts).subquery("branches")
+
+    def ordered(self, found: FromClause) -> Select[Any]:
+        """Keys and terms of the order, in that order."""
         columns = list(found.columns)
-        width = len(columns) - len(self.order)
-        order = [
-            OrderTerm.of(term).applied(column)
-            for term, column in zip(self.order, columns[width:], strict=True)
-        ]
-        wanted = columns if terms else columns[:width]
-        return select(*wanted).order_by(*order).limit(self.limit)
+        terms = columns[len(columns) - len(self.order) :]
+        return select(*columns).order_by(
+            *(OrderTerm.of(term).applied(c) for term, c in zip(self.order, terms, strict=True))
+        )
 
     def only_keys(self, branch: Select[Any]) -> Select[Any]:
         """A branch without the terms of the order among its columns."""
@@ -554,14 +581,16 @@ def _build(job_table: JobTable, ask: Ask, *, entities: bool) -> ClaimParts:
         OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in enumerate(order, 1)
     ]
     source = _source(job_table, *key, *terms)
+    reach = bindparam(REACH, ask.limit + MARGIN, Integer(), literal_execute=True)
     branches = [
-        source.where(*reason, *where).order_by(*(first or order)).limit(limit)
-        for reason, first in job_table.reasons
+        source.where(*reason, *where).order_by(*(first or order)).limit(reach if place else limit)
+        for place, (reason, first) in enumerate(job_table.reasons)
     ]
     reasons = or_(*(and_(*reason) for reason, _ in job_table.reasons))
+    rows = _source(job_table, *key).where(reasons, *where)
     return ClaimParts(
         job_table=job_table,
-        candidates=Candidates(tuple(branches), order, limit),
+        candidates=Candidates(tuple(branches), order, limit, reach, rows),
         conditions=(reasons, *where),
         order=order,
         values=_claim_values(job_table, ask) | given,

@@ -398,3 +398,34 @@ def test_declarations(declaration: str) -> None:
     assert type(raised.value) is error
     for word in words:
         assert word in str(raised.value)
+
+
+# --- tables without row locks
+
+
+def without_transactions() -> Table:
+    """A job table of an engine that has neither row locks nor transactions."""
+    return job_table(mysql_engine="MyISAM", mariadb_engine="MyISAM")
+
+
+@pytest.mark.databases("mysql", "mariadb")
+@pytest.mark.parametrize("kind", BINDS)
+def test_a_table_without_row_locks(database: Database, kind: str) -> None:
+    """A table whose storage engine locks no rows is refused, every time."""
+    engine, table = database.engine(), without_transactions()
+    fill(engine, table, 3)
+    words = ("'jobs' is MyISAM", "ALTER TABLE jobs ENGINE=InnoDB")
+    for _ in range(2):
+        with bound(engine, kind) as bind, refused(engine, table, ClaimError, *words):
+            claim_jobs(bind, table, 1)
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_two_workers_lock_the_same_rows_without_row_locks(database: Database) -> None:
+    """The twin: there SKIP LOCKED skips nothing, and two workers get the same rows."""
+    engine, table = database.engine(), without_transactions()
+    fill(engine, table, 3)
+    query = sa.select(table.c.id).where(table.c.processing == sa.false())
+    query = query.order_by(table.c.id).with_for_update(skip_locked=True)
+    with engine.connect() as first, engine.connect() as second:
+        assert list(first.scalars(query)) == list(second.scalars(query)) == [1, 2, 3]

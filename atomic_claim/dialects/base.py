@@ -19,7 +19,7 @@ from sqlalchemy.types import DateTime
 from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import LIMIT, ByKey, ClaimParts, key_in
+from atomic_claim.statement import LIMIT, REACH, ByKey, ClaimParts, key_in
 
 Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
@@ -145,6 +145,10 @@ class Strategy(ABC):
     def is_conflict(self, error: DBAPIError) -> bool:
         """Whether the database asks for the transaction to be tried again."""
 
+    def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
+        """What may be raised where the database cannot be reached."""
+        return (DBAPIError, OSError)
+
     def is_naive(self, type_: DateTime) -> bool:
         """Whether a time column of this type has no zone here."""
         return not type_.timezone
@@ -225,7 +229,7 @@ def mark_and_load(
     hints: Mapping[str, str],
 ) -> Found:
     """Write the claim to rows that are locked, and read them."""
-    written = {name: value for name, value in params.items() if name != LIMIT}
+    written = {name: value for name, value in params.items() if name not in {LIMIT, REACH}}
     marking = parts.prepare(f"marking {hints}", partial(_marking, hints=hints))
     for chunk in chunks(keys, CHUNK):
         work.execute(*marking.of(chunk, written))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Dialect,
     Select,
+    Table,
     and_,
     bindparam,
     func,
@@ -27,7 +31,15 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import LIMIT, ByKey, ClaimParts, ClaimStatement, key_equals, key_in
+from atomic_claim.statement import (
+    LIMIT,
+    ByKey,
+    ClaimParts,
+    ClaimStatement,
+    key_equals,
+    key_in,
+    limits,
+)
 
 from .base import (
     Found,
@@ -96,6 +108,7 @@ class MySQL(Strategy):
         return False
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        _check_engine(work.connection, parts.job_table.table)
         mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         statements = parts.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
@@ -156,6 +169,31 @@ class MySQL(Strategy):
     def code(self, error: DBAPIError) -> Any:
         """The server's error number."""
         return error.orig.args[0] if error.orig is not None and error.orig.args else None
+
+
+checked: WeakKeyDictionary[Dialect, set[str]] = WeakKeyDictionary()
+"""The tables that are known to be InnoDB's, by the dialect of their database."""
+
+
+def _check_engine(connection: Connection, table: Table) -> None:
+    """Refuse a table that has no row locks; asked once for each engine of SQLAlchemy's."""
+    dialect = connection.dialect
+    schema = connection.schema_for_object(table)
+    quote = dialect.identifier_preparer.quote
+    name = ".".join(quote(part) for part in (schema, table.name) if part)
+    known = checked.setdefault(dialect, set())
+    if name in known:
+        return
+    # Of a view, which has no engine, the claim's own statements tell more.
+    created = connection.exec_driver_sql(f"SHOW CREATE TABLE {name}").one()[1]
+    found = re.search(r"^\).* ENGINE=(\w+)", created, re.MULTILINE)
+    if found is not None and found[1].lower() != "innodb":
+        raise ClaimError(
+            f"the storage engine of {table.fullname!r} is {found[1]}, which has no row locks that "
+            "a claim could rest on: two workers would get the same rows; convert it with "
+            f"ALTER TABLE {table.fullname} ENGINE=InnoDB"
+        )
+    known.add(name)
 
 
 def _set_session(work: Work, settings: Mapping[str, int]) -> None:
@@ -256,7 +294,7 @@ class _Search:
 
     def _read_candidates(self, reach: int) -> list[Key]:
         try:
-            rows = self.work.execute(self.statements.candidates, {LIMIT: reach}).all()
+            rows = self.work.execute(self.statements.candidates, limits(reach)).all()
         except DBAPIError as error:
             if self.strategy.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
                 raise ClaimError(SERIALIZABLE) from error
@@ -337,7 +375,7 @@ class _Search:
         return [
             tuple(row)
             for latest in self.statements.latest
-            for row in self.work.execute(latest, {LIMIT: self.limit})
+            for row in self.work.execute(latest, limits(self.limit))
         ]
 
     def _some_are_gone(self) -> bool:

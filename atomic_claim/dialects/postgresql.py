@@ -6,16 +6,36 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Select, text
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Dialect,
+    Select,
+    func,
+    literal_column,
+    select,
+    text,
+    true,
+    tuple_,
+    union_all,
+)
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
-from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm, key_equals
+from atomic_claim.statement import (
+    ORDER,
+    Candidates,
+    ClaimParts,
+    ClaimStatement,
+    OrderTerm,
+    key_equals,
+)
 
 from .base import Found, Pooled, Strategy, Work, load, mark_and_load, require, returned
 
@@ -61,6 +81,11 @@ class PostgreSQL(Strategy):
         )
         SELECT claimed.* FROM claimed JOIN claimable ON claimed.id = claimable.id
         ORDER BY claimable.claim_order_1
+
+    Where leases that have run out are a second reason for a row to be free, the first rows of each
+    reason are read without locks and put in order, and LATERAL locks them one after the other
+    until there are enough: a lock on each reason's first rows would hold twice as many. Only where
+    others hold most of what was looked at are the farther rows locked reason by reason.
 
     Where a listener may add criteria to a session's SELECTs, the rows are locked by a SELECT of the
     session's own, and marked by key.
@@ -120,6 +145,12 @@ class PostgreSQL(Strategy):
         code = getattr(found, "sqlstate", None) or getattr(found, "pgcode", None)
         return code in CONFLICTS
 
+    def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
+        """Of asyncpg, a refusal to connect may reach us as it was raised."""
+        found = super().outages(dialect)
+        driver: Any = getattr(dialect.dbapi, "asyncpg", None)
+        return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
+
 
 @contextmanager
 def _autocommit(driver: Any) -> Iterator[None]:
@@ -139,13 +170,58 @@ def _time_zone(work: Work) -> str:
     return str(zone or work.connection.scalar(text("SELECT current_setting('TimeZone')")))
 
 
-def _lock(of: Any, changes_key: bool) -> Callable[[Select[Any]], Select[Any]]:
+Lock = Callable[[Select[Any]], Select[Any]]
+
+
+def _lock(of: Any, changes_key: bool) -> Lock:
     return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
 
 
 def _locked_candidates(parts: ClaimParts) -> Select[Any]:
     of = parts.job_table.table if parts.spread else None
-    return parts.candidates.select(lock=_lock(of, parts.changes_key))
+    lock = _lock(of, parts.changes_key)
+    found = parts.candidates
+    if len(found.branches) == 1:
+        return found.select(lock=lock)
+    return found.only_keys(found.ordered(_claimable(found, lock, terms=True).subquery()))
+
+
+def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any]:
+    """The candidates, of which no more are locked than are returned."""
+    prefix = "claim_"
+    if len(candidates.branches) == 1:
+        return candidates.select(terms=terms, lock=lock)
+    limit, reach = candidates.limit, candidates.reach
+    branches = [branch.limit(reach) for branch in candidates.branches]
+    nearest = candidates.ordered(candidates.together(*branches)).cte(f"{prefix}nearest")
+    key = list(nearest.columns)[: len(nearest.columns) - len(candidates.order)]
+
+    # One after the other, until there are enough: LATERAL leaves the planner no other way.
+    own = list(candidates.rows.selected_columns)
+    held = lock(candidates.rows.where(key_equals(own, key))).lateral("held")
+    taken = [
+        select(*held.columns, *list(nearest.columns)[len(key) :])
+        .select_from(nearest.join(held, true()))
+        .limit(limit)
+        .cte(f"{prefix}taken")
+    ]
+    # Others hold so many of the nearest that the farther ones are to be looked at.
+    is_deep = _count(nearest) >= reach
+    for place, branch in enumerate(candidates.branches, 1):
+        columns = list(branch.selected_columns)[: len(key)]
+        others = [
+            tuple_(*columns).not_in(select(*list(found.columns)[: len(key)])) for found in taken
+        ]
+        missing = limit - sum((_count(found) for found in taken), literal_column("0"))
+        farther = lock(branch.where(is_deep, *others).limit(missing))
+        taken.append(farther.cte(f"{prefix}taken_{place}"))
+    together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
+    # There are no more in any case; but so the planner knows it.
+    return select(*(together.columns if terms else list(together.columns)[: len(key)])).limit(limit)
+
+
+def _count(found: FromClause) -> ColumnElement[int]:
+    return select(func.count()).select_from(found).scalar_subquery()
 
 
 @compiles(ClaimStatement, *NAMES)
@@ -162,7 +238,7 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     )
 
     lock = _lock(element.table if element.spread else None, element.changes_key)
-    claimable = element.candidates.select(terms=not element.single, lock=lock).cte(claimable_name)
+    claimable = _claimable(element.candidates, lock, terms=not element.single).cte(claimable_name)
     taken = list(claimable.columns)[: len(key)]
     update = element.where(key_equals(key, taken))
     sql = compiler.visit_update(update, guard_clock=element.guarded, **kw)
