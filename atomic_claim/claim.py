@@ -158,7 +158,7 @@ def claim_jobs(
         UnsupportedDialect: the database has no atomic claim.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
-    job_table = job_table_of(table)
+    job_table = job_table_of(table, ordered=order_by is not None)
     ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
     by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
     parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)

@@ -184,6 +184,11 @@ class JobTable:
             AmbiguousTable: it lists what was understood, what was not, and what to write.
             ClaimError: it is not a table, or has no primary key.
         """
+        return cls._inferred(table, ordered=False)
+
+    @classmethod
+    def _inferred(cls, table: Any, *, ordered: bool) -> JobTable:
+        """Read the names; ``ordered`` where the order comes from elsewhere."""
         mapper = _mapper_of(table)
         key = mapper if mapper is not None else table
         if not isinstance(key, (Table, Mapper)):
@@ -194,12 +199,13 @@ class JobTable:
         # Kept with the table rather than in a registry of ours, so that it dies with the table.
         info = table.info if mapper is None else mapper.tables[0].info  # type: ignore[attr-defined]
         kept = info.setdefault("atomic_claim.inferred", {})
-        if (known := kept.get(key)) is None:
-            known = kept[key] = cls._infer(table, mapper)
+        known = kept.get((key, False)) or kept.get((key, ordered))
+        if known is None:
+            known = kept[key, ordered] = cls._infer(table, mapper, ordered=ordered)
         return known  # type: ignore[no-any-return]
 
     @classmethod
-    def _infer(cls, given: Any, mapper: Mapper[Any] | None) -> JobTable:
+    def _infer(cls, given: Any, mapper: Mapper[Any] | None, *, ordered: bool) -> JobTable:
         tables = [t for t in mapper.tables if isinstance(t, Table)] if mapper else [given]
         readings = [(table, read_columns(table, _names(table, mapper))) for table in tables]
         for table, reading in readings:
@@ -208,7 +214,8 @@ class JobTable:
                 return declared
             if declared is not None:
                 return cls(given, **declared)
-            if "state" in reading.arguments and not reading.problems:
+            doubts = reading.problems or (reading.undirected and not ordered)
+            if "state" in reading.arguments and not doubts:
                 arguments = dict(reading.arguments)
                 arguments["text_times"] = time_format(table.columns)
                 return cls(given, **arguments)
@@ -561,9 +568,14 @@ class JobTable:
         return Declared(value, column.type)
 
 
-def job_table_of(given: Any) -> JobTable:
-    """The ``JobTable`` that a ``Table``, a mapped class or a ``JobTable`` stands for."""
-    return given if isinstance(given, JobTable) else JobTable.infer(given)
+def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
+    """The ``JobTable`` that a ``Table``, a mapped class or a ``JobTable`` stands for.
+
+    ``ordered`` where the call says the order, so that the table's columns need not.
+    """
+    if isinstance(given, JobTable):
+        return given
+    return JobTable._inferred(given, ordered=ordered)  # noqa: SLF001 - this module's own
 
 
 def _mapper_of(given: Any) -> Mapper[Any] | None:
@@ -624,6 +636,8 @@ def _explain(table: Table, reading: Reading) -> str:
         f"table {table.fullname!r} cannot be read with certainty.\n"
         f"  understood: {understood or 'nothing'}\n"
         f"  not understood: {', '.join(reading.unknown) or 'nothing'}\n"
-        + "".join(f"  in doubt: {problem}\n" for problem in reading.problems)
+        + "".join(
+            f"  in doubt: {problem}\n" for problem in [*reading.undirected, *reading.problems]
+        )
         + f"  write: JobTable({', '.join(arguments)})"
     )

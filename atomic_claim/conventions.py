@@ -202,12 +202,22 @@ NOW = Now()
 
 @dataclass
 class Reading:
-    """What was read from a table's columns: arguments of ``JobTable``, and what stands in doubt."""
+    """What was read from a table's columns: arguments of ``JobTable``, and what stands in doubt.
+
+    Attributes:
+        arguments: what is certain.
+        understood: the names of its columns, by role, for people.
+        unknown: the columns that mean nothing here.
+        problems: what is in doubt, whatever is asked for.
+        undirected: what is in doubt unless the order is said.
+        asked: the arguments that would answer.
+    """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     understood: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    undirected: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
 
 
@@ -292,7 +302,7 @@ def read_columns(table: Table, names: Mapping[Column[Any], frozenset[str]]) -> R
         reading.understood["stamps"] = ", ".join(c.name for c in stamps)
     if (priorities := named(UNDIRECTED)) and "order" not in table.info.get("atomic_claim", ()):
         reading.asked.append("order")
-        reading.problems.append(
+        reading.undirected.append(
             f"{priorities[0].name!r} has no natural direction: does the highest or the lowest "
             f"come first? Say it with order=[table.c.{priorities[0].key}.desc(), ...]"
         )

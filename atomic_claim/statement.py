@@ -341,7 +341,7 @@ def claim_statement(
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
-    job_table = job_table_of(table)
+    job_table = job_table_of(table, ordered=order_by is not None)
     parts = _build(job_table, ask, entities=job_table.entity is not None)
     if parts.spread:
         raise ClaimError(

@@ -19,7 +19,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 
 from atomic_claim import AmbiguousTable, ClaimError, JobTable, claim_jobs, conventions
 from tests.databases import Database
-from tests.jobs import START, ids, mapped
+from tests.jobs import START, fill, ids, job_table, mapped
 
 PAYLOAD = Path(__file__).parent / "payload"
 
@@ -601,3 +601,16 @@ def test_payload_s_queues(payload: sa.Engine) -> None:
     table = Table("payload_jobs", MetaData(), autoload_with=payload)
     assert ids(claim_jobs(payload, table, 10, where=table.c.queue.is_(None))) == [4]
     assert ids(claim_jobs(payload, table, 10, where=table.c.queue == "mail")) == []
+
+
+def test_an_order_in_the_call_settles_a_priority(database: Database) -> None:
+    """Where the call says what comes first, the direction of `priority` is no question."""
+    engine, table = database.engine(), job_table(Column("priority", Integer, nullable=False))
+    fill(engine, table, 3, priority=0)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id == 2).values(priority=9))
+    for expected in (2, 1):
+        with pytest.raises(AmbiguousTable, match="'priority' has no natural direction"):
+            claim_jobs(engine, table, 3)
+        order = [table.c.priority.desc(), table.c.id]
+        assert ids(claim_jobs(engine, table, 1, order_by=order)) == [expected]

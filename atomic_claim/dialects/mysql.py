@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -65,6 +66,8 @@ HELD = frozenset({1205, 3572})
 CHUNK = 1000
 # So many candidates more than are wanted are read, and tried in one statement if the order allows.
 WINDOW = 16
+# So often a claim that must not skip looks for the very rows that others hold.
+PATIENCE = 8
 
 
 SERIALIZABLE = (
@@ -269,6 +272,8 @@ class _Search:
         self.stale = False
         self.taken: set[Key] = set()
         self.tried: set[Key] = set()
+        self.patience = PATIENCE
+        self.aside: list[list[Key]] = []
 
     def keys(self) -> list[Key]:
         """Up to ``limit`` free rows that nobody else holds, in claim order."""
@@ -285,6 +290,14 @@ class _Search:
                 break
             # Others hold the head of the queue; all that is read again is keys.
             reach = 4 * reach + 16
+        # What was passed over is all that is left.
+        self.patience = sys.maxsize
+        while self.aside and len(self.taken) < self.limit:
+            wanted = self.limit - len(self.taken)
+            keys, *self.aside = self.aside
+            if keys[wanted:]:
+                self.aside.insert(0, keys[wanted:])
+            self._lock_without_gaps(keys[:wanted])
         # Rows that we only locked are still free in our own reads, so the last one has them all.
         found = [key for key in seen if key in self.taken]
         if len(found) < self.limit and self.repeatable and not self.work.own:
@@ -301,7 +314,7 @@ class _Search:
             raise
         why = "the row locks would be gone before the rows are marked"
         refuse_autocommit(self.strategy, self.work, why)
-        if not rows and not self.statements.asks_zone:
+        if not rows and self.work.own and not self.statements.asks_zone:
             return []
         width = len(self.statements.key)
         said = rows[0][width:] if rows else self._ask()
@@ -345,17 +358,45 @@ class _Search:
 
         There SKIP LOCKED locks the gap behind a row that it skips: behind the table's last row,
         no producer could insert until the transaction ends. NOWAIT fails and locks no gap; what
-        it had locked before, it takes in the next try.
+        it had locked before, it takes in the next try. So the rows that are held are found by
+        halving, and after some failures passed over together with their neighbours.
         """
+        if self._lock_unless_held(keys):
+            return
+        self.patience -= 1
+        if len(keys) == 1:
+            return
+        if self.patience < 0 and _are_numbers(keys):
+            self._lock_up_to_the_held(sorted(keys))
+            return
+        middle = len(keys) // 2
+        self._lock_without_gaps(keys[:middle])
+        self._lock_without_gaps(keys[middle:])
+
+    def _lock_up_to_the_held(self, keys: list[Key]) -> None:
+        """Of rows in the key's order, some of them held, lock those before the first that is.
+
+        The ones behind it are put aside; no failure has locked any of them.
+        """
+        ahead = 1
+        while keys:
+            if self._lock_unless_held(keys[:ahead]):
+                keys = keys[ahead:]
+            else:
+                if keys[ahead:]:
+                    self.aside.append(keys[ahead:])
+                keys = keys[:ahead] if ahead > 1 else []
+            ahead = max(1, len(keys) // 2)
+
+    def _lock_unless_held(self, keys: list[Key]) -> bool:
         try:
-            self._sort_out(self.work.execute(*self.statements.lock_unless_held.of(keys)))
+            rows = self.work.execute(*self.statements.lock_unless_held.of(keys))
         except DBAPIError as error:
             if self.strategy.code(error) not in HELD:
                 raise
-            if len(keys) > 1:
-                middle = len(keys) // 2
-                self._lock_without_gaps(keys[:middle])
-                self._lock_without_gaps(keys[middle:])
+            return False
+        self._sort_out(rows)
+        return True
 
     def _sort_out(self, rows: Iterable[Any]) -> None:
         for row in rows:
@@ -397,8 +438,12 @@ class _Search:
 
 def _ascends(keys: Sequence[Key]) -> bool:
     """Whether the claim's order is that of the key, compared as the database does it."""
-    numbers = [key[0] for key in keys if len(key) == 1 and isinstance(key[0], int)]
-    return len(numbers) == len(keys) and numbers == sorted(numbers)
+    return _are_numbers(keys) and list(keys) == sorted(keys)
+
+
+def _are_numbers(keys: Sequence[Key]) -> bool:
+    """Whether Python compares the keys as the database does."""
+    return all(len(key) == 1 and isinstance(key[0], int) for key in keys)
 
 
 @compiles(ClaimStatement, *NAMES)

@@ -213,6 +213,17 @@ def test_serializable_is_refused_where_plain_reads_lock(
 
 
 @pytest.mark.databases("mysql", "mariadb")
+@pytest.mark.parametrize("kind", CALLERS)
+def test_serializable_is_refused_on_an_empty_queue_too(database: Database, kind: str) -> None:
+    """Nor is it found out only once there are jobs: the empty read keeps producers out."""
+    engine = impatient(database).execution_options(isolation_level="SERIALIZABLE")
+    table = job_table()
+    fill(engine, table, 1, processing=True)
+    with bound(engine, kind) as bind, pytest.raises(ClaimError, match="SERIALIZABLE"):
+        claim_jobs(bind, table, 1)
+
+
+@pytest.mark.databases("mysql", "mariadb")
 def test_a_plain_read_waits_at_serializable(database: Database) -> None:
     """The twin: while a worker holds two rows, the next one's candidate read times out."""
     engine = impatient(database).execution_options(isolation_level="SERIALIZABLE")

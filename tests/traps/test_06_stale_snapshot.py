@@ -1,5 +1,6 @@
 """Trap 6: at REPEATABLE READ the candidates come from a snapshot that may be old."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from sqlalchemy.exc import OperationalError
 from atomic_claim import ClaimConflict, claim_jobs
 from tests.databases import Database
 from tests.jobs import CALLERS, bound, code_of, fill, ids, job_table, rows, taken
+from tests.statements import sent_by
 
 pytestmark = pytest.mark.databases("mysql", "mariadb")
 
@@ -136,6 +138,35 @@ def test_producers_pass_where_others_hold_the_last_row(database: Database, level
         assert ids(claim_jobs(bind, table, 4)) == []
         with engine.begin() as producer:
             producer.execute(table.insert(), rows(1, first=5))
+
+
+ORDERS: dict[str, Any] = {
+    "the key's order": lambda table: table.c.id,
+    "backwards": lambda table: table.c.id.desc(),
+    "another order": lambda table: (table.c.id * 7919) % 1009,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_many_rows_that_others_hold_are_passed_over_soon(database: Database, order: str) -> None:
+    """Behind workers that hold 50 rows each a claim of 50 is full, soon, and holds no more."""
+    engine, table = repeatable(database), job_table()
+    fill(engine, table, 300)
+    order_by = ORDERS[order](table)
+    with ExitStack() as stack:
+        held: set[int] = set()
+        for _ in range(3):
+            worker = stack.enter_context(engine.connect())
+            held.update(ids(claim_jobs(worker, table, 50, order_by=order_by)))
+        bind = stack.enter_context(engine.connect())
+        sent = sent_by(engine)
+        found = ids(claim_jobs(bind, table, 50, order_by=order_by))
+        assert len(found) == 50
+        assert held.isdisjoint(found)
+        assert len(sent) < 45
+        others = stack.enter_context(engine.connect())
+        rest = ids(claim_jobs(others, table, 300, order_by=order_by))
+        assert sorted([*held, *found, *rest]) == list(range(1, 301))
 
 
 def test_a_skipped_row_leaves_a_locked_gap(database: Database) -> None:
