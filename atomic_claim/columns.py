@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -288,11 +288,15 @@ class JobTable:
     @cached_property
     def not_ended(self) -> tuple[ColumnElement[bool], ...]:
         """Together true for a row that is neither done nor failed nor withdrawn."""
+        return self.not_ended_in(())
+
+    def not_ended_in(self, others: Collection[Column[Any]]) -> tuple[ColumnElement[bool], ...]:
+        """The same, by all columns but these and the state."""
         return tuple(
             _is_not(column, value)
             for mapping in (self.done, self.failed, self.withdrawn)
             for column, value in mapping.items()
-            if column is not self.state
+            if column is not self.state and column not in others
         )
 
     @cached_property

@@ -8,7 +8,7 @@ an entity that a commit has expired would read the successor's.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from sqlalchemy import ColumnElement, Row, and_, case, func, literal, not_, null, or_, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
 from .binds import Bind, run_in
@@ -24,6 +25,7 @@ from .claim import Claim, Key
 from .columns import JobTable, job_table_of
 from .conventions import plain_type
 from .dialects import CHUNK, Strategy, Work, chunks
+from .elements import DatabaseNow, Declared
 from .errors import ClaimError, ClaimLost
 from .statement import key_in
 from .tickets import job_table_of_ticket, keys_of_ticket
@@ -55,9 +57,10 @@ class Owned:
         """True for a row that was ours last, and that we have ended."""
         return and_(self.job_table.token == self.token, not_(self.job_table.is_running))
 
-    def changed_before(self, work: Work, keys: Sequence[Key]) -> list[Key]:
-        """Those that an earlier try ended, whose reply was lost with the connection."""
-        return self.visible(work, keys, self.is_ended())
+    def changed_before(self, work: Work, keys: Sequence[Key], values: Values) -> list[Key]:
+        """Those that an earlier try ended like this, whose reply was lost with the connection."""
+        otherwise = self.job_table.not_ended_in(values)
+        return self.visible(work, keys, self.is_ended(), *_marks(values), *otherwise)
 
     def visible(
         self, work: Work, keys: Sequence[Key], *conditions: ColumnElement[bool]
@@ -309,6 +312,17 @@ def _needed(job_table: JobTable, role: str, what: str) -> Any:
     return column
 
 
+def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
+    """True for a row that bears what was written, as far as that can be known afterwards."""
+    for column, value in values.items():
+        if value is None or isinstance(value, Null):
+            yield column.is_(None)
+        elif isinstance(value, DatabaseNow):
+            yield column.is_not(None)
+        elif isinstance(value, (Declared, True_, False_)):
+            yield column == value
+
+
 def _written_by_all(job_table: JobTable) -> Values:
     """What every end of a claim writes: the row is nobody's, and was touched now."""
     values: Values = {column: job_table.now(column) for column in job_table.stamps}
@@ -377,10 +391,10 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
 
     def run(strategy: Strategy, work: Work) -> list[Key]:
         changed = strategy.change(work, owned.job_table, owned.keys, guard, values)
-        if work.resumed:
+        if work.resumed and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             rest = [key for key in owned.keys if key not in set(changed)]
-            changed += owned.changed_before(work, rest)
+            changed += owned.changed_before(work, rest, values)
         if isinstance(work.executor, Session):
             _expire(work.executor, owned.job_table, changed, values)
         return changed

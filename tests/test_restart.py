@@ -17,6 +17,7 @@ from sqlalchemy.pool import NullPool
 
 from atomic_claim import (
     Claim,
+    ClaimLost,
     JobTable,
     aio,
     claim_jobs,
@@ -236,6 +237,27 @@ def test_the_reply_to_a_change_is_lost(
     assert OPERATIONS[operation](engine, claim) == 3
     assert proxy.lost.is_set()
     check_change(ground, operation, claim, other)
+
+
+@pytest.mark.parametrize("second", ["fail", "release"])
+def test_the_reply_to_a_refusal_is_lost(ground: Ground, second: str) -> None:
+    """What has ended otherwise is lost to a second ending, also where its connection was lost."""
+    claim = claim_jobs(ground.watch, ground.jobs, 3, lease=LEASE)
+    assert complete_jobs(ground.watch, claim) == 3
+    in_transactions(ground.engine)
+    done: list[str] = []
+
+    @sa.event.listens_for(ground.engine, "commit")
+    def lose_it(connection: sa.Connection) -> None:
+        if not done:
+            done.append("COMMIT")
+            ground.server.end_backend(backend_of(driver_of(connection)))
+
+    with pytest.raises(ClaimLost) as raised:
+        OPERATIONS[second](ground.engine, claim)
+    assert done
+    assert raised.value.keys == ((1,), (2,), (3,))
+    finish(ground)
 
 
 def test_a_completion_that_goes_on_without_us(ground: Ground, proxy: Proxy) -> None:
