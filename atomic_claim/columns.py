@@ -641,7 +641,7 @@ def _explain(table: Table, reading: Reading) -> str:
         f"  understood: {understood or 'nothing'}\n"
         f"  not understood: {', '.join(reading.unknown) or 'nothing'}\n"
         + "".join(
-            f"  in doubt: {problem}\n" for problem in [*reading.undirected, *reading.problems]
+            f"  in doubt: {problem}\n" for problem in [*reading.problems, *reading.undirected]
         )
         + f"  write: JobTable({', '.join(arguments)})"
     )
