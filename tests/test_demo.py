@@ -193,6 +193,18 @@ def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def words(text: str) -> list[str]:
+    """What a report says, without its figures."""
+    return re.sub(r"[\d,.]*\d", "0", text).split()
+
+
+def test_the_readme_shows_what_is_printed() -> None:
+    """The README's run of the demo is one of this very demo, figures aside."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"atomic-claim demo\n(.*?)```", readme, re.DOTALL)
+    assert words(real("demo").out) == words(shown)
+
+
 def test_progress_goes_to_the_terminal(tmp_path: Path) -> None:
     """On a terminal both halves have a bar, which is not on standard output."""
     pty = pytest.importorskip("pty", reason="no terminals to try on this system")
