@@ -17,8 +17,8 @@ import random
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -35,6 +35,7 @@ from atomic_claim import (
     fail_jobs,
     keep_claims,
     release_jobs,
+    sweep_jobs,
 )
 
 LEASE = timedelta(minutes=1)
@@ -80,12 +81,8 @@ job_table = JobTable(
 )
 
 
-class JobFailed(Exception):
-    """What `run_job` raises for a job that should be tried again later."""
-
-
 def run_job(job: Any) -> None:
-    """Do the work of one job."""
+    """Do the work of one job; whatever it raises has the job tried again later."""
     print(f"{WORKER} runs job {job.id}: {job.payload}", flush=True)
 
 
@@ -100,6 +97,8 @@ def work(engine: sa.Engine, stopped: threading.Event, wait: Callable[[float], No
     while not stopped.is_set():
         claim = claim_jobs(engine, job_table, BATCH, lease=LEASE, worker=WORKER)
         if not claim:
+            # Jobs that killed their workers as often as is allowed are marked as failed.
+            sweep_jobs(engine, job_table)
             wait(pause)
             pause = next_pause(pause)
             continue
@@ -107,19 +106,20 @@ def work(engine: sa.Engine, stopped: threading.Event, wait: Callable[[float], No
         with keep_claims(engine, claim) as keeper:
             for place, job in enumerate(claim):
                 if stopped.is_set():
-                    release_jobs(engine, claim[place:])
+                    with suppress(ClaimLost):
+                        release_jobs(engine, claim[place:])
                     break
                 if (job.id,) in keeper.lost:
                     continue
                 try:
                     try:
                         run_job(job)
-                    except JobFailed as error:
+                    except Exception as error:  # noqa: BLE001 - a job may raise anything
                         fail_jobs(engine, claim, [job], retry=True, error=error)
                     else:
                         complete_jobs(engine, claim, [job])
                 except ClaimLost as lost:
-                    print(f"{WORKER} lost job {job.id}: {lost}", flush=True)
+                    print(f"{WORKER}: {lost}", flush=True)
 
 
 @contextmanager
@@ -163,34 +163,78 @@ def main(url: str) -> None:
     engine.dispose()
 
 
-async def work_async(engine: AsyncEngine, stopped: asyncio.Event) -> None:
+async def work_async(
+    engine: AsyncEngine, stopped: asyncio.Event, wait: Callable[[float], Awaitable[None]]
+) -> None:
     """The same loop on an event loop; jobs of one batch run one after another."""
     pause = FIRST_PAUSE
     while not stopped.is_set():
         claim = await aio.claim_jobs(engine, job_table, BATCH, lease=LEASE, worker=WORKER)
         if not claim:
-            try:
-                await asyncio.wait_for(stopped.wait(), pause)
-            except TimeoutError:
-                pause = next_pause(pause)
+            await aio.sweep_jobs(engine, job_table)
+            await wait(pause)
+            pause = next_pause(pause)
             continue
         pause = FIRST_PAUSE
         async with aio.keep_claims(engine, claim) as keeper:
             for place, job in enumerate(claim):
                 if stopped.is_set():
-                    await aio.release_jobs(engine, claim[place:])
+                    with suppress(ClaimLost):
+                        await aio.release_jobs(engine, claim[place:])
                     break
                 if (job.id,) in keeper.lost:
                     continue
                 try:
                     try:
                         await asyncio.to_thread(run_job, job)
-                    except JobFailed as error:
+                    except Exception as error:  # noqa: BLE001 - a job may raise anything
                         await aio.fail_jobs(engine, claim, [job], retry=True, error=error)
                     else:
                         await aio.complete_jobs(engine, claim, [job])
                 except ClaimLost as lost:
-                    print(f"{WORKER} lost job {job.id}: {lost}", flush=True)
+                    print(f"{WORKER}: {lost}", flush=True)
+
+
+@asynccontextmanager
+async def async_waker(
+    engine: AsyncEngine, stopped: asyncio.Event
+) -> AsyncIterator[Callable[[float], Awaitable[None]]]:
+    """Something to wait with: until a NOTIFY on PostgreSQL, until it is time to stop elsewhere."""
+    woken = asyncio.Event()
+
+    async def wait(seconds: float) -> None:
+        ends = [asyncio.create_task(event.wait()) for event in (stopped, woken)]
+        await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        woken.clear()
+
+    if engine.dialect.name != "postgresql":
+        yield wait
+        return
+    async with engine.connect() as connection:
+        await connection.execution_options(isolation_level="AUTOCOMMIT")
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        if engine.dialect.driver == "asyncpg":
+
+            def wake(*_: Any) -> None:
+                woken.set()
+
+            await driver.add_listener(CHANNEL, wake)
+            yield wait
+            await driver.remove_listener(CHANNEL, wake)
+            return
+        await connection.exec_driver_sql(f"LISTEN {CHANNEL}")
+
+        async def listen() -> None:
+            async for _ in driver.notifies():
+                woken.set()
+
+        listening = asyncio.create_task(listen())
+        yield wait
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
 
 
 async def main_async(url: str) -> None:
@@ -200,7 +244,8 @@ async def main_async(url: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     engine = create_async_engine(url)
-    await work_async(engine, stopped)
+    async with async_waker(engine, stopped) as wait:
+        await work_async(engine, stopped, wait)
     await engine.dispose()
 
 
