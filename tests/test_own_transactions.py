@@ -68,6 +68,21 @@ def test_a_claim_is_one_statement(database: Database, own: Own, limit: int) -> N
     assert taken(engine, table) == list(range(1, 11 * limit + 1))
 
 
+@pytest.mark.databases("postgresql")
+def test_a_claim_is_one_statement_on_a_connection_of_many_uses(database: Database) -> None:
+    """Neither does a connection that somebody has had in AUTOCOMMIT cost a BEGIN ever after."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 3)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("VACUUM")
+    with commands(engine) as found:
+        assert ids(claim_jobs(engine, table)) == [1]
+    assert found == ["UPDATE"]
+    with commands(engine) as found, engine.begin() as connection:
+        assert ids(claim_jobs(connection, table)) == [2]
+    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+
+
 @limited
 @pytest.mark.databases("sqlite", "postgresql")
 def test_a_claim_of_entities_is_one_statement(database: Database, limit: int) -> None:

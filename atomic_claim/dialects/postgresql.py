@@ -62,6 +62,8 @@ UTC_NAMES = frozenset(
         "etc/gmt-0",
     ]
 )
+# The isolation that a statement by itself has, if nobody says otherwise.
+PLAIN_LEVELS = {None, "READ COMMITTED"}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
@@ -128,7 +130,10 @@ class PostgreSQL(Strategy):
         driver: Any = connection.connection.driver_connection
         if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
             return None
-        if driver.isolation_level is not None or driver.read_only or driver.deferrable:
+        # SQLAlchemy leaves the default level on a connection that was in AUTOCOMMIT for a while.
+        levels = {None, connection.default_isolation_level}.intersection(PLAIN_LEVELS)
+        level = driver.isolation_level and driver.isolation_level.name.replace("_", " ")
+        if level not in levels or driver.read_only or driver.deferrable:
             return None
         return nullcontext() if driver.autocommit else _autocommit(driver)
 
