@@ -1,0 +1,261 @@
+"""The way back of a claimed file: to its own name, and never over another job of that name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from atomic_claim.errors import ClaimError
+
+from . import attempts, listing
+from .claimed import ClaimedFile, attempt_of, claim_folder, new_id
+from .system import NoReplaceUnknownError, found_at, is_same, make_folder, refused, rename_new
+
+FOLDER = ".returning"
+
+
+class NameTakenError(Exception):
+    """Another job waits under the name; the file is where it was."""
+
+
+def put_back(file: ClaimedFile, spent: int) -> bool:
+    """Let a claimed file wait again.
+
+    Args:
+        file: what was claimed.
+        spent: how many attempts are to be counted.
+
+    Returns:
+        Whether it is this call that put it back; else it was not at its path any more.
+
+    Raises:
+        NameTakenError: another job waits under its name.
+        ClaimError: the system refuses.
+    """
+    path, processing = str(file.path), str(file.processing)
+    try:
+        found = found_at(path)
+        if found is None:
+            return False
+        # Before it waits: whoever claims it next must find the number.
+        attempts.remember(processing, attempts.identity(file.name, found), spent)
+        returned = move_back(path, os.path.join(file.waiting, file.name), processing)
+    except OSError as error:
+        raise refused(f"return {path!r} to {str(file.waiting)!r}", error) from error
+    if returned:
+        listing.note(str(file.waiting), file.name)
+    return returned
+
+
+def move_back(path: str, target: str, processing: str) -> bool:
+    """Give a claimed file a name in the waiting folder, unless there is one like it.
+
+    Returns:
+        False if the file is not at this path any more.
+
+    Raises:
+        NameTakenError: the name is taken; the file is where it was.
+        OSError: the system refuses; the file is where it was.
+    """
+    try:
+        rename_new(path, target)
+    except FileExistsError:
+        if is_same(found_at(path), found_at(target)):
+            # Linked by an earlier call, which did not come to remove this name.
+            os.unlink(path)
+            return True
+        raise NameTakenError from None
+    except FileNotFoundError:
+        if found_at(path) is None:
+            return False
+        raise
+    except NoReplaceUnknownError:
+        return _by_link(path, target, processing)
+    return True
+
+
+def _by_link(path: str, target: str, processing: str) -> bool:
+    """Do the same by link(2), which never overwrites either, and unlink(2)."""
+    if found_at(target) is not None:
+        raise NameTakenError
+    claim = os.path.basename(os.path.dirname(path))
+    stage = Stage.make(processing, claim)
+    staged = os.path.join(stage.folder, os.path.basename(path))
+    try:
+        # From here on it is not at its path: nobody completes it, nor returns it a second time.
+        os.rename(path, staged)
+    except FileNotFoundError:
+        # rename(2), BUGS: over NFS it may have been renamed all the same.
+        if found_at(staged) is None:
+            stage.remove()
+            return False
+    moved = False
+    try:
+        moved = _linked(staged, target)
+    finally:
+        if not moved:
+            with suppress(OSError):
+                # Else it stays there, and the next recovery goes on with it.
+                make_folder(os.path.dirname(path))
+                os.rename(staged, path)
+        stage.remove()
+    return True
+
+
+def _linked(staged: str, target: str) -> bool:
+    """Give the staged file its waiting name, and no other."""
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        if not is_same(found_at(staged), found_at(target)):
+            raise NameTakenError from None
+    except FileNotFoundError:
+        if found_at(staged) is not None:
+            raise
+        # A recovery goes on with it.
+        return True
+    with suppress(FileNotFoundError):
+        # Whoever claims it removes this name, too.
+        os.unlink(staged)
+    return True
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A folder from which nothing is claimed, where a file gets its second name."""
+
+    folder: str
+
+    @classmethod
+    def make(cls, processing: str, claim: str) -> Stage:
+        """Make it under the name of the claim, which is nobody else's."""
+        above = os.path.join(processing, FOLDER)
+        make_folder(above)
+        stage = cls(os.path.join(above, claim))
+        make_folder(stage.folder)
+        return stage
+
+    def remove(self) -> None:
+        """Remove it, if it is empty."""
+        remove_empty([self.folder])
+
+
+def remove_empty(folders: Iterable[str]) -> None:
+    """Remove those of the folders that are empty; the others are in use."""
+    for folder in folders:
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def staged_files(processing: str) -> Iterator[tuple[str, str]]:
+    """What is on its way back: the name of its claim's folder, and its own."""
+    folder = os.path.join(processing, FOLDER)
+    for claim in names_in(folder):
+        if attempt_of(claim) is not None:
+            for name in names_in(os.path.join(folder, claim)):
+                yield claim, name
+
+
+def names_in(folder: str) -> list[str]:
+    """The names in a folder, in order; none if it is not there, or is no folder."""
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def drop_second_names(processing: str, files: Iterable[ClaimedFile]) -> None:
+    """Remove what a SIGKILL between link and unlink has left of files that are claimed by now.
+
+    Before their work begins: after it, the left name would be the only one, and a job.
+    """
+    if not (staged := list(staged_files(processing))):
+        return
+    claimed = {file.name: found_at(str(file.path)) for file in files}
+    for claim, name in staged:
+        path = os.path.join(processing, FOLDER, claim, name)
+        try:
+            if name in claimed and is_same(found_at(path), claimed[name]):
+                os.unlink(path)
+                remove_empty([os.path.dirname(path)])
+        except FileNotFoundError:
+            # A recovery has removed it.
+            continue
+        except OSError as error:
+            raise refused(f"remove {path!r}, a second name of a claimed job", error) from error
+
+
+def finish_returns(processing: str, waiting: str) -> list[str]:
+    """Bring to its end what others began to return, whether they still live or not.
+
+    Returns:
+        The names that wait now by this call.
+
+    Raises:
+        ClaimError: the system refuses.
+    """
+    done = []
+    for claim, name in staged_files(processing):
+        old = os.path.join(processing, FOLDER, claim, name)
+        try:
+            stage = Stage.make(processing, claim_folder(attempt_of(claim) or 1, new_id()))
+            staged = os.path.join(stage.folder, name)
+            with suppress(FileNotFoundError, NameTakenError):
+                # Whoever was about to link it finds it gone: from here on it is ours alone.
+                os.rename(old, staged)
+                if _has_other_name(staged, name, processing, waiting):
+                    os.unlink(staged)
+                else:
+                    _linked(staged, os.path.join(waiting, name))
+                    listing.note(waiting, name)
+                done.append(name)
+            remove_empty([stage.folder, os.path.dirname(old)])
+        except OSError as error:
+            raise refused(f"return {old!r} to {waiting!r}", error) from error
+    return done
+
+
+def _has_other_name(staged: str, name: str, processing: str, waiting: str) -> bool:
+    """Whether the file waits, or is claimed, already."""
+    found = _freshly_found(staged)
+    if found.st_nlink == 1:
+        return False
+
+    def seen(folder: str) -> bool:
+        return is_same(found, found_at(os.path.join(folder, name)))
+
+    # Twice: on its way back from a claim it could be missed.
+    for _ in range(2):
+        if seen(waiting):
+            return True
+        for worker in names_in(processing):
+            folder = os.path.join(processing, worker)
+            if worker != FOLDER and any(
+                seen(os.path.join(folder, claim)) for claim in names_in(folder)
+            ):
+                return True
+    # The user's own second name, such as a backup's.
+    return False
+
+
+def _freshly_found(path: str) -> os.stat_result:
+    """What is at the path, by opening it: over NFS that asks the server (nfs(5), close-to-open)."""
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except PermissionError:
+        return os.lstat(path)
+    try:
+        return os.fstat(number)
+    finally:
+        os.close(number)
+
+
+def taken_again(file: ClaimedFile) -> ClaimError:
+    """What is said of a file whose name waits again."""
+    return ClaimError(
+        f"cannot return {str(file.path)!r}: another job waits as "
+        f"{os.path.join(file.waiting, file.name)!r}. It stays claimed: release it once that one "
+        "is claimed, or complete or fail it"
+    )
