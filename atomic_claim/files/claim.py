@@ -181,11 +181,10 @@ class Batch:
                 raise refusal
             if (counted := self._next_attempt(name, after, attempt)) > attempt:
                 # Somebody else had it in between, and spent an attempt.
-                file = self._recounted(file, counted)
-        except FileNotFoundError as error:
-            if found_at(os.path.join(self.processing, self._worker)) is None:
-                raise refused(f"claim {source!r} into {self.processing!r}", error) from error
-            return
+                recounted = self._recounted(file, counted)
+                if recounted is None:
+                    return
+                file = recounted
         except OSError as error:
             raise refused(f"claim {source!r} into {self.processing!r}", error) from error
         self.taken.append(file)
@@ -198,9 +197,13 @@ class Batch:
         name = os.path.basename(path)
         return ClaimedFile(Path(path), name, attempt, self._worker, Path(self.waiting))
 
-    def _recounted(self, file: ClaimedFile, attempt: int) -> ClaimedFile:
-        path = os.path.join(self._folder(attempt), file.name)
-        os.rename(file.path, path)
+    def _recounted(self, file: ClaimedFile, attempt: int) -> ClaimedFile | None:
+        """The file under the attempt that it is; None if it was recovered already."""
+        try:
+            path = os.path.join(self._folder(attempt), file.name)
+            os.rename(file.path, path)
+        except FileNotFoundError:
+            return None
         return self._file(path, attempt)
 
     def _moved(self, source: str, name: str, attempt: int) -> str | None:

@@ -61,10 +61,10 @@ class Listing:
 
     entries: list[Any]
     seen: int
+    made: float
     seconds: float
     # The last entry, where the folder had more than are kept.
     end: Any = None
-    made: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -133,7 +133,7 @@ def _read(ask: Ask) -> Listing:
     begin = time.monotonic()
     entries = sorted(_entries(ask))
     end = entries[LARGEST - 1] if len(entries) > LARGEST else None
-    listing = Listing(entries[:LARGEST], len(entries), time.monotonic() - begin, end)
+    listing = Listing(entries[:LARGEST], len(entries), begin, time.monotonic() - begin, end)
     with _lock:
         _known[ask] = listing
         _known.move_to_end(ask)

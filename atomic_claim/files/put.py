@@ -84,7 +84,7 @@ def _place(hidden: str, target: str) -> None:
             # link(2), BUGS: over NFS it may have been linked all the same.
             if not is_same(found_at(hidden), found_at(target)):
                 raise
-        os.unlink(hidden)
+        _remove(hidden)
 
 
 def _remove(hidden: str) -> None:

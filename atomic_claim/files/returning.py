@@ -116,8 +116,8 @@ def _linked(staged: str, target: str) -> bool:
             raise
         # A recovery goes on with it.
         return True
-    with suppress(FileNotFoundError):
-        # Whoever claims it removes this name, too.
+    # It waits. Should this name stay, the next claim or recovery removes it: see above.
+    with suppress(OSError):
         os.unlink(staged)
     return True
 
