@@ -1,6 +1,12 @@
 """A directory queue for tests, and what is found in it."""
 
+import os
+import shutil
+import tempfile
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -8,6 +14,20 @@ from typing import Any, Self
 from atomic_claim.files import ClaimedFile, claim_files, put_file, recover_files
 
 HEARTBEAT = ".heartbeat"
+MEMORY = Path("/dev/shm")  # noqa: S108 - folders in it get unpredictable names
+
+
+@contextmanager
+def in_memory(otherwise: Path) -> Iterator[Path]:
+    """A folder of a file system in memory, or another where there is none."""
+    if not os.access(MEMORY, os.W_OK):
+        yield otherwise
+        return
+    folder = tempfile.mkdtemp(prefix="atomic_claim-tests-files-", dir=MEMORY)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,6 @@ class FileQueue:
 
     def silence(self, worker: str, seconds: int = 3600) -> None:
         """Have a worker's last sign of life be so long ago."""
-        import os  # noqa: PLC0415 - its functions may be watched by now
-        import time  # noqa: PLC0415
-
         then = time.time() - seconds
         os.utime(self.processing / worker / HEARTBEAT, (then, then))
 

@@ -82,20 +82,20 @@ def without_renameat2(*, absent: bool = True) -> Iterator[None]:
         yield
 
 
-def killed_before(place: int, work: Callable[[], Any]) -> bool:
-    """Do the work, but for its calls from the one at this place on, as if killed there.
+def killed_where(reached: Callable[[str], bool], work: Callable[[], Any]) -> bool:
+    """Do the work as if it were killed before the first call of which `reached` says so.
 
     Whatever ``finally`` and ``with`` do afterwards comes to nothing, as after a SIGKILL.
 
     Returns:
-        Whether it was killed; False if the work has fewer calls than that.
+        Whether it was killed; False if the work came to its end.
     """
-    count = 0
+    dead = False
 
-    def before(_: str, __: tuple[Any, ...]) -> None:
-        nonlocal count
-        count += 1
-        if count > place:
+    def before(name: str, _: tuple[Any, ...]) -> None:
+        nonlocal dead
+        dead = dead or reached(name)
+        if dead:
             raise Killed
 
     try:
@@ -106,8 +106,39 @@ def killed_before(place: int, work: Callable[[], Any]) -> bool:
     return False
 
 
+def killed_before(place: int, work: Callable[[], Any]) -> bool:
+    """Do the work as if killed before its changing call at this place, counted from 0.
+
+    The calls that only look are passed over: what a kill before them leaves is what one before
+    the next changing call does.
+
+    Returns:
+        Whether it was killed; False if the work has no more changing calls than that.
+    """
+    count = 0
+
+    def reached(name: str) -> bool:
+        nonlocal count
+        count += name in CHANGING
+        return count > place
+
+    return killed_where(reached, work)
+
+
+def killed_after(call: str, work: Callable[[], Any]) -> bool:
+    """Do the work as if killed right after its first such call."""
+    seen = False
+
+    def reached(name: str) -> bool:
+        nonlocal seen
+        before, seen = seen, seen or name == call
+        return before
+
+    return killed_where(reached, work)
+
+
 def every_kill(work: Callable[[], Any]) -> Iterator[int]:
-    """Kill the work before its first call, its second, and so on, until it is done unharmed.
+    """Kill the work before its first changing call, its second, and so on, until it is done.
 
     Before each the caller sets the stage, after each it looks at what is left.
     """

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from atomic_claim.files import (
     returning,
     touch_worker,
 )
-from tests.file_queue import HEARTBEAT, FileQueue
+from tests.file_queue import HEARTBEAT, FileQueue, in_memory
 from tests.system_calls import (
     CHANGING,
     before_each,
@@ -39,9 +38,10 @@ AWKWARD = ["two\nlines", "sp ace", "-dash", "uml\N{LATIN SMALL LETTER A WITH DIA
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> FileQueue:
+def queue(tmp_path: Path) -> Iterator[FileQueue]:
     """An empty queue."""
-    return FileQueue.make(tmp_path / "queue")
+    with in_memory(tmp_path) as folder:
+        yield FileQueue.make(folder / "queue")
 
 
 @pytest.fixture(params=["renameat2", "link"])
@@ -716,14 +716,12 @@ def test_a_file_in_place_of_a_folder(queue: FileQueue) -> None:
     assert queue.waits() == ["a"]
 
 
-def test_another_file_system(queue: FileQueue) -> None:
+def test_another_file_system(tmp_path: Path) -> None:
     """Folders on two file systems are refused, and the job stays where it was."""
-    memory = Path("/dev/shm")  # noqa: S108 - a folder of its own is made there
-    if not os.access(memory, os.W_OK) or memory.stat().st_dev == queue.base.stat().st_dev:
-        pytest.skip("there is no second file system here to write to")
-    other = memory / f"atomic_claim-tests-{os.getpid()}"
-    other.mkdir()
-    try:
+    queue = FileQueue.make(tmp_path / "queue")
+    with in_memory(tmp_path) as other:
+        if other.stat().st_dev == queue.base.stat().st_dev:
+            pytest.skip("there is no second file system here to write to")
         queue.put("a")
         with pytest.raises(ClaimError, match=r"EXDEV.*put all folders of a queue on one"):
             claim_files(queue.waiting, other)
@@ -734,8 +732,6 @@ def test_another_file_system(queue: FileQueue) -> None:
             fail_files(file, "no", failed=other)
         assert file.read_text() == "a"
         assert queue.places() == {"a": [str(file.path.relative_to(queue.base))]}
-    finally:
-        shutil.rmtree(other)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])

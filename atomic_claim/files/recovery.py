@@ -67,8 +67,8 @@ def recover_files(
     for needed in (folder, target):
         _check_folder(needed)
     before = clock(folder) - age
-    returned = [os.path.join(target, name) for name in finish_returns(folder, target)]
     refusals: list[ClaimError] = []
+    returned = [os.path.join(target, name) for name in finish_returns(folder, target, refusals)]
     for name in [worker] if worker is not None else _workers(folder):
         try:
             returned += _recover(folder, target, name, before, refusals)

@@ -62,10 +62,8 @@ def move_back(path: str, target: str, processing: str) -> bool:
     try:
         rename_new(path, target)
     except FileExistsError:
-        if is_same(found_at(path), found_at(target)):
-            # Linked by an earlier call, which did not come to remove this name.
-            os.unlink(path)
-            return True
+        if found_at(path) is None:
+            return False
         raise NameTakenError from None
     except FileNotFoundError:
         if found_at(path) is None:
@@ -79,6 +77,8 @@ def move_back(path: str, target: str, processing: str) -> bool:
 def _by_link(path: str, target: str, processing: str) -> bool:
     """Do the same by link(2), which never overwrites either, and unlink(2)."""
     if found_at(target) is not None:
+        if found_at(path) is None:
+            return False
         raise NameTakenError
     claim = os.path.basename(os.path.dirname(path))
     stage = Stage.make(processing, claim)
@@ -187,14 +187,16 @@ def drop_second_names(processing: str, files: Iterable[ClaimedFile]) -> None:
             raise refused(f"remove {path!r}, a second name of a claimed job", error) from error
 
 
-def finish_returns(processing: str, waiting: str) -> list[str]:
+def finish_returns(processing: str, waiting: str, refusals: list[ClaimError]) -> list[str]:
     """Bring to its end what others began to return, whether they still live or not.
 
-    Returns:
-        The names that wait now by this call.
+    Args:
+        processing: the folder of all that is claimed.
+        waiting: the folder that it was claimed from.
+        refusals: gets what is said where the system refuses.
 
-    Raises:
-        ClaimError: the system refuses.
+    Returns:
+        The names that wait by now.
     """
     done = []
     for claim, name in staged_files(processing):
@@ -213,7 +215,7 @@ def finish_returns(processing: str, waiting: str) -> list[str]:
                 done.append(name)
             remove_empty([stage.folder, os.path.dirname(old)])
         except OSError as error:
-            raise refused(f"return {old!r} to {waiting!r}", error) from error
+            refusals.append(refused(f"return {old!r} to {waiting!r}", error))
     return done
 
 
@@ -232,6 +234,7 @@ def _has_other_name(staged: str, name: str, processing: str, waiting: str) -> bo
             return True
         for worker in names_in(processing):
             folder = os.path.join(processing, worker)
+            # Those on their way back are not claimed.
             if worker != FOLDER and any(
                 seen(os.path.join(folder, claim)) for claim in names_in(folder)
             ):

@@ -123,7 +123,7 @@ def found_at(path: str) -> os.stat_result | None:
     """What is at a path, a symbolic link itself if it is one; None if nothing is."""
     try:
         return os.lstat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
