@@ -909,18 +909,28 @@ def fill(folder: Path, count: int) -> None:
 
 
 def test_one_listing_serves_many_claims(queue: FileQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large folder is read once for all its claims, and a file only when it is claimed."""
+    """A folder of 200,000 is read once for all these claims, and no file before it is claimed."""
     monkeypatch.setattr(listing, "SECONDS", 600.0)
-    fill(queue.waiting, 3000)
+    fill(queue.waiting, 200_000)
     with recorded() as calls:
-        names = [queue.one().name for _ in range(1000)]
-    assert names == [f"{number:09d}" for number in range(1000)]
+        names = [queue.one().name for _ in range(500)]
+    assert names == [f"{number:09d}" for number in range(500)]
     assert listings(calls, queue.waiting) == 1
-    assert len(calls) < 1000 * 15
+    assert len(calls) < 500 * 15
+    assert not any(name == "open" and str(queue.waiting) in str(args) for name, args in calls)
+
+
+def test_a_listing_that_is_used_up_is_made_anew(
+    queue: FileQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that comes to the end of a kept listing reads the folder once more, and no oftener."""
+    monkeypatch.setattr(listing, "SECONDS", 600.0)
+    fill(queue.waiting, 1500)
+    queue.one()
+    (queue.waiting / "later").write_text("another process's", encoding="utf-8")
     with recorded() as calls:
-        assert len(queue.claim(3000)) == 2000
-        assert queue.claim() == []
-    assert listings(calls, queue.waiting) == 2
+        assert [file.name for file in queue.claim(3000)][-1] == "later"
+    assert listings(calls, queue.waiting) == 1
 
 
 def test_a_listing_a_claim_grows_with_the_folder(

@@ -68,7 +68,8 @@ def recover_files(
         _check_folder(needed)
     before = clock(folder) - age
     refusals: list[ClaimError] = []
-    returned = [os.path.join(target, name) for name in finish_returns(folder, target, refusals)]
+    finished = finish_returns(folder, target, before, refusals)
+    returned = [os.path.join(target, name) for name in finished]
     for name in [worker] if worker is not None else _workers(folder):
         try:
             returned += _recover(folder, target, name, before, refusals)

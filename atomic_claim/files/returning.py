@@ -187,12 +187,16 @@ def drop_second_names(processing: str, files: Iterable[ClaimedFile]) -> None:
             raise refused(f"remove {path!r}, a second name of a claimed job", error) from error
 
 
-def finish_returns(processing: str, waiting: str, refusals: list[ClaimError]) -> list[str]:
+def finish_returns(
+    processing: str, waiting: str, before: int, refusals: list[ClaimError]
+) -> list[str]:
     """Bring to its end what others began to return, whether they still live or not.
 
     Args:
         processing: the folder of all that is claimed.
         waiting: the folder that it was claimed from.
+        before: what has a second name since a later time, in nanoseconds of the file system's
+            clock, and is not seen under it, is left: over NFS that can still be to come.
         refusals: gets what is said where the system refuses.
 
     Returns:
@@ -202,26 +206,49 @@ def finish_returns(processing: str, waiting: str, refusals: list[ClaimError]) ->
     for claim, name in staged_files(processing):
         old = os.path.join(processing, FOLDER, claim, name)
         try:
-            stage = Stage.make(processing, claim_folder(attempt_of(claim) or 1, new_id()))
-            staged = os.path.join(stage.folder, name)
-            with suppress(FileNotFoundError, NameTakenError):
-                # Whoever was about to link it finds it gone: from here on it is ours alone.
-                os.rename(old, staged)
-                if _has_other_name(staged, name, processing, waiting):
-                    os.unlink(staged)
-                else:
-                    _linked(staged, os.path.join(waiting, name))
-                    listing.note(waiting, name)
+            if _finish(old, name, processing, waiting, before):
                 done.append(name)
-            remove_empty([stage.folder, os.path.dirname(old)])
+        except (FileNotFoundError, NameTakenError):
+            # Another recovery was quicker; or it comes with a later one.
+            continue
         except OSError as error:
             refusals.append(refused(f"return {old!r} to {waiting!r}", error))
     return done
 
 
-def _has_other_name(staged: str, name: str, processing: str, waiting: str) -> bool:
+def _finish(old: str, name: str, processing: str, waiting: str, before: int) -> bool:
+    folder = os.path.dirname(old)
+    found = _freshly_found(old)
+    if _has_other_name(found, name, processing, waiting):
+        os.unlink(old)
+        remove_empty([folder])
+        return True
+    # A second name that nobody sees is the user's own, such as a backup's.
+    settled = found.st_ctime_ns <= before
+    if found.st_nlink > 1 and not settled:
+        return False
+    attempt = attempt_of(os.path.basename(folder)) or 1
+    stage = Stage.make(processing, claim_folder(attempt, new_id()))
+    staged = os.path.join(stage.folder, name)
+    try:
+        # Whoever was about to link it finds it gone: from here on it is ours alone.
+        os.rename(old, staged)
+        again = _freshly_found(staged)
+        if _has_other_name(again, name, processing, waiting):
+            # It was linked since the first look.
+            os.unlink(staged)
+        elif again.st_nlink > found.st_nlink:
+            return False
+        else:
+            _linked(staged, os.path.join(waiting, name))
+            listing.note(waiting, name)
+    finally:
+        remove_empty([stage.folder, folder])
+    return True
+
+
+def _has_other_name(found: os.stat_result, name: str, processing: str, waiting: str) -> bool:
     """Whether the file waits, or is claimed, already."""
-    found = _freshly_found(staged)
     if found.st_nlink == 1:
         return False
 
@@ -239,7 +266,6 @@ def _has_other_name(staged: str, name: str, processing: str, waiting: str) -> bo
                 seen(os.path.join(folder, claim)) for claim in names_in(folder)
             ):
                 return True
-    # The user's own second name, such as a backup's.
     return False
 
 
