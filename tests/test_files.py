@@ -979,6 +979,8 @@ def test_a_listing_is_bounded(queue: FileQueue, monkeypatch: pytest.MonkeyPatch)
         names = [queue.one().name for _ in range(36)]
     assert names == sorted(names)
     assert listings(calls, queue.waiting) <= 5
+    fill(queue.waiting, 35)
+    assert [file.name for file in queue.claim(99)] == [f"{number:09d}" for number in range(35)]
     for number in range(listing.FOLDERS * 2):
         queue.claim(pattern=f"{number}*")
     assert len(listing._known) <= listing.FOLDERS

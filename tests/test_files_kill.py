@@ -17,6 +17,7 @@ from atomic_claim.files import ClaimedFile, claim, complete_files, release_files
 from tests.file_queue import FileQueue, in_memory
 from tests.file_worker import OPERATIONS, die, drain, legacy_drain, staged, strict_legacy_drain
 from tests.system_calls import (
+    before_each,
     every_kill,
     killed_after,
     killed_before,
@@ -146,6 +147,35 @@ def test_a_claim_removes_the_second_name(memory: Path) -> None:
         complete_files(claimed)
         queue.recover()
         assert queue.places() == {}
+
+
+def test_a_recovery_removes_the_second_name(memory: Path) -> None:
+    """So does any recovery, however long others are allowed to be silent."""
+    with without_renameat2():
+        queue, left = killed_between_link_and_unlink(memory)
+        assert queue.recover(3600) == ["a"]
+    assert not left.exists()
+    assert queue.drain() == {"a": 1}
+
+
+def test_a_return_that_goes_on_is_not_ended_twice(memory: Path) -> None:
+    """A file that is linked just as a recovery takes it over is not linked by that again."""
+    with without_renameat2():
+        queue = FileQueue.make(memory / "queue")
+        queue.put("a")
+        file = queue.one("w1")
+        assert killed_where(lambda call: call == "link", partial(release_files, file))
+        (staged,) = (queue.processing / returning.FOLDER).glob("*/a")
+
+        def before(name: str, _: tuple[Any, ...]) -> None:
+            if name == "rename" and staged.exists():
+                # The release was only slow; and somebody has begun to claim the job.
+                os.link(staged, queue.waiting / "a")
+                os.rename(queue.waiting / "a", queue.base / "claimed")
+
+        with before_each(before):
+            assert queue.recover() == []
+        assert queue.waits() == []
 
 
 def test_a_second_name_that_stays_is_run_again(

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from .layouts import Key, Layout
@@ -41,12 +42,16 @@ class Ask:
     layout: Layout
     skipped: frozenset[str] = frozenset()
 
+    @cached_property
+    def _compiled(self) -> re.Pattern[str]:
+        return re.compile(fnmatch.translate(self.pattern))
+
     def matches(self, name: str) -> bool:
         """Whether the name is that of a job: hidden files may be half-written."""
         return (
             not name.startswith(".")
             and name.endswith(self.layout.suffix)
-            and re.match(fnmatch.translate(self.pattern), name) is not None
+            and self._compiled.match(name) is not None
         )
 
     def entry(self, name: str) -> Any:
@@ -143,13 +148,11 @@ def _read(ask: Ask) -> Listing:
 
 
 def _entries(ask: Ask) -> Iterator[Any]:
-    matches = re.compile(fnmatch.translate(ask.pattern)).match
-    suffix = ask.layout.suffix
     try:
         with os.scandir(ask.waiting) as found:
             for each in found:
                 name = each.name
-                if name.startswith(".") or not name.endswith(suffix) or matches(name) is None:
+                if not ask.matches(name):
                     continue
                 if name in ask.skipped and each.is_dir(follow_symlinks=False):
                     continue

@@ -233,15 +233,11 @@ def _finish(old: str, name: str, processing: str, waiting: str, before: int) -> 
     try:
         # Whoever was about to link it finds it gone: from here on it is ours alone.
         os.rename(old, staged)
-        again = _freshly_found(staged)
-        if _has_other_name(again, name, processing, waiting):
-            # It was linked since the first look.
-            os.unlink(staged)
-        elif again.st_nlink > found.st_nlink:
+        if _freshly_found(staged).st_nlink > found.st_nlink:
+            # Linked since that look: this name goes with the next claim or recovery.
             return False
-        else:
-            _linked(staged, os.path.join(waiting, name))
-            listing.note(waiting, name)
+        _linked(staged, os.path.join(waiting, name))
+        listing.note(waiting, name)
     finally:
         remove_empty([stage.folder, folder])
     return True
