@@ -25,7 +25,7 @@ from atomic_claim.files import (
 from tests.file_queue import in_memory
 from tests.file_worker import platformatic_drain
 from tests.platformatic import FileStorage
-from tests.system_calls import Actor, stepwise
+from tests.system_calls import Actor, killed_before, stepwise, without_renameat2
 
 JOBS = 1500
 SCRIPT = Path(__file__).with_name("platformatic.mjs")
@@ -154,6 +154,24 @@ def test_what_their_reaper_never_returns_is_recovered(storage: FileStorage) -> N
     assert recover(storage) == []
     assert storage.dequeue("node") == "a"
     assert FileStorage(storage.base).dequeue("other") == "b"
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["renameat2", "link"])
+def test_a_recovery_of_theirs_killed_anywhere(storage: FileStorage, link: bool) -> None:
+    """What a killed recovery had begun to return of theirs waits once after the next one."""
+    with without_renameat2(absent=link):
+        for place in range(50):
+            storage.enqueue(f"a{place}")
+            assert storage.dequeue("node") == f"a{place}"
+            killed = killed_before(place, partial(recover, storage))
+            recover(storage)
+            assert waits(storage) == [f"000000000000-a{place}.msg"], place
+            assert storage.dequeue("node") == f"a{place}"
+            storage.ack(f"a{place}", "node")
+            assert recover(storage) == []
+            if not killed:
+                break
+    assert place > 3
 
 
 def test_a_job_of_unknown_state_is_recovered(storage: FileStorage) -> None:

@@ -81,8 +81,12 @@ def _by_link(path: str, target: str, processing: str) -> bool:
             return False
         raise NameTakenError
     claim = os.path.basename(os.path.dirname(path))
+    if attempt_of(claim) is None:
+        # A consumer of platformatic's had it.
+        claim = claim_folder(1, new_id())
     stage = Stage.make(processing, claim)
-    staged = os.path.join(stage.folder, os.path.basename(path))
+    # Under the name that it is to have: whoever goes on with it knows no other.
+    staged = os.path.join(stage.folder, os.path.basename(target))
     try:
         # From here on it is not at its path: nobody completes it, nor returns it a second time.
         os.rename(path, staged)
