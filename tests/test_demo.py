@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,10 +21,11 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from atomic_claim import claim_jobs
-from atomic_claim.cli import main, workload
+from atomic_claim.cli import file_workload, main, workload
 from atomic_claim.cli.database import CommandError, complaint, masked, parse_url
 from atomic_claim.cli.workload import Half, RunJob, Workload
 from tests.databases import Database, SQLiteDatabase
+from tests.waiting import wait_until
 
 typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
@@ -94,7 +96,7 @@ def real(*arguments: str, **options: Any) -> Ended:
 
 
 @contextmanager
-def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def begun(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     """The command while it runs, in a process group of its own, as a shell starts it."""
     process = subprocess.Popen(
         [sys.executable, "-m", "atomic_claim", *arguments],
@@ -103,6 +105,7 @@ def begun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        **options,
     )
     try:
         yield process
@@ -176,6 +179,82 @@ def test_the_claim_is_exact_and_the_legacy_loop_is_not(database: Database) -> No
             break
     else:
         pytest.fail(f"the legacy loop had no duplicates in {ATTEMPTS} runs")
+
+
+def test_files_are_compared_alike(tmp_path: Path) -> None:
+    """With --files both loops work on a folder, no database is asked, and nothing is left."""
+    variables = {"TMPDIR": str(tmp_path), "DATABASE_URL": "sqlite:///no/such/file.db"}
+    for _ in range(ATTEMPTS):
+        ended = real("demo", "--files", "--jobs", "400", "--json", env=os.environ | variables)
+        assert ended.code == 0, ended
+        assert ended.err == ""
+        figures = json.loads(ended.out)
+        assert (figures["database"], figures["url"]) == ("Directory queue", None)
+        assert figures["exact"] is True
+        claimed = figures["halves"]["claim_files"]
+        assert (
+            claimed["jobs"] == claimed["times_claimed"] == sum(claimed["claimed_by_worker"]) == 400
+        )
+        assert claimed["duplicates"] == claimed["extra_runs"] == claimed["lost"] == 0
+        assert list(tmp_path.iterdir()) == []
+        if figures["halves"]["legacy_loop"]["duplicates"]:
+            break
+    else:
+        pytest.fail(f"the legacy loop had no duplicates in {ATTEMPTS} runs")
+
+
+def test_the_table_of_files(command: Command) -> None:
+    """The table is that of the other demo, in 80 columns."""
+    ended = command("demo", "--files", "--jobs", "50", "--workers", "2")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert lines[0].startswith("Directory queue: 50 jobs, 2 workers, limit 10")
+    claimed = next(line for line in lines if line.startswith(" claim_files "))
+    assert claimed.split()[1:6] == ["50", "50", "0", "0", "0"]
+    assert lines[-1].strip() == "claim_files: every job ran exactly once."
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_files_are_in_no_database(command: Command) -> None:
+    """A URL beside --files is refused where it was typed."""
+    said = command("demo", "--files", "--url", f"postgresql://ann:{PASSWORD}@h/jobs").refused()
+    assert "--files needs no database" in said
+
+
+def test_exit_code_1_if_files_are_run_twice(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half of claims with duplicates fails this demo, too."""
+    monkeypatch.setitem(file_workload.FILE_HALVES, "claim_files", file_workload.legacy_file_loop)
+    codes = (command("demo", "--files", "--jobs", "400", "--json").code for _ in range(ATTEMPTS))
+    assert any(code == 1 for code in codes)
+
+
+def test_a_worker_that_cannot_claim_files(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the system refuses a worker ends the demo with one line, and leaves nothing."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(file_workload.FILE_HALVES, "legacy loop", refused_loop)
+    said = command("demo", "--files", "--jobs", "50").refused()
+    assert "No such file or directory" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused_loop(waiting: Path, *_: Any) -> None:
+    """A loop that the system refuses something."""
+    (waiting / "nowhere" / "at all").read_text(encoding="utf-8")
+
+
+def test_a_folder_is_removed_on_ctrl_c(tmp_path: Path) -> None:
+    """Ctrl-C in the middle leaves no files behind."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with begun("demo", "--files", "--jobs", "20000", env=environment) as process:
+        wait_until(lambda: list(tmp_path.glob("*/processing/*")), seconds=PATIENCE)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert Ended(process.returncode, out, err) == Ended(130, "", "atomic-claim: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
@@ -564,7 +643,7 @@ def test_without_the_extra(absent: str) -> None:
 def test_workers_need_no_extra() -> None:
     """Neither the core nor what worker processes import loads Typer or Rich."""
     script = (
-        "import sys, atomic_claim.cli.workload\n"
+        "import sys, atomic_claim.cli.workload, atomic_claim.cli.file_workload\n"
         "print(sorted({'typer', 'rich', 'click', 'matplotlib'}.intersection(sys.modules)))"
     )
     done = subprocess.run(

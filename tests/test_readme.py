@@ -56,3 +56,21 @@ def test_every_name_exists(block: str) -> None:
     for names in re.findall(r"^from atomic_claim import (.*)$", block, re.MULTILINE):
         for name in names.split(","):
             assert hasattr(atomic_claim, name.strip()) or name.strip() == "aio"
+
+
+def test_the_directory_queue_works_as_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example puts a job, claims it and ends it, well or not."""
+    (block,) = [block for block in BLOCKS if "from atomic_claim.files import" in block]
+    monkeypatch.chdir(tmp_path)
+    for folder in ("waiting", "processing"):
+        (tmp_path / "queue" / folder).mkdir(parents=True)
+    ran: list[bytes] = []
+    exec(block, {"run": ran.append})  # noqa: S102 - the README is ours
+    assert ran == [b'{"to": "ann"}']
+    assert not any(path.is_file() for path in tmp_path.rglob("*.json"))
+    exec(block, {"run": int})  # noqa: S102 - the README is ours
+    (failed,) = tmp_path.joinpath("queue", "failed").rglob("0001-mail.json")
+    reason = failed.parent.with_name(f"{failed.parent.name}.reason")
+    assert "invalid literal for int()" in reason.read_text(encoding="utf-8")

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +28,11 @@ from rich.table import Table
 from sqlalchemy import URL
 
 from .database import CommandError, connected, masked, parse_url, server_title
+from .file_workload import FILE_HALVES, run_file_half
 from .options import FAILED, JsonOption, UrlOption, plain_ending
 from .workload import HALVES, Half, Workload, run_half
 
+FILES = "Directory queue"
 PICTURES = (".svg", ".png")
 COLUMNS = (
     "jobs",
@@ -43,11 +46,21 @@ COLUMNS = (
 
 
 def demo(
+    context: typer.Context,
     *,
     workers: Annotated[int, typer.Option(min=1, help="How many worker processes run at once.")] = 4,
     jobs: Annotated[int, typer.Option(min=1, help="How many jobs there are to do.")] = 1000,
     limit: Annotated[int, typer.Option(min=1, help="How many jobs a worker takes at a time.")] = 10,
     url: UrlOption = None,
+    files: Annotated[
+        bool,
+        typer.Option(
+            "--files",
+            help="Compare on a directory queue, a file a job, in place of a table: a legacy "
+            "read-write-unlink loop and claim_files. No database is asked, whatever the "
+            "environment says.",
+        ),
+    ] = False,
     svg: Annotated[
         Path | None,
         typer.Option(
@@ -65,28 +78,45 @@ def demo(
     looks for free jobs and then marks them, as most job queues are written; the second calls
     claim_jobs. The work itself records which jobs were run. Without --url (or one of its
     environment variables) the tables are in a temporary SQLite file; with it they are in that
-    database, under names of their own, and are dropped again.
+    database, under names of their own, and are dropped again. With --files each half fills a
+    temporary folder.
 
-    The exit code is 0 if claim_jobs had every job run exactly once, 1 if not, and 2 if the demo
+    The exit code is 0 if the claim had every job run exactly once, 1 if not, and 2 if the demo
     could not run.
     """
     with plain_ending():
         if svg is not None:
             _check_picture(svg)
         workload = Workload(workers, jobs, limit)
-        with _database(url) as address:
-            with connected(address) as engine, engine.connect() as connection:
-                title = server_title(connection)
-            halves = _run(address, workload)
+        source = context.get_parameter_source("url")
+        if files and source is not None and source.name == "COMMANDLINE":
+            raise CommandError("--files needs no database: leave out --url, or --files")
+        title, shown, halves = (_on_files if files else _on_tables)(url, workload)
         if svg is not None:
             _draw(svg, title, halves)
         if as_json:
-            shown = None if url is None else masked(address)
             typer.echo(json.dumps(_figures(title, shown, halves), indent=2))
         else:
             Console().print(_table(title, halves))
         if not halves[-1].exact:
             raise typer.Exit(FAILED)
+
+
+Outcome = tuple[str, str | None, list[Half]]
+
+
+def _on_tables(url: str | None, workload: Workload) -> Outcome:
+    """What the database is, its URL as it may be shown if it was given, and the halves."""
+    with _database(url) as address:
+        with connected(address) as engine, engine.connect() as connection:
+            title = server_title(connection)
+        halves = _run(HALVES, workload, lambda *task: run_half(task[0], address, workload, task[1]))
+        return title, None if url is None else masked(address), halves
+
+
+def _on_files(_: str | None, workload: Workload) -> Outcome:
+    """The same of a directory queue, which has no URL."""
+    return FILES, None, _run(FILE_HALVES, workload, partial(run_file_half, workload))
 
 
 @contextmanager
@@ -101,7 +131,11 @@ def _database(given: str | None) -> Iterator[URL]:
         yield URL.create("sqlite", database=str(path))
 
 
-def _run(url: URL, workload: Workload) -> list[Half]:
+def _run(
+    names: Iterable[str],
+    workload: Workload,
+    run: Callable[[str, Callable[[int], None]], Half],
+) -> list[Half]:
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -112,11 +146,11 @@ def _run(url: URL, workload: Workload) -> list[Half]:
     progress = Progress(*columns, console=console, transient=True)
     # Asked of the file itself: the environment can make Rich take anything for a terminal.
     with progress if sys.stderr.isatty() else nullcontext():
-        tasks = {name: progress.add_task(name, total=workload.jobs, start=False) for name in HALVES}
+        tasks = {name: progress.add_task(name, total=workload.jobs, start=False) for name in names}
         halves = []
         for name, task in tasks.items():
             progress.start_task(task)
-            halves.append(run_half(name, url, workload, _shower(progress, task)))
+            halves.append(run(name, _shower(progress, task)))
             progress.update(task, completed=workload.jobs)
             progress.stop_task(task)
     return halves

@@ -10,9 +10,10 @@ import multiprocessing
 import secrets
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from ctypes import c_long
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -212,7 +213,8 @@ def run_half(name: str, url: URL, workload: Workload, progress: Callable[[int], 
         CommandError: the table could not be made, or a worker could not work.
     """
     with _filled_table(url, workload.jobs) as jobs:
-        runs = _race(HALVES[name], url, jobs.name, workload, progress)
+        duty = TableDuty(workload.limit, HALVES[name], url, jobs.name)
+        runs = race(duty, workload, progress)
     return Half(name, workload, runs)
 
 
@@ -282,9 +284,54 @@ def _drop(engine: Engine, jobs: Table) -> None:
         raise found from None
 
 
-def _race(
-    loop: Loop, url: URL, name: str, workload: Workload, progress: Callable[[int], None]
-) -> list[Run]:
+@dataclass(frozen=True)
+class Duty(ABC):
+    """What every worker process is to do; it is sent there.
+
+    Attributes:
+        limit: how many jobs a worker takes at a time.
+    """
+
+    limit: int
+
+    @abstractmethod
+    def begun(self) -> AbstractContextManager[Callable[[RunJob], None]]:
+        """Whatever has to be ready before the work, and then the work, given what runs a job."""
+
+    @abstractmethod
+    def complaint(self, what: str, error: BaseException) -> CommandError:
+        """What failed and why, in one line that tells no secret."""
+
+
+@dataclass(frozen=True)
+class TableDuty(Duty):
+    """Jobs in a table, done by one of the loops."""
+
+    loop: Loop
+    url: URL
+    table: str
+
+    @contextmanager
+    def begun(self) -> Iterator[Callable[[RunJob], None]]:
+        """A connection that has been made once."""
+        engine = make_engine(self.url)
+        try:
+            engine.connect().close()
+            yield lambda run: self.loop(engine, job_table(self.table), self.limit, run)
+        finally:
+            engine.dispose()
+
+    def complaint(self, what: str, error: BaseException) -> CommandError:
+        """Without the URL's password."""
+        return complaint(what, error, self.url)
+
+
+def race(duty: Duty, workload: Workload, progress: Callable[[int], None]) -> list[Run]:
+    """Do a duty in as many processes as there are workers, and collect what the work recorded.
+
+    Raises:
+        CommandError: a worker could not work.
+    """
     # Every worker writes a place of its own, so that nobody waits for anybody.
     reached = _processes.RawArray(c_long, workload.workers)
 
@@ -298,18 +345,17 @@ def _race(
             for worker in range(workload.workers):
                 pipe, theirs = _processes.Pipe()
                 pipes[pipe] = worker
-                duty = Duty(worker, loop, url, name, workload.limit)
-                arguments = (duty, theirs, reached)
+                arguments = (worker, duty, theirs, reached)
                 process = _processes.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 team.append(process)
                 theirs.close()
-        _answers(pipes, url, tell)
+        _answers(pipes, duty, tell)
         # All have connected. Unlike a Barrier, this does not wait for one that failed to.
         start = time.perf_counter()
         for pipe in pipes:
             pipe.send(None)
-        records = _answers(pipes, url, tell)
+        records = _answers(pipes, duty, tell)
     finally:
         with deferred():
             for process in team:
@@ -323,7 +369,7 @@ def _race(
     ]
 
 
-def _answers(pipes: dict[Pipe, int], url: URL, tell: Callable[[], None]) -> dict[Pipe, Any]:
+def _answers(pipes: dict[Pipe, int], duty: Duty, tell: Callable[[], None]) -> dict[Pipe, Any]:
     """The next answer of every worker."""
     answers: dict[Pipe, Any] = {}
     while missing := [pipe for pipe in pipes if pipe not in answers]:
@@ -335,21 +381,10 @@ def _answers(pipes: dict[Pipe, int], url: URL, tell: Callable[[], None]) -> dict
                 raise CommandError(f"worker {pipes[pipe] + 1} ended before its time") from None
             if isinstance(answer, Failure):
                 what = f"worker {pipes[pipe] + 1} failed"
-                raise complaint(what, RuntimeError(answer.text), url)
+                raise duty.complaint(what, RuntimeError(answer.text))
             answers[pipe] = answer
         tell()
     return answers
-
-
-@dataclass(frozen=True)
-class Duty:
-    """What a worker process is to do."""
-
-    worker: int
-    loop: Loop
-    url: URL
-    table: str
-    limit: int
 
 
 class Failure(NamedTuple):
@@ -358,7 +393,7 @@ class Failure(NamedTuple):
     text: str
 
 
-def _work(duty: Duty, pipe: Pipe, reached: Any) -> None:
+def _work(worker: int, duty: Duty, pipe: Pipe, reached: Any) -> None:
     """What a worker process does: connect, wait for all others, work, and hand in the record."""
     # perf_counter is the same clock in all processes (docs.python.org/3/library/time.html).
     record: list[tuple[int, float, float]] = []
@@ -367,18 +402,16 @@ def _work(duty: Duty, pipe: Pipe, reached: Any) -> None:
         begin = time.perf_counter()
         hashlib.pbkdf2_hmac("sha256", job.subject.encode(), b"atomic_claim", ROUNDS)
         record.append((job.id, begin, time.perf_counter()))
-        reached[duty.worker] = job.id
+        reached[worker] = job.id
 
-    engine = make_engine(duty.url)
     # The other end is closed when the command has been killed.
     with suppress(EOFError, BrokenPipeError):
         try:
-            engine.connect().close()
-            pipe.send(None)
-            pipe.recv()
-            duty.loop(engine, job_table(duty.table), duty.limit, run)
+            with duty.begun() as work:
+                pipe.send(None)
+                pipe.recv()
+                work(run)
         except (SQLAlchemyError, ClaimError) as error:
             pipe.send(Failure(one_line(error)))
         else:
             pipe.send(record)
-    engine.dispose()

@@ -6,6 +6,7 @@ of an ignore that is not needed.
 
 import json
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, assert_type
 
 import sqlalchemy as sa
@@ -45,6 +46,17 @@ from atomic_claim import (
     keep_claims,
     release_jobs,
     sweep_jobs,
+)
+from atomic_claim.files import (
+    ClaimedFile,
+    claim_files,
+    claiming,
+    complete_files,
+    fail_files,
+    put_file,
+    recover_files,
+    release_files,
+    touch_worker,
 )
 
 
@@ -204,6 +216,26 @@ async def asynchronous(
     assert_type(await aio.sweep_jobs(engine, Job), int)
     async with aio.keep_claims(engine, claim) as keeper:
         keeper.check()
+
+
+def directory(file: ClaimedFile) -> None:
+    """A directory queue's names take paths and strings, one file or several."""
+    found = claim_files("waiting", Path("processing"), 3, worker="w1", key=len)
+    assert_type(found, list[ClaimedFile])
+    assert_type(put_file(Path("waiting"), "a", b"x"), Path)
+    assert_type(complete_files(found), int)
+    assert_type(complete_files(file, done="done"), int)
+    assert_type(release_files(found[:1]), int)
+    assert_type(fail_files(file, ValueError("no"), retry=True), int)
+    assert_type(recover_files("processing", "waiting", minutes), list[Path])
+    assert_type(recover_files("processing", "waiting", 0, worker="w1"), list[Path])
+    touch_worker("processing")
+    assert_type(file.read_bytes(), bytes)
+    take = claiming("waiting", "processing", gives=ClaimedFile.read_text)
+    assert_type(take(3), list[str])
+    assert_type(claiming("waiting", "processing", gives=Path)(1), list[Path])
+    claim_files("waiting", "processing", "3")  # type: ignore[arg-type]
+    complete_files("processing/w1/a")  # type: ignore[arg-type]
 
 
 async def refused(engine: Engine, session: AsyncSession, claim: Claim[Job]) -> None:

@@ -1,0 +1,179 @@
+"""The system calls that ``os`` does not have, and what their errors mean to a queue."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import sys
+from typing import Any
+
+from atomic_claim.errors import ClaimError
+
+AT_FDCWD = -100
+RENAME_NOREPLACE = 1
+# What a kernel, a C library or a file system answers that does not know the flag.
+UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+MAKE = os.O_WRONLY | os.O_CREAT | NO_FOLLOW
+
+CURES = {
+    errno.ENOENT: "make the missing folder, or correct the path",
+    errno.ENOTDIR: "a file stands where a folder is expected: correct the path",
+    errno.EISDIR: "a folder stands where a file is expected: move it away",
+    errno.EXDEV: "a rename cannot leave its file system: put all folders of a queue on one",
+    errno.EACCES: "let this user write to, and search, both folders; workers share one user",
+    errno.EPERM: "let this user write to both folders; in a sticky one files must be its own",
+    errno.EROFS: "mount the file system for writing",
+    errno.ENOSPC: "the disk is full, or out of inodes: make room",
+    errno.EDQUOT: "the quota is used up: make room",
+    errno.ENAMETOOLONG: "choose a shorter name, or folders nearer to the root",
+    errno.ELOOP: "a symbolic link stands in the way: put the folder or file itself there",
+}
+
+
+class NoReplaceUnknownError(Exception):
+    """Nothing here renames without overwriting."""
+
+
+def refused(
+    doing: str, error: OSError, *, kept: str = "The job is left where it was"
+) -> ClaimError:
+    """What the caller is told when the system refuses a call.
+
+    Args:
+        doing: what could not be done, with its path, as it follows "cannot".
+        error: the system's answer.
+        kept: what has become of the job.
+    """
+    name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+    cure = CURES.get(error.errno or 0, "see errno(3)")
+    if isinstance(error, FileNotFoundError) and (folder := _missing_folder(error)) is not None:
+        cure = f"make the folder {folder!r}, or correct the path"
+    return ClaimError(f"cannot {doing}: {error.strerror or error} ({name}). {kept}; {cure}")
+
+
+def _missing_folder(error: OSError) -> str | None:
+    """The uppermost folder that is not there."""
+    for path in (error.filename, error.filename2):
+        missing, above = None, os.path.dirname(path) if isinstance(path, str) else ""
+        while above and not os.path.lexists(above):
+            missing, above = above, os.path.dirname(above)
+        if missing is not None:
+            return missing
+    return None
+
+
+def _found_renameat2() -> Any:
+    """The C library's function: Linux, glibc from 2.28 and musl from 1.2.5."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    path = ctypes.c_char_p
+    found.argtypes = (ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint)
+    found.restype = ctypes.c_int
+    return found
+
+
+_renameat2 = _found_renameat2()
+
+
+def renameat2(source: str, target: str, flags: int) -> None:
+    """Rename by the system call of this name.
+
+    Raises:
+        OSError: as the system says; ``ENOSYS`` where there is no such call.
+    """
+    number = errno.ENOSYS
+    if _renameat2 is not None:
+        while True:
+            names = os.fsencode(source), os.fsencode(target)
+            if _renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], flags) == 0:
+                return
+            if (number := ctypes.get_errno()) != errno.EINTR:
+                break
+    raise OSError(number, os.strerror(number), source, None, target)
+
+
+def rename_new(source: str, target: str) -> None:
+    """Rename in one step, and never overwrite.
+
+    Raises:
+        FileExistsError: the target is there; nothing was changed.
+        NoReplaceUnknownError: this system or file system has no such call.
+        OSError: any other refusal.
+    """
+    if os.name == "nt":
+        # By the documentation of `os.rename` it never overwrites on Windows.
+        os.rename(source, target)
+        return
+    try:
+        renameat2(source, target, RENAME_NOREPLACE)
+    except OSError as error:
+        if error.errno in UNKNOWN:
+            raise NoReplaceUnknownError from error
+        raise
+
+
+def found_at(path: str) -> os.stat_result | None:
+    """What is at a path, a symbolic link itself if it is one; None if nothing is."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def is_same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
+    """Whether both are names of one file."""
+    return one is not None and other is not None and os.path.samestat(one, other)
+
+
+def make_folder(path: str) -> None:
+    """Make a folder, if it is not there; a link to one, or a file, is refused.
+
+    Raises:
+        OSError: it cannot be made; ``ELOOP`` and ``ENOTDIR`` say what stands in its place.
+    """
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        found = found_at(path)
+        if found is not None and not stat.S_ISDIR(found.st_mode):
+            number = errno.ELOOP if stat.S_ISLNK(found.st_mode) else errno.ENOTDIR
+            raise OSError(number, os.strerror(number), path) from None
+
+
+def write_new(path: str, content: bytes, *, durable: bool = False) -> None:
+    """Write a file that is not there yet.
+
+    Args:
+        path: where to.
+        content: all of it.
+        durable: whether it is flushed by fsync(2).
+    """
+    number = os.open(path, MAKE | os.O_EXCL, 0o666)
+    try:
+        rest = memoryview(content)
+        # A disk that fills up, or a signal, can end a write early without an error.
+        while rest:
+            rest = rest[os.write(number, rest) :]
+        if durable:
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sync_folder(path: str) -> None:
+    """Have the folder's entries outlive a power failure (fsync(2), which asks for this)."""
+    if os.name == "nt":
+        # No folder can be opened there, and NTFS keeps a journal of its names.
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,106 @@
+"""Who claims, and the sign of life that tells a slow worker from a dead one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+
+from atomic_claim.errors import ClaimError
+
+from .claimed import StrPath, checked_name, full_path, new_id
+from .system import MAKE, make_folder, refused
+
+HEARTBEAT = ".heartbeat"
+# A recovery may remove the folder of a worker that was silent, just as it wakes up.
+TRIES = 10
+
+
+class _Own:
+    """What tells this process from all others, also from one that had its number before."""
+
+    token = new_id()[:8]
+
+    @classmethod
+    def renew(cls) -> None:
+        cls.token = new_id()[:8]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Own.renew)
+
+
+def own_name() -> str:
+    """A name that only this process has, where the caller gives none."""
+    host = socket.gethostname().replace(os.sep, "_").lstrip(".")[:64]
+    return f"{host}-{os.getpid()}-{_Own.token}"
+
+
+def worker_name(worker: str | None) -> str:
+    """The worker's name, which is the name of a folder."""
+    return own_name() if worker is None else checked_name(worker, "worker")
+
+
+def touch_worker(processing: StrPath, worker: str | None = None) -> None:
+    """Say that a worker is alive; every claim says so too.
+
+    Call it more often than the ``older_than`` of :func:`recover_files`, for as long as the worker
+    holds jobs: from its loop, or from a thread that dies with it.
+
+    Args:
+        processing: the folder of all that is claimed.
+        worker: its name; left out, this process's own.
+
+    Raises:
+        ClaimError: the folder is missing or cannot be written.
+    """
+    beat(full_path(processing), worker_name(worker))
+
+
+def beat(processing: str, worker: str) -> None:
+    """Renew the heartbeat, and make it and the worker's folder if need be."""
+    folder = os.path.join(processing, worker)
+    heartbeat = os.path.join(folder, HEARTBEAT)
+    try:
+        for _ in range(TRIES):
+            make_folder(folder)
+            with suppress(FileNotFoundError):
+                # Without a time it is the file system's: on NFS the server's (utimensat(2)).
+                os.utime(heartbeat)
+                return
+            with suppress(FileNotFoundError):
+                os.close(os.open(heartbeat, MAKE, 0o666))
+        raise ClaimError(
+            f"cannot renew {heartbeat!r}: its folder vanished {TRIES} times. Is a recovery "
+            "running with an older_than that is shorter than a claim takes?"
+        )
+    except OSError as error:
+        raise refused(f"renew {heartbeat!r}", error) from error
+
+
+def last_beat(processing: str, worker: str) -> int:
+    """When the worker was last alive, in nanoseconds of the file system's clock.
+
+    Raises:
+        FileNotFoundError: there is no such worker.
+    """
+    folder = os.path.join(processing, worker)
+    try:
+        return os.lstat(os.path.join(folder, HEARTBEAT)).st_mtime_ns
+    except FileNotFoundError:
+        # The folder is made just before it, and both are removed together.
+        return os.lstat(folder).st_mtime_ns
+
+
+def clock(processing: str) -> int:
+    """The file system's time, in nanoseconds: on NFS the server's, whatever this machine's is."""
+    probe = os.path.join(processing, f".clock-{new_id()}")
+    try:
+        os.close(os.open(probe, MAKE | os.O_EXCL, 0o666))
+        try:
+            os.utime(probe)
+            return os.lstat(probe).st_mtime_ns
+        finally:
+            os.unlink(probe)
+    except OSError as error:
+        raise refused(f"ask the file system's time by {probe!r}", error) from error
