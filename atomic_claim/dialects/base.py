@@ -86,6 +86,16 @@ class Strategy(ABC):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
 
+    @abstractmethod
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
+        """Lock the rows that a claim would claim, and leave them as they are.
+
+        ``deletes`` says that they are going to be deleted. What is returned are their keys, in
+        claim order.
+        """
+
     def change(
         self,
         work: Work,

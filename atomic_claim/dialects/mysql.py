@@ -96,12 +96,17 @@ class MySQL(Strategy):
         return False
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        keys = self.lock(work, parts, params)
+        return mark_and_load(work, parts, keys, params, self.hints)
+
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
         mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         statements = parts.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
-        keys = _Search(self, work, statements, params[LIMIT]).keys()
-        return mark_and_load(work, parts, keys, params, self.hints)
+        return _Search(self, work, statements, params[LIMIT]).keys()
 
     def change(
         self,

@@ -17,7 +17,7 @@ from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm, key_equals
 
-from .base import Found, Pooled, Strategy, Work, load, mark_and_load, require, returned
+from .base import Found, Key, Pooled, Strategy, Work, load, mark_and_load, require, returned
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -80,10 +80,7 @@ class PostgreSQL(Strategy):
         return not parts.spread
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
-            zone = _time_zone(work)
-            if zone.lower() not in UTC_NAMES:
-                self.refuse_naive(parts.job_table, repr(zone))
+        self._check_zone(work, parts)
         if parts.entities and work.has_criteria:
             locked = parts.prepare("locked", _locked_candidates)
             keys = [tuple(row) for row in work.execute(locked, params)]
@@ -92,6 +89,21 @@ class PostgreSQL(Strategy):
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
+
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
+        """A row that is to be deleted is locked FOR UPDATE: else its DELETE waits for children."""
+        self._check_zone(work, parts)
+        of = parts.job_table.table if parts.spread else None
+        locked = parts.candidates.select(lock=_lock(of, deletes or parts.changes_key))
+        return [tuple(row) for row in work.execute(locked, params)]
+
+    def _check_zone(self, work: Work, parts: ClaimParts) -> None:
+        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
+            zone = _time_zone(work)
+            if zone.lower() not in UTC_NAMES:
+                self.refuse_naive(parts.job_table, repr(zone))
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
