@@ -27,9 +27,18 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import LIMIT, ByKey, ClaimParts, ClaimStatement, key_equals, key_in
+from atomic_claim.statement import (
+    LIMIT,
+    ByKey,
+    Candidates,
+    ClaimParts,
+    ClaimStatement,
+    key_equals,
+    key_in,
+)
 
 from .base import (
+    Find,
     Found,
     Key,
     Pooled,
@@ -53,6 +62,8 @@ HELD = frozenset({1205, 3572})
 CHUNK = 1000
 # So many candidates more than are wanted are read, and tried in one statement if the order allows.
 WINDOW = 16
+# For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
+MOST_READ = 10_000
 
 
 SERIALIZABLE = (
@@ -107,6 +118,31 @@ class MySQL(Strategy):
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
         return _Search(self, work, statements, params[LIMIT]).keys()
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        """The keys are searched for as a claim does it; then the SELECT reads them, locked.
+
+        It asks for its rows again, and now sees the latest, whatever the transaction's snapshot.
+        """
+        asked = find.statement.params(dict(find.params)) if find.params else find.statement
+        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        branch = asked.with_only_columns(*find.key).limit(limit).offset(None)
+        parts = ClaimParts(
+            job_table=find.job_table,
+            candidates=Candidates((branch,), (), limit),
+            conditions=find.conditions,
+            order=(),
+            values={},
+            entities=False,
+            single=False,
+        )
+        keys = self.lock(work, parts, {LIMIT: min(find.limit or MOST_READ, MOST_READ)})
+        found = find.statement.limit(None).offset(None).where(key_in(find.key, keys))
+        if find.alone:
+            return hinted(found, find.place, self.hints).with_for_update()
+        # MariaDB has no OF, and without it the rows of the other tables would be locked too.
+        of_known = not work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+        return found.with_for_update(of=find.place) if of_known else found
 
     def change(
         self,

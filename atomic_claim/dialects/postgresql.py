@@ -17,7 +17,19 @@ from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm, key_equals
 
-from .base import Found, Key, Pooled, Strategy, Work, load, mark_and_load, require, returned
+from .base import (
+    Find,
+    Found,
+    Key,
+    Pooled,
+    Strategy,
+    Work,
+    load,
+    mark_and_load,
+    refuse_autocommit,
+    require,
+    returned,
+)
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -98,6 +110,10 @@ class PostgreSQL(Strategy):
         of = parts.job_table.table if parts.spread else None
         locked = parts.candidates.select(lock=_lock(of, deletes or parts.changes_key))
         return [tuple(row) for row in work.execute(locked, params)]
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        refuse_autocommit(self, work, "a row lock is gone as soon as the row is read")
+        return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
     def _check_zone(self, work: Work, parts: ClaimParts) -> None:
         if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):

@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
-from sqlalchemy import CTE, Connection, Dialect, Result, false, text, tuple_, type_coerce, update
+from sqlalchemy import (
+    CTE,
+    Connection,
+    Dialect,
+    Result,
+    Select,
+    false,
+    text,
+    tuple_,
+    type_coerce,
+    update,
+)
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
@@ -22,6 +33,7 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
+    Find,
     Found,
     Key,
     Pooled,
@@ -84,6 +96,10 @@ class SQLite(Strategy):
     ) -> list[Key]:
         self._take_write_lock(work, parts.job_table)
         return [tuple(row) for row in work.execute(parts.candidates.select(), params)]
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        self._take_write_lock(work, find.job_table)
+        return find.statement
 
     def _take_write_lock(self, work: Work, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
