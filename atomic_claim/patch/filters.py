@@ -88,26 +88,29 @@ def beside_the_lease(
         return list(given)
     ofstate: list[ColumnElement[bool]] = []
     others: list[ColumnElement[bool]] = []
-    for condition in _conjuncts(given):
-        (ofstate if _speaks_of(condition, _written(job_table)) else others).append(condition)
+    for condition in conjuncts_of(given):
+        (ofstate if speaks_of(condition, written(job_table)) else others).append(condition)
     return [*others, or_(and_(*ofstate), job_table.is_running)] if ofstate else others
 
 
-def _conjuncts(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
+def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
+    """The conditions with every AND among them taken apart."""
     for condition in given:
         if getattr(getattr(condition, "operator", None), "__name__", "") == "and_":
-            yield from _conjuncts(condition.get_children())  # type: ignore[arg-type]
+            yield from conjuncts_of(condition.get_children())  # type: ignore[arg-type]
         else:
             yield condition
 
 
-def _written(job_table: JobTable) -> set[str]:
+def written(job_table: JobTable) -> set[str]:
+    """The names of the columns that a claim writes."""
     columns = [*job_table.claimed, *job_table.stamps, job_table.worker, job_table.token]
     columns += [job_table.lease, job_table.attempts]
     return {column.name for column in columns if column is not None}
 
 
-def _speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
+def speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
+    """Whether a condition asks something of columns with these names."""
     return any(
         isinstance(part, ColumnClause) and part.name in names
         for part in visitors.iterate(condition)

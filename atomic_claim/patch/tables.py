@@ -41,6 +41,29 @@ def keyed(table: Any, **known: Any) -> JobTable:
     return JobTable(table, free=true(), claimed={} if key is None else {key: key}, **known)
 
 
+def leased_only(job_table: JobTable) -> JobTable:
+    """The table such that a claim writes nothing but the lease, and the state says what is done."""
+    kept = {
+        role: getattr(job_table, role)
+        for role in (
+            "withdrawn",
+            "due",
+            "order",
+            "worker",
+            "token",
+            "lease",
+            "attempts",
+            "max_attempts",
+            "error",
+            "stamps",
+            "naive_times",
+            "text_times",
+        )
+    }
+    table = job_table.entity or job_table.table
+    return JobTable(table, state=job_table.lease, done=job_table.claimed, **kept)
+
+
 def _table_of(table: Any) -> Table:
     found: Any = table if isinstance(table, Table) else sa_inspect(table).local_table
     assert isinstance(found, Table)
