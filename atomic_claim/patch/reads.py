@@ -189,7 +189,8 @@ def _before(
     for watch in watches.get():
         watch.tick()
         if not options.get(LOADS):
-            clause = _seen(watch, connection, clause, params) or clause
+            replaced = _seen(watch, connection, clause, params)
+            clause = clause if replaced is None else replaced
     return clause, multiparams, params
 
 
@@ -201,11 +202,10 @@ def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str
         if clause.table == table:
             watch.mark(connection)
         return None
-    if isinstance(clause, FromStatement):
-        clause = clause.element
-    if isinstance(clause, TextClause):
-        _raw(watch, connection, clause.text)
-    elif isinstance(clause, SelectBase):
+    text = clause.element if isinstance(clause, FromStatement) else clause
+    if isinstance(text, TextClause):
+        _raw(watch, connection, text.text)
+    elif isinstance(clause, (SelectBase, FromStatement)):
         if not mentions(clause, table):
             for element in visitors.iterate(clause):
                 if isinstance(element, TextClause):
