@@ -22,10 +22,11 @@ from atomic_claim.lease import owned_rows, release_left
 from atomic_claim.statement import key_in
 
 from . import filters
-from .patches import Patch, make_patch
+from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
 from .selects import adapted, conjuncts, find_of, order_terms, speaks_only_of, with_conditions
-from .tables import leased_only
+from .tables import leased_only, table_of
+from .targets import Target
 
 R = TypeVar("R")
 
@@ -74,18 +75,18 @@ def claim_reads(
             have its rows.
         AmbiguousTable: the table's columns cannot be read with certainty.
     """
-    job_table, held = _leased(job_table_of(table), filters.lease(lease), at_most_once)
-    if worker is not None and job_table.worker is None:
-        raise PatchError(
-            f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has none "
-            "that is known: name it with JobTable(worker=...)"
-        )
-    return make_patch(
-        target,
-        lambda patch, found: watching(
-            patch, found, lambda: ClaimWatch(patch, job_table, held, worker)
-        ),
-    )
+
+    def prepare(patch: Patch, found: Target) -> Run:
+        job_table = job_table_of(table_of(table))
+        job_table, held = _leased(job_table, filters.lease(lease), at_most_once)
+        if worker is not None and job_table.worker is None:
+            raise PatchError(
+                f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
+                "none that is known: name it with JobTable(worker=...)"
+            )
+        return watching(patch, found, lambda: ClaimWatch(patch, job_table, held, worker))
+
+    return make_patch(target, prepare)
 
 
 def _leased(

@@ -25,7 +25,7 @@ from . import filters
 from .calls import Call, Reading, bound_call, positional, reading
 from .habits import commit_habit
 from .patches import Patch, Run, guarded, make_patch
-from .tables import stateless
+from .tables import stateless, table_of
 from .targets import PatchWrapper, Target, loaded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -85,7 +85,8 @@ def patch_claims(
         target: ``"package.module:Class.method"``, or the function or method itself. It is
             replaced inside its decorators, which go on working. A module that is not imported yet
             is patched when it is.
-        table: a ``Table``, a mapped class or a :class:`JobTable`.
+        table: a ``Table``, a mapped class or a :class:`JobTable`, or the name of one
+            (``"package.models:Job"``) that is yet to be imported.
         session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
             counterpart, or a context manager that gives it. Left out, the parameter that is
             called ``session``, ``db``, ``connection``, ``engine`` or the like.
@@ -212,7 +213,7 @@ class Claiming:
         self.patch = patch
         self.target = target
         self.delete = options.delete
-        table = options.table
+        table = table_of(options.table)
         self.job_table = stateless(table) if options.delete else job_table_of(table)
         self.single = options.limit is ONE or (
             isinstance(options.limit, int) and options.limit == 1 and options.limit is not True

@@ -12,10 +12,11 @@ from atomic_claim.columns import JobTable
 from atomic_claim.dialects import Work, strategy_for
 from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
 
-from .patches import Patch, make_patch
+from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
 from .selects import find_of
-from .tables import keyed
+from .tables import keyed, table_of
+from .targets import Target
 
 
 def lock_reads(target: Any, table: Any) -> Patch:
@@ -44,11 +45,12 @@ def lock_reads(target: Any, table: Any) -> Patch:
             the transaction of the read has ended (``claim_reads`` is for that), a connection in
             AUTOCOMMIT, a SELECT that cannot be locked, or raw SQL that reads the table.
     """
-    job_table = keyed(table)
-    return make_patch(
-        target,
-        lambda patch, found: watching(patch, found, lambda: LockWatch(patch, job_table)),
-    )
+
+    def prepare(patch: Patch, found: Target) -> Run:
+        job_table = keyed(table_of(table))
+        return watching(patch, found, lambda: LockWatch(patch, job_table))
+
+    return make_patch(target, prepare)
 
 
 class LockWatch(Watch):

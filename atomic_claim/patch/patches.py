@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -11,8 +10,22 @@ from typing import Any, Self
 
 from wrapt import register_post_import_hook
 
+from atomic_claim.errors import ClaimError
+
+from .mains import is_main, loaded_module, when_defined
 from .places import MISSING, Attribute, Place, find_places
-from .targets import PatchWrapper, Target, check_module, named_target, object_target, parts_of
+from .sources import check_source
+from .targets import (
+    PatchWrapper,
+    Target,
+    is_defined,
+    named_target,
+    object_target,
+    parts_of,
+)
+
+on_failure: Callable[[ClaimError], Any] | None = None
+"""What ends a program that was started to be patched, and cannot be."""
 
 Run = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
 Prepare = Callable[["Patch", Target], Run]
@@ -132,15 +145,29 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     patch = Patch(given)
 
     def install(module: ModuleType) -> None:
-        if patch.is_active and not patch.is_installed:
+        if not patch.is_active:
+            return
+        try:
             target = named_target(module, path)
             patch.install(target, guarded(patch, prepare(patch, target)))
+        except ClaimError as error:
+            if on_failure is not None:
+                on_failure(error)
+            raise
 
-    if (module := sys.modules.get(module_name)) is not None:
+    def install_in_main(module: ModuleType) -> bool:
+        if is_defined(module, path):
+            install(module)
+            return True
+        return not patch.is_active
+
+    if (module := loaded_module(module_name)) is not None:
         install(module)
-    else:
-        check_module(module_name)
-        register_post_import_hook(install, module_name)
+        return patch
+    check_source(module_name, path)
+    if is_main(module_name):
+        when_defined(install_in_main)
+    register_post_import_hook(install, module_name)
     return patch
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -69,21 +68,6 @@ def parts_of(given: str) -> tuple[str, str]:
     return module, path
 
 
-def check_module(name: str) -> None:
-    """Refuse a module that cannot be there, without importing anything."""
-    first = name.partition(".")[0]
-    if first in sys.modules:
-        return
-    try:
-        found = importlib.util.find_spec(first)
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
-        raise PatchError(
-            f"there is no module {first!r} on this Python's path, so {name!r} can never be imported"
-        )
-
-
 def named_target(module: ModuleType, path: str) -> Target:
     """The target at a path in a module that is loaded.
 
@@ -96,6 +80,12 @@ def named_target(module: ModuleType, path: str) -> Target:
     for part in above:
         owner = _member(owner, part, name)
     return _target(name, owner, last)
+
+
+def is_defined(module: ModuleType, path: str) -> bool:
+    """Whether there is something at a path, by now, in a module that is being loaded."""
+    found = _stored(module, path)
+    return found is not None
 
 
 def object_target(given: Any) -> Target:
