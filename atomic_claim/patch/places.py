@@ -87,8 +87,8 @@ def inner_of(value: Any, name: str) -> Callable[..., Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """The function in a static or class method."""
-    if type(value) in {staticmethod, classmethod}:
+    """The function in a static, a class or a bound method."""
+    if type(value) in {staticmethod, classmethod, MethodType}:
         return value.__func__
     return value
 

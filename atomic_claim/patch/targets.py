@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
-from wrapt import BaseObjectProxy, FunctionWrapper
+from wrapt import BaseObjectProxy, BoundFunctionWrapper, FunctionWrapper
 
 from atomic_claim.errors import PatchError
 
@@ -174,7 +174,6 @@ def _member(owner: Any, name: str, target: str) -> Any:
 
 def _target(name: str, owner: Any, last: str) -> Target:
     stored = _member(owner, last, name)
-    _refuse_patched(stored, name)
     if isinstance(stored, type) or not callable(plain(stored)):
         raise PatchError(f"{name} is {stored!r}; expected a function or a method")
     root = Attribute(owner, last)
@@ -200,6 +199,7 @@ def _target(name: str, owner: Any, last: str) -> Target:
 def _innermost(name: str, stored: Any, root: Place, last: str) -> tuple[Any, list[Place]]:
     """The function inside all decorators, so that these go on working around the claim."""
     wrapped, places = stored, [root]
+    _refuse_patched(stored, name)
     while (inner := inner_of(wrapped, last)) is not None:
         held = places_in(wrapped, inner)
         if not any(_is_effective(place) for place in held):
@@ -208,6 +208,7 @@ def _innermost(name: str, stored: Any, root: Place, last: str) -> tuple[Any, lis
                 "be replaced: put claims(...) below that decorator, or patch what it calls"
             )
         wrapped, places = inner, held
+        _refuse_patched(wrapped, name)
     return wrapped, places
 
 
@@ -223,16 +224,16 @@ def _is_effective(place: Place) -> bool:
     return type(owner) is not FunctionType and isinstance(caller, FunctionType)
 
 
-def _refuse_patched(stored: Any, name: str) -> None:
-    value: Any = stored
-    seen = 0
-    while value is not None and seen < 64:  # noqa: PLR2004 - more than anybody stacks
-        if issubclass(type(value), PatchWrapper):
-            raise PatchError(
-                f"{name} is patched already ({value.patch!r}): undo() that one first, or leave one "
-                "of the two out"
-            )
-        value, seen = inner_of(value, getattr(value, "__name__", "")), seen + 1
+def _refuse_patched(value: Any, name: str) -> None:
+    kind = type(value)
+    if issubclass(kind, BoundFunctionWrapper):
+        value = value._self_parent  # noqa: SLF001 - wrapt's name for what an attribute is bound of
+        kind = type(value)
+    if issubclass(kind, PatchWrapper):
+        raise PatchError(
+            f"{name} is patched already ({value.patch!r}): undo() that one first, or leave one of "
+            "the two out"
+        )
 
 
 def _signature(name: str, wrapped: Any) -> inspect.Signature:
@@ -270,4 +271,5 @@ def loaded(function: Any) -> Target:
     wrapped = function
     while (inner := inner_of(wrapped, last)) is not None:
         wrapped = inner
+        _refuse_patched(wrapped, name)
     return Target(name, function, [], _signature(name, wrapped))
