@@ -24,7 +24,15 @@ from atomic_claim.statement import key_in
 from . import filters
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
-from .selects import adapted, conjuncts, find_of, order_terms, speaks_only_of, with_conditions
+from .selects import (
+    adapted,
+    baked,
+    conjuncts,
+    find_of,
+    order_terms,
+    speaks_only_of,
+    with_conditions,
+)
 from .tables import leased_only, table_of
 from .targets import Target
 
@@ -231,14 +239,15 @@ class _Search:
     def where(self, find: Find) -> list[Any]:
         """The same as conditions of a claim."""
         table = find.job_table.table
-        state = [_baked(adapted(condition, find.place, table), find) for condition in self.state]
+        state = [
+            baked(adapted(condition, find.place, table), find.params) for condition in self.state
+        ]
         if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
             own = [adapted(each, find.place, table) for each in self.others]
-            return [*state, *(_baked(each, find) for each in own)]
-        keys = with_conditions(find.statement, *self.others).order_by(None)
+            return [*state, *(baked(each, find.params) for each in own)]
+        others = [baked(each, find.params) for each in self.others]
+        keys = with_conditions(find.statement, *others).order_by(None)
         keys = keys.with_only_columns(*find.key)
-        if find.params:
-            keys = keys.params(dict(find.params))
         if len(find.key) == 1:
             return [*state, find.job_table.key[0].in_(keys)]
         found = keys.subquery()
@@ -251,11 +260,6 @@ class _Search:
         if not terms or not all(speaks_only_of(term, find.place) for term in terms):
             return None
         return [adapted(term, find.place, find.job_table.table) for term in terms]
-
-
-def _baked(clause: Any, find: Find) -> Any:
-    """The clause with the values of the parameters that are passed with the SELECT."""
-    return clause.params(dict(find.params)) if find.params else clause
 
 
 def _looks_up(find: Find) -> bool:

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Join, Select, Table, TableClause
+from sqlalchemy import CompoundSelect, Join, Select, Table, TableClause, bindparam
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.annotation import _deep_deannotate
 from sqlalchemy.sql.elements import (
     BindParameter,
     ColumnClause,
@@ -21,7 +22,6 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Alias, FromClause, TextualSelect
-from sqlalchemy.sql.util import ClauseAdapter
 
 from atomic_claim.columns import JobTable
 from atomic_claim.dialects import Find
@@ -106,6 +106,8 @@ def find_of(
                 raise refuse.of("a window or an aggregate")
             if isinstance(element, FunctionElement) and _function(element) in AGGREGATES:
                 raise refuse.of(f"the aggregate {_function(element)}()")
+    # SQLAlchemy 2.1 keeps with the statement what Select.params() was given.
+    params = {**(getattr(statement, "_params", None) or {}), **params}
     froms = statement.get_final_froms()
     places = [place for each in froms for place in _places(each, table, False, refuse)]
     if not places:
@@ -195,7 +197,32 @@ def speaks_only_of(condition: Any, place: FromClause) -> bool:
 
 def adapted(clause: Any, place: FromClause, table: Table) -> Any:
     """A clause about an alias as one about its table."""
-    return clause if _is(place, table) else ClauseAdapter(table).traverse(clause)
+    if _is(place, table):
+        return clause
+    # The ORM's annotations keep the columns of an aliased class from being replaced.
+    return visitors.replacement_traverse(
+        _deep_deannotate(clause),
+        {},
+        lambda element, **_: (
+            table.columns[element.key]
+            if isinstance(element, ColumnClause) and _is(element.table, place)
+            else None
+        ),
+    )
+
+
+def baked(clause: Any, params: Mapping[str, Any]) -> Any:
+    """A clause with the values of the parameters that are passed with its statement."""
+    if not params:
+        return clause
+
+    def replace(element: Any, **_: Any) -> Any:
+        if not isinstance(element, BindParameter) or element.key not in params:
+            return None
+        value = params[element.key]
+        return bindparam(None, value, type_=element.type, unique=True, expanding=element.expanding)
+
+    return visitors.replacement_traverse(clause, {}, replace)
 
 
 def conjuncts(statement: Select[Any]) -> tuple[Any, ...]:
