@@ -249,10 +249,10 @@ class _Search:
         keys = with_conditions(find.statement, *others).order_by(None)
         keys = keys.with_only_columns(*find.key)
         if len(find.key) == 1:
-            return [*state, find.job_table.key[0].in_(keys)]
+            return [*own, find.job_table.key[0].in_(keys)]
         found = keys.subquery()
         same = [a == b for a, b in zip(find.job_table.key, found.columns, strict=True)]
-        return [*state, found.select().where(*same).exists()]
+        return [*own, found.select().where(*same).exists()]
 
     def order(self, find: Find) -> list[Any] | None:
         """The SELECT's order, if it is one of the table's own columns."""
