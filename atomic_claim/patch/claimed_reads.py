@@ -239,12 +239,10 @@ class _Search:
     def where(self, find: Find) -> list[Any]:
         """The same as conditions of a claim."""
         table = find.job_table.table
-        state = [
-            baked(adapted(condition, find.place, table), find.params) for condition in self.state
-        ]
+        own = [baked(adapted(each, find.place, table), find.params) for each in self.state]
         if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
-            own = [adapted(each, find.place, table) for each in self.others]
-            return [*state, *(baked(each, find.params) for each in own)]
+            rest = [adapted(each, find.place, table) for each in self.others]
+            return [*own, *(baked(each, find.params) for each in rest)]
         others = [baked(each, find.params) for each in self.others]
         keys = with_conditions(find.statement, *others).order_by(None)
         keys = keys.with_only_columns(*find.key)

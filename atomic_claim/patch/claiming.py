@@ -86,7 +86,9 @@ def patch_claims(
             replaced inside its decorators, which go on working. A module that is not imported yet
             is patched when it is.
         table: a ``Table``, a mapped class or a :class:`JobTable`, or the name of one
-            (``"package.models:Job"``) that is yet to be imported.
+            (``"package.models:Job"``) that is yet to be imported. Where every object has a table
+            of its own, a path (``"self.jobs_table"``) or a callable that gives the same one again
+            for the same object.
         session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
             counterpart, or a context manager that gives it. Left out, the parameter that is
             called ``session``, ``db``, ``connection``, ``engine`` or the like.
@@ -213,8 +215,8 @@ class Claiming:
         self.patch = patch
         self.target = target
         self.delete = options.delete
-        table = table_of(options.table)
-        self.job_table = stateless(table) if options.delete else job_table_of(table)
+        self.table = self._reading("table", table_of(options.table), _is_table)
+        self._tables: dict[Any, JobTable] = {}
         self.single = options.limit is ONE or (
             isinstance(options.limit, int) and options.limit == 1 and options.limit is not True
         )
@@ -231,6 +233,14 @@ class Claiming:
         self.when = self._when(options.when)
         self.returns = _adapter(options.returns, single=self.single)
         self._check_constants()
+        if self.table.constant:
+            self._check_table(self._job_table(self.table.given))
+
+    def _job_table(self, given: Any) -> JobTable:
+        """The table of a call, read once."""
+        if given not in self._tables:
+            self._tables[given] = stateless(given) if self.delete else job_table_of(given)
+        return self._tables[given]
 
     def _reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
@@ -264,38 +274,34 @@ class Claiming:
 
     def _check_constants(self) -> None:
         """Find out now what would else be found out by the first call."""
-        name = self.target.name
         if self.limit.constant and not (self.limit.given is None or _is_count(self.limit.given)):
             raise PatchError(
-                f"limit={self.limit.given!r} of {name}: expected an int of at least 1, None for "
-                "all, or the name of a parameter"
+                f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
+                "None for all, or the name of a parameter"
             )
+
+    def _check_table(self, job_table: JobTable) -> None:
+        name, table = self.target.name, job_table.table.fullname
         try:
             if self.where.constant:
-                filters.conditions(self.job_table, self.where.given)
+                filters.conditions(job_table, self.where.given)
             if self.order_by.constant:
-                filters.order(self.job_table, self.order_by.given)
+                filters.order(job_table, self.order_by.given)
             if self.values.constant and self.values.given is not None:
-                self.job_table.values(self.values.given, "values")
+                job_table.values(self.values.given, "values")
             if self.lease.constant:
                 filters.lease(self.lease.given)
         except PatchError:
             raise
         except ClaimError as error:
             raise PatchError(f"{name}: {error}") from error
-        for role in ("token", "lease"):
-            if self.lease.given is not None and getattr(self.job_table, role) is None:
+        for option, role in (("lease", "token"), ("lease", "lease"), ("worker", "worker")):
+            given = getattr(self, option).given
+            if given is not None and getattr(job_table, role) is None:
                 raise PatchError(
-                    f"lease={self.lease.given!r} of {name} needs a {role} column, and "
-                    f"{self.job_table.table.fullname!r} has none that is known: name it with "
-                    f"JobTable({role}=...)"
+                    f"{option}={given!r} of {name} needs a {role} column, and {table!r} has none "
+                    f"that is known: name it with JobTable({role}=...)"
                 )
-        if self.worker.given is not None and self.job_table.worker is None:
-            raise PatchError(
-                f"worker={self.worker.given!r} of {name} needs a column to go to, and "
-                f"{self.job_table.table.fullname!r} has none that is known: name it with "
-                "JobTable(worker=...)"
-            )
 
     def run(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -369,18 +375,19 @@ class Claiming:
     def _claim(self, call: Call, bind: Any) -> Claim[Any]:
         if isinstance(bind, scoped_session):
             bind = bind.registry()
-        asked = self._asked(call, bind)
+        job_table = self._job_table(self.table.read(call))
+        asked = self._asked(call, bind, job_table)
         if asked.limit == 0:
-            return Claim(table=self.job_table)
-        leave = _leaving_unlocked(bind, self.job_table)
+            return Claim(table=job_table)
+        leave = _leaving_unlocked(bind, job_table)
         if self.delete:
             claim = dequeue_jobs(
-                bind, self.job_table, asked.limit, where=asked.where, order_by=asked.order_by
+                bind, job_table, asked.limit, where=asked.where, order_by=asked.order_by
             )
         else:
             claim = claim_jobs(
                 bind,
-                self.job_table,
+                job_table,
                 asked.limit,
                 where=asked.where,
                 order_by=asked.order_by,
@@ -395,8 +402,7 @@ class Claiming:
         self.patch.count(claimed=len(claim))
         return claim
 
-    def _asked(self, call: Call, bind: Any) -> Asked:
-        job_table = self.job_table
+    def _asked(self, call: Call, bind: Any, job_table: JobTable) -> Asked:
         where = filters.conditions(job_table, self.where.read(call))
         limit = self.limit.read(call)
         commit = self.commits.commits if self.commit.given is None else self.commit.read(call)
@@ -438,6 +444,11 @@ def _is_answer(given: Any) -> bool:
     return isinstance(given, (str, BaseException)) or (
         isinstance(given, type) and issubclass(given, BaseException)
     )
+
+
+def _is_table(given: Any) -> bool:
+    """Whether it is the table, and not what reads it from a call."""
+    return isinstance(given, type)
 
 
 def _is_bind(given: Any) -> bool:

@@ -95,7 +95,7 @@ def table_of(given: Any) -> Any:
         PatchError: there is nothing of that name.
         ClaimError: the options do not fit the table.
     """
-    if isinstance(given, str):
+    if isinstance(given, str) and ":" in given:
         given = Later(given)
     if not isinstance(given, Later):
         return given
