@@ -45,16 +45,20 @@ def check_source(module: str, path: str) -> None:
 def _spec(module: str) -> ModuleSpec | None:
     """Where a module would be imported from; its packages are not imported for it."""
     found: ModuleSpec | None = None
+    above: Iterable[str] | None = None
     names = module.split(".")
     for depth, _ in enumerate(names, 1):
         name = ".".join(names[:depth])
-        if (loaded := sys.modules.get(name)) is not None:
-            found = loaded.__spec__
-        else:
-            above = found.submodule_search_locations if found is not None else None
-            found = _find(name, above if depth > 1 else None)
+        loaded = sys.modules.get(name)
+        if loaded is not None and hasattr(loaded, "__path__"):
+            # Some packages put an object of their own in their place, which has no __spec__.
+            above = loaded.__path__
+            found = ModuleSpec(name, None, is_package=True)
+            continue
+        found = _find(name, above)
         if found is None:
             return None
+        above = found.submodule_search_locations
     return found
 
 

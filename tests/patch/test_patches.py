@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no worker column": (
         lambda: patch_claims(f"{HERE}:claim_next", jobs, worker="w1"),
-        "needs a column",
+        "needs a worker column",
     ),
     "no lease": (lambda: patch_claims(f"{HERE}:claim_next", leased, lease=[5]), "a timedelta"),
     "an asynchronous adapter": (
