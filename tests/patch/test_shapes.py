@@ -81,11 +81,30 @@ def drain(
     return ran
 
 
+# Variants of a shape, whose SQL is that of the shape itself: two databases are enough.
+VARIANTS = ("C by sessionmaker", "C by Core", "E by Core", "F with a state")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_job_runs_once(database: Database, shape: str, tmp_path: Path) -> None:
     """Four processes run each of 400 jobs once, though one is killed in the middle of its loop."""
+    if shape in VARIANTS and database.name in {"mysql", "mariadb"}:
+        pytest.skip("the shape itself is drained here")
     ran = drain(database, shape, tmp_path / "runs")
     assert {job: times for job, times in Counter(ran).items() if times > 1} == {}
     assert sorted(ran) == list(range(1, JOBS + 1))
     if SHAPES[shape].model is not Job:
         assert undone(database.engine(), SHAPES[shape].model) == 0
+
+
+# What one step of each legacy function looks like between the steps of another worker's.
+@pytest.mark.databases("sqlite", "postgresql")
+@pytest.mark.parametrize("shape", ["A", "D", "E", "F", "G"])
+def test_as_it_is_jobs_run_again(database: Database, shape: str, tmp_path: Path) -> None:
+    """The twin: drained the same way, but not patched, jobs run several times or calls fail."""
+    for attempt in range(8):
+        ran = drain(database, shape, tmp_path / f"runs {attempt}", patched=False, jobs=60)
+        if len(ran) > len(set(ran)):
+            break
+    else:
+        pytest.fail("eight drains without a job that ran twice")
