@@ -33,15 +33,15 @@ def told(call: Callable[[], Any]) -> Any:
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
-    "A": legacy.claim_next,
+    "A": lambda session: legacy.claim_next(session),
     "B": lambda session: legacy.Channel(session)._get("default"),
     "C": lambda session: legacy.Repository(session).claim_batch(limit=3),
-    "C by sessionmaker": legacy.Repository.claim_ids,
+    "C by sessionmaker": lambda maker: legacy.Repository.claim_ids(maker),
     "C by Core": lambda engine: legacy.Repository.claim_rows(engine, 3),
     "E": lambda session: legacy.relay(session, 3),
-    "F": legacy.send_all,
+    "F": lambda session: legacy.send_all(session),
     "F with a state": lambda session: legacy.work_all(session, 3),
-    "G": legacy.pop,
+    "G": lambda session: legacy.pop(session),
 }
 
 
