@@ -12,6 +12,7 @@ from .errors import (
 )
 from .heartbeat import keep_claims
 from .lease import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
+from .patch import Patch, claim_reads, claims, lock_reads, patch_claims
 from .statement import ClaimStatement, claim_statement
 
 __all__ = [
@@ -22,14 +23,19 @@ __all__ = [
     "ClaimLost",
     "ClaimStatement",
     "JobTable",
+    "Patch",
     "PatchError",
     "UnsupportedDialect",
     "claim_jobs",
+    "claim_reads",
     "claim_statement",
+    "claims",
     "complete_jobs",
     "extend_jobs",
     "fail_jobs",
     "keep_claims",
+    "lock_reads",
+    "patch_claims",
     "release_jobs",
     "sweep_jobs",
 ]

@@ -20,12 +20,11 @@ from sqlalchemy.ext.asyncio import (
     async_scoped_session,
     async_sessionmaker,
 )
-from sqlalchemy.orm import sessionmaker
-from sqlalchemy.util import await_only, greenlet_spawn
+from sqlalchemy.util import greenlet_spawn
 
 from . import claim as _claim
 from . import lease as _lease
-from .binds import pause
+from .binds import async_types, patiently, sync_bind
 from .claim import Claim
 from .errors import ClaimError
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
@@ -158,7 +157,7 @@ async def keep_claims(
 
     See :func:`atomic_claim.keep_claims`; ``on_lost`` is called from the task.
     """
-    beat: Beat = await greenlet_spawn(_patiently, prepared_beat, _sync_bind(bind), claim, every)
+    beat: Beat = await greenlet_spawn(patiently, prepared_beat, _checked(bind), claim, every)
     stopped = asyncio.Event()
 
     async def run() -> None:
@@ -191,41 +190,14 @@ async def _is_set(event: asyncio.Event, seconds: float) -> bool:
 
 
 async def _run(function: Callable[..., R], bind: Any, *args: Any, **options: Any) -> R:
-    return await greenlet_spawn(_patiently, function, _sync_bind(bind), *args, **options)
+    return await greenlet_spawn(patiently, function, _checked(bind), *args, **options)
 
 
-def _patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
-    """Run with pauses that leave the event loop to others."""
-    token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
-    try:
-        return function(*args, **options)
-    finally:
-        pause.reset(token)
-
-
-def _sync_bind(bind: Any) -> Any:
-    """What stands behind an asynchronous bind."""
-    if isinstance(bind, async_scoped_session):
-        bind = bind.registry()
-    if isinstance(bind, AsyncSession):
-        return bind.sync_session
-    if isinstance(bind, AsyncConnection):
-        return bind.sync_connection
-    if isinstance(bind, AsyncEngine):
-        return bind.sync_engine
-    if isinstance(bind, async_sessionmaker):
-        return _sync_maker(bind)
-    raise ClaimError(
-        f"{bind!r} is not an asynchronous bind: pass an AsyncSession, AsyncConnection, "
-        "AsyncEngine or async_sessionmaker (the synchronous ones go to atomic_claim itself)"
-    )
-
-
-def _sync_maker(maker: async_sessionmaker[Any]) -> sessionmaker[Any]:
-    options = dict(maker.kw)
-    if options.get("bind") is not None:
-        options["bind"] = _sync_bind(options["bind"])
-    if options.get("binds"):
-        options["binds"] = {key: _sync_bind(each) for key, each in options["binds"].items()}
-    session_class = options.pop("sync_session_class", None) or maker.class_.sync_session_class
-    return sessionmaker(class_=session_class, **options)
+def _checked(bind: Any) -> Any:
+    """What stands behind an asynchronous bind, if it is one."""
+    if not isinstance(bind, async_types()):
+        raise ClaimError(
+            f"{bind!r} is not an asynchronous bind: pass an AsyncSession, AsyncConnection, "
+            "AsyncEngine or async_sessionmaker (the synchronous ones go to atomic_claim itself)"
+        )
+    return sync_bind(bind)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +19,7 @@ from sqlalchemy.exc import (
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.util import await_only
 
 from .columns import JobTable
 from .dialects import Strategy, Work, strategy_for
@@ -250,3 +253,48 @@ def _refuse_shared(strategy: Strategy, engine: Engine) -> None:
             "on it, which a claim by engine would commit: pass the Session or Connection that "
             "owns the transaction, or end it first"
         )
+
+
+def async_types() -> tuple[type[Any], ...]:
+    """The asynchronous binds; none where nobody has imported them yet."""
+    module: Any = sys.modules.get("sqlalchemy.ext.asyncio")
+    if module is None:
+        return ()
+    return (
+        module.AsyncSession,
+        module.async_scoped_session,
+        module.AsyncConnection,
+        module.AsyncEngine,
+        module.async_sessionmaker,
+    )
+
+
+def sync_bind(bind: Any) -> Any:
+    """What stands behind an asynchronous bind; a synchronous one is returned as it is."""
+    if not isinstance(bind, async_types()):
+        return bind
+    if hasattr(bind, "registry"):
+        bind = bind.registry()
+    for name in ("sync_session", "sync_connection", "sync_engine"):
+        if hasattr(bind, name):
+            return getattr(bind, name)
+    return _sync_maker(bind)
+
+
+def _sync_maker(maker: Any) -> sessionmaker[Any]:
+    options = dict(maker.kw)
+    if options.get("bind") is not None:
+        options["bind"] = sync_bind(options["bind"])
+    if options.get("binds"):
+        options["binds"] = {key: sync_bind(each) for key, each in options["binds"].items()}
+    session_class = options.pop("sync_session_class", None) or maker.class_.sync_session_class
+    return sessionmaker(class_=session_class, **options)
+
+
+def patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
+    """Run beside an event loop, with pauses that leave it to others."""
+    token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
+    try:
+        return function(*args, **options)
+    finally:
+        pause.reset(token)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session, scoped_session, selectin_polymorphic, sessionmaker, undefer
 
@@ -190,6 +190,43 @@ def claim_jobs(
         worker=worker,
         lease=lease,
     )
+
+
+def dequeue_jobs(
+    bind: Any, table: Any, limit: int = 1, *, where: Any = None, order_by: Any = None
+) -> Claim[Any]:
+    """Claim up to ``limit`` rows by deleting them; otherwise as :func:`claim_jobs`.
+
+    The rows are locked, read, and deleted by key; entities by their session, with the cascades of
+    their mapping. Nothing brings them back: a worker that dies after the commit loses them.
+    """
+    job_table = job_table_of(table)
+    ask = Ask(checked_limit(limit), where, order_by)
+    by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
+    parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
+
+    def run(strategy: Strategy, work: Work) -> Found:
+        keys = strategy.lock(work, parts, ask.parameters(None), deletes=True)
+        found = load(work, parts, keys, strategy.hints)
+        session = work.executor
+        if parts.entities and isinstance(session, Session):
+            if work.own:
+                _load_fully(session, parts, found)
+            for _, entity in found:
+                session.delete(entity)
+            session.flush()
+        elif keys:
+            names = [f"atomic_claim_key_{place}" for place, _ in enumerate(job_table.key)]
+            same = [c == bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
+            # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
+            work.executor.execute(
+                delete(job_table.table).where(*same),
+                [dict(zip(names, key, strict=True)) for key in keys],
+            )
+        return found
+
+    found = run_in(bind, job_table, run, single=lambda _: False)
+    return Claim((job for _, job in found), table=job_table, keys=[key for key, _ in found])
 
 
 def _won_before(strategy: Strategy, work: Work, parts: ClaimParts, token: str | None) -> Found:

@@ -35,6 +35,8 @@ Values = dict[Any, Any]
 
 FIRST_RETRY = timedelta(seconds=10)
 DOUBLINGS = 12
+LONGEST_LOOK = 0.25
+"""Seconds that is waited for others before rows are left to the end of their lease."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,27 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    values = _freeing(owned.job_table)
-    if (attempts := owned.job_table.attempts) is not None:
-        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
-    return _change(bind, owned, values)
+    return _change(bind, owned, _releasing(owned.job_table))
+
+
+def release_left(bind: Bind, claim: Held) -> int:
+    """Give back what of a claim is still marked as running, and passes by what others have locked.
+
+    For the end of a loop that has ended its jobs in its own way: what it has not got to is freed.
+
+    Returns:
+        How many rows were freed.
+    """
+    owned = owned_rows(claim, None, unfenced=False)
+    job_table, guard = owned.job_table, owned.guard()
+    values = _releasing(job_table)
+
+    def run(strategy: Strategy, work: Work) -> int:
+        with strategy.limit_wait(work, LONGEST_LOOK):
+            free = strategy.unlocked(work, job_table, owned.keys, guard)
+            return len(strategy.change(work, job_table, free, guard, values))
+
+    return run_in(bind, job_table, run, single=lambda _: False, tries=1)
 
 
 def extend_jobs(
@@ -353,6 +372,14 @@ def _freeing(job_table: JobTable) -> Values:
     values = {**_written_by_all(job_table), **job_table.released}
     if job_table.worker is not None:
         values[job_table.worker] = null()
+    return values
+
+
+def _releasing(job_table: JobTable) -> Values:
+    """What undoes a claim; the attempt does not count."""
+    values = _freeing(job_table)
+    if (attempts := job_table.attempts) is not None:
+        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
     return values
 
 

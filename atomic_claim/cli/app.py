@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo
+from . import demo, run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+# What follows the command's name is the command's, options included.
+app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 
 
 def _show_version(wanted: bool) -> None:

@@ -9,12 +9,12 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ClaimStatement
 
-from .base import CHUNK, Found, Strategy, Work, chunks, load
+from .base import CHUNK, Find, Found, Strategy, Work, chunks, load
 from .mysql import MySQL
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
 
-__all__ = ["CHUNK", "Found", "Strategy", "Work", "chunks", "load", "strategy_for"]
+__all__ = ["CHUNK", "Find", "Found", "Strategy", "Work", "chunks", "load", "strategy_for"]
 
 STRATEGIES: dict[str, Strategy] = {
     name: strategy for strategy in (PostgreSQL(), SQLite(), MySQL()) for name in strategy.names

@@ -66,6 +66,34 @@ class Work:
         return self.connection.dialect.detect_autocommit_setting(dbapi_connection)
 
 
+@dataclass(frozen=True, eq=False)
+class Find:
+    """A SELECT of somebody else's that finds jobs.
+
+    Attributes:
+        job_table: the table that it finds them in.
+        statement: the SELECT.
+        place: the table in its FROM, or the alias of it.
+        limit: how many rows it asks for, if it says so.
+        conditions: what it asks of the table's own columns.
+        alone: whether the table is all that is in its FROM.
+        params: what is passed with it.
+    """
+
+    job_table: JobTable
+    statement: Select[Any]
+    place: Any
+    limit: int | None
+    conditions: tuple[ColumnElement[bool], ...]
+    alone: bool
+    params: Mapping[str, Any]
+
+    @property
+    def key(self) -> tuple[ColumnElement[Any], ...]:
+        """The primary key's columns, as the SELECT has them."""
+        return tuple(self.place.columns[column.key] for column in self.job_table.key)
+
+
 class Strategy(ABC):
     """How one database claims rows atomically."""
 
@@ -85,6 +113,20 @@ class Strategy(ABC):
     @abstractmethod
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
+
+    @abstractmethod
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
+        """Lock the rows that a claim would claim, and leave them as they are.
+
+        ``deletes`` says that they are going to be deleted. What is returned are their keys, in
+        claim order.
+        """
+
+    @abstractmethod
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        """The SELECT such that whatever it returns is locked, and what others hold is skipped."""
 
     def change(
         self,

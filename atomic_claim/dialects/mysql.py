@@ -21,6 +21,7 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    true,
     update,
 )
 from sqlalchemy.exc import DBAPIError
@@ -35,6 +36,7 @@ from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.statement import (
     LIMIT,
     ByKey,
+    Candidates,
     ClaimParts,
     ClaimStatement,
     key_equals,
@@ -43,6 +45,7 @@ from atomic_claim.statement import (
 )
 
 from .base import (
+    Find,
     Found,
     Key,
     Pooled,
@@ -68,6 +71,8 @@ CHUNK = 1000
 WINDOW = 16
 # So often a claim that must not skip looks for the very rows that others hold.
 PATIENCE = 8
+# For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
+MOST_READ = 10_000
 
 
 SERIALIZABLE = (
@@ -111,13 +116,43 @@ class MySQL(Strategy):
         return False
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        keys = self.lock(work, parts, params)
+        return mark_and_load(work, parts, keys, params, self.hints)
+
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
         _check_engine(work.connection, parts.job_table.table)
         mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         statements = parts.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
-        keys = _Search(self, work, statements, params[LIMIT]).keys()
-        return mark_and_load(work, parts, keys, params, self.hints)
+        return _Search(self, work, statements, params[LIMIT]).keys()
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        """The keys are searched for as a claim does it; then the SELECT reads them, locked.
+
+        It asks for its rows again, and now sees the latest, whatever the transaction's snapshot.
+        """
+        asked = find.statement.params(dict(find.params)) if find.params else find.statement
+        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        branch = asked.with_only_columns(*find.key).limit(limit).offset(None)
+        parts = ClaimParts(
+            job_table=find.job_table,
+            candidates=Candidates((branch,), (), limit, limit, branch),
+            conditions=find.conditions or (_reads_row(find.job_table),),
+            order=(),
+            values={},
+            entities=False,
+            single=False,
+        )
+        keys = self.lock(work, parts, limits(min(find.limit or MOST_READ, MOST_READ)))
+        found = find.statement.limit(None).offset(None).where(key_in(find.key, keys))
+        if find.alone:
+            return hinted(found, find.place, self.hints).with_for_update()
+        # MariaDB has no OF, and without it the rows of the other tables would be locked too.
+        of_known = not work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+        return found.with_for_update(of=find.place) if of_known else found
 
     def change(
         self,
@@ -202,6 +237,14 @@ def _check_engine(connection: Connection, table: Table) -> None:
 def _set_session(work: Work, settings: Mapping[str, int]) -> None:
     assignments = ", ".join(f"{name} = {value}" for name, value in settings.items())
     work.connection.execute(text(f"SET SESSION {assignments}"))
+
+
+def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
+    """True for every row, and to be told only by reading it, not by an index over the key."""
+    for column in job_table.table.columns:
+        if not column.primary_key:
+            return func.coalesce(func.length(column), 0) >= 0
+    return true()
 
 
 class _Statements:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -37,7 +38,19 @@ from atomic_claim.statement import (
     key_equals,
 )
 
-from .base import Found, Pooled, Strategy, Work, load, mark_and_load, require, returned
+from .base import (
+    Find,
+    Found,
+    Key,
+    Pooled,
+    Strategy,
+    Work,
+    load,
+    mark_and_load,
+    refuse_autocommit,
+    require,
+    returned,
+)
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -107,18 +120,33 @@ class PostgreSQL(Strategy):
         return not parts.spread
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
-            zone = _time_zone(work)
-            if zone.lower() not in UTC_NAMES:
-                self.refuse_naive(parts.job_table, repr(zone))
         if parts.entities and work.has_criteria:
-            locked = parts.prepare("locked", _locked_candidates)
-            keys = [tuple(row) for row in work.execute(locked, params)]
+            keys = self.lock(work, parts, params)
             return mark_and_load(work, parts, keys, params, self.hints)
+        self._check_zone(work, parts)
         found = returned(parts, work.execute(parts.statement, params))
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
+
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
+        """A row that is to be deleted is locked FOR UPDATE: else its DELETE waits for children."""
+        self._check_zone(work, parts)
+        make = partial(_locked_candidates, deletes=deletes)
+        locked = parts.prepare(f"locked {deletes}", make)
+        return [tuple(row) for row in work.execute(locked, params)]
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        refuse_autocommit(self, work, "a row lock is gone as soon as the row is read")
+        return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
+
+    def _check_zone(self, work: Work, parts: ClaimParts) -> None:
+        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
+            zone = _time_zone(work)
+            if zone.lower() not in UTC_NAMES:
+                self.refuse_naive(parts.job_table, repr(zone))
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
@@ -182,9 +210,9 @@ def _lock(of: Any, changes_key: bool) -> Lock:
     return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
 
 
-def _locked_candidates(parts: ClaimParts) -> Select[Any]:
+def _locked_candidates(parts: ClaimParts, deletes: bool) -> Select[Any]:
     of = parts.job_table.table if parts.spread else None
-    lock = _lock(of, parts.changes_key)
+    lock = _lock(of, deletes or parts.changes_key)
     found = parts.candidates
     if len(found.branches) == 1:
         return found.select(lock=lock)

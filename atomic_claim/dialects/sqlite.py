@@ -7,7 +7,18 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
-from sqlalchemy import CTE, Connection, Dialect, Result, false, text, tuple_, type_coerce, update
+from sqlalchemy import (
+    CTE,
+    Connection,
+    Dialect,
+    Result,
+    Select,
+    false,
+    text,
+    tuple_,
+    type_coerce,
+    update,
+)
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
@@ -16,12 +27,15 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import NullType, String
 
+from atomic_claim.columns import JobTable
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
+    Find,
     Found,
+    Key,
     Pooled,
     Strategy,
     Work,
@@ -74,15 +88,24 @@ class SQLite(Strategy):
         return _in_order(parts, work.execute(parts.prepare("sqlite", _with_terms), params))
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        self._lock(work, parts)
-        refuse_autocommit(self, work, "another claim could come between this one's statements")
-        keys = [tuple(row) for row in work.execute(parts.candidates.select(), params)]
+        keys = self.lock(work, parts, params)
         return mark_and_load(work, parts, keys, params, self.hints)
 
-    def _lock(self, work: Work, parts: ClaimParts) -> None:
+    def lock(
+        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+    ) -> list[Key]:
+        self._take_write_lock(work, parts.job_table)
+        return [tuple(row) for row in work.execute(parts.candidates.select(), params)]
+
+    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+        self._take_write_lock(work, find.job_table)
+        return find.statement
+
+    def _take_write_lock(self, work: Work, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
-        table, key = parts.job_table.table, parts.job_table.key[0]
-        work.execute(update(table).values({key: key}).where(false()))
+        key = job_table.key[0]
+        work.execute(update(job_table.table).values({key: key}).where(false()))
+        refuse_autocommit(self, work, "another claim could come between this one's statements")
 
     def commit(self, connection: Connection) -> None:
         """A COMMIT that finds the file busy leaves the transaction open.

@@ -35,15 +35,20 @@ from atomic_claim import (
     ClaimLost,
     ClaimStatement,
     JobTable,
+    Patch,
     PatchError,
     UnsupportedDialect,
     aio,
     claim_jobs,
+    claim_reads,
     claim_statement,
+    claims,
     complete_jobs,
     extend_jobs,
     fail_jobs,
     keep_claims,
+    lock_reads,
+    patch_claims,
     release_jobs,
     sweep_jobs,
 )
@@ -193,6 +198,40 @@ def errors(engine: Engine) -> None:
     except (AmbiguousTable, ClaimConflict, PatchError, UnsupportedDialect) as error:
         as_claim_error: ClaimError = error
         raise as_claim_error from None
+
+
+@claims(Job, session="session", limit="limit", lease=minutes)
+def decorated(session: Session, limit: int = 5) -> list[Job]:
+    """A decorated function keeps its type."""
+    return list(session.scalars(sa.select(Job).limit(limit)))
+
+
+def patches(session: Session, maker: sessionmaker[Session]) -> None:
+    """Every kind of patch is a `Patch`, and a context manager."""
+    assert_type(decorated(session), list[Job])
+    patch = patch_claims(
+        "legacy.jobs:Repository.claim",
+        Job,
+        session=maker,
+        limit=lambda call: call["limit"],
+        where=Job.queue == "mail",
+        order_by="-id",
+        values={"queue": "post"},
+        worker="alice",
+        returns="id",
+        empty=LookupError,
+        when="not id",
+        commit=True,
+    )
+    assert_type(patch, Patch)
+    assert_type(patch.calls, int)
+    assert_type(patch.claimed, int)
+    assert_type(patch.passed_through, int)
+    patch.undo()
+    with lock_reads(decorated, jobs) as locked:
+        assert_type(locked, Patch)
+    with claim_reads(decorated, Job, lease=minutes, worker="alice", at_most_once=True) as claimed:
+        assert_type(claimed, Patch)
 
 
 async def asynchronous(

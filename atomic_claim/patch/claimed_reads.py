@@ -1,0 +1,280 @@
+"""Legacy functions that load all and commit row by row: their reads are handed claimed rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, Select, false
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
+
+from atomic_claim.binds import patiently
+from atomic_claim.claim import Claim, claim_jobs
+from atomic_claim.columns import JobTable, job_table_of
+from atomic_claim.dialects import CHUNK, Find
+from atomic_claim.errors import ClaimConflict, ClaimLost, PatchError
+from atomic_claim.heartbeat import Beat
+from atomic_claim.lease import owned_rows, release_left
+from atomic_claim.statement import key_in
+
+from . import filters
+from .patches import Patch, Run, make_patch
+from .reads import Watch, unwatched, watching
+from .selects import (
+    adapted,
+    baked,
+    conjuncts,
+    find_of,
+    order_terms,
+    speaks_only_of,
+    with_conditions,
+)
+from .tables import leased_only, table_of
+from .targets import Target
+
+R = TypeVar("R")
+
+LEASE = timedelta(minutes=5)
+"""The lease where the table can hold one and none was asked for; kept while the loop runs."""
+ALL = 2**31 - 1
+
+
+def claim_reads(
+    target: Any,
+    table: Any,
+    *,
+    lease: Any = None,
+    worker: str | None = None,
+    at_most_once: bool = False,
+) -> Patch:
+    """Make a function that loads all its jobs, and commits row by row, loop over claimed rows.
+
+    The function runs as it is. While it does, each of its SELECTs that finds rows of the table
+    claims them first, in a transaction of its own that is committed before the function has them,
+    and then reads those rows, in its own session and order. Entities and relationships that are
+    loaded of what was found, and rows that are looked up by their primary key, are read as ever.
+
+    With a lease, a dead worker's rows come back when it ends; it is prolonged by the function's
+    own statements once a third of it is over. What the function leaves marked as claimed, because
+    it failed or passed over it, is free again when the call ends.
+
+    Args:
+        target: as for :func:`patch_claims`.
+        table: a ``Table``, a mapped class or a :class:`JobTable`. If nothing but its state says
+            how a job ends (``sent``), that state is left to the function to write, and the lease
+            alone says that a row is taken.
+        lease: for how long a claim holds, a ``timedelta`` or seconds; more than the work of one
+            row takes. Left out, 5 minutes if the table has a lease column.
+        worker: the claiming worker's name; needs a worker column.
+        at_most_once: agree to a table without a lease whose only state is the final one: it is
+            written before the work, and what a worker had in hand when it died is never done.
+
+    Returns:
+        The :class:`Patch`. Its ``passed_through`` counts the calls that found nothing to claim by.
+
+    Raises:
+        PatchError: the target or the table does not fit; or, by a call, a SELECT whose rows cannot
+            be claimed, or raw SQL that reads the table.
+        ClaimLost: by a call, the loop stood still for longer than the lease, and other workers
+            have its rows.
+        AmbiguousTable: the table's columns cannot be read with certainty.
+    """
+
+    def prepare(patch: Patch, found: Target) -> Run:
+        job_table = job_table_of(table_of(table))
+        job_table, held = _leased(job_table, filters.lease(lease), at_most_once)
+        if worker is not None and job_table.worker is None:
+            raise PatchError(
+                f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
+                "none that is known: name it with JobTable(worker=...)"
+            )
+        return watching(patch, found, lambda: ClaimWatch(patch, job_table, held, worker))
+
+    return make_patch(target, prepare)
+
+
+def _leased(
+    job_table: JobTable, lease: timedelta | None, at_most_once: bool
+) -> tuple[JobTable, timedelta | None]:
+    """The table and the lease to claim with, if a crash can be survived or was agreed to."""
+    name = job_table.table.fullname
+    only_state = not job_table.done and not job_table.failed
+    columns = {"lease": job_table.lease, "token": job_table.token}
+    missing = [role for role, column in columns.items() if column is None]
+    if not missing:
+        if only_state and job_table.state is not job_table.lease:
+            job_table = leased_only(job_table)
+        return job_table, LEASE if lease is None else lease
+    if lease is not None or (only_state and not at_most_once):
+        why = (
+            f"lease={lease!r} was asked for"
+            if lease is not None
+            else "its only state is the final one, so a row claimed by a worker that dies would "
+            "never be done"
+        )
+        raise PatchError(
+            f"{name!r} has no {' and no '.join(missing)} column that is known, and {why}: name "
+            "them with JobTable(lease=..., token=...), or add them: "
+            f"ALTER TABLE {name} ADD COLUMN lease_until TIMESTAMP NULL; "
+            f"ALTER TABLE {name} ADD COLUMN claim_token VARCHAR(32) NULL"
+            + ("" if lease is not None else "; or agree to that with at_most_once=True")
+        )
+    return job_table, None
+
+
+class ClaimWatch(Watch):
+    """A running call whose finds are claims."""
+
+    def __init__(
+        self, patch: Patch, job_table: JobTable, lease: timedelta | None, worker: str | None
+    ) -> None:
+        super().__init__(patch, job_table)
+        self._lease = lease
+        self._worker = worker
+        self._claims: list[tuple[Engine, Claim[Any]]] = []
+        self._beats: list[tuple[Engine, Beat]] = []
+        self._next_beat = float("inf")
+
+    def read(
+        self, connection: Connection, statement: Any, params: Mapping[str, Any]
+    ) -> Select[Any] | None:
+        """Claim what the SELECT asks for, and make it read that."""
+        find = find_of(self.job_table, statement, params, self.patch.target)
+        if find is None or _looks_up(find):
+            return None
+        self.reads += 1
+        if find.limit == 0:
+            return None
+        search = _Search.of(find, filters.written(self.job_table))
+        engine = connection.engine
+        claim = self._ours(engine, lambda: self._claim(engine, find, search))
+        self.patch.count(claimed=len(claim))
+        if not claim:
+            return with_conditions(find.statement, false())
+        self._claims.append((engine, claim))
+        return with_conditions(find.statement, *search.others, self._is_claimed(find, claim))
+
+    def _claim(self, engine: Engine, find: Find, search: _Search) -> Claim[Any]:
+        claim: Claim[Any] = claim_jobs(
+            engine,
+            self.job_table,
+            ALL if find.limit is None else find.limit,
+            where=filters.beside_the_lease(self.job_table, search.where(find)) or None,
+            order_by=search.order(find),
+            worker=self._worker,
+            lease=self._lease,
+        )
+        if claim and self._lease is not None:
+            beat = Beat(engine, owned_rows(claim, None, unfenced=False), self._lease / 3)
+            beat.reached = time.monotonic()
+            self._beats.append((engine, beat))
+            self._next_beat = min(self._next_beat, time.monotonic() + beat.every)
+        return claim
+
+    def _is_claimed(self, find: Find, claim: Claim[Any]) -> Any:
+        if len(claim) <= CHUNK or claim.token is None:
+            return key_in(find.key, claim.keys)
+        # More keys than a statement may have parameters.
+        return find.place.columns[self.job_table.token.key] == claim.token
+
+    def _ours(self, engine: Engine, run: Callable[[], R]) -> R:
+        """Run statements of our own, with pauses that an event loop survives."""
+        with unwatched():
+            return patiently(run) if engine.dialect.is_async else run()
+
+    def tick(self) -> None:
+        """Keep the leases, which nobody else does while the loop is at work."""
+        if time.monotonic() < self._next_beat:
+            return
+        self._next_beat = time.monotonic() + min(beat.every for _, beat in self._beats)
+        for engine, beat in self._beats:
+            if lost := self._ours(engine, beat.once):
+                raise ClaimLost(
+                    f"{self.patch.target} stood still for longer than the lease of {self._lease}, "
+                    f"and {len(lost)} of its jobs are other workers', their keys: {list(lost)!r}",
+                    keys=lost,
+                )
+
+    def mark(self, connection: Connection) -> None:
+        """What is claimed may be changed by any transaction."""
+
+    def marked(self, rows: int) -> None:
+        """What was claimed is counted already."""
+
+    def ended(self, connection: Connection) -> None:
+        """What is claimed stays so."""
+
+    def close(self) -> None:
+        """Free what is still marked as claimed; what cannot be reached is left to its lease."""
+        while self._claims:
+            engine, claim = self._claims.pop()
+            if claim.token is not None:
+                with suppress(ClaimConflict, SQLAlchemyError):
+                    self._ours(engine, lambda e=engine, c=claim: release_left(e, c))  # type: ignore[misc]
+
+
+class _Search:
+    """What a SELECT asks for: of the state, of other columns of the table, and of other tables."""
+
+    def __init__(self, state: list[Any], others: list[Any]) -> None:
+        self.state = state
+        self.others = others
+
+    @classmethod
+    def of(cls, find: Find, written: set[str]) -> _Search:
+        """Take a SELECT's conditions apart; a claim changes what those on the state ask for."""
+        state: list[Any] = []
+        others: list[Any] = []
+        for condition in filters.conjuncts_of(conjuncts(find.statement)):
+            is_state = speaks_only_of(condition, find.place) and filters.speaks_of(
+                condition, written
+            )
+            (state if is_state else others).append(condition)
+        return cls(state, others)
+
+    def where(self, find: Find) -> list[Any]:
+        """The same as conditions of a claim."""
+        table = find.job_table.table
+        own = [baked(adapted(each, find.place, table), find.params) for each in self.state]
+        if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
+            rest = [adapted(each, find.place, table) for each in self.others]
+            return [*own, *(baked(each, find.params) for each in rest)]
+        others = [baked(each, find.params) for each in self.others]
+        keys = with_conditions(find.statement, *others).order_by(None)
+        keys = keys.with_only_columns(*find.key)
+        if len(find.key) == 1:
+            return [*own, find.job_table.key[0].in_(keys)]
+        found = keys.subquery()
+        same = [a == b for a, b in zip(find.job_table.key, found.columns, strict=True)]
+        return [*own, found.select().where(*same).exists()]
+
+    def order(self, find: Find) -> list[Any] | None:
+        """The SELECT's order, if it is one of the table's own columns."""
+        terms = order_terms(find.statement)
+        if not terms or not all(speaks_only_of(term, find.place) for term in terms):
+            return None
+        return [adapted(term, find.place, find.job_table.table) for term in terms]
+
+
+def _looks_up(find: Find) -> bool:
+    """Whether the SELECT names its rows by their primary key, as ``session.get()`` does."""
+    named = set(_compared(find))
+    return {column.key for column in find.job_table.key} <= named
+
+
+def _compared(find: Find) -> Iterator[str]:
+    for condition in filters.conjuncts_of(conjuncts(find.statement)):
+        if not isinstance(condition, BinaryExpression):
+            continue
+        column, how = condition.left, getattr(condition.operator, "__name__", "")
+        if (
+            how in {"eq", "in_op"}
+            and isinstance(column, ColumnClause)
+            and speaks_only_of(column, find.place)
+            and not isinstance(condition.right, ColumnClause)
+        ):
+            yield column.key

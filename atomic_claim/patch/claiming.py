@@ -1,0 +1,532 @@
+"""Legacy functions that find and mark, replaced by a claim."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy.util import greenlet_spawn
+
+from atomic_claim.binds import async_types, patiently, sync_bind
+from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
+from atomic_claim.columns import JobTable, job_table_of
+from atomic_claim.dialects import strategy_for
+from atomic_claim.errors import ClaimError, PatchError
+
+from . import filters
+from .calls import Call, Reading, bound_call, positional, reading
+from .habits import commit_habit
+from .patches import Patch, Run, guarded, make_patch
+from .tables import stateless, table_of
+from .targets import PatchWrapper, Target, loaded
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ONE: Any = object()
+"""The limit of a function that claims one job and returns it, not a list."""
+ALL = 2**31 - 1
+SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection", "conn", "engine")
+BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What ``patch_claims`` was given beside the target."""
+
+    table: Any
+    session: Any = None
+    limit: Any = ONE
+    where: Any = None
+    order_by: Any = None
+    values: Any = None
+    lease: Any = None
+    worker: Any = None
+    returns: Any = None
+    empty: Any = None
+    when: Any = None
+    commit: Any = None
+    delete: bool = False
+
+
+def patch_claims(
+    target: Any,
+    table: Any,
+    *,
+    session: Any = None,
+    limit: Any = ONE,
+    where: Any = None,
+    order_by: Any = None,
+    values: Any = None,
+    lease: Any = None,
+    worker: Any = None,
+    returns: Any = None,
+    empty: Any = None,
+    when: Any = None,
+    commit: Any = None,
+    delete: bool = False,
+) -> Patch:
+    """Replace a legacy function that finds jobs and marks them by an atomic claim.
+
+    Each option is a constant, the **name** of a parameter of the function, a dotted path from one
+    (``"self.session"``), or a callable that gets the bound call (``lambda call: call["limit"]``).
+    A string that is a parameter's name, or a dotted path that begins with one, is always read
+    from the call; any other is a constant where a string makes sense (``worker``, ``empty``,
+    a column in ``order_by``), and a ``PatchError`` where it does not.
+
+    Args:
+        target: ``"package.module:Class.method"``, or the function or method itself. It is
+            replaced inside its decorators, which go on working. A module that is not imported yet
+            is patched when it is.
+        table: a ``Table``, a mapped class or a :class:`JobTable`, or the name of one
+            (``"package.models:Job"``) that is yet to be imported. Where every object has a table
+            of its own, a path (``"self.jobs_table"``) or a callable that gives the same one again
+            for the same object.
+        session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
+            counterpart, or a context manager that gives it. Left out, the parameter that is
+            called ``session``, ``db``, ``connection``, ``engine`` or the like.
+        limit: how many jobs at most; ``None`` is all, 0 none. The function then returns a list.
+            Left out, or the constant 1, it claims one job and returns that.
+        where: further conditions: expressions, or a dictionary as :func:`~.filters.conditions`
+            takes it. With a lease, what it asks of the state does not hold back a dead worker's
+            row.
+        order_by: what comes first: expressions, or names with ``-`` before them for descending.
+        values: further values to write, by column, attribute or name.
+        lease: for how long the claim holds, a ``timedelta`` or seconds.
+        worker: the claiming worker's name.
+        returns: makes what the function returns of what was claimed: a callable that gets the
+            job, or the list where there is a ``limit``, and if it takes two arguments the call;
+            or the name of an attribute of the jobs.
+        empty: what the function returns if nothing was claimed: None or an empty list if left
+            out. An exception is raised.
+        when: whether this call claims; a parameter's name may have ``not`` before it. If it does
+            not, it goes to the original.
+        commit: whether the claim in a session or connection of the caller's is committed, as the
+            function did it. Left out, it is if the function's own source does. Where nothing was
+            claimed, it is only if the source shows that the function commits then, too.
+        delete: the function takes jobs by deleting them: so does the claim.
+
+    Returns:
+        The :class:`Patch`, whose ``undo()`` puts back what was there.
+
+    Raises:
+        PatchError: the target does not exist, is patched already, or has no such parameter.
+        AmbiguousTable: the table's columns cannot be read with certainty.
+    """
+    options = Options(
+        table,
+        session,
+        limit,
+        where,
+        order_by,
+        values,
+        lease,
+        worker,
+        returns,
+        empty,
+        when,
+        commit,
+        delete,
+    )
+    return make_patch(target, lambda patch, found: prepared(options, patch, found))
+
+
+def claims(
+    table: Any,
+    *,
+    session: Any = None,
+    limit: Any = ONE,
+    where: Any = None,
+    order_by: Any = None,
+    values: Any = None,
+    lease: Any = None,
+    worker: Any = None,
+    returns: Any = None,
+    empty: Any = None,
+    when: Any = None,
+    commit: Any = None,
+    delete: bool = False,
+) -> Callable[[F], F]:
+    """:func:`patch_claims` as a decorator, for code that may be edited.
+
+    The function's ``patch`` is the :class:`Patch`, with its counts.
+    """
+    options = Options(
+        table,
+        session,
+        limit,
+        where,
+        order_by,
+        values,
+        lease,
+        worker,
+        returns,
+        empty,
+        when,
+        commit,
+        delete,
+    )
+
+    def decorate(function: F) -> F:
+        target = loaded(function)
+        patch = Patch(target.name)
+        run = guarded(patch, prepared(options, patch, target))
+        return PatchWrapper(function, run, patch)  # type: ignore[return-value]
+
+    return decorate
+
+
+def prepared(options: Options, patch: Patch, target: Target) -> Run:
+    """What runs in place of the target, once its options are found to fit."""
+    claiming = Claiming(options, patch, target)
+    function = target.function
+    if inspect.isasyncgenfunction(function):
+        return claiming.generate_async
+    if inspect.iscoroutinefunction(function):
+        return claiming.run_async
+    return claiming.generate if inspect.isgeneratorfunction(function) else claiming.run
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What one call asks for."""
+
+    bind: Any
+    limit: int
+    where: Any
+    order_by: Any
+    values: Any
+    lease: timedelta | None
+    worker: Any
+    commit: bool
+
+
+class Claiming:
+    """The claim that stands in place of one function."""
+
+    def __init__(self, options: Options, patch: Patch, target: Target) -> None:
+        self.patch = patch
+        self.target = target
+        self.delete = options.delete
+        self.table = self._reading("table", table_of(options.table), _is_table)
+        self._tables: dict[Any, JobTable] = {}
+        self.single = options.limit is ONE or (
+            isinstance(options.limit, int) and options.limit == 1 and options.limit is not True
+        )
+        self.commits = commit_habit(target.function)
+        self.session = self._session(options.session)
+        self.limit = self._reading("limit", 1 if self.single else options.limit)
+        self.where = self._reading("where", options.where)
+        self.order_by = self._reading("order_by", options.order_by, self._is_order)
+        self.values = self._reading("values", options.values)
+        self.lease = self._reading("lease", options.lease)
+        self.worker = self._reading("worker", options.worker, _is_text)
+        self.empty = self._reading("empty", options.empty, _is_answer)
+        self.commit = self._reading("commit", options.commit)
+        self.when = self._when(options.when)
+        self.returns = _adapter(options.returns, single=self.single)
+        self._check_constants()
+        if self.table.constant:
+            self._check_table(self._job_table(self.table.given))
+
+    def _job_table(self, given: Any) -> JobTable:
+        """The table of a call, read once."""
+        if given not in self._tables:
+            self._tables[given] = stateless(given) if self.delete else job_table_of(given)
+        return self._tables[given]
+
+    def _reading(
+        self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
+    ) -> Reading:
+        signature, name = self.target.signature, self.target.name
+        return reading(role, given, signature, name, is_constant=is_constant)
+
+    def _session(self, given: Any) -> Reading:
+        if given is None:
+            parameters = self.target.signature.parameters
+            found = [name for name in SESSIONS if name in parameters]
+            if len(found) != 1:
+                several = f"several of its parameters could be it ({', '.join(found)})"
+                raise PatchError(
+                    f"{self.target.name}: where does the claim run? "
+                    f"{several if found else 'None of its parameters is called session'}: say it "
+                    "with session='parameter', session='self.session', session=SessionLocal or "
+                    "session=engine"
+                )
+            given = found[0]
+        return self._reading("session", given, _is_bind)
+
+    def _when(self, given: Any) -> Reading:
+        if isinstance(given, str) and given.startswith("not "):
+            plain = self._reading("when", given.removeprefix("not ").strip())
+            return Reading("when", given, lambda call: not plain.read(call))
+        return self._reading("when", True if given is None else given)
+
+    def _is_order(self, given: Any) -> bool:
+        return not callable(given) or hasattr(given, "__clause_element__")
+
+    def _check_constants(self) -> None:
+        """Find out now what would else be found out by the first call."""
+        if self.limit.constant and not (self.limit.given is None or _is_count(self.limit.given)):
+            raise PatchError(
+                f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
+                "None for all, or the name of a parameter"
+            )
+
+    def _check_table(self, job_table: JobTable) -> None:
+        name, table = self.target.name, job_table.table.fullname
+        try:
+            if self.where.constant:
+                filters.conditions(job_table, self.where.given)
+            if self.order_by.constant:
+                filters.order(job_table, self.order_by.given)
+            if self.values.constant and self.values.given is not None:
+                job_table.values(self.values.given, "values")
+            if self.lease.constant:
+                filters.lease(self.lease.given)
+        except PatchError:
+            raise
+        except ClaimError as error:
+            raise PatchError(f"{name}: {error}") from error
+        for option, role in (("lease", "token"), ("lease", "lease"), ("worker", "worker")):
+            given = getattr(self, option).given
+            if given is not None and getattr(job_table, role) is None:
+                raise PatchError(
+                    f"{option}={given!r} of {name} needs a {role} column, and {table!r} has none "
+                    f"that is known: name it with JobTable({role}=...)"
+                )
+
+    def run(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a function."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return wrapped(*args, **kwargs)
+        with _opened(self.session.read(call)) as bind:
+            claim = self._claim(call, self._synchronous(bind))
+            return self._answer(call, claim)
+
+    def generate(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        """In place of a generator."""
+        yield from self.run(wrapped, instance, args, kwargs)
+
+    async def run_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a coroutine."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return await wrapped(*args, **kwargs)
+        given = self.session.read(call)
+        if inspect.isawaitable(given):
+            given = await given
+        if isinstance(given, AbstractAsyncContextManager) and not _is_bind(given):
+            async with given as bind:
+                return self._answer(call, await self._claim_async(call, bind))
+        if _is_bind(given):
+            return self._answer(call, await self._claim_async(call, given))
+        with _opened(given) as bind:
+            return self._answer(call, await self._claim_async(call, bind))
+
+    async def generate_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """In place of an asynchronous generator."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            async for each in wrapped(*args, **kwargs):
+                yield each
+            return
+        for each in await self.run_async(wrapped, instance, args, kwargs):
+            yield each
+
+    def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, if it claims; what does not fit the signature is the original's to refuse."""
+        call = bound_call(self.target.signature, instance, args, kwargs)
+        if call is None or not self.when.read(call):
+            self.patch.count(passed_through=1)
+            return None
+        return call
+
+    def _synchronous(self, bind: Any) -> Any:
+        if isinstance(bind, async_types()):
+            raise PatchError(
+                f"session={self.session.given!r} of {self.target.name} is {bind!r}, which only a "
+                "coroutine can use: give a synchronous one"
+            )
+        return bind
+
+    async def _claim_async(self, call: Call, bind: Any) -> Claim[Any]:
+        if not isinstance(bind, async_types()):
+            return self._claim(call, bind)
+        claim: Claim[Any] = await greenlet_spawn(patiently, self._claim, call, sync_bind(bind))
+        return claim
+
+    def _claim(self, call: Call, bind: Any) -> Claim[Any]:
+        if isinstance(bind, scoped_session):
+            bind = bind.registry()
+        job_table = self._job_table(self.table.read(call))
+        asked = self._asked(call, bind, job_table)
+        if asked.limit == 0:
+            return Claim(table=job_table)
+        leave = _leaving_unlocked(bind, job_table)
+        if self.delete:
+            claim = dequeue_jobs(
+                bind, job_table, asked.limit, where=asked.where, order_by=asked.order_by
+            )
+        else:
+            claim = claim_jobs(
+                bind,
+                job_table,
+                asked.limit,
+                where=asked.where,
+                order_by=asked.order_by,
+                values=asked.values,
+                worker=asked.worker,
+                lease=asked.lease,
+            )
+        if asked.commit and (claim or self.commits.when_empty):
+            _commit(bind, claim)
+        elif not claim:
+            leave()
+        self.patch.count(claimed=len(claim))
+        return claim
+
+    def _asked(self, call: Call, bind: Any, job_table: JobTable) -> Asked:
+        where = filters.conditions(job_table, self.where.read(call))
+        limit = self.limit.read(call)
+        commit = self.commits.commits if self.commit.given is None else self.commit.read(call)
+        return Asked(
+            bind,
+            ALL if limit is None else limit,
+            filters.beside_the_lease(job_table, where) or None,
+            filters.order(job_table, self.order_by.read(call)),
+            self.values.read(call) or None,
+            filters.lease(self.lease.read(call)),
+            self.worker.read(call),
+            bool(commit) and isinstance(bind, (Session, Connection)),
+        )
+
+    def _answer(self, call: Call, claim: Claim[Any]) -> Any:
+        """What the function returns, or raises."""
+        if claim:
+            return self.returns(claim[0] if self.single else claim, call)
+        empty = self.empty.read(call)
+        if isinstance(empty, BaseException):
+            raise copy.copy(empty)
+        if isinstance(empty, type) and issubclass(empty, BaseException):
+            raise empty
+        if empty is not None:
+            return copy.copy(empty)
+        return None if self.single else self.returns(claim, call)
+
+
+def _is_text(given: Any) -> bool:
+    return isinstance(given, str)
+
+
+def _is_count(given: Any) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
+
+
+def _is_answer(given: Any) -> bool:
+    """Whether it is what is returned or raised, and not what makes it."""
+    return isinstance(given, (str, BaseException)) or (
+        isinstance(given, type) and issubclass(given, BaseException)
+    )
+
+
+def _is_table(given: Any) -> bool:
+    """Whether it is the table, and not what reads it from a call."""
+    return isinstance(given, type)
+
+
+def _is_bind(given: Any) -> bool:
+    return isinstance(given, (*BINDS, *async_types()))
+
+
+def _adapter(given: Any, *, single: bool) -> Callable[[Any, Call], Any]:
+    if given is None:
+        return lambda found, _: found
+    if isinstance(given, str):
+        try:
+            read = operator.attrgetter(given)
+        except TypeError as error:
+            raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
+        if single:
+            return lambda job, _: read(job)
+        return lambda jobs, _: [read(job) for job in jobs]
+    if not callable(given):
+        raise PatchError(
+            f"returns={given!r}; expected a callable that gets what was claimed, or the name of an "
+            "attribute of the jobs"
+        )
+    if inspect.iscoroutinefunction(given):
+        raise PatchError(f"returns={given!r} is a coroutine; expected a plain function")
+    # A class such as `dict` or `list` takes what it is given, and has no use for the call.
+    if positional(given) == 2 and inspect.isfunction(given):  # noqa: PLR2004 - found, call
+        return given
+    return lambda found, _: given(found)
+
+
+@contextmanager
+def _opened(given: Any) -> Iterator[Any]:
+    """What the session is, if need be out of a context manager that makes it."""
+    if isinstance(given, AbstractContextManager) and not _is_bind(given):
+        with given as bind:
+            yield bind
+    else:
+        yield given
+
+
+def _leaving_unlocked(bind: Any, job_table: JobTable) -> Callable[[], None]:
+    """What makes a claim that finds nothing lock nothing, as the SELECT of the original did.
+
+    On SQLite an UPDATE takes the database's only write lock, be it of no row, and the caller of a
+    function that found nothing has no reason to end the transaction.
+    """
+    if not isinstance(bind, (Session, Connection)):
+        return lambda: None
+    connection = bind
+    if isinstance(bind, Session):
+        if bind.autoflush:
+            bind.flush()
+        arguments = {"mapper": job_table.mapper, "clause": job_table.table}
+        if bind.get_bind(**arguments).dialect.name != "sqlite":
+            return lambda: None
+        connection = bind.connection(bind_arguments=arguments)
+    assert isinstance(connection, Connection)
+    strategy, name = strategy_for(connection.dialect), connection.dialect.name
+    if name != "sqlite" or strategy.in_transaction(connection.connection):
+        return lambda: None
+
+    def leave() -> None:
+        if strategy.in_transaction(connection.connection):
+            connection.exec_driver_sql("ROLLBACK")
+
+    return leave
+
+
+def _commit(bind: Any, claim: Claim[Any]) -> None:
+    """Commit, and leave the claimed entities loaded; all others expire as they would."""
+    if not isinstance(bind, Session) or not bind.expire_on_commit:
+        bind.commit()
+        return
+    bind.expire_on_commit = False
+    try:
+        bind.commit()
+    finally:
+        bind.expire_on_commit = True
+    for entity in list(bind.identity_map.values()):
+        if not any(entity is job for job in claim):
+            bind.expire(entity)

@@ -1,0 +1,200 @@
+"""A file of patches, for a program whose source stays as it is."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func
+
+from atomic_claim.columns import JobTable
+from atomic_claim.errors import ClaimError, PatchError
+
+from .claimed_reads import claim_reads
+from .claiming import Options, patch_claims
+from .locking import lock_reads
+from .patches import Patch
+from .sources import MissingModule
+from .tables import Later, referred
+from .targets import parts_of
+
+SECTION = "tool.atomic_claim.patches"
+REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+OPTIONS: Mapping[str, frozenset[str]] = {
+    "patch_claims": frozenset(field.name for field in fields(Options)),
+    "lock_reads": frozenset({"table"}),
+    "claim_reads": frozenset({"table", "lease", "worker", "at_most_once"}),
+}
+MAKERS = {"patch_claims": patch_claims, "lock_reads": lock_reads, "claim_reads": claim_reads}
+# What is text, and never the name of an object.
+TEXTS = frozenset({"worker", "target", "by"})
+TABLE_OPTIONS = frozenset(field.name for field in fields(JobTable) if field.init)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One patch of a file: what makes it, of what, and how."""
+
+    by: str
+    target: str
+    options: Mapping[str, Any]
+
+    def apply(self) -> Patch:
+        """Make the patch."""
+        options = {
+            name: _option(name, value) for name, value in self.options.items() if name != "table"
+        }
+        return MAKERS[self.by](self.target, _table(self.options["table"]), **options)
+
+
+def find_file(folder: Path) -> Path | None:
+    """The ``pyproject.toml`` with patches that is nearest above a folder."""
+    for each in (folder, *folder.parents):
+        path = each / "pyproject.toml"
+        if path.is_file() and _section(_parsed(path)) is not None:
+            return path
+    return None
+
+
+def read_file(path: Path) -> list[Entry]:
+    """The patches of a file, checked as far as can be without importing anything.
+
+    .. code-block:: toml
+
+        [tool.atomic_claim.patches."legacy_app.jobs:Repository.claim_batch"]
+        table = "legacy_app.models:Job"
+        session = "self.session"
+        limit = "limit"
+
+        [tool.atomic_claim.patches."legacy_app.relay:relay"]
+        by = "lock_reads"
+        table = "legacy_app.models:Event"
+
+    Each table is named after its target and holds the arguments of :func:`patch_claims`, or of what
+    ``by`` names. ``"module:name"`` stands for an object. ``table`` may be a table itself, of the
+    arguments of a :class:`JobTable`, in which ``"now()"`` is the database's clock. In a file that
+    is not ``pyproject.toml``, ``[patches]`` will do.
+
+    Raises:
+        PatchError: the file cannot be read, or says what no patch can be made of.
+    """
+    section = _section(_parsed(path))
+    if section is None:
+        raise PatchError(f"{path} has no [{SECTION}]")
+    if not isinstance(section, dict) or not section:
+        raise PatchError(
+            f"[{SECTION}] of {path} holds no patch; write one as "
+            f'[{SECTION}."package.module:function"]'
+        )
+    return [_entry(path, target, given) for target, given in section.items()]
+
+
+def load_patches(path: Path | str, *, skip_missing: bool = False) -> list[Patch]:
+    """Make all patches of a file; see :func:`read_file`.
+
+    Args:
+        path: the file.
+        skip_missing: leave out what is in packages that are not there, as in a process which is
+            none of the program's own.
+
+    Raises:
+        PatchError: a patch cannot be made; those before it are undone.
+    """
+    made: list[Patch] = []
+    for entry in read_file(Path(path)):
+        try:
+            made.append(entry.apply())
+        except ClaimError as error:
+            if skip_missing and isinstance(error, MissingModule):
+                continue
+            for patch in reversed(made):
+                patch.undo()
+            raise
+    return made
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise PatchError(f"{path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PatchError(f"{path} is not TOML: {error}") from error
+
+
+def _section(parsed: Mapping[str, Any]) -> Any:
+    found: Any = parsed
+    for part in SECTION.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return parsed.get("patches") if found is None else found
+
+
+def _entry(path: Path, target: str, given: Any) -> Entry:
+    where = f'[{SECTION}."{target}"] of {path}'
+    if not isinstance(given, dict):
+        raise PatchError(f"{where} is {given!r}; expected a table of options")
+    parts_of(target)
+    by = given.get("by", "patch_claims")
+    if by not in OPTIONS:
+        raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(OPTIONS)}")
+    options = {name: value for name, value in given.items() if name != "by"}
+    _check_names(where, options, OPTIONS[by])
+    if "table" not in options:
+        raise PatchError(f'{where} has no table: write table = "package.models:Job"')
+    table = options["table"]
+    if isinstance(table, dict):
+        _check_names(f"table of {where}", table, TABLE_OPTIONS)
+        table = table.get("table")
+    if not isinstance(table, str) or not REFERENCE.fullmatch(table):
+        raise PatchError(f"{where}: table is {table!r}; expected 'package.models:Job'")
+    return Entry(by, target, options)
+
+
+def _check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := sorted(set(given).difference(known)):
+        raise PatchError(
+            f"{where} has {', '.join(map(repr, unknown))}; expected {', '.join(sorted(known))}"
+        )
+
+
+def _option(name: str, value: Any) -> Any:
+    """An option as a call would have it: objects in place of their names."""
+    is_name = isinstance(value, str) and name not in TEXTS and REFERENCE.fullmatch(value)
+    if not is_name:
+        return value
+    found: Any = None
+
+    def object_of_call(call: Any) -> Any:
+        # Found when it is first needed: the program may not be imported yet.
+        nonlocal found
+        if found is None:
+            found = referred(value)
+        plain = name in {"session", "empty"} and not _is_function(found)
+        return found if plain else found(call)
+
+    def object_of_job(job: Any) -> Any:
+        return referred(value)(job)
+
+    return object_of_job if name == "returns" else object_of_call
+
+
+def _is_function(found: Any) -> bool:
+    return callable(found) and hasattr(found, "__code__")
+
+
+def _table(given: Any) -> Later:
+    if isinstance(given, str):
+        return Later(given)
+    options = {name: _clocks(value) for name, value in given.items() if name != "table"}
+    return Later(given["table"], options)
+
+
+def _clocks(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _clocks(each) for name, each in value.items()}
+    return func.now() if value == "now()" else value

@@ -1,0 +1,156 @@
+"""A legacy call's own filter, data and sort, as SQLAlchemy's expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Select, and_, or_
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+
+from atomic_claim.columns import JobTable
+from atomic_claim.errors import ClaimError, PatchError
+
+Operator = Callable[[Any, Any], ColumnElement[bool]]
+OPERATORS: Mapping[str, Operator] = {
+    "equals": lambda column, value: column == value,
+    "not_equals": lambda column, value: column.is_distinct_from(value),
+    "in": lambda column, value: column.in_(value),
+    "not_in": lambda column, value: column.not_in(value),
+    "exists": lambda column, value: column.is_not(None) if value else column.is_(None),
+    "less_than": lambda column, value: column < value,
+    "less_than_equal": lambda column, value: column <= value,
+    "greater_than": lambda column, value: column > value,
+    "greater_than_equal": lambda column, value: column >= value,
+    "like": lambda column, value: column.contains(value, autoescape=True),
+}
+LISTS = (list, tuple, set, frozenset)
+
+
+def conditions(job_table: JobTable, given: Any) -> list[ColumnElement[bool]]:
+    """A filter as a list of expressions, all of which must hold.
+
+    Args:
+        job_table: whose columns a dictionary names.
+        given: an expression, a list of filters, or a dictionary: of columns to values (None is
+            NULL, a list any of its values), or to dictionaries of the operators that Payload
+            has (``{"wait_until": {"less_than": now}}``); under ``"and"`` and ``"or"`` stand lists
+            of such dictionaries.
+
+    Raises:
+        PatchError: an operator or the filter itself is not understood.
+        ClaimError: a column is not one of the table's.
+    """
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return [each for name, value in given.items() for each in _named(job_table, name, value)]
+    if isinstance(given, (list, tuple)):
+        return [each for part in given for each in conditions(job_table, part)]
+    if hasattr(given, "__clause_element__"):
+        given = given.__clause_element__()
+    if not isinstance(given, ClauseElement) or isinstance(given, Select):
+        raise PatchError(
+            f"where is {given!r}; expected an SQLAlchemy expression, a dictionary of columns to "
+            "values, or a list of them"
+        )
+    return [given]  # type: ignore[list-item]
+
+
+def _named(job_table: JobTable, name: Any, value: Any) -> list[ColumnElement[bool]]:
+    if isinstance(name, str) and name.lower() in {"and", "or"}:
+        parts = [and_(*each) for part in value if (each := conditions(job_table, part))]
+        join = and_ if name.lower() == "and" else or_
+        return [join(*parts)] if parts else []
+    column = job_table.column(name, "where")
+    if not isinstance(value, Mapping):
+        operator = "in" if isinstance(value, LISTS) else "equals"
+        return [OPERATORS[operator](column, value)]
+    if unknown := set(value) - set(OPERATORS):
+        raise PatchError(
+            f"where has {', '.join(map(repr, sorted(unknown)))} for {name!r}; the operators are "
+            f"{', '.join(OPERATORS)}"
+        )
+    return [OPERATORS[operator](column, wanted) for operator, wanted in value.items()]
+
+
+def beside_the_lease(
+    job_table: JobTable, given: Iterable[ColumnElement[bool]]
+) -> list[ColumnElement[bool]]:
+    """The conditions, such that a row whose lease ran out meets them as it is.
+
+    A legacy filter asks for what is free (``status = 'pending'``), which a dead worker's row no
+    longer bears; what it asks of other columns stands.
+    """
+    if job_table.lease is None:
+        return list(given)
+    ofstate: list[ColumnElement[bool]] = []
+    others: list[ColumnElement[bool]] = []
+    for condition in conjuncts_of(given):
+        (ofstate if speaks_of(condition, written(job_table)) else others).append(condition)
+    return [*others, or_(and_(*ofstate), job_table.is_running)] if ofstate else others
+
+
+def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
+    """The conditions with every AND among them taken apart."""
+    for condition in given:
+        if getattr(getattr(condition, "operator", None), "__name__", "") == "and_":
+            yield from conjuncts_of(condition.get_children())  # type: ignore[arg-type]
+        else:
+            yield condition
+
+
+def written(job_table: JobTable) -> set[str]:
+    """The names of the columns that a claim writes."""
+    columns = [*job_table.claimed, *job_table.stamps, job_table.worker, job_table.token]
+    columns += [job_table.lease, job_table.attempts]
+    return {column.name for column in columns if column is not None}
+
+
+def speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
+    """Whether a condition asks something of columns with these names."""
+    return any(
+        isinstance(part, ColumnClause) and part.name in names
+        for part in visitors.iterate(condition)
+    )
+
+
+def order(job_table: JobTable, given: Any) -> list[ColumnElement[Any]] | None:
+    """A sort as terms: an expression, a column's name with ``-`` before it for descending.
+
+    Several are a list, or names with commas between them.
+
+    Raises:
+        ClaimError: a column is not one of the table's.
+    """
+    if given is None or (isinstance(given, (str, *LISTS)) and not given):
+        return None
+    if isinstance(given, str):
+        given = [part.strip() for part in given.split(",")]
+    if isinstance(given, Mapping):
+        given = [f"-{name}" if _descends(way) else name for name, way in given.items()]
+    if not isinstance(given, (list, tuple)):
+        given = [given]
+    return [_term(job_table, term) for term in given]
+
+
+def _descends(way: Any) -> bool:
+    return str(way).lower() in {"desc", "descending", "-1"}
+
+
+def _term(job_table: JobTable, given: Any) -> ColumnElement[Any]:
+    if isinstance(given, str):
+        column: Column[Any] = job_table.column(given.lstrip("-+"), "order_by")
+        return column.desc() if given.startswith("-") else column.asc()
+    return job_table.term(given)
+
+
+def lease(given: Any) -> timedelta | None:
+    """A lease, given as such or in seconds."""
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return timedelta(seconds=given)
+    if given is not None and not isinstance(given, timedelta):
+        raise ClaimError(f"lease is {given!r}; expected a timedelta, or seconds")
+    return given

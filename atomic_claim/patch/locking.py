@@ -1,0 +1,107 @@
+"""Legacy functions that find, work and mark in one transaction: their reads lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Select
+
+from atomic_claim.columns import JobTable
+from atomic_claim.dialects import Work, strategy_for
+from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
+
+from .patches import Patch, Run, make_patch
+from .reads import Watch, unwatched, watching
+from .selects import find_of
+from .tables import keyed, table_of
+from .targets import Target
+
+
+def lock_reads(target: Any, table: Any) -> Patch:
+    """Make a function that finds, works and marks in one transaction lock what it finds.
+
+    The function runs as it is. While it does, its SELECTs of the table, and no others, lock the
+    rows that they return until its transaction ends, and skip what other workers hold: on
+    PostgreSQL by ``FOR NO KEY UPDATE OF`` the table ``SKIP LOCKED``; on MySQL and MariaDB by a
+    search for keys and a lock on exactly those (10,000 at a time at most), since a locking read
+    locks what it scans; on SQLite by taking the database's write lock before the read, as ``BEGIN
+    IMMEDIATE`` does, so that one worker works at a time. A worker that dies lets go of its rows.
+
+    Entities and relationships that are loaded of what was found are read as ever, and so is
+    everything outside of the call, in other threads, and in tasks that were there before.
+
+    Args:
+        target: as for :func:`patch_claims`.
+        table: the ``Table`` or mapped class that the jobs are found in. It needs no state.
+
+    Returns:
+        The :class:`Patch`. Its ``claimed`` counts the rows that were marked, its
+        ``passed_through`` the calls that read nothing of the table.
+
+    Raises:
+        PatchError: the target does not fit; or, by a call, what cannot be protected: a mark after
+            the transaction of the read has ended (``claim_reads`` is for that), a connection in
+            AUTOCOMMIT, a SELECT that cannot be locked, or raw SQL that reads the table.
+    """
+
+    def prepare(patch: Patch, found: Target) -> Run:
+        job_table = keyed(table_of(table))
+        return watching(patch, found, lambda: LockWatch(patch, job_table))
+
+    return make_patch(target, prepare)
+
+
+class LockWatch(Watch):
+    """A running call whose finds are locked."""
+
+    def __init__(self, patch: Patch, job_table: JobTable) -> None:
+        super().__init__(patch, job_table)
+        self._locked: WeakSet[Connection] = WeakSet()
+
+    def read(
+        self, connection: Connection, statement: Any, params: Mapping[str, Any]
+    ) -> Select[Any] | None:
+        """Lock, before or by the SELECT itself."""
+        find = find_of(self.job_table, statement, params, self.patch.target)
+        if find is None:
+            return None
+        work = Work(connection, connection, own=False)
+        try:
+            with unwatched():
+                locking = strategy_for(connection.dialect).lock_read(work, find)
+        except (ClaimConflict, UnsupportedDialect):
+            raise
+        except ClaimError as error:
+            raise PatchError(
+                f"{self.patch.target} cannot be protected by lock_reads: {error}; or claim before "
+                "the work with claim_reads()"
+            ) from error
+        self.reads += 1
+        self._locked.add(connection)
+        return locking
+
+    def mark(self, connection: Connection) -> None:
+        """Refuse what is not locked any more."""
+        if self.reads and connection not in self._locked:
+            raise PatchError(
+                f"{self.patch.target} changes {self.job_table.table.fullname!r} in another "
+                "transaction than the one it found the rows in, whose end (a commit between two "
+                "rows) let go of them: other workers may have them too. lock_reads cannot protect "
+                "that; claim_reads() can"
+            )
+
+    def marked(self, rows: int) -> None:
+        """Count what was done."""
+        self.patch.count(claimed=rows)
+
+    def ended(self, connection: Connection) -> None:
+        """Know that its locks are gone."""
+        self._locked.discard(connection)
+
+    def tick(self) -> None:
+        """Locks need no care."""
+
+    def close(self) -> None:
+        """The transaction is the function's own."""

@@ -1,0 +1,88 @@
+"""The program's main module, whose functions no import ever brings."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from atomic_claim.errors import PatchError
+
+MAINS = ("__main__", "__mp_main__")
+VARIABLE = "ATOMIC_CLAIM_MAIN"
+"""Tells the processes that multiprocessing starts what their parent's main module is called."""
+
+Ready = Callable[[ModuleType], bool]
+waiting: list[Ready] = []
+"""What is yet to be patched in the main module; each tells whether it is done."""
+
+
+def main_name() -> str:
+    """What the main module would be called if it were imported; empty if that is not known."""
+    first = sys.argv[0] if sys.argv else ""
+    if first == "-c":
+        return os.environ.get(VARIABLE, "")
+    if first == "-m":
+        given = sys.orig_argv
+        for place, word in enumerate(given[1:], 1):
+            if word == "-m":
+                return given[place + 1] if place + 1 < len(given) else ""
+            if word.startswith("-m"):
+                return word.removeprefix("-m")
+        return ""
+    main = sys.modules.get("__main__")
+    if (spec := getattr(main, "__spec__", None)) is not None:
+        return str(spec.name)
+    return Path(first).stem
+
+
+def is_main(name: str) -> bool:
+    """Whether a module of this name is the main one."""
+    known = main_name()
+    return name in MAINS or (bool(known) and name in {known, f"{known}.__main__"})
+
+
+def loaded_module(name: str) -> ModuleType | None:
+    """The module of this name, be it the main one, if it is loaded."""
+    if (found := sys.modules.get(name)) is not None:
+        return found
+    if not is_main(name):
+        return None
+    main = next((sys.modules[each] for each in reversed(MAINS) if each in sys.modules), None)
+    return main if main is not None and hasattr(main, "__file__") else None
+
+
+def when_defined(ready: Ready) -> None:
+    """Have the main module looked at, line by line of it, until something is defined there.
+
+    Only the main module's own lines are watched, and only until all is found: what a function
+    costs that is called meanwhile is one look at its name.
+    """
+    if not waiting:
+        if sys.gettrace() is not None:
+            raise PatchError(
+                "a debugger or a coverage tool traces this program, so its main module cannot be "
+                "watched: move the functions into a module that it imports, or run it without"
+            )
+        sys.settrace(_enter)
+    waiting.append(ready)
+
+
+def _enter(frame: FrameType, _event: str, _arg: Any) -> Any:
+    if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") in MAINS:
+        return _line
+    return None
+
+
+def _line(frame: FrameType, _event: str, _arg: Any) -> Any:
+    module = sys.modules.get(frame.f_globals["__name__"])
+    if module is None or vars(module) is not frame.f_globals:
+        return _line
+    waiting[:] = [ready for ready in waiting if not ready(module)]
+    if waiting:
+        return _line
+    sys.settrace(None)
+    return None

@@ -1,0 +1,183 @@
+"""A patch: put in place, counted, and taken back without a trace."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+from wrapt import register_post_import_hook
+
+from atomic_claim.errors import ClaimError
+
+from .mains import is_main, loaded_module, when_defined
+from .places import MISSING, Attribute, Place, find_places
+from .sources import check_source
+from .targets import (
+    PatchWrapper,
+    Target,
+    is_defined,
+    named_target,
+    object_target,
+    parts_of,
+)
+
+on_failure: Callable[[ClaimError], Any] | None = None
+"""What ends a program that was started to be patched, and cannot be."""
+
+Run = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+Prepare = Callable[["Patch", Target], Run]
+
+
+class Patch:
+    """A legacy callable replaced in place; also a context manager that undoes it at its end.
+
+    Attributes:
+        target: what is patched, as ``"module:Class.method"``.
+        calls: how often the patched callable was called.
+        claimed: how many jobs its calls have claimed.
+        passed_through: how many calls were none of the patch's business, and went to the original.
+        overrides: methods of subclasses that stand in place of a patched one, and are not patched.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.calls = 0
+        self.claimed = 0
+        self.passed_through = 0
+        self.overrides: tuple[str, ...] = ()
+        self.is_active = True
+        self._installed: list[tuple[Place, bool, PatchWrapper]] = []
+        self._ends: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        state = "" if self._installed else ", not yet imported" if self.is_active else ", undone"
+        return (
+            f"<Patch of {self.target}{state}: {self.calls} calls, {self.claimed} claimed, "
+            f"{self.passed_through} passed through>"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether the target is patched; not yet while its module is not imported."""
+        return bool(self._installed)
+
+    def undo(self) -> None:
+        """Put back exactly what was there, wherever it is held by now.
+
+        Wrappers that others have put around it since stay, around the original. Where such a
+        wrapper keeps the patched function out of reach, that becomes a mere passage to the
+        original. To undo twice does nothing.
+        """
+        self.is_active = False
+        while self._installed:
+            place, created, wrapper = self._installed.pop()
+            for found in find_places(place, wrapper):
+                is_root = found is place
+                found.put(MISSING if created and is_root else wrapper.__wrapped__)
+        while self._ends:
+            self._ends.pop()()
+
+    def at_undo(self, end: Callable[[], None]) -> None:
+        """Have something ended together with the patch."""
+        self._ends.append(end)
+
+    def count(self, *, calls: int = 0, claimed: int = 0, passed_through: int = 0) -> None:
+        """Count, whichever thread it is."""
+        with self._lock:
+            self.calls += calls
+            self.claimed += claimed
+            self.passed_through += passed_through
+
+    def install(self, target: Target, run: Run) -> None:
+        """Replace the target, and warn of what looks like it and is not replaced."""
+        wrapper = PatchWrapper(target.wrapped, run, self)
+        for place in target.places:
+            created = isinstance(place, Attribute) and place.get() is MISSING
+            place.put(wrapper)
+            self._installed.append((place, created, wrapper))
+        self.target = target.name
+        self.overrides = tuple(target.overrides)
+        if target.overrides:
+            warnings.warn(
+                f"{target.name} is patched, and these override it and are not: "
+                f"{', '.join(target.overrides)}; patch each that does not call super()",
+                stacklevel=4,
+            )
+        if target.unpatched:
+            warnings.warn(
+                f"{target.name} is patched, and these names for it, bound before, are not: "
+                f"{', '.join(target.unpatched)}",
+                stacklevel=4,
+            )
+
+
+def make_patch(given: Any, prepare: Prepare) -> Patch:
+    """Patch a target, now or as soon as its module is imported.
+
+    Args:
+        given: ``"module:Class.method"``, or the object itself.
+        prepare: checks the options against the target, and returns what runs in its place.
+
+    Raises:
+        PatchError: the target or the options do not fit.
+    """
+    if not isinstance(given, str):
+        target = object_target(given)
+        patch = Patch(target.name)
+        patch.install(target, guarded(patch, prepare(patch, target)))
+        return patch
+    module_name, path = parts_of(given)
+    patch = Patch(given)
+
+    def install(module: ModuleType) -> None:
+        if not patch.is_active:
+            return
+        try:
+            target = named_target(module, path)
+            patch.install(target, guarded(patch, prepare(patch, target)))
+        except ClaimError as error:
+            if on_failure is not None:
+                on_failure(error)
+            raise
+
+    def install_in_main(module: ModuleType) -> bool:
+        if is_defined(module, path):
+            install(module)
+            return True
+        return not patch.is_active
+
+    if (module := loaded_module(module_name)) is not None:
+        install(module)
+        return patch
+    check_source(module_name, path)
+    if is_main(module_name):
+        when_defined(install_in_main)
+    register_post_import_hook(install, module_name)
+    return patch
+
+
+def guarded(patch: Patch, run: Run) -> Run:
+    """What runs while the patch is active, and the original when it is not any more."""
+
+    def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not patch.is_active:
+            return wrapped(*args, **kwargs)
+        patch.count(calls=1)
+        return run(wrapped, instance, args, kwargs)
+
+    return call

@@ -1,0 +1,266 @@
+"""The reads of a legacy function, watched while it runs."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from sqlalchemy import Connection, Delete, Engine, Select, TextClause, Update, event
+from sqlalchemy.orm import FromStatement, ORMExecuteState, Query, Session
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.selectable import SelectBase
+from sqlalchemy.util import greenlet_spawn
+
+from atomic_claim.binds import patiently
+from atomic_claim.columns import JobTable
+from atomic_claim.errors import PatchError
+from atomic_claim.statement import ClaimStatement
+
+from .patches import Patch, Run
+from .selects import is_read, mentions, names
+from .targets import Target
+
+LOADS = "atomic_claim_loads"
+
+
+class Watch(ABC):
+    """One running call, whose statements are seen before they are executed.
+
+    Attributes:
+        patch: the patch of the function that is called.
+        job_table: the table that its reads are watched for.
+        reads: how many of them were seen.
+    """
+
+    def __init__(self, patch: Patch, job_table: JobTable) -> None:
+        self.patch = patch
+        self.job_table = job_table
+        self.reads = 0
+
+    @abstractmethod
+    def read(
+        self, connection: Connection, statement: Any, params: Mapping[str, Any]
+    ) -> Select[Any] | None:
+        """What is executed in place of a SELECT; None is the SELECT itself."""
+
+    @abstractmethod
+    def mark(self, connection: Connection) -> None:
+        """Rows of the table are about to be changed."""
+
+    @abstractmethod
+    def marked(self, rows: int) -> None:
+        """So many rows of the table were changed."""
+
+    @abstractmethod
+    def ended(self, connection: Connection) -> None:
+        """The connection's transaction is about to end."""
+
+    @abstractmethod
+    def tick(self) -> None:
+        """Something is about to be executed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The call is over."""
+
+
+watches: ContextVar[tuple[Watch, ...]] = ContextVar("atomic_claim_watches", default=())
+"""The calls that this thread or task is in."""
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Statements of our own."""
+    token = watches.set(())
+    try:
+        yield
+    finally:
+        watches.reset(token)
+
+
+def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
+    """What runs in place of a function whose reads are watched; it runs the function itself.
+
+    Raises:
+        PatchError: the function reads when its call is over already.
+    """
+    function = target.function
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise PatchError(
+            f"{target.name} is a generator, whose reads are made while it is consumed: patch the "
+            "function that consumes it"
+        )
+    listeners.begin()
+    patch.at_undo(listeners.end)
+
+    def run(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = make()
+        try:
+            with _watched(watch):
+                return _read_already(wrapped(*args, **kwargs), patch)
+        finally:
+            watch.close()
+
+    async def run_async(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = make()
+        try:
+            with _watched(watch):
+                return _read_already(await wrapped(*args, **kwargs), patch)
+        finally:
+            await greenlet_spawn(patiently, watch.close)
+
+    return run_async if inspect.iscoroutinefunction(function) else run
+
+
+@contextmanager
+def _watched(watch: Watch) -> Iterator[None]:
+    token = watches.set((*watches.get(), watch))
+    try:
+        yield
+    finally:
+        watches.reset(token)
+        if not watch.reads:
+            watch.patch.count(passed_through=1)
+
+
+def _read_already(result: Any, patch: Patch) -> Any:
+    """What the function returned, unless it is yet to read."""
+    if isinstance(result, (Query, SelectBase)) or inspect.isgenerator(result):
+        raise PatchError(
+            f"{patch.target} returned a {type(result).__name__}, which reads when the call is "
+            "over: patch the function that consumes it, or let patch_claims() do the finding"
+        )
+    return result
+
+
+class _Listeners:
+    """Our listeners to SQLAlchemy's events, there as long as a patch needs them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._patches = 0
+
+    def begin(self) -> None:
+        """Listen, if nobody does yet."""
+        with self._lock:
+            if self._patches == 0:
+                for target, name, function, options in LISTENERS:
+                    event.listen(target, name, function, **options)
+            self._patches += 1
+
+    def end(self) -> None:
+        """Listen no more, if nobody else needs it."""
+        with self._lock:
+            self._patches -= 1
+            if self._patches == 0:
+                for target, name, function, _ in LISTENERS:
+                    event.remove(target, name, function)
+
+
+listeners = _Listeners()
+
+
+def _before_orm(state: ORMExecuteState) -> None:
+    """Tell the loads of what is found already, and have what is found read anew."""
+    current = watches.get()
+    if not current or not state.is_select:
+        return
+    if state.is_column_load or state.is_relationship_load:
+        state.update_execution_options(**{LOADS: True})
+    elif state.session.autoflush and any(
+        mentions(state.statement, watch.job_table.table) for watch in current
+    ):
+        # An entity that is loaded already would keep what it held before the row was ours.
+        state.update_execution_options(populate_existing=True)
+
+
+def _before(
+    connection: Connection,
+    clause: Any,
+    multiparams: Any,
+    params: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> tuple[Any, Any, Any]:
+    for watch in watches.get():
+        watch.tick()
+        if not options.get(LOADS):
+            replaced = _seen(watch, connection, clause, params)
+            clause = clause if replaced is None else replaced
+    return clause, multiparams, params
+
+
+def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str, Any]) -> Any:
+    table = watch.job_table.table
+    if isinstance(clause, ClaimStatement):
+        return None
+    if isinstance(clause, (Update, Delete)):
+        if clause.table == table:
+            watch.mark(connection)
+        return None
+    text = clause.element if isinstance(clause, FromStatement) else clause
+    if isinstance(text, TextClause):
+        _raw(watch, connection, text.text)
+    elif isinstance(clause, (SelectBase, FromStatement)):
+        if not mentions(clause, table):
+            for element in visitors.iterate(clause):
+                if isinstance(element, TextClause):
+                    _raw(watch, connection, f"SELECT {element.text}")
+            return None
+        return watch.read(connection, clause, params)
+    return None
+
+
+def _raw(watch: Watch, connection: Connection, sql: str) -> None:
+    if not names(sql, watch.job_table.table):
+        return
+    if is_read(sql):
+        raise PatchError(
+            f"{watch.patch.target} reads {watch.job_table.table.fullname!r} by raw SQL, which "
+            f"nothing can be added to: {' '.join(sql.split())[:200]}; write it as a select() of "
+            "the table"
+        )
+    watch.mark(connection)
+
+
+def _before_cursor(
+    connection: Connection, _cursor: Any, sql: str, _params: Any, context: Any, _many: bool
+) -> None:
+    """See what went past all constructs, by ``exec_driver_sql``."""
+    if context is None or context.compiled is None:
+        for watch in watches.get():
+            watch.tick()
+            _raw(watch, connection, sql)
+
+
+def _after(
+    _connection: Connection,
+    clause: Any,
+    _multiparams: Any,
+    _params: Any,
+    _options: Any,
+    result: Any,
+) -> None:
+    if isinstance(clause, (Update, Delete)) and not isinstance(clause, ClaimStatement):
+        for watch in watches.get():
+            if clause.table == watch.job_table.table:
+                watch.marked(max(0, result.rowcount))
+
+
+def _ended(connection: Connection) -> None:
+    for watch in watches.get():
+        watch.ended(connection)
+
+
+LISTENERS: tuple[tuple[Any, str, Callable[..., Any], dict[str, bool]], ...] = (
+    (Session, "do_orm_execute", _before_orm, {}),
+    (Engine, "before_execute", _before, {"retval": True}),
+    (Engine, "after_execute", _after, {}),
+    (Engine, "before_cursor_execute", _before_cursor, {}),
+    (Engine, "commit", _ended, {}),
+    (Engine, "rollback", _ended, {}),
+)

@@ -1,0 +1,275 @@
+"""What a patch is aimed at: found, checked, and named, before anything is replaced."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from wrapt import BaseObjectProxy, BoundFunctionWrapper, FunctionWrapper
+
+from atomic_claim.errors import PatchError
+
+from .places import Attribute, Place, inner_of, places_in, plain
+
+
+class PatchWrapper(FunctionWrapper[..., Any]):
+    """What stands in place of a patched function."""
+
+    def __init__(self, wrapped: Any, wrapper: Any, patch: Any) -> None:
+        super().__init__(wrapped, wrapper)
+        self._self_patch = patch
+
+    @property
+    def patch(self) -> Any:
+        """The patch that put it there."""
+        return self._self_patch
+
+
+@dataclass(eq=False)
+class Target:
+    """A function to be patched, and where it is held.
+
+    Attributes:
+        name: as a user writes it, ``"module:Class.method"``.
+        wrapped: what is wrapped: the function inside all decorators, or its static or class method.
+        places: where it is held.
+        signature: the function's own signature, with ``self``.
+        overrides: the subclasses' methods that stand in its place, which are not patched.
+        unpatched: other names of it that are not patched.
+    """
+
+    name: str
+    wrapped: Any
+    places: list[Place]
+    signature: inspect.Signature
+    overrides: list[str] = field(default_factory=list)
+    unpatched: list[str] = field(default_factory=list)
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function itself."""
+        return plain(self.wrapped)  # type: ignore[no-any-return]
+
+
+def parts_of(given: str) -> tuple[str, str]:
+    """The module and the path of ``"module:Class.method"``."""
+    module, colon, path = given.partition(":")
+    names = [*module.split("."), *path.split(".")]
+    if not colon or not all(name.isidentifier() for name in names):
+        raise PatchError(
+            f"{given!r} is not a target: write 'package.module:function' or "
+            "'package.module:Class.method', or pass the function itself"
+        )
+    return module, path
+
+
+def named_target(module: ModuleType, path: str) -> Target:
+    """The target at a path in a module that is loaded.
+
+    Raises:
+        PatchError: it is not there, is patched already, or cannot be patched.
+    """
+    name = f"{module.__name__}:{path}"
+    *above, last = path.split(".")
+    owner: Any = module
+    for part in above:
+        owner = _member(owner, part, name)
+    return _target(name, owner, last)
+
+
+def is_defined(module: ModuleType, path: str) -> bool:
+    """Whether there is something at a path, by now, in a module that is being loaded."""
+    found = _stored(module, path)
+    return found is not None
+
+
+def object_target(given: Any) -> Target:
+    """The target that a function or method is.
+
+    Raises:
+        PatchError: nothing is known that holds it, or as for :func:`named_target`.
+    """
+    _refuse_patched(given, _title(given))
+    if isinstance(given, MethodType):
+        owner, name = given.__self__, given.__func__.__name__
+        if not isinstance(owner, type):
+            return _target(f"{_title(type(owner))}.{name} of one object", owner, name)
+        return _target(f"{_title(owner)}.{name}", owner, name)
+    if not callable(given) or isinstance(given, type):
+        raise PatchError(
+            f"{given!r} is not a function or a method: pass one, or its name as "
+            "'package.module:Class.method'"
+        )
+    module = sys.modules.get(getattr(given, "__module__", None) or "")
+    path = getattr(given, "__qualname__", "")
+    if module is not None and path and "<locals>" not in path:
+        found = _stored(module, path)
+        if found is not None and plain(found[2]) is given:
+            return _target(f"{module.__name__}:{path}", found[0], found[1])
+    for place in _holders(given, module):
+        dot = ":" if isinstance(place.owner, ModuleType) else "."
+        return _target(f"{_title(place.owner)}{dot}{place.name}", place.owner, place.name)
+    raise PatchError(
+        f"{given!r} is held by no module and no class that is loaded, so nothing can be put in its "
+        "place: decorate it with claims(...)"
+    )
+
+
+def _stored(module: ModuleType, path: str) -> tuple[Any, str, Any] | None:
+    owner: Any = module
+    *above, last = path.split(".")
+    for part in above:
+        owner = getattr(owner, part, None)
+    try:
+        return owner, last, _lookup(owner, last)
+    except (AttributeError, TypeError):
+        return None
+
+
+def _holders(given: Any, own: ModuleType | None) -> Iterator[Attribute]:
+    """Where a function is held that does not bear its own name, since a decorator hides it."""
+    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
+    for module in [*([own] if own is not None else []), *modules]:
+        for value in list(vars(module).values()):
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                for name, held in list(vars(value).items()):
+                    if plain(held) is given:
+                        yield Attribute(value, name)
+        for name, value in list(vars(module).items()):
+            if value is given:
+                yield Attribute(module, name)
+
+
+def _title(given: Any) -> str:
+    if isinstance(given, ModuleType):
+        return given.__name__
+    module = getattr(given, "__module__", None)
+    name = getattr(given, "__qualname__", None) or repr(given)
+    return f"{module}:{name}" if module else name
+
+
+def _lookup(owner: Any, name: str) -> Any:
+    """What is stored under a name, without binding it."""
+    if isinstance(owner, type):
+        for each in owner.__mro__:
+            if name in vars(each):
+                return vars(each)[name]
+    return getattr(owner, name)
+
+
+def _member(owner: Any, name: str, target: str) -> Any:
+    try:
+        return _lookup(owner, name)
+    except AttributeError:
+        similar = difflib.get_close_matches(name, dir(owner), n=3)
+        hint = f"; did you mean {' or '.join(map(repr, similar))}?" if similar else ""
+        where = getattr(owner, "__qualname__", None) or getattr(owner, "__name__", repr(owner))
+        raise PatchError(f"{target} does not exist: {where} has no {name!r}{hint}") from None
+
+
+def _target(name: str, owner: Any, last: str) -> Target:
+    stored = _member(owner, last, name)
+    if isinstance(stored, type) or not callable(plain(stored)):
+        raise PatchError(f"{name} is {stored!r}; expected a function or a method")
+    root = Attribute(owner, last)
+    wrapped, places = _innermost(name, stored, root, last)
+    if places != [root] and root.get() is not stored:
+        raise PatchError(
+            f"{name} is inherited and decorated, and its decorators are shared with the class that "
+            "defines it: patch it there"
+        )
+    found = Target(name, wrapped, places, _signature(name, wrapped))
+    if isinstance(owner, type):
+        found.overrides = [f"{_title(each)}.{last}" for each in _overriding(owner, last)]
+    if places == [root]:
+        others = [place for place in _bindings(plain(stored)) if place.owner is not owner]
+        if isinstance(owner, ModuleType):
+            places += others
+            places += [p for p in _bindings(stored) if p.owner is owner and p.name != last]
+        else:
+            found.unpatched = [str(place) for place in others]
+    return found
+
+
+def _innermost(name: str, stored: Any, root: Place, last: str) -> tuple[Any, list[Place]]:
+    """The function inside all decorators, so that these go on working around the claim."""
+    wrapped, places = stored, [root]
+    _refuse_patched(stored, name)
+    while (inner := inner_of(wrapped, last)) is not None:
+        held = places_in(wrapped, inner)
+        if not any(_is_effective(place) for place in held):
+            raise PatchError(
+                f"{name} is decorated by {plain(wrapped)!r}, which keeps {inner!r} where it cannot "
+                "be replaced: put claims(...) below that decorator, or patch what it calls"
+            )
+        wrapped, places = inner, held
+        _refuse_patched(wrapped, name)
+    return wrapped, places
+
+
+def _is_effective(place: Place) -> bool:
+    """Whether what is put there is what will be called."""
+    if not isinstance(place, Attribute) or place.name != "__wrapped__":
+        return True
+    owner = place.owner
+    if issubclass(type(owner), BaseObjectProxy):
+        return True
+    # functools.wraps() leaves a mere note, and what is written in C keeps its own reference.
+    caller = inspect.getattr_static(type(owner), "__call__", None)
+    return type(owner) is not FunctionType and isinstance(caller, FunctionType)
+
+
+def _refuse_patched(value: Any, name: str) -> None:
+    kind = type(value)
+    if issubclass(kind, BoundFunctionWrapper):
+        value = value._self_parent  # noqa: SLF001 - wrapt's name for what an attribute is bound of
+        kind = type(value)
+    if issubclass(kind, PatchWrapper):
+        raise PatchError(
+            f"{name} is patched already ({value.patch!r}): undo() that one first, or leave one of "
+            "the two out"
+        )
+
+
+def _signature(name: str, wrapped: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(plain(wrapped), follow_wrapped=False)
+    except (TypeError, ValueError) as error:
+        raise PatchError(f"the parameters of {name} cannot be read: {error}") from error
+
+
+def _overriding(owner: type[Any], name: str) -> Iterator[type[Any]]:
+    for each in type.__subclasses__(owner):
+        if name in vars(each):
+            yield each
+        yield from _overriding(each, name)
+
+
+def _bindings(function: Any) -> list[Attribute]:
+    """The modules' names for a function, as left by ``from module import function``."""
+    return [
+        Attribute(module, name)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if value is function
+    ]
+
+
+def loaded(function: Any) -> Target:
+    """The target that a function is while it is being decorated; held by nobody yet."""
+    name = _title(plain(function))
+    _refuse_patched(function, name)
+    if isinstance(function, type) or not callable(plain(function)):
+        raise PatchError(f"{name} is {function!r}; expected a function or a method")
+    last = getattr(plain(function), "__name__", "")
+    wrapped = function
+    while (inner := inner_of(wrapped, last)) is not None:
+        wrapped = inner
+        _refuse_patched(wrapped, name)
+    return Target(name, function, [], _signature(name, wrapped))

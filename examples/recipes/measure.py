@@ -1,0 +1,288 @@
+"""What the packages do with several workers, before and after.
+
+    python -m examples.recipes.measure kombu postgresql+psycopg://user@host/database
+    python -m examples.recipes.measure apscheduler sqlite:////tmp/jobs.sqlite
+
+The tables that the package makes are made anew, and dropped in the end.
+"""
+
+import argparse
+import logging
+import multiprocessing
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import sqlalchemy as sa
+
+QUEUE = "work"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured.
+
+    Attributes:
+        jobs: how many jobs there were.
+        runs: how many runs there were.
+        extra: how many of them were one too many.
+        lost: how many jobs had no run.
+        workers: how many runs each worker had.
+        p50: the median of a call, in milliseconds.
+        p99: the 99th percentile of a call.
+        seconds: how long all of it took.
+    """
+
+    jobs: int
+    runs: int
+    extra: int
+    lost: int
+    workers: tuple[int, ...]
+    p50: float
+    p99: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.jobs} jobs, {self.runs} runs, {self.extra} too many, {self.lost} lost; "
+            f"runs by worker {', '.join(map(str, self.workers))}; a call takes {self.p50:.1f} ms "
+            f"(median), {self.p99:.1f} ms (p99); {self.seconds:.1f} s"
+        )
+
+
+def engine_of(url: str) -> sa.Engine:
+    """An engine whose SQLite waits for other writers."""
+    arguments = {"timeout": 60} if url.startswith("sqlite") else {}
+    return sa.create_engine(url, connect_args=arguments)
+
+
+def kombu_fill(url: str, count: int) -> None:
+    """Publish messages."""
+    channel = _channel(url)
+    for number in range(count):
+        channel._put(QUEUE, {"body": number})
+    channel.session.close()
+
+
+def _channel(url: str) -> Any:
+    from kombu import Connection  # noqa: PLC0415
+
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    connection = Connection(f"sqlalchemy+{url}", transport_options=options)
+    return connection.default_channel
+
+
+def kombu_engines() -> dict[str, Any]:
+    """The engines that kombu keeps, with their makers of sessions."""
+    from kombu.transport.sqlalchemy import Channel  # noqa: PLC0415
+
+    return Channel._engines
+
+
+def kombu_work(url: str, took: list[float]) -> list[Any]:
+    """Receive until the queue is empty."""
+    from queue import Empty  # noqa: PLC0415
+
+    channel, found = _channel(url), []
+    # Connects, and makes the tables, which is not what is measured.
+    channel._size(QUEUE)
+    while True:
+        began = time.perf_counter()
+        try:
+            message = channel._get(QUEUE)
+        except Empty:
+            break
+        took.append(time.perf_counter() - began)
+        found.append(message["body"])
+    channel.session.close()
+    return found
+
+
+def apso_fill(url: str, count: int) -> None:
+    """Put events into the outbox."""
+    from apso_domain_events.model import DomainEvent  # noqa: PLC0415
+
+    engine = engine_of(url)
+    DomainEvent.metadata.create_all(engine)
+    with engine.begin() as connection:
+        rows = [{"id": str(number), "type": "made", "payload": {}} for number in range(count)]
+        connection.execute(sa.insert(DomainEvent), rows)
+    engine.dispose()
+
+
+def apso_work(url: str, took: list[float]) -> list[Any]:
+    """Relay until nothing is left."""
+    from apso_domain_events.relay import DomainEventRelay  # noqa: PLC0415
+    from sqlalchemy.orm import sessionmaker  # noqa: PLC0415
+
+    found: list[Any] = []
+
+    class Destination:
+        def deliver(self, event: Any) -> None:
+            found.append(int(event.id))
+
+    engine = engine_of(url)
+    relay = DomainEventRelay(sessionmaker(engine), [Destination()])  # type: ignore[list-item]
+    while True:
+        began = time.perf_counter()
+        if not relay.process_pending(10):
+            break
+        took.append(time.perf_counter() - began)
+    engine.dispose()
+    return found
+
+
+def tick(number: int) -> None:
+    """What the interval jobs do: who fired them is heard from the scheduler."""
+
+
+def apscheduler_fill(url: str, count: int) -> None:
+    """Add interval jobs by a scheduler that is paused."""
+    scheduler, engine = _scheduler(url)
+    scheduler.start(paused=True)
+    for number in range(count):
+        scheduler.add_job(
+            tick, "interval", seconds=1, args=[number], id=str(number), misfire_grace_time=60
+        )
+    scheduler.shutdown()
+    engine.dispose()
+
+
+def _scheduler(url: str) -> Any:
+    from apscheduler.executors.debug import DebugExecutor  # noqa: PLC0415
+    from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore  # noqa: PLC0415
+    from apscheduler.schedulers.background import BackgroundScheduler  # noqa: PLC0415
+
+    engine = engine_of(url)
+    # Jobs run within the scheduler's own thread, so that what is counted is what it submitted.
+    scheduler = BackgroundScheduler(
+        jobstores={"default": SQLAlchemyJobStore(engine=engine)},
+        executors={"default": DebugExecutor()},
+        timezone="UTC",
+        jobstore_retry_interval=0.2,
+    )
+    scheduler._max_wakeup = 0.2
+    return scheduler, engine
+
+
+SECONDS = 6.5
+
+
+def apscheduler_work(url: str, took: list[float]) -> list[Any]:
+    """Schedule for some seconds; a worker that sleeps looks again five times a second."""
+    import threading  # noqa: PLC0415
+
+    from apscheduler.events import EVENT_JOB_EXECUTED  # noqa: PLC0415
+
+    fired: list[Any] = []
+    scheduler, engine = _scheduler(url)
+    scheduler.add_listener(
+        lambda event: fired.append((event.job_id, event.scheduled_run_time)), EVENT_JOB_EXECUTED
+    )
+    scheduler.start()
+    ended = time.monotonic() + SECONDS
+    while (left := ended - time.monotonic()) > 0:
+        began = time.perf_counter()
+        scheduler.wakeup()
+        took.append(time.perf_counter() - began)
+        threading.Event().wait(min(0.2, left))
+    scheduler.shutdown()
+    engine.dispose()
+    return fired
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A package, what fills its table, and what one worker does."""
+
+    module: str
+    fill: Callable[[str, int], None]
+    work: Callable[[str, list[float]], list[Any]]
+    tables: tuple[str, ...]
+    workers: int
+    jobs: int
+
+
+RECIPES = {
+    "kombu": Recipe(
+        "kombu_transport", kombu_fill, kombu_work, ("kombu_message", "kombu_queue"), 8, 400
+    ),
+    "apso": Recipe("apso_relay", apso_fill, apso_work, ("events",), 4, 400),
+    "apscheduler": Recipe(
+        "apscheduler_store", apscheduler_fill, apscheduler_work, ("apscheduler_jobs",), 4, 50
+    ),
+}
+
+
+def _drop(url: str, tables: tuple[str, ...]) -> None:
+    engine = engine_of(url)
+    with engine.begin() as connection:
+        for table in tables:
+            connection.exec_driver_sql(f"DROP TABLE IF EXISTS {table}")
+    engine.dispose()
+
+
+def _worker(name: str, url: str, patched: bool, start: Any, results: Any) -> None:
+    logging.disable(logging.WARNING)
+    recipe = RECIPES[name]
+    took: list[float] = []
+    context = import_module(f"examples.recipes.{recipe.module}").patch() if patched else None
+    with context or nullcontext():
+        start.wait(60)
+        results.put((recipe.work(url, took), took))
+
+
+def measure(name: str, url: str, *, patched: bool) -> Figures:
+    """Let the package's workers loose on a table of jobs."""
+    recipe = RECIPES[name]
+    _drop(url, recipe.tables)
+    # In a process of its own, since kombu keeps its engines for ever.
+    context = multiprocessing.get_context("spawn")
+    filling = context.Process(target=recipe.fill, args=(url, recipe.jobs))
+    filling.start()
+    filling.join()
+    start, results = context.Barrier(recipe.workers + 1), context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(name, url, patched, start, results))
+        for _ in range(recipe.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    start.wait(60)
+    began = time.perf_counter()
+    found = [results.get(timeout=120) for _ in workers]
+    seconds = time.perf_counter() - began
+    for worker in workers:
+        worker.join()
+    _drop(url, recipe.tables)
+    runs = Counter(run for ran, _ in found for run in ran)
+    took = sorted(each * 1000 for _, times in found for each in times)
+    # Of an interval job, each time at which it is due counts as one of its own.
+    names = {str(run[0] if isinstance(run, tuple) else run) for run in runs}
+    return Figures(
+        recipe.jobs,
+        runs.total(),
+        sum(times - 1 for times in runs.values()),
+        sum(1 for number in range(recipe.jobs) if str(number) not in names),
+        tuple(sorted(len(ran) for ran, _ in found)),
+        statistics.median(took),
+        took[int(len(took) * 0.99)] if took else 0.0,
+        seconds,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Measure a recipe before and after.")
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("url", help="the database, as an SQLAlchemy URL")
+    given = parser.parse_args()
+    for patched in (False, True):
+        print(
+            "patched:" if patched else "as it is:",
+            measure(given.recipe, given.url, patched=patched),
+        )

@@ -1,0 +1,296 @@
+"""Every form in which an option of a patch can be given."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from atomic_claim import PatchError, patch_claims
+from atomic_claim.patch.calls import bound_call, reading
+from atomic_claim.patch.habits import Habit, commit_habit
+from tests.patch import legacy
+from tests.patch.legacy import Job
+from tests.patch.patched import jobs, leased
+from tests.patch.test_shapes import fill
+
+HERE = __name__
+
+
+def find(
+    session: Any = None, limit: int = 2, *, sort: Any = None, where: Any = None, **more: Any
+) -> Any:
+    """A legacy function; the original tells what it was given."""
+    assert session is not None
+    return ("original", limit, sort, where, more)
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """A session with six jobs, three of them of another queue."""
+    engine = sa.create_engine("sqlite://")
+    fill(engine, Job, 6)
+    with Session(engine) as session:
+        session.execute(sa.update(Job).where(Job.id % 2 == 0).values(queue="even"))
+        session.commit()
+        yield session
+    engine.dispose()
+
+
+GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    "left out": ({}, {}, 1),
+    "a constant of one": ({"limit": 1}, {}, 1),
+    "a constant": ({"limit": 3}, {}, [1, 2, 3]),
+    "a parameter's default": ({"limit": "limit"}, {}, [1, 2]),
+    "a parameter": ({"limit": "limit"}, {"limit": 4}, [1, 2, 3, 4]),
+    "a parameter of one": ({"limit": "limit"}, {"limit": 1}, [1]),
+    "nothing wanted": ({"limit": "limit"}, {"limit": 0}, []),
+    "all": ({"limit": None}, {}, [1, 2, 3, 4, 5, 6]),
+    "a callable": ({"limit": lambda call: call["limit"] + 1}, {"limit": 2}, [1, 2, 3]),
+    "a path into keywords": ({"limit": "more.size"}, {"size": 3}, [1, 2, 3]),
+    "a dictionary": ({"limit": None, "where": {"queue": "even"}}, {}, [2, 4, 6]),
+    "a dictionary of a parameter": (
+        {"limit": None, "where": "where"},
+        {"where": {"queue": "even", "id": [2, 3, 4]}},
+        [2, 4],
+    ),
+    "operators": (
+        {"limit": None, "where": "where"},
+        {
+            "where": {
+                "or": [{"id": {"less_than": 2}}, {"and": [{"id": {"greater_than_equal": 5}}]}],
+                "owner": {"exists": False},
+                "queue": {"not_equals": "even"},
+            }
+        },
+        [1, 5],
+    ),
+    "an expression": ({"limit": None, "where": Job.id > 4}, {}, [5, 6]),
+    "no filter this time": ({"limit": 2, "where": "where"}, {}, [1, 2]),
+    "descending": ({"limit": 2, "order_by": "-place"}, {}, [6, 5]),
+    "a sort of a parameter": (
+        {"limit": 2, "order_by": "sort"},
+        {"sort": "queue,-place"},
+        [5, 3],
+    ),
+    "a sort expression": ({"limit": 2, "order_by": Job.place.desc()}, {}, [6, 5]),
+    "no sort this time": ({"limit": 2, "order_by": "sort"}, {}, [1, 2]),
+    "an attribute": ({"limit": 2, "returns": "id"}, {}, [1, 2]),
+    "an attribute of one": ({"returns": "queue"}, {}, "default"),
+    "an adapter": ({"limit": 2, "returns": lambda found: [job.id for job in found]}, {}, [1, 2]),
+    "an adapter with the call": (
+        {"limit": "limit", "returns": lambda found, call: (len(found), call.limit)},
+        {"limit": 9},
+        (6, 9),
+    ),
+    "a call that is none of ours": (
+        {"when": "not where"},
+        {"where": 5},
+        ("original", 2, None, 5, {}),
+    ),
+    "a call that is ours": ({"when": "not where"}, {}, 1),
+    "decided by a callable": (
+        {"when": lambda call: "id" not in call["more"]},
+        {"id": 3},
+        ("original", 2, None, None, {"id": 3}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_options(session: Session, name: str) -> None:
+    """An option's value is that of the call, whatever the form."""
+    options, arguments, expected = GIVEN[name]
+    with patch_claims(f"{HERE}:find", jobs, **options):
+        found = find(session, **arguments)
+    if isinstance(found, Job):
+        found = found.id
+    elif isinstance(found, list):
+        found = [each if isinstance(each, int) else each.id for each in found]
+    assert found == expected
+
+
+def test_values_and_worker(session: Session) -> None:
+    """Data of the call is written with the claim; what repeats the mark is left out."""
+    data = {"state": "running", "owner": "w1"}
+    with patch_claims(f"{HERE}:find", jobs, values=lambda call: call["more"]["data"]):
+        job = find(session, data=data)
+    assert (job.state, job.owner) == ("running", "w1")
+
+
+@pytest.mark.parametrize("lease", [timedelta(seconds=30), 30, "more.seconds"])
+def test_a_lease(session: Session, lease: Any) -> None:
+    """A lease is a timedelta or seconds, and its token is written."""
+    with patch_claims(f"{HERE}:find", leased, lease=lease):
+        job = find(session, seconds=30)
+    assert job.lease_until is not None
+    assert len(job.claim_token) == 32
+
+
+@pytest.mark.parametrize(
+    ("empty", "expected"),
+    [(None, None), ("nothing", "nothing"), (lambda call: call.limit, 2), (0, 0)],
+)
+def test_nothing_found(session: Session, empty: Any, expected: Any) -> None:
+    """What is returned instead of a job is a value, or made of the call."""
+    session.execute(sa.delete(Job))
+    with patch_claims(f"{HERE}:find", jobs, empty=empty):
+        assert find(session) == expected
+
+
+@pytest.mark.parametrize("empty", [legacy.Empty, legacy.Empty("gone")])
+def test_nothing_found_raises(session: Session, empty: Any) -> None:
+    """An exception, or a class of it, is raised."""
+    session.execute(sa.delete(Job))
+    with patch_claims(f"{HERE}:find", jobs, empty=empty), pytest.raises(legacy.Empty):
+        find(session)
+
+
+def test_sessions(session: Session) -> None:
+    """Whatever makes a session will do: a maker, a registry, a context manager, an engine."""
+    engine: Any = session.get_bind()
+    maker = sessionmaker(engine)
+    registry = scoped_session(maker)
+
+    @contextmanager
+    def scope() -> Iterator[Session]:
+        with maker.begin() as opened:
+            yield opened
+
+    for given in (maker, registry, scope, engine, lambda call: call["more"]["db"]):
+        with patch_claims(f"{HERE}:find", jobs, session=given, returns="id"):
+            assert find(db=maker) in range(1, 7)
+    registry.remove()
+    assert session.scalar(sa.select(sa.func.count()).where(Job.state == "running")) == 5
+
+
+def test_an_asynchronous_session_in_a_function(session: Session) -> None:
+    """A function that is no coroutine cannot wait for one."""
+    from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415
+
+    with (
+        patch_claims(f"{HERE}:find", jobs, session=AsyncSession()),
+        pytest.raises(PatchError, match="only a coroutine can use"),
+    ):
+        find(session)
+
+
+def test_a_path_that_leads_nowhere(session: Session) -> None:
+    """It is an error of the call that names the path."""
+    with (
+        patch_claims(f"{HERE}:find", jobs, limit="sort.size"),
+        pytest.raises(PatchError, match=r"limit='sort.size' of .* leads nowhere"),
+    ):
+        find(session, sort=3)
+
+
+def numbers(session: Session) -> Iterator[Job]:
+    """A legacy generator."""
+    yield from session.query(Job)
+
+
+def test_a_generator_stays_one(session: Session) -> None:
+    """A function that yields its jobs still does."""
+    with patch_claims(f"{HERE}:numbers", jobs, limit=2, returns="id"):
+        found = numbers(session)
+        assert inspect.isgenerator(found)
+        assert list(found) == [1, 2]
+
+
+def early_return(session: Session, job: Any) -> Any:
+    """Commits only what was found."""
+    if job is None:
+        return None
+    session.commit()
+    return job
+
+
+def always(session: Session) -> None:
+    """Commits at its end."""
+    session.flush()
+    session.commit()
+
+
+def at_last(session: Session) -> None:
+    """Commits in any case."""
+    try:
+        if session is None:
+            raise legacy.Empty
+    finally:
+        session.commit()
+
+
+def inside(session: Session, job: Any) -> None:
+    """Commits under a condition."""
+    if job:
+        session.commit()
+
+
+def row_by_row(session: Session, found: Any) -> None:
+    """Commits in a loop."""
+    for _ in found:
+        session.commit()
+
+
+def by_block(session: Session) -> Any:
+    """Commits by the end of a block, whatever is returned."""
+    with session.begin():
+        return None
+
+
+def to_let_go(session: Session, job: Any) -> Any:
+    """Commits when nothing was found, too."""
+    if not job:
+        session.commit()
+        return None
+    session.commit()
+    return job
+
+
+def never(session: Session) -> None:
+    """Leaves it to the caller."""
+    session.flush()
+
+
+HABITS: list[tuple[Callable[..., Any], Habit]] = [
+    (early_return, Habit(commits=True, when_empty=False)),
+    (always, Habit(commits=True, when_empty=True)),
+    (at_last, Habit(commits=True, when_empty=True)),
+    (inside, Habit(commits=True, when_empty=False)),
+    (row_by_row, Habit(commits=True, when_empty=False)),
+    (by_block, Habit(commits=True, when_empty=True)),
+    (to_let_go, Habit(commits=True, when_empty=True)),
+    (never, Habit(commits=False, when_empty=False)),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), HABITS)
+def test_habits(function: Callable[..., Any], expected: Habit) -> None:
+    """Where a function commits is read from its source."""
+    assert commit_habit(function) == expected
+
+
+def test_habits_without_a_source() -> None:
+    """Without a source the names that the code uses have to do."""
+    found: dict[str, Any] = {}
+    exec("def f(session):\n    session.commit()", found)  # noqa: S102
+    assert commit_habit(found["f"]) == Habit(commits=True, when_empty=False)
+    assert commit_habit(len) == Habit(commits=False, when_empty=False)
+
+
+def test_what_a_string_means() -> None:
+    """A parameter's name is read from the call; another string is refused or a constant."""
+    signature = inspect.signature(find)
+    call = bound_call(signature, None, ("s",), {"sort": "x"})
+    assert call is not None
+    assert reading("worker", "sort", signature, "f").read(call) == "x"
+    constant = reading("worker", "bob", signature, "f", is_constant=lambda _: True)
+    assert constant.read(call) == "bob"
+    with pytest.raises(PatchError, match="is not a parameter of f"):
+        reading("limit", "bob", signature, "f")
+    with pytest.raises(AttributeError, match="has no argument 'colour'"):
+        _ = call.colour

@@ -1,0 +1,67 @@
+"""The recipes for installed packages, each in one process; `examples.recipes.measure` has more."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.databases import Database
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+
+
+def url_of(database: Database) -> str:
+    """The database's address, with its password."""
+    return database.url.render_as_string(hide_password=False)
+
+
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
+def test_kombu(database: Database) -> None:
+    """A message goes to one channel, and another's is not waited for."""
+    pytest.importorskip("kombu", reason="kombu is not installed")
+    from examples.recipes import kombu_transport, measure  # noqa: PLC0415
+
+    measure.kombu_fill(url_of(database), 5)
+    with kombu_transport.patch() as patch:
+        assert measure.kombu_work(url_of(database), []) == [0, 1, 2, 3, 4]
+        assert (patch.calls, patch.claimed) == (6, 5)
+    for engine, _ in measure.kombu_engines().values():
+        engine.dispose()
+
+
+def test_apscheduler(database: Database) -> None:
+    """What is due goes to one store of two, a few at a time, and is due again once it is marked."""
+    pytest.importorskip("apscheduler", reason="APScheduler is not installed")
+    from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore  # noqa: PLC0415
+    from apscheduler.schedulers.background import BackgroundScheduler  # noqa: PLC0415
+
+    from examples.recipes import apscheduler_store, measure  # noqa: PLC0415
+
+    stores = [SQLAlchemyJobStore(engine=database.engine()) for _ in range(2)]
+    scheduler = BackgroundScheduler(jobstores={"default": stores[0]}, timezone="UTC")
+    scheduler.start(paused=True)
+    for number in range(8):
+        scheduler.add_job(measure.tick, "interval", seconds=1, args=[number], id=str(number))
+    stores[1].start(scheduler, "other")
+    now = datetime.now(UTC) + timedelta(seconds=30)
+    with apscheduler_store.patch():
+        found: list[Any] = [job for _ in range(2) for s in stores for job in s.get_due_jobs(now)]
+        assert sorted(int(job.id) for job in found) == list(range(8))
+        stores[1].update_job(found[0])
+        assert [job.id for job in stores[0].get_due_jobs(now)] == [found[0].id]
+    scheduler.shutdown()
+
+
+def test_apso(database: Database) -> None:
+    """An event is delivered once, and the relay's own loop goes on as it did."""
+    pytest.importorskip("apso_domain_events", reason="apso-domain-events is not installed")
+    from examples.recipes import apso_relay, measure  # noqa: PLC0415
+
+    measure.apso_fill(url_of(database), 25)
+    with apso_relay.patch() as patch:
+        assert sorted(measure.apso_work(url_of(database), [])) == list(range(25))
+        assert patch.claimed == 25
+    with database.engine().connect() as connection:
+        left = sa.text("SELECT count(*) FROM events WHERE status <> 'published'")
+        assert connection.scalar(left) == 0
