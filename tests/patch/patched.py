@@ -183,13 +183,13 @@ SHAPES = {
         Event,
     ),
     "F": Shape(
-        lambda: claim_reads("tests.patch.legacy:send_all", mails, lease=timedelta(seconds=1)),
+        lambda: claim_reads("tests.patch.legacy:send_all", mails, lease=LEASE),
         lambda session: legacy.send_all(session),
         Session,
         Mail,
     ),
     "F with a state": Shape(
-        lambda: claim_reads("tests.patch.legacy:work_all", leased, lease=timedelta(seconds=1)),
+        lambda: claim_reads("tests.patch.legacy:work_all", leased, lease=LEASE),
         lambda session: legacy.work_all(session),
         Session,
         Job,
@@ -257,7 +257,7 @@ SHAPES = {
         on_loop=True,
     ),
     "F async": Shape(
-        lambda: claim_reads("tests.patch.legacy:send_all_async", mails, lease=timedelta(seconds=1)),
+        lambda: claim_reads("tests.patch.legacy:send_all_async", mails, lease=LEASE),
         lambda session: legacy.send_all_async(session),
         partial(AsyncSession, expire_on_commit=False),
         Mail,
