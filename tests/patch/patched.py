@@ -20,8 +20,6 @@ from tests.patch import legacy
 from tests.patch.legacy import Event, Job, Mail, Message, Work
 
 LEASE = timedelta(seconds=60)
-# What a killed worker held has to come back; a busy machine is no dead worker.
-SHORT_LEASE = timedelta(seconds=4)
 jobs = JobTable(Job, state="state", free="waiting", claimed="running", done="done", order="place")
 leased = JobTable(
     Job,
@@ -185,13 +183,13 @@ SHAPES = {
         Event,
     ),
     "F": Shape(
-        lambda: claim_reads("tests.patch.legacy:send_all", mails, lease=SHORT_LEASE),
+        lambda: claim_reads("tests.patch.legacy:send_all", mails, lease=LEASE),
         lambda session: legacy.send_all(session),
         Session,
         Mail,
     ),
     "F with a state": Shape(
-        lambda: claim_reads("tests.patch.legacy:work_all", leased, lease=SHORT_LEASE),
+        lambda: claim_reads("tests.patch.legacy:work_all", leased, lease=LEASE),
         lambda session: legacy.work_all(session),
         Session,
         Job,
@@ -259,7 +257,7 @@ SHAPES = {
         on_loop=True,
     ),
     "F async": Shape(
-        lambda: claim_reads("tests.patch.legacy:send_all_async", mails, lease=SHORT_LEASE),
+        lambda: claim_reads("tests.patch.legacy:send_all_async", mails, lease=LEASE),
         lambda session: legacy.send_all_async(session),
         partial(AsyncSession, expire_on_commit=False),
         Mail,

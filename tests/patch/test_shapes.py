@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.databases import Database
+from tests.jobs import START
 from tests.patch.legacy import Base, Job, Run
 from tests.patch.patched import KILLED, SHAPES, Order, prepare, undone, work
 from tests.test_aio import DRIVERS
@@ -34,6 +35,14 @@ def fill(engine: sa.Engine, model: Any, count: int) -> None:
             row["payload"] = str(row["id"])
     with engine.begin() as connection:
         connection.execute(sa.insert(model), rows)
+
+
+def end_leases(engine: sa.Engine, model: Any) -> None:
+    """Have the time pass that a dead worker's leases last."""
+    if (column := model.__table__.c.get("lease_until")) is not None:
+        with engine.begin() as connection:
+            over = sa.update(model).where(column.is_not(None)).values(lease_until=START)
+            connection.execute(over)
 
 
 def address(database: Database, shape: str) -> str:
@@ -68,6 +77,7 @@ def drain(
         if number == dying:
             # Alone, since the first one to come may have the whole table in hand.
             worker.join(PATIENCE)
+            end_leases(engine, SHAPES[shape].model)
     for worker in workers:
         worker.join(PATIENCE)
     codes = [worker.exitcode for worker in workers]
