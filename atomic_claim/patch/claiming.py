@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-import operator
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,17 +20,16 @@ from atomic_claim.dialects import strategy_for
 from atomic_claim.errors import ClaimError, PatchError
 
 from . import filters
-from .calls import Call, Reading, bound_call, positional, reading
+from .calls import Call, Reading
+from .folders import FileClaiming
 from .habits import commit_habit
 from .patches import Patch, Run, guarded, make_patch
+from .replacing import ALL, ONE, Replacing
 from .tables import stateless, table_of
 from .targets import PatchWrapper, Target, loaded
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ONE: Any = object()
-"""The limit of a function that claims one job and returns it, not a list."""
-ALL = 2**31 - 1
 SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection", "conn", "engine")
 BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
 
@@ -41,7 +38,7 @@ BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
 class Options:
     """What ``patch_claims`` was given beside the target."""
 
-    table: Any
+    table: Any = None
     session: Any = None
     limit: Any = ONE
     where: Any = None
@@ -54,11 +51,16 @@ class Options:
     when: Any = None
     commit: Any = None
     delete: bool = False
+    directory: Any = None
+    processing: Any = None
+    pattern: str = "*"
+    key: Callable[[str], Any] | None = None
+    layout: str = "plain"
 
 
 def patch_claims(
     target: Any,
-    table: Any,
+    table: Any = None,
     *,
     session: Any = None,
     limit: Any = ONE,
@@ -72,6 +74,11 @@ def patch_claims(
     when: Any = None,
     commit: Any = None,
     delete: bool = False,
+    directory: Any = None,
+    processing: Any = None,
+    pattern: str = "*",
+    key: Callable[[str], Any] | None = None,
+    layout: str = "plain",
 ) -> Patch:
     """Replace a legacy function that finds jobs and marks them by an atomic claim.
 
@@ -112,6 +119,15 @@ def patch_claims(
             function did it. Left out, it is if the function's own source does. Where nothing was
             claimed, it is only if the source shows that the function commits then, too.
         delete: the function takes jobs by deleting them: so does the claim.
+        directory: in place of ``table``: the folder of the waiting jobs, where a job is a file, as
+            for :func:`atomic_claim.files.claim_files`. What is claimed are its ``ClaimedFile``,
+            for ``returns=`` to take; left out, the function returns the claimed ``Path``, or a
+            list of them. Beside it only ``processing``, ``limit``, ``worker``, ``returns``,
+            ``empty``, ``when``, ``pattern``, ``key`` and ``layout`` can be given.
+        processing: the folder of the claimed files; left out, ``processing`` beside the other.
+        pattern: as for :func:`atomic_claim.files.claim_files`.
+        key: as for :func:`atomic_claim.files.claim_files`.
+        layout: as for :func:`atomic_claim.files.claim_files`.
 
     Returns:
         The :class:`Patch`, whose ``undo()`` puts back what was there.
@@ -134,12 +150,17 @@ def patch_claims(
         when,
         commit,
         delete,
+        directory,
+        processing,
+        pattern,
+        key,
+        layout,
     )
     return make_patch(target, lambda patch, found: prepared(options, patch, found))
 
 
 def claims(
-    table: Any,
+    table: Any = None,
     *,
     session: Any = None,
     limit: Any = ONE,
@@ -153,6 +174,11 @@ def claims(
     when: Any = None,
     commit: Any = None,
     delete: bool = False,
+    directory: Any = None,
+    processing: Any = None,
+    pattern: str = "*",
+    key: Callable[[str], Any] | None = None,
+    layout: str = "plain",
 ) -> Callable[[F], F]:
     """:func:`patch_claims` as a decorator, for code that may be edited.
 
@@ -172,6 +198,11 @@ def claims(
         when,
         commit,
         delete,
+        directory,
+        processing,
+        pattern,
+        key,
+        layout,
     )
 
     def decorate(function: F) -> F:
@@ -185,13 +216,39 @@ def claims(
 
 def prepared(options: Options, patch: Patch, target: Target) -> Run:
     """What runs in place of the target, once its options are found to fit."""
-    claiming = Claiming(options, patch, target)
+    claiming: Claiming | FileClaiming
+    if options.directory is None:
+        if options.table is None:
+            raise PatchError(f"{target.name}: say what is claimed, by table= or directory=")
+        claiming = Claiming(options, patch, target)
+    else:
+        claiming = _file_claiming(options, patch, target)
     function = target.function
     if inspect.isasyncgenfunction(function):
         return claiming.generate_async
     if inspect.iscoroutinefunction(function):
         return claiming.run_async
     return claiming.generate if inspect.isgeneratorfunction(function) else claiming.run
+
+
+def _file_claiming(options: Options, patch: Patch, target: Target) -> FileClaiming:
+    of_files = {"directory", "processing", "pattern", "key", "layout"}
+    of_files |= {"limit", "worker", "returns", "empty", "when"}
+    others = [
+        field.name
+        for field in fields(Options)
+        if field.name not in of_files and getattr(options, field.name) not in {None, False}
+    ]
+    if others:
+        raise PatchError(
+            f"{target.name}: {', '.join(others)} cannot be had with directory=, whose jobs are "
+            "files; leave it out"
+        )
+    return FileClaiming(
+        patch,
+        target,
+        **{name: getattr(options, name) for name in sorted(of_files)},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,31 +265,29 @@ class Asked:
     commit: bool
 
 
-class Claiming:
+class Claiming(Replacing):
     """The claim that stands in place of one function."""
 
     def __init__(self, options: Options, patch: Patch, target: Target) -> None:
-        self.patch = patch
-        self.target = target
+        super().__init__(
+            patch,
+            target,
+            limit=options.limit,
+            worker=options.worker,
+            returns=options.returns,
+            empty=options.empty,
+            when=options.when,
+        )
         self.delete = options.delete
         self.table = self._reading("table", table_of(options.table), _is_table)
         self._tables: dict[Any, JobTable] = {}
-        self.single = options.limit is ONE or (
-            isinstance(options.limit, int) and options.limit == 1 and options.limit is not True
-        )
         self.commits = commit_habit(target.function)
         self.session = self._session(options.session)
-        self.limit = self._reading("limit", 1 if self.single else options.limit)
         self.where = self._reading("where", options.where)
         self.order_by = self._reading("order_by", options.order_by, self._is_order)
         self.values = self._reading("values", options.values)
         self.lease = self._reading("lease", options.lease)
-        self.worker = self._reading("worker", options.worker, _is_text)
-        self.empty = self._reading("empty", options.empty, _is_answer)
         self.commit = self._reading("commit", options.commit)
-        self.when = self._when(options.when)
-        self.returns = _adapter(options.returns, single=self.single)
-        self._check_constants()
         if self.table.constant:
             self._check_table(self._job_table(self.table.given))
 
@@ -241,12 +296,6 @@ class Claiming:
         if given not in self._tables:
             self._tables[given] = stateless(given) if self.delete else job_table_of(given)
         return self._tables[given]
-
-    def _reading(
-        self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
-    ) -> Reading:
-        signature, name = self.target.signature, self.target.name
-        return reading(role, given, signature, name, is_constant=is_constant)
 
     def _session(self, given: Any) -> Reading:
         if given is None:
@@ -263,22 +312,8 @@ class Claiming:
             given = found[0]
         return self._reading("session", given, _is_bind)
 
-    def _when(self, given: Any) -> Reading:
-        if isinstance(given, str) and given.startswith("not "):
-            plain = self._reading("when", given.removeprefix("not ").strip())
-            return Reading("when", given, lambda call: not plain.read(call))
-        return self._reading("when", True if given is None else given)
-
     def _is_order(self, given: Any) -> bool:
         return not callable(given) or hasattr(given, "__clause_element__")
-
-    def _check_constants(self) -> None:
-        """Find out now what would else be found out by the first call."""
-        if self.limit.constant and not (self.limit.given is None or _is_count(self.limit.given)):
-            raise PatchError(
-                f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
-                "None for all, or the name of a parameter"
-            )
 
     def _check_table(self, job_table: JobTable) -> None:
         name, table = self.target.name, job_table.table.fullname
@@ -350,14 +385,6 @@ class Claiming:
         for each in await self.run_async(wrapped, instance, args, kwargs):
             yield each
 
-    def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """The call, if it claims; what does not fit the signature is the original's to refuse."""
-        call = bound_call(self.target.signature, instance, args, kwargs)
-        if call is None or not self.when.read(call):
-            self.patch.count(passed_through=1)
-            return None
-        return call
-
     def _synchronous(self, bind: Any) -> Any:
         if isinstance(bind, async_types()):
             raise PatchError(
@@ -417,34 +444,6 @@ class Claiming:
             bool(commit) and isinstance(bind, (Session, Connection)),
         )
 
-    def _answer(self, call: Call, claim: Claim[Any]) -> Any:
-        """What the function returns, or raises."""
-        if claim:
-            return self.returns(claim[0] if self.single else claim, call)
-        empty = self.empty.read(call)
-        if isinstance(empty, BaseException):
-            raise copy.copy(empty)
-        if isinstance(empty, type) and issubclass(empty, BaseException):
-            raise empty
-        if empty is not None:
-            return copy.copy(empty)
-        return None if self.single else self.returns(claim, call)
-
-
-def _is_text(given: Any) -> bool:
-    return isinstance(given, str)
-
-
-def _is_count(given: Any) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
-
-
-def _is_answer(given: Any) -> bool:
-    """Whether it is what is returned or raised, and not what makes it."""
-    return isinstance(given, (str, BaseException)) or (
-        isinstance(given, type) and issubclass(given, BaseException)
-    )
-
 
 def _is_table(given: Any) -> bool:
     """Whether it is the table, and not what reads it from a call."""
@@ -453,30 +452,6 @@ def _is_table(given: Any) -> bool:
 
 def _is_bind(given: Any) -> bool:
     return isinstance(given, (*BINDS, *async_types()))
-
-
-def _adapter(given: Any, *, single: bool) -> Callable[[Any, Call], Any]:
-    if given is None:
-        return lambda found, _: found
-    if isinstance(given, str):
-        try:
-            read = operator.attrgetter(given)
-        except TypeError as error:
-            raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
-        if single:
-            return lambda job, _: read(job)
-        return lambda jobs, _: [read(job) for job in jobs]
-    if not callable(given):
-        raise PatchError(
-            f"returns={given!r}; expected a callable that gets what was claimed, or the name of an "
-            "attribute of the jobs"
-        )
-    if inspect.iscoroutinefunction(given):
-        raise PatchError(f"returns={given!r} is a coroutine; expected a plain function")
-    # A class such as `dict` or `list` takes what it is given, and has no use for the call.
-    if positional(given) == 2 and inspect.isfunction(given):  # noqa: PLR2004 - found, call
-        return given
-    return lambda found, _: given(found)
 
 
 @contextmanager

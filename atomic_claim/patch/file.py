@@ -31,7 +31,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
 }
 MAKERS = {"patch_claims": patch_claims, "lock_reads": lock_reads, "claim_reads": claim_reads}
 # What is text, and never the name of an object.
-TEXTS = frozenset({"worker", "target", "by"})
+TEXTS = frozenset({"worker", "target", "by", "pattern", "layout"})
 TABLE_OPTIONS = frozenset(field.name for field in fields(JobTable) if field.init)
 
 
@@ -48,7 +48,9 @@ class Entry:
         options = {
             name: _option(name, value) for name, value in self.options.items() if name != "table"
         }
-        return MAKERS[self.by](self.target, _table(self.options["table"]), **options)
+        if "table" in self.options:
+            options["table"] = _table(self.options["table"])
+        return MAKERS[self.by](self.target, **options)
 
 
 def find_file(folder: Path) -> Path | None:
@@ -145,6 +147,8 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
     options = {name: value for name, value in given.items() if name != "by"}
     _check_names(where, options, OPTIONS[by])
     if "table" not in options:
+        if by == "patch_claims" and "directory" in options:
+            return Entry(by, target, options)
         raise PatchError(f'{where} has no table: write table = "package.models:Job"')
     table = options["table"]
     if isinstance(table, dict):

@@ -1,0 +1,107 @@
+"""Legacy functions that take files from a folder, replaced by a claim of files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from atomic_claim.errors import PatchError
+from atomic_claim.files import ClaimedFile, claim_files
+
+from .calls import Call
+from .patches import Patch
+from .replacing import ALL, Replacing
+from .targets import Target
+
+PROCESSING = "processing"
+
+
+class FileClaiming(Replacing):
+    """The claim of files that stands in place of one function."""
+
+    def __init__(
+        self,
+        patch: Patch,
+        target: Target,
+        *,
+        directory: Any,
+        processing: Any,
+        pattern: str,
+        key: Callable[[str], Any] | None,
+        layout: str,
+        returns: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(patch, target, returns=returns or _paths, **options)
+        self.directory = self._reading("directory", directory, _is_path)
+        self.processing = self._reading("processing", processing, _is_path)
+        self.claim_files = partial(claim_files, pattern=pattern, key=key, layout=layout)
+        for name, given in (("directory", directory), ("processing", processing)):
+            if given is not None and not (_is_path(given) or callable(given)):
+                raise PatchError(
+                    f"{name}={given!r} of {target.name}: expected a path, the name of a parameter "
+                    "or a callable"
+                )
+
+    def run(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a function."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return wrapped(*args, **kwargs)
+        return self._answer(call, self._claim(call))
+
+    def generate(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        """In place of a generator."""
+        yield from self.run(wrapped, instance, args, kwargs)
+
+    async def run_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a coroutine."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return await wrapped(*args, **kwargs)
+        return self._answer(call, await asyncio.to_thread(self._claim, call))
+
+    async def generate_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """In place of an asynchronous generator."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            async for each in wrapped(*args, **kwargs):
+                yield each
+            return
+        for each in self._answer(call, await asyncio.to_thread(self._claim, call)):
+            yield each
+
+    def _claim(self, call: Call) -> list[ClaimedFile]:
+        limit = self.limit.read(call)
+        if limit == 0:
+            return []
+        waiting = Path(self.directory.read(call))
+        processing = self.processing.read(call)
+        claimed = self.claim_files(
+            waiting,
+            waiting.parent / PROCESSING if processing is None else processing,
+            ALL if limit is None else limit,
+            worker=self.worker.read(call),
+        )
+        self.patch.count(claimed=len(claimed))
+        return claimed
+
+
+def _is_path(given: Any) -> bool:
+    return isinstance(given, (str, os.PathLike))
+
+
+def _paths(found: Any) -> Any:
+    return [file.path for file in found] if isinstance(found, list) else found.path

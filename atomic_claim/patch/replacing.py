@@ -1,0 +1,135 @@
+"""What every patch that replaces a function reads from a call, and makes of what was claimed."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from atomic_claim.errors import PatchError
+
+from .calls import Call, Reading, bound_call, positional, reading
+from .patches import Patch
+from .targets import Target
+
+ONE: Any = object()
+"""The limit of a function that claims one job and returns it, not a list."""
+ALL = 2**31 - 1
+
+
+class Replacing:
+    """What stands in place of one function.
+
+    Args:
+        patch: what counts.
+        target: the function.
+        limit: how many jobs at most.
+        worker: the claiming worker's name.
+        returns: makes what the function returns.
+        empty: what it returns if nothing was claimed.
+        when: which calls claim.
+    """
+
+    def __init__(
+        self,
+        patch: Patch,
+        target: Target,
+        *,
+        limit: Any,
+        worker: Any,
+        returns: Any,
+        empty: Any,
+        when: Any,
+    ) -> None:
+        self.patch = patch
+        self.target = target
+        self.single = limit is ONE or (isinstance(limit, int) and limit == 1 and limit is not True)
+        self.limit = self._reading("limit", 1 if self.single else limit)
+        self.worker = self._reading("worker", worker, is_text)
+        self.empty = self._reading("empty", empty, _is_answer)
+        self.when = self._when(when)
+        self.returns = _adapter(returns, single=self.single)
+        self._check_constants()
+
+    def _reading(
+        self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
+    ) -> Reading:
+        signature, name = self.target.signature, self.target.name
+        return reading(role, given, signature, name, is_constant=is_constant)
+
+    def _when(self, given: Any) -> Reading:
+        if isinstance(given, str) and given.startswith("not "):
+            plain = self._reading("when", given.removeprefix("not ").strip())
+            return Reading("when", given, lambda call: not plain.read(call))
+        return self._reading("when", True if given is None else given)
+
+    def _check_constants(self) -> None:
+        """Find out now what would else be found out by the first call."""
+        if self.limit.constant and not (self.limit.given is None or _is_count(self.limit.given)):
+            raise PatchError(
+                f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
+                "None for all, or the name of a parameter"
+            )
+
+    def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, if it claims; what does not fit the signature is the original's to refuse."""
+        call = bound_call(self.target.signature, instance, args, kwargs)
+        if call is None or not self.when.read(call):
+            self.patch.count(passed_through=1)
+            return None
+        return call
+
+    def _answer(self, call: Call, claim: list[Any]) -> Any:
+        """What the function returns, or raises."""
+        if claim:
+            return self.returns(claim[0] if self.single else claim, call)
+        empty = self.empty.read(call)
+        if isinstance(empty, BaseException):
+            raise copy.copy(empty)
+        if isinstance(empty, type) and issubclass(empty, BaseException):
+            raise empty
+        if empty is not None:
+            return copy.copy(empty)
+        return None if self.single else self.returns(claim, call)
+
+
+def is_text(given: Any) -> bool:
+    """Whether a string is meant as it is."""
+    return isinstance(given, str)
+
+
+def _is_count(given: Any) -> bool:
+    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
+
+
+def _is_answer(given: Any) -> bool:
+    """Whether it is what is returned or raised, and not what makes it."""
+    return isinstance(given, (str, BaseException)) or (
+        isinstance(given, type) and issubclass(given, BaseException)
+    )
+
+
+def _adapter(given: Any, *, single: bool) -> Callable[[Any, Call], Any]:
+    if given is None:
+        return lambda found, _: found
+    if isinstance(given, str):
+        try:
+            read = operator.attrgetter(given)
+        except TypeError as error:
+            raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
+        if single:
+            return lambda job, _: read(job)
+        return lambda jobs, _: [read(job) for job in jobs]
+    if not callable(given):
+        raise PatchError(
+            f"returns={given!r}; expected a callable that gets what was claimed, or the name of an "
+            "attribute of the jobs"
+        )
+    if inspect.iscoroutinefunction(given):
+        raise PatchError(f"returns={given!r} is a coroutine; expected a plain function")
+    # A class such as `dict` or `list` takes what it is given, and has no use for the call.
+    if positional(given) == 2 and inspect.isfunction(given):  # noqa: PLR2004 - found, call
+        return given
+    return lambda found, _: given(found)
