@@ -6,9 +6,9 @@ the job a second time.
 
 .. code-block:: sql
 
-    CREATE TRIGGER jobs_claim_guard_2_running BEFORE UPDATE OF processing ON jobs FOR EACH ROW
-        WHEN (<NEW bears the mark of a claim, and OLD is neither free nor to be had again>)
-        EXECUTE PROCEDURE jobs_claim_guard('is running already, a second claim is refused')
+    CREATE TRIGGER jobs_claim_guard BEFORE UPDATE OF processing ON jobs FOR EACH ROW
+        WHEN (<NEW bears the mark of a claim, and OLD is not free>)
+        EXECUTE PROCEDURE jobs_claim_guard()
 """
 
 from __future__ import annotations
@@ -257,18 +257,23 @@ class _Rules:
         return and_(new.is_not(None), new.is_distinct_from(old))
 
     @cached_property
+    def takes(self) -> ColumnElement[bool]:
+        """Whether the new row bears the mark of a claim, and the old one was not free."""
+        return and_(self.is_marked(self.new), not_(self.was_free))
+
+    @cached_property
+    def is_excused(self) -> ColumnElement[bool]:
+        """Whether such an UPDATE ends the job, or takes it over after its lease."""
+        ends_it = and_(self.was_running, self.has_ended(self.new))
+        return or_(ends_it, self.was_to_be_had_again)
+
+    @cached_property
     def claims(self) -> ColumnElement[bool]:
         """Whether the UPDATE, if it writes the state, claims what it must not have.
 
         That is to say: unless it is the progress of the one who runs the job.
         """
-        ends_it = and_(self.was_running, self.has_ended(self.new))
-        return and_(
-            self.is_marked(self.new),
-            not_(self.was_free),
-            not_(ends_it),
-            not_(self.was_to_be_had_again),
-        )
+        return and_(self.takes, not_(self.is_excused))
 
     @cached_property
     def may_be_progress(self) -> ColumnElement[bool]:
@@ -399,48 +404,58 @@ class _Rules:
 
 
 def _postgresql(rules: _Rules) -> Guard:
-    """A function, and a trigger for each thing that it is called for.
+    """A function, and a trigger for each column whose writing means something.
 
     An UPDATE that writes the worker's column and leaves it as it is says whose it is, and is
-    heard before the triggers after it judge: triggers fire in the order of their names
+    heard before the last trigger judges: triggers fire in the order of their names
     (https://www.postgresql.org/docs/current/trigger-definition.html). They see the row as it was
-    when its lock was got, not as the statement had found it.
+    when its lock was got, not as the statement had found it. What a claim of a free job does not
+    get past stands in WHEN, where it costs no call of the function; it is short, since the server
+    reads it anew for every statement.
     """
-    function = rules.schema + rules.name()
-    tag = "$atomic_claim$"
-    who = rules.sql(rules.message())
-    triggers = [
-        (f"_1_named_{place}", rules.quoted(proof.name), and_(rules.claims, condition), "named")
-        for place, (proof, condition) in enumerate(rules.proofs, 1)
+    function, table = rules.schema + rules.name(), rules.full_name
+    who, takes = rules.sql(rules.message()), rules.sql(rules.takes)
+    named = [
+        (f"_1_named_{place}", rules.quoted(proof.name), rules.sql(holds))
+        for place, (proof, holds) in enumerate(rules.proofs, 1)
     ]
-    named = func.coalesce(func.current_setting(NAMED, true()), "") == rules.message()
-    proven = [and_(condition, named) for _, condition in rules.proofs]
-    claims = and_(rules.claims, not_(or_(*proven))) if proven else rules.claims
-    triggers += [
-        ("_2_ended", rules.state, and_(claims, not_(rules.was_running)), ENDED),
-        ("_2_running", rules.state, and_(claims, rules.was_running), RUNNING),
-    ]
-    hint = rules.sql(literal(_hint(rules), Text()))
+    triggers = [*named, ("_2_judge", rules.state, "")]
+    says = "".join(_postgresql_proof(suffix, holds) for suffix, _, holds in named)
+    what = rules.sql(case((rules.was_running, literal(RUNNING)), else_=literal(ENDED)))
     body = f"""
-    CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {tag}
+    CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $atomic_claim$
+    DECLARE
+        who text := {who};
     BEGIN
-        IF TG_ARGV[0] = 'named' THEN
-            PERFORM set_config('{NAMED}', {who}, true);
+        IF {rules.sql(rules.is_excused)} THEN
             RETURN NEW;
-        END IF;
+        END IF;{says}
         RAISE EXCEPTION USING
             ERRCODE = 'integrity_constraint_violation',
-            MESSAGE = {who} || TG_ARGV[0],
-            HINT = {hint};
-    END {tag}
+            MESSAGE = who || {what},
+            HINT = {rules.sql(literal(_hint(rules)))};
+    END $atomic_claim$
     """
     made = [
-        f"CREATE TRIGGER {rules.name(suffix)} BEFORE UPDATE OF {columns} ON {rules.full_name} "
-        f"FOR EACH ROW WHEN ({rules.sql(condition)}) EXECUTE PROCEDURE {function}('{argument}')"
-        for suffix, columns, condition, argument in triggers
+        f"CREATE TRIGGER {rules.name(suffix)} BEFORE UPDATE OF {columns} ON {table} "
+        f"FOR EACH ROW WHEN ({takes}) EXECUTE PROCEDURE {function}('{suffix}')"
+        for suffix, columns, _ in triggers
     ]
-    dropped = [f"DROP TRIGGER {rules.name(suffix)} ON {rules.full_name}" for suffix, *_ in triggers]
+    dropped = [f"DROP TRIGGER {rules.name(suffix)} ON {table}" for suffix, *_ in triggers]
     return Guard((_text(body), *made), (*dropped, f"DROP FUNCTION {function}()"))
+
+
+def _postgresql_proof(suffix: str, holds: str) -> str:
+    """Keep what the trigger of a column has seen, until the last trigger asks for it."""
+    return f"""
+        IF TG_ARGV[0] = '{suffix}' THEN
+            PERFORM set_config('{NAMED}', who, true) WHERE {holds};
+            RETURN NEW;
+        ELSIF TG_ARGV[0] = '_2_judge' AND {holds}
+            AND current_setting('{NAMED}', true) = who
+        THEN
+            RETURN NEW;
+        END IF;"""
 
 
 def _hint(rules: _Rules) -> str:
