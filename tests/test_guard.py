@@ -339,6 +339,21 @@ def test_a_loop_that_does_not_know_the_worker_column(database: Database) -> None
             assert connection.exec_driver_sql("SELECT * FROM jobs_claim_guard").all() == []
 
 
+@pytest.mark.databases(*NOT_INNODB)
+def test_no_name_is_no_proof(database: Database) -> None:
+    """Who writes that no worker is known does not show that the token was written too."""
+    engine, jobs = database.engine(), counted_jobs()
+    fill(engine, jobs.table, 1)
+    guarded(engine, jobs, full_rows=True)
+    claim = claim_jobs(engine, jobs, lease=LEASE)
+    with engine.connect() as connection:
+        loop = Legacy(connection, jobs, "")
+        with refused(RUNNING):
+            loop.update(1, processing=True, worker=None)
+        connection.rollback()
+        assert loop.update(1, processing=True, worker=None, claim_token=claim.token) == 1
+
+
 @pytest.mark.databases(*INNODB)
 def test_a_loop_that_does_not_name_itself(database: Database) -> None:
     """Where nothing else tells two claims apart, one without a worker is refused at once."""
