@@ -24,6 +24,7 @@ ROOMS = [
     "tickets",
     "statement",
     "dialects",
+    "guard",
     "binds",
     "claim",
     "lease",
