@@ -105,8 +105,7 @@ def complete_jobs(
         ClaimError: the table cannot hold what was asked for.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    values = _ending(owned.job_table, owned.job_table.done, "done")
-    return _change(bind, owned, values)
+    return _change(bind, owned, completion(owned.job_table))
 
 
 def fail_jobs(
@@ -138,17 +137,7 @@ def fail_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    job_table = owned.job_table
-    if retry is False:
-        values = _ending(job_table, job_table.failed, "failed")
-    else:
-        values = _freeing(job_table)
-        values[_needed(job_table, "due", "fail_jobs(retry=...)")] = job_table.now(
-            job_table.due, _delay(job_table, retry), floor=True
-        )
-    if error is not None and job_table.error is not None:
-        values[job_table.error] = _error_value(job_table, str(error))
-    return _change(bind, owned, values)
+    return _change(bind, owned, failure(owned.job_table, retry=retry, error=error))
 
 
 def release_jobs(
@@ -169,10 +158,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    values = _freeing(owned.job_table)
-    if (attempts := owned.job_table.attempts) is not None:
-        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
-    return _change(bind, owned, values)
+    return _change(bind, owned, release(owned.job_table))
 
 
 def extend_jobs(
@@ -238,6 +224,34 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         return len(strategy.change(work, job_table, free, spent, values))
 
     return run_in(bind, job_table, run, single=lambda _: False)
+
+
+def completion(job_table: JobTable) -> Values:
+    """What a completion writes."""
+    return _ending(job_table, job_table.done, "done")
+
+
+def failure(
+    job_table: JobTable, *, retry: bool | timedelta, error: str | BaseException | None
+) -> Values:
+    """What a failure writes, be it the last one or to be tried again."""
+    if retry is False:
+        values = _ending(job_table, job_table.failed, "failed")
+    else:
+        values = _freeing(job_table)
+        due = _needed(job_table, "due", "fail_jobs(retry=...)")
+        values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
+    if error is not None and job_table.error is not None:
+        values[job_table.error] = _error_value(job_table, str(error))
+    return values
+
+
+def release(job_table: JobTable) -> Values:
+    """What giving a job back writes."""
+    values = _freeing(job_table)
+    if (attempts := job_table.attempts) is not None:
+        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
+    return values
 
 
 def extension(job_table: JobTable, lease: timedelta | None) -> Values:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo
+from . import demo, sql
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("sql")(sql.sql)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
@@ -30,6 +31,7 @@ from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
     ORDER,
+    ByKey,
     Candidates,
     ClaimParts,
     ClaimStatement,
@@ -37,7 +39,17 @@ from atomic_claim.statement import (
     key_equals,
 )
 
-from .base import Found, Pooled, Strategy, Work, load, mark_and_load, require, returned
+from .base import (
+    Found,
+    Pooled,
+    Strategy,
+    Work,
+    load,
+    mark_and_load,
+    reading_by_key,
+    require,
+    returned,
+)
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -117,6 +129,10 @@ class PostgreSQL(Strategy):
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
+
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        reading = (reading_by_key(parts, self.hints),) if parts.spread else ()
+        return (parts.statement, *reading)
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
-from sqlalchemy import CTE, Connection, Dialect, Result, false, text, tuple_, type_coerce, update
+from sqlalchemy import (
+    CTE,
+    Connection,
+    Dialect,
+    Result,
+    Update,
+    false,
+    text,
+    tuple_,
+    type_coerce,
+    update,
+)
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import NullType, String
 
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
-from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
     Found,
@@ -26,6 +38,8 @@ from .base import (
     Strategy,
     Work,
     mark_and_load,
+    marking_by_key,
+    reading_by_key,
     refuse_autocommit,
     require,
     returned,
@@ -69,20 +83,21 @@ class SQLite(Strategy):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
-        if parts.single:
-            return returned(parts, work.execute(parts.statement, params))
-        return _in_order(parts, work.execute(parts.prepare("sqlite", _with_terms), params))
+        [statement] = self.statements(parts)
+        result = work.execute(cast("ClaimStatement", statement), params)
+        return returned(parts, result) if parts.single else _in_order(parts, result)
+
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        if self.is_single(parts):
+            return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
+        marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
+        return (_lock(parts), parts.candidates.select(), *marked)
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        self._lock(work, parts)
+        work.execute(_lock(parts))
         refuse_autocommit(self, work, "another claim could come between this one's statements")
         keys = [tuple(row) for row in work.execute(parts.candidates.select(), params)]
         return mark_and_load(work, parts, keys, params, self.hints)
-
-    def _lock(self, work: Work, parts: ClaimParts) -> None:
-        """Take the write lock as the transaction's first statement would, and change nothing."""
-        table, key = parts.job_table.table, parts.job_table.key[0]
-        work.execute(update(table).values({key: key}).where(false()))
 
     def commit(self, connection: Connection) -> None:
         """A COMMIT that finds the file busy leaves the transaction open.
@@ -129,6 +144,12 @@ class SQLite(Strategy):
             "has read cannot become a writer once another connection has written "
             "(https://www.sqlite.org/lang_transaction.html)"
         )
+
+
+def _lock(parts: ClaimParts) -> Update:
+    """Take the write lock as the transaction's first statement would, and change nothing."""
+    table, key = parts.job_table.table, parts.job_table.key[0]
+    return update(table).values({key: key}).where(false())
 
 
 def _is_legacy(driver: Any) -> bool:
