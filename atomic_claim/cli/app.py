@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, sql
+from . import demo, migration, sql
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("sql")(sql.sql)
+app.command("migration")(migration.migration)
 
 
 def _show_version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Dialect, bindparam, make_url
@@ -19,8 +19,9 @@ def dialect_of(name: str) -> Dialect:
     """A dialect that is to be read by people: its parameters are ``:named``, it has no driver."""
     # psycopg2's dialect, unlike psycopg's, adds no cast to every parameter.
     url = "postgresql+psycopg2://" if name == "postgresql" else f"{name}://"
-    make: Callable[..., Dialect] = make_url(url).get_dialect()
-    return make(paramstyle="named")
+    make: Any = make_url(url).get_dialect()
+    made: Dialect = make(paramstyle="named")
+    return made
 
 
 def fresh_parts(job_table: JobTable, ask: Ask, *, entities: bool = False) -> ClaimParts:
