@@ -107,8 +107,7 @@ def complete_jobs(
         ClaimError: the table cannot hold what was asked for.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    values = _ending(owned.job_table, owned.job_table.done, "done")
-    return _change(bind, owned, values)
+    return _change(bind, owned, completion(owned.job_table))
 
 
 def fail_jobs(
@@ -140,17 +139,7 @@ def fail_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    job_table = owned.job_table
-    if retry is False:
-        values = _ending(job_table, job_table.failed, "failed")
-    else:
-        values = _freeing(job_table)
-        values[_needed(job_table, "due", "fail_jobs(retry=...)")] = job_table.now(
-            job_table.due, _delay(job_table, retry), floor=True
-        )
-    if error is not None and job_table.error is not None:
-        values[job_table.error] = _error_value(job_table, str(error))
-    return _change(bind, owned, values)
+    return _change(bind, owned, failure(owned.job_table, retry=retry, error=error))
 
 
 def release_jobs(
@@ -171,7 +160,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _change(bind, owned, _releasing(owned.job_table))
+    return _change(bind, owned, release(owned.job_table))
 
 
 def release_left(bind: Bind, claim: Held) -> int:
@@ -184,7 +173,7 @@ def release_left(bind: Bind, claim: Held) -> int:
     """
     owned = owned_rows(claim, None, unfenced=False)
     job_table, guard = owned.job_table, owned.guard()
-    values = _releasing(job_table)
+    values = release(job_table)
 
     def run(strategy: Strategy, work: Work) -> int:
         with strategy.limit_wait(work, LONGEST_LOOK):
@@ -257,6 +246,34 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         return len(strategy.change(work, job_table, free, spent, values))
 
     return run_in(bind, job_table, run, single=lambda _: False)
+
+
+def completion(job_table: JobTable) -> Values:
+    """What a completion writes."""
+    return _ending(job_table, job_table.done, "done")
+
+
+def failure(
+    job_table: JobTable, *, retry: bool | timedelta, error: str | BaseException | None
+) -> Values:
+    """What a failure writes, be it the last one or to be tried again."""
+    if retry is False:
+        values = _ending(job_table, job_table.failed, "failed")
+    else:
+        values = _freeing(job_table)
+        due = _needed(job_table, "due", "fail_jobs(retry=...)")
+        values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
+    if error is not None and job_table.error is not None:
+        values[job_table.error] = _error_value(job_table, str(error))
+    return values
+
+
+def release(job_table: JobTable) -> Values:
+    """What giving a job back writes."""
+    values = _freeing(job_table)
+    if (attempts := job_table.attempts) is not None:
+        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
+    return values
 
 
 def extension(job_table: JobTable, lease: timedelta | None) -> Values:
@@ -372,14 +389,6 @@ def _freeing(job_table: JobTable) -> Values:
     values = {**_written_by_all(job_table), **job_table.released}
     if job_table.worker is not None:
         values[job_table.worker] = null()
-    return values
-
-
-def _releasing(job_table: JobTable) -> Values:
-    """What undoes a claim; the attempt does not count."""
-    values = _freeing(job_table)
-    if (attempts := job_table.attempts) is not None:
-        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
     return values
 
 

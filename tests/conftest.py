@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import sqlite3
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import sqlalchemy as sa
 
+from tests.commands import VARIABLES, Command, Ended
 from tests.databases import KINDS, NAMES, Database, SQLiteDatabase
 from tests.processes import Workspace
 from tests.servers import DatabaseServer, Unavailable
@@ -121,3 +123,22 @@ def database(
     """An empty database, one after another of each kind."""
     with fresh_database(request.param, request.config, tmp_path_factory) as made:
         yield made
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process, with no URL from outside, on 80 columns without colours."""
+    from atomic_claim.cli import main  # noqa: PLC0415 - the library's own tests need no command
+
+    for name in (*VARIABLES, "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["atomic-claim", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return Ended(int(ended.value.code or 0), said.out, said.err)
+
+    return run

@@ -7,9 +7,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,78 +20,19 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
 from atomic_claim import claim_jobs
-from atomic_claim.cli import file_workload, main, workload
+from atomic_claim.cli import file_workload, workload
 from atomic_claim.cli.database import CommandError, complaint, masked, parse_url
 from atomic_claim.cli.workload import Half, RunJob, Workload
-from tests.databases import Database, SQLiteDatabase
+from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
+from tests.databases import Database
 from tests.waiting import wait_until
 
 typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
-REPOSITORY = Path(__file__).parent.parent
-PASSWORD = "Swordfish-7"  # noqa: S105 - to be looked for in what is said
-VARIABLES = ("ATOMIC_CLAIM_URL", "DATABASE_URL")
 # The loop shows itself at its first step already, so once would do almost always.
 ATTEMPTS = 3
 PATIENCE = 60
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-    def refused(self) -> str:
-        """The one line of a command that could not do what it was asked for."""
-        assert self.code == 2, self
-        assert not self.out
-        assert self.err.startswith("atomic-claim: "), self
-        assert self.err.endswith("\n"), self
-        assert self.err.count("\n") == 1, self
-        assert PASSWORD not in self.err
-        return self.err
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No URL from outside, and a terminal of 80 columns without colours."""
-    for name in (*VARIABLES, "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command in this process."""
-
-    def run(*arguments: str) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["atomic-claim", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capsys.readouterr()
-        return Ended(int(ended.value.code or 0), said.out, said.err)
-
-    return run
-
-
-def real(*arguments: str, **options: Any) -> Ended:
-    """The command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "atomic_claim", *arguments],
-        cwd=REPOSITORY,
-        check=False,
-        capture_output=True,
-        text=True,
-        **options,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
 
 
 @contextmanager
@@ -112,13 +52,6 @@ def begun(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     finally:
         process.kill()
         process.wait()
-
-
-def address(database: Database) -> str:
-    """What is given as --url; of SQLite a file that is there."""
-    if isinstance(database, SQLiteDatabase):
-        database.path.touch()
-    return database.url.render_as_string(hide_password=False)
 
 
 def tables(database: Database) -> list[str]:

@@ -128,6 +128,13 @@ class Strategy(ABC):
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
         """The SELECT such that whatever it returns is locked, and what others hold is skipped."""
 
+    @abstractmethod
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        """What :meth:`claim` executes, one after the other, where nobody is in its way.
+
+        For people to read, and for EXPLAIN.
+        """
+
     def change(
         self,
         work: Work,
@@ -138,15 +145,17 @@ class Strategy(ABC):
     ) -> list[Key]:
         """Change those of the rows that the guard is true for; their keys, in no order."""
         changed: list[Key] = []
+        [changing] = self.changes(job_table, guard, values)
         for chunk in chunks(keys, CHUNK):
-            statement = (
-                update(job_table.table)
-                .values(dict(values))
-                .where(key_in(job_table.key, chunk), guard)
-                .returning(*job_table.key)
-            )
-            changed += [tuple(row) for row in work.execute(statement)]
+            changed += [tuple(row) for row in work.execute(*changing.of(chunk))]
         return changed
+
+    def changes(
+        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+    ) -> Sequence[ByKey]:
+        """What :meth:`change` executes, one after the other."""
+        statement = update(job_table.table).values(dict(values)).returning(*job_table.key)
+        return (ByKey(job_table.key, lambda is_one: statement.where(is_one, guard)),)
 
     def changes_at_once(self, keys: Sequence[Key]) -> bool:
         """Whether :meth:`change` is one statement for so many keys."""
@@ -272,10 +281,15 @@ def mark_and_load(
 ) -> Found:
     """Write the claim to rows that are locked, and read them."""
     written = {name: value for name, value in params.items() if name not in {LIMIT, REACH}}
-    marking = parts.prepare(f"marking {hints}", partial(_marking, hints=hints))
+    marking = marking_by_key(parts, hints)
     for chunk in chunks(keys, CHUNK):
         work.execute(*marking.of(chunk, written))
     return load(work, parts, keys, hints)
+
+
+def marking_by_key(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
+    """The statement that writes the claim."""
+    return parts.prepare(f"marking {hints}", partial(_marking, hints=hints))
 
 
 def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
@@ -295,14 +309,18 @@ def load(work: Work, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str,
     found: dict[Key, Any] = {}
     for lock in (False, True):
         missing = [key for key in keys if key not in found]
-        make = partial(_reading, lock=lock, hints=hints)
         for chunk in chunks(missing, CHUNK):
-            reading = parts.prepare(f"reading {lock} {hints}", make)
+            reading = reading_by_key(parts, hints, lock=lock)
             result = work.execute(*reading.of(chunk))
             items = result.scalars().unique() if parts.entities else result
             key_of = parts.key_of
             found.update((key_of(item), item) for item in items)
     return [(key, found[key]) for key in keys]
+
+
+def reading_by_key(parts: ClaimParts, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
+    """The statement that reads what was claimed."""
+    return parts.prepare(f"reading {lock} {hints}", partial(_reading, lock=lock, hints=hints))
 
 
 def _reading(parts: ClaimParts, lock: bool, hints: Mapping[str, str]) -> ByKey:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
@@ -26,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
 
@@ -49,12 +50,13 @@ from .base import (
     Found,
     Key,
     Pooled,
-    Statement,
     Strategy,
     Work,
     chunks,
     hinted,
     mark_and_load,
+    marking_by_key,
+    reading_by_key,
     refuse_autocommit,
     require,
 )
@@ -124,9 +126,7 @@ class MySQL(Strategy):
     ) -> list[Key]:
         _check_engine(work.connection, parts.job_table.table)
         mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
-        statements = parts.prepare(
-            "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
-        )
+        statements = self._prepared(parts, mariadb=mariadb)
         return _Search(self, work, statements, params[LIMIT]).keys()
 
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
@@ -154,6 +154,17 @@ class MySQL(Strategy):
         of_known = not work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         return found.with_for_update(of=find.place) if of_known else found
 
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        """The candidates' SELECT without what it asks of the session."""
+        marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
+        lock = self._prepared(parts, mariadb=False).lock
+        return (parts.candidates.select(), lock, *marked)
+
+    def _prepared(self, parts: ClaimParts, *, mariadb: bool) -> _Statements:
+        return parts.prepare(
+            "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
+        )
+
     def change(
         self,
         work: Work,
@@ -164,19 +175,21 @@ class MySQL(Strategy):
     ) -> list[Key]:
         """No RETURNING here: what the guard holds for is locked and read, then written."""
         changed: list[Key] = []
+        hold, write = self.changes(job_table, guard, values)
         for chunk in chunks(keys, CHUNK):
-            held = self._by_key(select(*job_table.key), job_table, chunk)
-            held = held.where(guard).with_for_update()
-            changed += (found := [tuple(row) for row in work.execute(held)])
+            changed += (found := [tuple(row) for row in work.execute(*hold.of(chunk))])
             refuse_autocommit(self, work, "the row locks would be gone before the rows are changed")
             if found:
-                statement = update(job_table.table).values(dict(values))
-                work.execute(self._by_key(statement, job_table, found))
+                work.execute(*write.of(found))
         return changed
 
-    def _by_key(self, statement: Statement, job_table: JobTable, keys: Sequence[Key]) -> Statement:
-        found = hinted(statement, job_table.table, self.hints).where(key_in(job_table.key, keys))
-        return cast("Statement", found)
+    def changes(
+        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+    ) -> Sequence[ByKey]:
+        key, table = job_table.key, job_table.table
+        held = hinted(select(*key), table, self.hints).with_for_update()
+        writing = hinted(update(table).values(dict(values)), table, self.hints)
+        return ByKey(key, lambda is_one: held.where(is_one, guard)), ByKey(key, writing.where)
 
     def changes_at_once(self, keys: Sequence[Key]) -> bool:
         return False

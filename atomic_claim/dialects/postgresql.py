@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
@@ -31,6 +32,7 @@ from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
     ORDER,
+    ByKey,
     Candidates,
     ClaimParts,
     ClaimStatement,
@@ -47,6 +49,7 @@ from .base import (
     Work,
     load,
     mark_and_load,
+    reading_by_key,
     refuse_autocommit,
     require,
     returned,
@@ -147,6 +150,10 @@ class PostgreSQL(Strategy):
             zone = _time_zone(work)
             if zone.lower() not in UTC_NAMES:
                 self.refuse_naive(parts.job_table, repr(zone))
+
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        reading = (reading_by_key(parts, self.hints),) if parts.spread else ()
+        return (parts.statement, *reading)
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))

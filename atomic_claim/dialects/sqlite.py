@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from sqlalchemy import (
     Dialect,
     Result,
     Select,
+    Update,
     false,
     text,
     tuple_,
@@ -23,6 +24,7 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import NullType, String
@@ -30,7 +32,7 @@ from sqlalchemy.types import NullType, String
 from atomic_claim.columns import JobTable
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
-from atomic_claim.statement import ORDER, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
     Find,
@@ -40,6 +42,8 @@ from .base import (
     Strategy,
     Work,
     mark_and_load,
+    marking_by_key,
+    reading_by_key,
     refuse_autocommit,
     require,
     returned,
@@ -83,9 +87,15 @@ class SQLite(Strategy):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
-        if parts.single:
-            return returned(parts, work.execute(parts.statement, params))
-        return _in_order(parts, work.execute(parts.prepare("sqlite", _with_terms), params))
+        [statement] = self.statements(parts)
+        result = work.execute(cast("ClaimStatement", statement), params)
+        return returned(parts, result) if parts.single else _in_order(parts, result)
+
+    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        if self.is_single(parts):
+            return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
+        marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
+        return (_lock(parts), parts.candidates.select(), *marked)
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         keys = self.lock(work, parts, params)
@@ -152,6 +162,12 @@ class SQLite(Strategy):
             "has read cannot become a writer once another connection has written "
             "(https://www.sqlite.org/lang_transaction.html)"
         )
+
+
+def _lock(parts: ClaimParts) -> Update:
+    """Take the write lock as the transaction's first statement would, and change nothing."""
+    table, key = parts.job_table.table, parts.job_table.key[0]
+    return update(table).values({key: key}).where(false())
 
 
 def _is_legacy(driver: Any) -> bool:

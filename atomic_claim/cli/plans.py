@@ -1,0 +1,262 @@
+"""How a database would run the very claim: EXPLAIN, read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, inspect, text
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.elements import ColumnClause
+
+from atomic_claim.dialects import strategy_for
+from atomic_claim.statement import Ask, ClaimParts, ClaimStatement, OrderTerm
+
+from .indexes import INNODB, NeededIndex, needed_indexes
+from .texts import for_keys
+
+EXPLAIN = {
+    "postgresql": "EXPLAIN (FORMAT JSON) ",
+    "sqlite": "EXPLAIN QUERY PLAN ",
+    "mysql": "EXPLAIN FORMAT=TRADITIONAL ",
+    "mariadb": "EXPLAIN ",
+}
+FEW = 1000
+# What an index can do is asked, not whether so few rows are worth it.
+PREFERENCES = {
+    "postgresql": (
+        "SET LOCAL enable_seqscan = off",
+        "SET LOCAL enable_bitmapscan = off",
+        "SET LOCAL enable_sort = off",
+    ),
+    "mysql": ("SET SESSION max_seeks_for_key = 1",),
+    "mariadb": ("SET SESSION max_seeks_for_key = 1",),
+}
+
+
+@dataclass(frozen=True)
+class Access:
+    """One way in which a claim reads the job table.
+
+    Attributes:
+        how: in the database's own words.
+        index: the name of the index by which it reads, if by one.
+        sorts: whether it sorts all that it reads so.
+        rows: how many rows it reads, as MySQL and MariaDB guess.
+    """
+
+    how: str
+    index: str | None
+    sorts: bool
+    rows: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.how}, then a sort of all that was read" if self.sorts else self.how
+
+
+@dataclass(frozen=True)
+class Known:
+    """An index as it is in the database.
+
+    Attributes:
+        columns: its columns' names, None for an expression.
+        where: the condition of a partial one.
+        descending: on MySQL and MariaDB, which of the columns are.
+    """
+
+    columns: tuple[str | None, ...]
+    where: str
+    descending: tuple[bool, ...] = ()
+
+    def decides(self, order: tuple[Any, ...], names: frozenset[str]) -> frozenset[str]:
+        """Those of the columns whose conditions hold for all that is read in its order."""
+        first = OrderTerm.of(order[0]).element
+        name = getattr(first, "name", None)
+        before = self.columns[: self.columns.index(name)] if name in self.columns else self.columns
+        said = {each for each in names if re.search(rf"(?<!\w){re.escape(each)}(?!\w)", self.where)}
+        return frozenset(said | {each for each in before if each is not None})
+
+
+def explained(connection: Connection, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
+    """The rows of a statement's EXPLAIN, with its parameters as they would be sent."""
+    plain, keys = for_keys(statement)
+    compiled: Any = plain.compile(dialect=connection.dialect)
+    state = compiled.construct_expanded_state({**given, **keys})
+    values = {
+        name: _sent(compiled.binds.get(name), value, connection)
+        for name, value in state.parameters.items()
+    }
+    parameters: Any = values
+    if compiled.positional:
+        parameters = tuple(values[name] for name in state.positiontup)
+    words = EXPLAIN[_product(connection)] + state.statement
+    return list(connection.exec_driver_sql(words, parameters).mappings())
+
+
+def _sent(bind: Any, value: Any, connection: Connection) -> Any:
+    if bind is None:
+        return value
+    process = bind.type.dialect_impl(connection.dialect).bind_processor(connection.dialect)
+    return value if process is None else process(value)
+
+
+def _product(connection: Connection) -> str:
+    return (
+        "mariadb" if getattr(connection.dialect, "is_mariadb", False) else connection.dialect.name
+    )
+
+
+def accesses(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Access]:
+    """How the claim would read the job table, on a connection whose transaction is rolled back."""
+    product = _product(connection)
+    statement = next(
+        each
+        for each in strategy_for(connection.dialect).statements(parts)
+        if isinstance(each, (ClaimStatement, Select))
+    )
+    for preference in PREFERENCES.get(product, ()):
+        connection.execute(text(preference))
+    rows = explained(connection, statement, ask.parameters("0" * 32))
+    connection.rollback()
+    table = parts.job_table.table
+    if product == "postgresql":
+        return list(_of_postgresql(rows[0]["QUERY PLAN"][0]["Plan"], table))
+    if product == "sqlite":
+        return list(_of_sqlite(rows, table))
+    return list(_of_innodb(rows, table))
+
+
+def _of_postgresql(node: dict[str, Any], table: Table, *, sorts: bool = False) -> Iterator[Access]:
+    kind = node["Node Type"]
+    if "Sort" in kind:
+        sorts = True
+    elif kind in {"Limit", "Aggregate", "CTE Scan"}:
+        sorts = False
+    if node.get("Relation Name") == table.name and "Scan" in kind:
+        index = node.get("Index Name")
+        yield Access(f"{kind} using {index}" if index else kind, index, sorts)
+    for below in node.get("Plans", []):
+        apart = below.get("Parent Relationship") in {"InitPlan", "SubPlan"}
+        yield from _of_postgresql(below, table, sorts=sorts and not apart)
+
+
+def _of_sqlite(rows: list[Any], table: Table) -> Iterator[Access]:
+    """A tree, in which what is sorted stands beside what is read."""
+    for row in rows:
+        found = re.match(rf"(?:SCAN|SEARCH) {re.escape(table.name)}\b", row["detail"])
+        if found is None and not row["detail"].startswith("MULTI-INDEX OR"):
+            continue
+        beside = [each["detail"] for each in rows if each["parent"] == row["parent"]]
+        index = re.search(r"USING (?:COVERING )?INDEX (.+?)(?: \(|$)", row["detail"])
+        sorts = any("TEMP B-TREE FOR ORDER BY" in each for each in beside)
+        yield Access(row["detail"], index[1] if index else None, sorts)
+
+
+def _of_innodb(rows: list[Any], table: Table) -> Iterator[Access]:
+    for row in rows:
+        if row["table"] != table.name:
+            continue
+        how = f"{row['type']} access by {row['key']}" if row["key"] else f"{row['type']} access"
+        sorts = "filesort" in (row["Extra"] or "")
+        yield Access(how, row["key"], sorts, int(row["rows"] or 0))
+
+
+def known_indexes(connection: Connection, table: Table) -> dict[str, Known]:
+    """The indexes that the database has on a table, and can use."""
+    if connection.dialect.name in INNODB:
+        return _known_to_innodb(connection, table)
+    found: dict[str, Known] = {}
+    for index in inspect(connection).get_indexes(table.name, schema=table.schema):
+        options = index.get("dialect_options", {})
+        where = options.get("postgresql_where", options.get("sqlite_where", ""))
+        if name := index["name"]:
+            found[name] = Known(tuple(index["column_names"]), str(where))
+    return found
+
+
+def _known_to_innodb(connection: Connection, table: Table) -> dict[str, Known]:
+    query = text(
+        "SELECT index_name AS name, column_name AS part, collation AS direction "
+        "FROM information_schema.statistics "
+        "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name = :table "
+        "ORDER BY index_name, seq_in_index"
+    )
+    rows = connection.execute(query, {"schema": table.schema, "table": table.name})
+    parts: dict[str, list[tuple[str | None, bool]]] = {}
+    for name, column, direction in rows:
+        parts.setdefault(name, []).append((column, direction == "D"))
+    return {
+        name: Known(tuple(c for c, _ in found), "", tuple(d for _, d in found))
+        for name, found in parts.items()
+    }
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """A reason for which rows are free that no index finds them by.
+
+    Attributes:
+        needed: the index that would.
+        accesses: how the claim reads the table now.
+    """
+
+    needed: NeededIndex
+    accesses: tuple[Access, ...]
+
+
+def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserved]:
+    """What of a claim no index serves, by the plan of its very statement.
+
+    An index serves if the rows are read by it in their order, and if it decides on the columns
+    that say whether a row is free and done. Failed rows, of which there are few, may be passed
+    over.
+    """
+    job_table = parts.job_table
+    found = tuple(accesses(connection, parts, ask))
+    known = known_indexes(connection, job_table.table)
+    optional = frozenset(
+        column.name
+        for ends in (job_table.failed, job_table.withdrawn)
+        for column in ends
+        if column is not job_table.state and column not in job_table.done
+    )
+    # MySQL and MariaDB sort a few rows rather than read them by the index that is there.
+    is_small = all(access.rows is not None and access.rows < FEW for access in found)
+    return [
+        Unserved(needed, found)
+        for needed in needed_indexes(job_table)
+        if not any(_serves(needed, access, known, connection, optional) for access in found)
+        and not (is_small and any(_fits(needed, index) for index in known.values()))
+    ]
+
+
+def _fits(needed: NeededIndex, index: Known) -> bool:
+    """Whether an index of MySQL's or MariaDB's is the one that is needed."""
+    equal = [column.name for column in needed.equal]
+    terms = [OrderTerm.of(term) for term in needed.order]
+    order = [(getattr(term.element, "name", None), term.descending) for term in terms]
+    own = list(zip(index.columns, index.descending, strict=False))
+    ahead, behind = own[: len(equal)], own[len(equal) : len(equal) + len(order)]
+    turned = [(name, not descending) for name, descending in order]
+    return {name for name, _ in ahead} == set(equal) and behind in (order, turned)
+
+
+def _serves(
+    needed: NeededIndex,
+    access: Access,
+    known: Mapping[str, Known],
+    connection: Connection,
+    optional: frozenset[str],
+) -> bool:
+    index = known.get(access.index or "")
+    if index is None or access.sorts:
+        return False
+    first = OrderTerm.of(needed.order[0]).element
+    if isinstance(first, ColumnClause) and first.name not in index.columns:
+        return False
+    wanted = needed.chosen_by - optional
+    if connection.dialect.name in INNODB:
+        wanted &= {column.name for column in needed.equal}
+    return wanted <= index.decides(needed.order, needed.chosen_by)

@@ -1,0 +1,184 @@
+"""``atomic-claim sql``: what will be run on a database, without connecting to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+from sqlalchemy import Dialect
+
+from atomic_claim.columns import JobTable
+from atomic_claim.dialects import strategy_for
+from atomic_claim.errors import ClaimError
+from atomic_claim.lease import Owned, Values, completion, extension, failure, release
+from atomic_claim.statement import TOKEN, WORKER, Ask
+
+from .database import CommandError, parse_url
+from .layout import laid_out
+from .options import JsonOption, UrlOption, plain_ending
+from .targets import TableOption, load_job_table
+from .texts import DIALECTS, dialect_of, fresh_parts, rendered
+
+SHOWN_LEASE = timedelta(minutes=5)
+SHOWN_PAUSE = timedelta(minutes=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One statement.
+
+    Attributes:
+        sql: its text, with ``:named`` parameters; ``:keys`` is a list of primary keys.
+        parameters: their values, where there is one to show.
+    """
+
+    sql: str
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """What one call runs.
+
+    Attributes:
+        call: the call.
+        steps: its statements, one after the other.
+        transaction: whether they need a transaction around them.
+        refused: why this table cannot have it, if it cannot.
+    """
+
+    call: str
+    steps: tuple[Step, ...] = ()
+    transaction: bool = False
+    refused: str | None = None
+
+
+def sql(
+    *,
+    table: TableOption,
+    dialect: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dialect",
+            metavar="NAME",
+            help=f"For which database: {', '.join(DIALECTS)}; may be given again. Left out, that "
+            "of --url, or else all.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many jobs the claim takes.")] = 10,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print every statement that the claim and the end of a job run, without connecting.
+
+    The parameters are :named, :keys stands for a list of primary keys, and what is declared is a
+    literal. Of several statements those in between BEGIN and COMMIT belong into one transaction.
+    """
+    with plain_ending():
+        names = chosen_dialects(dialect, url)
+        job_table = load_job_table(table)
+        found = {name: list(sequences(job_table, dialect_of(name), limit)) for name in names}
+        if as_json:
+            plain = {name: [asdict(each) for each in calls] for name, calls in found.items()}
+            name = job_table.table.fullname
+            typer.echo(json.dumps({"table": name, "limit": limit, "dialects": plain}, indent=2))
+            return
+        console = Console()
+        for name, calls in found.items():
+            text = "\n\n".join([f"-- {name}: {job_table.table.fullname}", *map(_text, calls)])
+            show_sql(console, text)
+
+
+def chosen_dialects(given: Sequence[str] | None, url: str | None) -> Sequence[str]:
+    """The databases that are meant by ``--dialect``, or else by the URL, or else all."""
+    if not given:
+        if url is None:
+            return DIALECTS
+        name = parse_url(url).get_backend_name()
+        return [name] if name in DIALECTS else ["postgresql"]
+    for name in given:
+        if name not in DIALECTS:
+            raise CommandError(f"--dialect {name}: expected one of {', '.join(DIALECTS)}")
+    return list(dict.fromkeys(given))
+
+
+def show_sql(console: Console, text: str) -> None:
+    """Print SQL in colours; where it goes into a file or a pipe, as it is."""
+    if not console.is_terminal:
+        typer.echo(text)
+        return
+    syntax = Syntax(text, "sql", theme="ansi_dark", background_color="default", word_wrap=True)
+    console.print(syntax)
+
+
+def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Sequenced]:
+    """What each call runs on a database.
+
+    Raises:
+        CommandError: the table cannot be claimed from on this database.
+    """
+    strategy = strategy_for(dialect)
+    ask = Ask(
+        limit,
+        worker="worker" if job_table.worker is not None else None,
+        lease=SHOWN_LEASE if job_table.lease is not None and job_table.token is not None else None,
+    )
+    said = [f"{name}=..." for name in ("worker", "lease") if getattr(ask, name) is not None]
+    call = f"claim_jobs({', '.join(['engine', job_table.table.name, str(limit), *said])})"
+    given = {**ask.parameters(None), TOKEN: None, WORKER: None}
+    try:
+        parts = fresh_parts(job_table, ask)
+        statements = strategy.statements(parts)
+        steps = [_step(statement, dialect, given) for statement in statements]
+    except ClaimError as error:
+        name = job_table.table.fullname
+        raise CommandError(f"{name} cannot be claimed from on {dialect.name}: {error}") from None
+    yield Sequenced(call, tuple(steps), transaction=not strategy.is_single(parts))
+    consent = ", unfenced=True" if job_table.token is None else ""
+    endings: dict[str, Callable[[], Values]] = {
+        f"complete_jobs(engine, claim{consent})": lambda: completion(job_table),
+        f"fail_jobs(engine, claim, error=...{consent})": lambda: failure(
+            job_table, retry=False, error="..."
+        ),
+        f"fail_jobs(engine, claim, retry=...{consent})": lambda: failure(
+            job_table, retry=SHOWN_PAUSE, error=None
+        ),
+        f"release_jobs(engine, claim{consent})": lambda: release(job_table),
+        "extend_jobs(engine, claim)": lambda: extension(job_table, SHOWN_LEASE),
+    }
+    guard = Owned(job_table, (), None if job_table.token is None else "", SHOWN_LEASE).guard()
+    for name, values_of in endings.items():
+        try:
+            changes = strategy.changes(job_table, guard, values_of())
+        except ClaimError as error:
+            yield Sequenced(name, refused=str(error))
+        else:
+            changed = tuple(_step(change, dialect, {}) for change in changes)
+            yield Sequenced(name, changed, transaction=len(changed) > 1)
+
+
+def _step(statement: Any, dialect: Dialect, given: dict[str, Any]) -> Step:
+    text, parameters = rendered(statement, dialect, given)
+    shown = {
+        name: value if isinstance(value, (int, float, str)) and value != "" else None
+        for name, value in parameters.items()
+    }
+    return Step(laid_out(text), shown)
+
+
+def _text(call: Sequenced) -> str:
+    if call.refused is not None:
+        return f"-- {call.call}: not on this table: {call.refused}"
+    lines = [f"-- {call.call}"]
+    named = {name: value for step in call.steps for name, value in step.parameters.items()}
+    if named:
+        shown = [f":{n}" if value is None else f":{n} = {value!r}" for n, value in named.items()]
+        lines.append(f"-- {', '.join(shown)}")
+    texts = [f"{step.sql};" for step in call.steps]
+    return "\n".join([*lines, *(["BEGIN;", *texts, "COMMIT;"] if call.transaction else texts)])

@@ -1,0 +1,62 @@
+"""Statements as text: for people to read, and for EXPLAIN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Dialect, bindparam, make_url
+from sqlalchemy.sql.base import Executable
+
+from atomic_claim.columns import JobTable
+from atomic_claim.statement import KEYS, Ask, ByKey, ClaimParts, claim_parts
+
+DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
+PREFIX = "atomic_claim_"
+
+
+def dialect_of(name: str) -> Dialect:
+    """A dialect that is to be read by people: its parameters are ``:named``, it has no driver."""
+    # psycopg2's dialect, unlike psycopg's, adds no cast to every parameter.
+    url = "postgresql+psycopg2://" if name == "postgresql" else f"{name}://"
+    make: Any = make_url(url).get_dialect()
+    made: Dialect = make(paramstyle="named")
+    return made
+
+
+def fresh_parts(job_table: JobTable, ask: Ask, *, entities: bool = False) -> ClaimParts:
+    """The parts of a claim with the limit that is asked for, rather than that of the first one."""
+    # With conditions, if only none, they are not taken from those that are kept.
+    asked = Ask(ask.limit, (), None, None, ask.worker, ask.lease)
+    return claim_parts(job_table, asked, entities=entities)
+
+
+def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:
+    """A statement for one row whose key is a parameter, and that parameter."""
+    if not isinstance(statement, ByKey):
+        return statement, {}
+    if statement.statement is not None:
+        return statement.statement, {KEYS: [None]}
+    names = [bindparam(f"{PREFIX}{column.key}", None, column.type) for column in statement.key]
+    return statement.of([names])
+
+
+def rendered(
+    statement: Executable | ByKey, dialect: Dialect, given: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """A statement's text with what must be literals in it, and the parameters that are left.
+
+    The key of one row stands for all: as ``:keys``, or as its columns' names.
+    """
+    plain, keys = for_keys(statement)
+    compiled = plain.compile(dialect=dialect)
+    state = compiled.construct_expanded_state({**given, **keys})
+    text, parameters = state.statement, dict(state.parameters)
+    for name in sorted(parameters, key=len, reverse=True):
+        if name.startswith(PREFIX):
+            short = name.removeprefix(PREFIX)
+            short = "keys" if short.startswith("keys") else short
+            text = text.replace(f":{name}", f":{short}")
+            parameters[short] = parameters.pop(name)
+    parameters.pop("keys", None)
+    return text.strip(), parameters

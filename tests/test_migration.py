@@ -1,0 +1,345 @@
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
+
+from atomic_claim import JobTable, claim_jobs
+from atomic_claim.cli.plans import unserved
+from atomic_claim.cli.texts import fresh_parts
+from atomic_claim.columns import job_table_of
+from atomic_claim.statement import Ask
+from examples.migrations import tables
+from tests.commands import REPOSITORY, Command
+from tests.databases import Database
+from tests.jobs import START, ids
+
+migration = pytest.importorskip("alembic.runtime.migration", reason="no Alembic")
+operations = pytest.importorskip("alembic.operations", reason="no Alembic")
+
+LEASE = timedelta(minutes=5)
+# The revisions beside the tables that they were made for.
+EXAMPLES: dict[str, Any] = {
+    "payload_jobs": tables.payload_jobs,
+    "boolean_flag": tables.flagged,
+    "status": tables.status,
+    "lease_columns": tables.locked,
+}
+# Those that differ from database to database, and rows enough for the planners.
+ROWS = 2000
+
+metadata = sa.MetaData()
+awkward = Table(
+    "it's a table",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("select", String(20), nullable=False),
+    Column("Created", DateTime, nullable=False),
+)
+quoted = JobTable(
+    awkward, state="select", free="it's :free, 100%", claimed="taken", order=awkward.c.Created
+)
+served = Table(
+    "served",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("processing", Boolean, nullable=False),
+    Column("created_at", DateTime),
+    sa.Index("served_jobs", "processing", "created_at"),
+)
+leased = Table(
+    "leased",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("processing", Boolean, nullable=False),
+    Column("lease_until", DateTime),
+    Column("claim_token", String(32)),
+    Column("attempts", String(3)),
+)
+texts = Table(
+    "texts",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("kind", sa.Text, nullable=False),
+)
+texts_of_kind = JobTable(texts, state="kind", free="free", claimed="taken")
+by_expression = JobTable(
+    Table(
+        "owned",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("owner", String(20), nullable=False),
+        Column("tries", Integer, nullable=False),
+    ),
+    free=(sa.column("owner") == "") & (sa.column("tries") < 5),
+    claimed={"owner": "taken"},
+    order=sa.func.lower(sa.column("owner")),
+)
+
+
+def example(name: str) -> ModuleType:
+    """A revision of the examples."""
+    return import_module(f"examples.migrations.{name}")
+
+
+def migrate(engine: sa.Engine, revision: ModuleType, direction: str) -> None:
+    """Run a revision as Alembic does, in a transaction that it may leave."""
+    with engine.connect() as connection:
+        context = migration.MigrationContext.configure(connection)
+        with context.begin_transaction(), operations.Operations.context(context):
+            getattr(revision, direction)()
+
+
+def schema_of(engine: sa.Engine, table: Table) -> tuple[list[str], list[str]]:
+    """The columns and indexes that the database has."""
+    inspector = sa.inspect(engine)
+    columns = [column["name"] for column in inspector.get_columns(table.name)]
+    return columns, sorted(str(index["name"]) for index in inspector.get_indexes(table.name))
+
+
+def fill(engine: sa.Engine, job_table: JobTable) -> None:
+    """Rows most of which have ended, then some that are free."""
+    table: Table = job_table.table
+    now = {column.name: START for column in table.columns if isinstance(column.type, DateTime)}
+    needed = {name for name in now if not table.columns[name].nullable}
+    values = {**dict.fromkeys(needed, START), **plain(job_table.released)}
+    ended = plain(job_table.done)
+    rows = [{"id": n, **values, **(ended if n > 50 else {})} for n in range(1, ROWS + 1)]
+    for row in rows:
+        row["created_at"] = START + timedelta(minutes=row["id"])
+    for kind in (rows[:50], rows[50:]):
+        with engine.begin() as connection:
+            connection.execute(table.insert(), kind)
+    analyse(engine, table)
+
+
+def plain(values: Any) -> dict[str, Any]:
+    """What is written to columns, as a program would give it."""
+    found = {}
+    for column, value in values.items():
+        if isinstance(value, (sa.sql.elements.True_, sa.sql.elements.False_)):
+            value = isinstance(value, sa.sql.elements.True_)  # noqa: PLW2901
+        elif value is not None:
+            value = getattr(value, "value", START)  # noqa: PLW2901
+        found[column.name] = value
+    return found
+
+
+def analyse(engine: sa.Engine, table: Table) -> None:
+    """Bring the planner's statistics up to date."""
+    words = "ANALYZE TABLE" if engine.dialect.name in {"mysql", "mariadb"} else "ANALYZE"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"{words} {table.name}")
+
+
+def missing(engine: sa.Engine, given: Any) -> list[str]:
+    """For which reasons EXPLAIN of the very claim shows no fitting index."""
+    job_table = job_table_of(given)
+    leased = job_table.lease is not None and job_table.token is not None
+    ask = Ask(10, lease=LEASE if leased else None)
+    with engine.connect() as connection:
+        found = unserved(connection, fresh_parts(job_table, ask), ask)
+    return [each.needed.reason for each in found]
+
+
+def after(engine: sa.Engine, given: Any) -> Any:
+    """The table with the columns that a migration added, as an application declares it anew."""
+    table: Table = job_table_of(given).table
+    reflected = Table(table.name, sa.MetaData(), autoload_with=engine)
+    added = [column for column in reflected.columns if column.name not in table.columns]
+    if not added:
+        return given
+    declared = table.to_metadata(sa.MetaData())
+    for column in added:
+        declared.append_column(Column(column.name, column.type))
+    return declared
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_up_down_and_up(database: Database, name: str) -> None:
+    """Every revision brings its indexes into use, takes them away, and brings them again."""
+    engine, given, revision = database.engine(), EXAMPLES[name], example(name)
+    job_table = job_table_of(given)
+    job_table.table.create(engine)
+    fill(engine, job_table)
+    before = schema_of(engine, job_table.table)
+    assert missing(engine, given) == ["free"]
+    migrate(engine, revision, "upgrade")
+    assert schema_of(engine, job_table.table) != before
+    assert missing(engine, after(engine, given)) == []
+    assert ids(claim_jobs(engine, after(engine, given), 3, lease=LEASE if name[0] == "l" else None))
+    migrate(engine, revision, "downgrade")
+    assert schema_of(engine, job_table.table) == before
+    migrate(engine, revision, "upgrade")
+    analyse(engine, job_table.table)
+    assert missing(engine, after(engine, given)) == []
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_are_what_the_command_writes(
+    command: Command, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has to believe the examples: the command in their docstring makes them."""
+    monkeypatch.chdir(REPOSITORY)
+    path = REPOSITORY / "examples" / "migrations" / f"{name}.py"
+    text = path.read_text(encoding="utf-8")
+    said = re.search(r"^Made by: atomic-claim (.*)$", text, re.MULTILINE)
+    assert said is not None
+    ended = command(*shlex.split(said[1]))
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out == text
+
+
+@pytest.mark.parametrize("payload", ["postgresql", "sqlite"])
+def test_payloads_own_table(
+    request: pytest.FixtureRequest, payload: str, command: Command, tmp_path: Path
+) -> None:
+    """The table as Payload makes it is served by what is generated from its reflection."""
+    from tests.conftest import fresh_database  # noqa: PLC0415 - the fixture has no table's name
+
+    factory = request.getfixturevalue("tmp_path_factory")
+    with fresh_database(payload, request.config, factory) as database:
+        engine = database.engine()
+        script = REPOSITORY / "tests" / "payload" / f"{payload}.sql"
+        run(engine, script.read_text(encoding="utf-8"))
+        module = tmp_path / f"own_{payload}.py"
+        module.write_text(
+            "import sqlalchemy as sa\n"
+            f"engine = sa.create_engine({engine.url.render_as_string(hide_password=False)!r})\n"
+            "jobs = sa.Table('payload_jobs', sa.MetaData(), autoload_with=engine)\n"
+            "engine.dispose()\n",
+            encoding="utf-8",
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(tmp_path))
+            table = import_module(f"own_{payload}").jobs
+            assert missing(engine, table) == ["free"]
+            ended = command(
+                "migration", "--table", f"own_{payload}:jobs", "--sql", "--dialect", payload
+            )
+        run(engine, ended.out)
+        assert missing(engine, table) == []
+
+
+def run(engine: sa.Engine, script: str) -> None:
+    """Run plain SQL as a person at a console would."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for statement in statements(script):
+            connection.execute(sa.text(statement.replace(":", r"\:")))
+
+
+def statements(script: str) -> Iterator[str]:
+    """The statements of a script, comments left out."""
+    lines = [line for line in script.splitlines() if not line.startswith("--")]
+    yield from (each.strip() for each in "\n".join(lines).split(";\n") if each.strip(" \n;"))
+
+
+def test_awkward_names_and_values(database: Database, command: Command, tmp_path: Path) -> None:
+    """Quotes, colons and percent signs come through Alembic and through plain SQL."""
+    engine = database.engine()
+    awkward.create(engine)
+    with engine.begin() as connection:
+        connection.execute(
+            awkward.insert(), [{"id": 1, "select": "it's :free, 100%", "Created": START}]
+        )
+    spec = ("--table", "tests.test_migration:quoted", "--dialect", database.name)
+    ended = command("migration", *spec, "--out", str(tmp_path))
+    path = Path(ended.out.strip())
+    namespace = ModuleType("revision")
+    exec(path.read_text(encoding="utf-8"), namespace.__dict__)  # noqa: S102 - our own text
+    migrate(engine, namespace, "upgrade")
+    assert missing(engine, quoted) == []
+    assert ids(claim_jobs(engine, quoted)) == [1]
+    migrate(engine, namespace, "downgrade")
+    assert missing(engine, quoted) == ["free"]
+    run(engine, command("migration", *spec, "--sql").out)
+    assert missing(engine, quoted) == []
+
+
+def test_how_indexes_are_built(command: Command) -> None:
+    """Every database builds them while others write, in the form that its claim can use."""
+    ended = command("migration", "--table", "examples.migrations.tables:payload_jobs", "--sql")
+    where = "processing = false AND completed_at IS NULL AND has_error IS NOT true"
+    created = f"CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at) WHERE {where};\n"
+    assert f"CREATE INDEX {created}" in ended.out
+    columns = "(processing, completed_at, created_at)"
+    assert ended.out.count(f"{columns}, ALGORITHM=INPLACE, LOCK=NONE;\n") == 2
+    where = "processing = 0 AND completed_at IS NULL AND has_error IS NOT 1"
+    assert f"{columns} WHERE {where};" in ended.out
+
+
+def test_what_cannot_be_in_an_index_is_left_out(command: Command) -> None:
+    """What equals a parameter becomes a leading column, and what else changes is left out."""
+    spec = ("--table", "tests.test_migration:by_expression", "--sql", "--json", "--dialect")
+    for name in ("postgresql", "sqlite", "mysql"):
+        found = json.loads(command("migration", *spec, name).out)["sql"][name]
+        assert "(owner, (lower(owner)))" in found
+        assert "WHERE" not in found
+
+
+def test_columns_are_nullable_and_come_first(command: Command) -> None:
+    """All databases get the columns before the indexes, and no row has to be rewritten."""
+    spec = ("--table", "examples.migrations.tables:locked", "--add", "lease,token,attempts")
+    text = command("migration", *spec, "--sql", "--json").out
+    for name, found in json.loads(text)["sql"].items():
+        lines = list(statements(found))
+        assert ["ADD COLUMN" in line for line in lines] == [True, True, True, False, False], name
+        assert "NOT NULL" not in "".join(lines[:3])
+        assert "lease_until" in lines[4]
+
+
+def test_what_is_there_is_not_made_again(command: Command) -> None:
+    """An index that the table declares is left out, where it is the one that serves."""
+    spec = ("--table", "tests.test_migration:served", "--sql")
+    ended = command("migration", *spec, "--dialect", "mysql")
+    assert ended.err == "atomic-claim: nothing to migrate: the table declares it all\n"
+    assert "CREATE INDEX CONCURRENTLY" in command("migration", *spec).out
+
+
+def test_a_revision_goes_behind_the_newest(command: Command, tmp_path: Path) -> None:
+    """In a folder of revisions the new one follows the newest, which it tells without Alembic."""
+    spec = ("--table", "examples.migrations.tables:flagged")
+    first = command("migration", *spec, "--out", str(tmp_path))
+    assert (first.code, first.err) == (0, "")
+    second = json.loads(command("migration", *spec, "--out", str(tmp_path), "--json").out)
+    assert second["down_revision"] in Path(first.out.strip()).read_text(encoding="utf-8")
+    assert f"Revises: {second['down_revision']}\n" in second["text"]
+    assert Path(second["path"]).read_text(encoding="utf-8") == second["text"]
+    (tmp_path / "other.py").write_text(
+        'revision: str = "other"\ndown_revision: str | None = None\n'
+    )
+    said = command("migration", *spec, "--out", str(tmp_path)).refused()
+    assert f"several newest revisions ({second['revision']}, other)" in said.replace(
+        f"other, {second['revision']}", f"{second['revision']}, other"
+    )
+    third = command("migration", *spec, "--out", str(tmp_path), "--revises", "other")
+    assert third.code == 0
+    again = command("migration", *spec, "--out", str(tmp_path), "--revises", "other").refused()
+    assert "is there already" in again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("served", "--add", "guard"), "--add guard: expected some of lease, token, attempts"),
+        (("leased", "--add", "lease"), "has it already, as 'lease_until'"),
+        (("leased", "--add", "attempts"), "not known to be its attempts"),
+        (("served", "--out", "no/such/folder"), "cannot be written"),
+        (("served", "--out", ".", "--sql"), "leave out --sql"),
+        (("texts_of_kind", "--dialect", "mysql"), "make it a VARCHAR(n)"),
+        (("by_expression", "--dialect", "mariadb"), "MariaDB has no indexes on expressions"),
+    ],
+)
+def test_what_cannot_be_migrated(command: Command, arguments: tuple[str, ...], said: str) -> None:
+    """Whatever cannot be done is refused by one line that says why."""
+    table, *options = arguments
+    spec = ("--table", f"tests.test_migration:{table}")
+    assert said in command("migration", *spec, *options).refused()
