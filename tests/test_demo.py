@@ -535,13 +535,15 @@ def test_help(words: tuple[str, ...], command: Command) -> None:
     for word in words:
         found = found.commands[word]
     assert found.help
+    assert " ".join(["atomic-claim", *words]) in (REPOSITORY / "README.md").read_text("utf-8")
     ended = command(*words, "--help")
     assert ended.code == 0
     shown = re.sub(r"\x1b\[[\d;]*m", "", ended.out)
     assert all(len(line) <= 80 for line in shown.splitlines())
     for option in found.params:
         assert option.help, option.name
-        assert all(name in shown for name in option.opts)
+        is_option = option.param_type_name == "option"
+        assert all(name in shown for name in (option.opts if is_option else [option.metavar]))
         variables = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
         places = [shown.index(variable) for variable in variables]
         assert all(before < after for before, after in pairwise(places))

@@ -169,13 +169,14 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     """
     table, order = job_table.table, job_table.order or job_table.key
     found = [_needed("free", table, job_table.is_free, order)]
-    named: Any = job_table.lease if job_table.lease is not None else lease and column(lease)
+    own: Any = job_table.lease
+    named: Any = own if own is not None else lease and column(lease)
     if named is not None:
         found.append(_needed("expired", table, job_table.is_running, (named,)))
     if job_table.unleased is not None:
         # The third reason's order is the time since which a row has been running.
         _, (since,) = job_table.reasons[2]
-        running = and_(job_table.is_running, job_table.lease.is_(None))
+        running = and_(job_table.is_running, own.is_(None))
         found.append(_needed("unleased", table, running, (since,)))
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,15 +24,19 @@ class Operation(Protocol):
     """One step of a migration."""
 
     @property
+    @abstractmethod
     def comment(self) -> str:
         """What it is for, in one line."""
 
+    @abstractmethod
     def up(self, name: str) -> Sequence[str]:
         """The statements that do it on a database, by its dialect's name."""
 
+    @abstractmethod
     def down(self, name: str) -> Sequence[str]:
         """The statements that undo it."""
 
+    @abstractmethod
     def is_alone(self, name: str) -> bool:
         """Whether the statements cannot be part of a transaction there."""
 
