@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Column, ColumnElement, Dialect, String, Table, and_, column
 from sqlalchemy.dialects import mysql
@@ -169,7 +169,7 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     """
     table, order = job_table.table, job_table.order or job_table.key
     found = [_needed("free", table, job_table.is_free, order)]
-    own: Any = job_table.lease
+    own = cast("Any", job_table.lease)
     named: Any = own if own is not None else lease and column(lease)
     if named is not None:
         found.append(_needed("expired", table, job_table.is_running, (named,)))
