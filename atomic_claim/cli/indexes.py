@@ -13,7 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Dialect, String, Table, and_, column
 from sqlalchemy.dialects import mysql
@@ -169,12 +169,13 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     """
     table, order = job_table.table, job_table.order or job_table.key
     found = [_needed("free", table, job_table.is_free, order)]
-    own = cast("Any", job_table.lease)
+    own: Any = job_table.lease
     named: Any = own if own is not None else lease and column(lease)
     if named is not None:
         found.append(_needed("expired", table, job_table.is_running, (named,)))
     if job_table.unleased is not None:
         # The third reason's order is the time since which a row has been running.
+        assert own is not None
         _, (since,) = job_table.reasons[2]
         running = and_(job_table.is_running, own.is_(None))
         found.append(_needed("unleased", table, running, (since,)))
