@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
-from atomic_claim import JobTable, Patch, claim_reads, lock_reads, patch_claims
+from atomic_claim import ClaimConflict, JobTable, Patch, claim_reads, lock_reads, patch_claims
+from tests.jobs import code_of
 from tests.patch import legacy
 from tests.patch.legacy import Event, Job, Mail, Message, Work
 
 LEASE = timedelta(seconds=60)
+DEADLOCK = 1213
 jobs = JobTable(Job, state="state", free="waiting", claimed="running", done="done", order="place")
 leased = JobTable(
     Job,
@@ -332,6 +335,15 @@ def undone(engine: sa.Engine, model: Any) -> int:
         return connection.execute(query).scalar_one()
 
 
+def refuse_others(error: Exception) -> None:
+    """Raise an error again, unless it is a deadlock, after which whoever it hits begins anew.
+
+    InnoDB's manual: applications must always be ready to run a transaction again.
+    """
+    if not isinstance(error, ClaimConflict) and code_of(error) != DEADLOCK:
+        raise error
+
+
 def work(order: Order, start: Any) -> None:
     """Be a worker until there is nothing to do."""
     Work.path, Work.dies_at = order.record, order.dies_at
@@ -347,8 +359,16 @@ def work(order: Order, start: Any) -> None:
         bind = shape.bind(engine)
         if start is not None:
             start.wait(60)
-        while shape.turn(bind) or (order.shape in KILLED and is_left(engine, shape.model)):
-            pass
+        more = True
+        while more:
+            try:
+                more = bool(shape.turn(bind))
+            except (ClaimConflict, OperationalError) as error:
+                refuse_others(error)
+                if isinstance(bind, Session):
+                    bind.rollback()
+                continue
+            more = more or (order.shape in KILLED and is_left(engine, shape.model))
         if isinstance(bind, Session):
             bind.close()
         engine.dispose()
@@ -360,10 +380,17 @@ async def _work_async(shape: Shape, order: Order, start: Any) -> None:
     bind = shape.bind(engine)
     if start is not None:
         start.wait(60)
-    while await shape.turn(bind) or (
-        order.shape in KILLED and await greenlet_spawn(is_left, engine.sync_engine, shape.model)
-    ):
-        pass
+    more = True
+    while more:
+        try:
+            more = bool(await shape.turn(bind))
+        except (ClaimConflict, OperationalError) as error:
+            refuse_others(error)
+            if isinstance(bind, AsyncSession):
+                await bind.rollback()
+            continue
+        if not more and order.shape in KILLED:
+            more = await greenlet_spawn(is_left, engine.sync_engine, shape.model)
     if isinstance(bind, AsyncSession):
         await bind.close()
     await engine.dispose()
