@@ -19,7 +19,7 @@ from atomic_claim.columns import JobTable
 from .database import CommandError
 from .operations import NAMES, AddColumn, Operation, operations
 from .options import JsonOption, UrlOption, plain_ending
-from .sql import chosen_dialects, show_sql
+from .sql import DialectsOption, chosen_dialects, show_sql
 from .targets import TableOption, load_job_table
 from .texts import DIALECTS
 
@@ -51,15 +51,7 @@ def migration(
             help=f"Columns to add, separated by commas: {', '.join(NAMES)}.",
         ),
     ] = "",
-    dialect: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dialect",
-            metavar="NAME",
-            help=f"For which database: {', '.join(DIALECTS)}; may be given again. Left out, that "
-            "of --url, or else all.",
-        ),
-    ] = None,
+    dialect: DialectsOption = None,
     out: Annotated[
         Path | None,
         typer.Option(

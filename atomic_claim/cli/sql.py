@@ -28,6 +28,16 @@ from .texts import DIALECTS, dialect_of, fresh_parts, rendered
 SHOWN_LEASE = timedelta(minutes=5)
 SHOWN_PAUSE = timedelta(minutes=1)
 
+DialectsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dialect",
+        metavar="NAME",
+        help=f"For which database: {', '.join(DIALECTS)}; may be given again. Left out, that of "
+        "--url, or else all.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -62,15 +72,7 @@ class Sequenced:
 def sql(
     *,
     table: TableOption,
-    dialect: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dialect",
-            metavar="NAME",
-            help=f"For which database: {', '.join(DIALECTS)}; may be given again. Left out, that "
-            "of --url, or else all.",
-        ),
-    ] = None,
+    dialect: DialectsOption = None,
     limit: Annotated[int, typer.Option(min=1, help="How many jobs the claim takes.")] = 10,
     url: UrlOption = None,
     as_json: JsonOption = False,

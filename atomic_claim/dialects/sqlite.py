@@ -80,6 +80,9 @@ class SQLite(Strategy):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, parts: ClaimParts) -> bool:
+        return parts.prepare("single on SQLite", self._is_single)
+
+    def _is_single(self, parts: ClaimParts) -> bool:
         if parts.spread or _has_cte(*parts.values.values()):
             return False
         return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
@@ -95,7 +98,7 @@ class SQLite(Strategy):
         if self.is_single(parts):
             return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
-        return (_lock(parts), parts.candidates.select(), *marked)
+        return (_lock(parts.job_table), parts.candidates.select(), *marked)
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         keys = self.lock(work, parts, params)
@@ -113,8 +116,7 @@ class SQLite(Strategy):
 
     def _take_write_lock(self, work: Work, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
-        key = job_table.key[0]
-        work.execute(update(job_table.table).values({key: key}).where(false()))
+        work.execute(_lock(job_table))
         refuse_autocommit(self, work, "another claim could come between this one's statements")
 
     def commit(self, connection: Connection) -> None:
@@ -164,10 +166,10 @@ class SQLite(Strategy):
         )
 
 
-def _lock(parts: ClaimParts) -> Update:
-    """Take the write lock as the transaction's first statement would, and change nothing."""
-    table, key = parts.job_table.table, parts.job_table.key[0]
-    return update(table).values({key: key}).where(false())
+def _lock(job_table: JobTable) -> Update:
+    """What takes the write lock, and changes nothing."""
+    key = job_table.key[0]
+    return update(job_table.table).values({key: key}).where(false())
 
 
 def _is_legacy(driver: Any) -> bool:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,7 +26,6 @@ from atomic_claim.errors import ClaimError, PatchError
 
 from . import filters
 from .calls import Call, Reading
-from .folders import FileClaiming
 from .habits import commit_habit
 from .patches import Patch, Run, guarded, make_patch
 from .replacing import ALL, ONE, Replacing
@@ -216,7 +220,7 @@ def claims(
 
 def prepared(options: Options, patch: Patch, target: Target) -> Run:
     """What runs in place of the target, once its options are found to fit."""
-    claiming: Claiming | FileClaiming
+    claiming: Replacing
     if options.directory is None:
         if options.table is None:
             raise PatchError(f"{target.name}: say what is claimed, by table= or directory=")
@@ -231,7 +235,10 @@ def prepared(options: Options, patch: Patch, target: Target) -> Run:
     return claiming.generate if inspect.isgeneratorfunction(function) else claiming.run
 
 
-def _file_claiming(options: Options, patch: Patch, target: Target) -> FileClaiming:
+def _file_claiming(options: Options, patch: Patch, target: Target) -> Replacing:
+    # Most programs have no directory queue, and need not wait for what serves it.
+    from .folders import FileClaiming  # noqa: PLC0415
+
     of_files = {"directory", "processing", "pattern", "key", "layout"}
     of_files |= {"limit", "worker", "returns", "empty", "when"}
     others = [
@@ -338,52 +345,24 @@ class Claiming(Replacing):
                     f"that is known: name it with JobTable({role}=...)"
                 )
 
-    def run(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """In place of a function."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return wrapped(*args, **kwargs)
+    @contextmanager
+    def claimed(self, call: Call) -> Iterator[list[Any]]:
+        """What a call of a function claims, for as long as its session is open."""
         with _opened(self.session.read(call)) as bind:
-            claim = self._claim(call, self._synchronous(bind))
-            return self._answer(call, claim)
+            yield self._claim(call, self._synchronous(bind))
 
-    def generate(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
-        """In place of a generator."""
-        yield from self.run(wrapped, instance, args, kwargs)
-
-    async def run_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """In place of a coroutine."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return await wrapped(*args, **kwargs)
+    @asynccontextmanager
+    async def claimed_async(self, call: Call) -> AsyncIterator[list[Any]]:
+        """What a call of a coroutine claims, for as long as its session is open."""
         given = self.session.read(call)
         if inspect.isawaitable(given):
             given = await given
         if isinstance(given, AbstractAsyncContextManager) and not _is_bind(given):
             async with given as bind:
-                return self._answer(call, await self._claim_async(call, bind))
-        if _is_bind(given):
-            return self._answer(call, await self._claim_async(call, given))
-        with _opened(given) as bind:
-            return self._answer(call, await self._claim_async(call, bind))
-
-    async def generate_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
-        """In place of an asynchronous generator."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            async for each in wrapped(*args, **kwargs):
-                yield each
-            return
-        for each in await self.run_async(wrapped, instance, args, kwargs):
-            yield each
+                yield await self._claim_async(call, bind)
+        else:
+            with _opened(given) as bind:
+                yield await self._claim_async(call, bind)
 
     def _synchronous(self, bind: Any) -> Any:
         if isinstance(bind, async_types()):

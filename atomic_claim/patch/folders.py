@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,41 +48,15 @@ class FileClaiming(Replacing):
                     "or a callable"
                 )
 
-    def run(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """In place of a function."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return wrapped(*args, **kwargs)
-        return self._answer(call, self._claim(call))
+    @contextmanager
+    def claimed(self, call: Call) -> Iterator[list[ClaimedFile]]:
+        """What a call of a function claims."""
+        yield self._claim(call)
 
-    def generate(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
-        """In place of a generator."""
-        yield from self.run(wrapped, instance, args, kwargs)
-
-    async def run_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """In place of a coroutine."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return await wrapped(*args, **kwargs)
-        return self._answer(call, await asyncio.to_thread(self._claim, call))
-
-    async def generate_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
-        """In place of an asynchronous generator."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            async for each in wrapped(*args, **kwargs):
-                yield each
-            return
-        for each in self._answer(call, await asyncio.to_thread(self._claim, call)):
-            yield each
+    @asynccontextmanager
+    async def claimed_async(self, call: Call) -> AsyncIterator[list[ClaimedFile]]:
+        """What a call of a coroutine claims."""
+        yield await asyncio.to_thread(self._claim, call)
 
     def _claim(self, call: Call) -> list[ClaimedFile]:
         limit = self.limit.read(call)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 from atomic_claim.errors import PatchError
@@ -19,7 +21,7 @@ ONE: Any = object()
 ALL = 2**31 - 1
 
 
-class Replacing:
+class Replacing(ABC):
     """What stands in place of one function.
 
     Args:
@@ -72,6 +74,54 @@ class Replacing:
                 f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
                 "None for all, or the name of a parameter"
             )
+
+    @abstractmethod
+    def claimed(self, call: Call) -> AbstractContextManager[list[Any]]:
+        """What a call of a function claims, while it can be read."""
+
+    @abstractmethod
+    def claimed_async(self, call: Call) -> AbstractAsyncContextManager[list[Any]]:
+        """What a call of a coroutine claims, while it can be read."""
+
+    def run(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a function."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return wrapped(*args, **kwargs)
+        with self.claimed(call) as claim:
+            return self._answer(call, claim)
+
+    def generate(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        """In place of a generator."""
+        yield from self.run(wrapped, instance, args, kwargs)
+
+    async def run_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """In place of a coroutine."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return await wrapped(*args, **kwargs)
+        async with self.claimed_async(call) as claim:
+            return self._answer(call, claim)
+
+    async def generate_async(
+        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """In place of an asynchronous generator."""
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            async for each in wrapped(*args, **kwargs):
+                yield each
+            return
+        async with self.claimed_async(call) as claim:
+            answer = self._answer(call, claim)
+        for each in answer:
+            yield each
 
     def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call, if it claims; what does not fit the signature is the original's to refuse."""
