@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import and_, bindparam, delete, select
+from sqlalchemy import Engine, and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session, scoped_session, selectin_polymorphic, sessionmaker, undefer
 
 from .binds import Bind, run_in
 from .columns import JobTable, job_table_of
-from .dialects import Found, Strategy, Work, load
+from .dialects import Found, Strategy, Work, load, strategy_for
 from .errors import ClaimError
 from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
+PAUSE = "claims that do not try at once"
+CLAIMS_PAUSED = 8
 
 
 class Claim(list[J]):
@@ -174,14 +177,21 @@ def claim_jobs(
             _load_fully(session, parts, found)
         return found
 
-    found = run_in(
-        bind,
-        job_table,
-        run,
-        # What cannot be read must not be committed: nobody would ever get it.
-        single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
-        recoverable=token is not None,
-    )
+    first = _claimed_at_once(bind, parts, ask, token)
+    if first:
+        ask = replace(ask, limit=limit - len(first))
+    found = first
+    if len(first) < limit:
+        known = {key for key, _ in first}
+        rest = run_in(
+            bind,
+            job_table,
+            run,
+            # What cannot be read must not be committed: nobody would ever get it.
+            single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
+            recoverable=token is not None,
+        )
+        found = first + [each for each in rest if each[0] not in known]
     return Claim(
         (job for _, job in found),
         table=job_table,
@@ -190,6 +200,36 @@ def claim_jobs(
         worker=worker,
         lease=lease,
     )
+
+
+def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
+    """What an engine's claim by exclusive keys gets in one statement, if it can be sure of it.
+
+    In vain where many transactions are committed at once, or there are too few jobs: then the next
+    claims do not try it.
+    """
+    if parts.job_table.exclusive_by is None or not isinstance(bind, Engine):
+        return []
+    if parts.prepared.get(PAUSE, 0) > 0:
+        parts.prepared[PAUSE] -= 1
+        return []
+    at_once = strategy_for(bind.dialect).at_once(bind.dialect, parts)
+    if at_once is None:
+        return []
+
+    def run(strategy: Strategy, work: Work) -> Found:
+        found = _won_before(strategy, work, parts, token) if work.resumed else []
+        return found or strategy.claim_at_once(work, at_once, ask.parameters(token))
+
+    found = run_in(
+        bind,
+        parts.job_table,
+        run,
+        single=lambda _: not parts.may_be_unreadable,
+        recoverable=token is not None,
+    )
+    parts.prepared[PAUSE] = 0 if len(found) == ask.limit else CLAIMS_PAUSED
+    return found
 
 
 def dequeue_jobs(
@@ -201,6 +241,11 @@ def dequeue_jobs(
     their mapping. Nothing brings them back: a worker that dies after the commit loses them.
     """
     job_table = job_table_of(table)
+    if job_table.exclusive_by is not None:
+        raise ClaimError(
+            f"{job_table!r} has exclusive keys, and a row that is deleted does not run: use "
+            "claim_jobs(), and delete the row when its job is done"
+        )
     ask = Ask(checked_limit(limit), where, order_by)
     by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
     parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)

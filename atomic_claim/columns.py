@@ -15,7 +15,7 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import functions
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
-from sqlalchemy.types import Boolean, DateTime, Enum, Float, Integer
+from sqlalchemy.types import Boolean, DateTime, Enum, Float, Integer, String, Uuid
 
 from .conventions import (
     NOW,
@@ -85,6 +85,11 @@ class JobTable:
         unleased: what becomes of rows that run without a lease, such as those that were running
             before the column existed. None: they are owned for ever. A ``timedelta``: they are
             free once the time of their claim (or else the first of ``stamps``) is so long ago.
+        exclusive_by: a column, such as the customer's id, of whose every value no more than
+            ``max_per_key`` rows run at a time; NULL restricts nothing. See
+            :mod:`atomic_claim.exclusive` for what it rests on, wants and costs. Every claimer of
+            the table has to declare it.
+        max_per_key: how many rows of one key may run, an ``int`` of at least 1.
 
     Raises:
         AmbiguousTable: something needed was not said; the message says what to write.
@@ -113,6 +118,8 @@ class JobTable:
     text_times: str | None = None
     null_is_free: bool = False
     unleased: timedelta | None = None
+    exclusive_by: Any = None
+    max_per_key: int = 1
     entity: type[Any] | None = field(init=False, default=None)
     statements: dict[Any, Any] = field(init=False, default_factory=dict)
 
@@ -133,7 +140,8 @@ class JobTable:
                 "apart while they are claimed: add one, or name the columns that are unique with "
                 "PrimaryKeyConstraint(...) in the Table"
             )
-        for name in ("state", "due", "worker", "token", "lease", "attempts", "error"):
+        roles = ("state", "due", "worker", "token", "lease", "attempts", "error", "exclusive_by")
+        for name in roles:
             if (column := getattr(self, name)) is not None:
                 self._set(name, self.column(column, name))
         if isinstance(self.max_attempts, (str, ClauseElement)) or hasattr(
@@ -153,6 +161,7 @@ class JobTable:
             self._set(role, self._mapping(getattr(self, role), role))
         self._set("withdrawn", self._mapping(self.withdrawn or {}, "withdrawn"))
         self._check_unleased()
+        self._check_exclusive()
         for column in (self.due, self.lease):
             if column is not None:
                 self.now(column)
@@ -162,7 +171,7 @@ class JobTable:
         said = [f"state={self.state.name!r}"] if self.state is not None else []
         said += [
             f"{role}={column.name!r}"
-            for role in ("due", "worker", "token", "lease", "attempts")
+            for role in ("due", "worker", "token", "lease", "attempts", "exclusive_by")
             if (column := getattr(self, role)) is not None
         ]
         return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
@@ -266,6 +275,39 @@ class JobTable:
         return and_(*(marks or [not_(self.free)]), *self.not_ended)
 
     @cached_property
+    def is_expired(self) -> ColumnElement[bool] | None:
+        """True for a running row whose lease is over; None where rows have no leases."""
+        lease = self.lease
+        if lease is None:
+            return None
+        expired: ColumnElement[bool] = lease <= self.now(lease)
+        if self.unleased is not None:
+            expired = or_(expired, and_(lease.is_(None), self._is_old))
+        return expired
+
+    @cached_property
+    def is_held(self) -> ColumnElement[bool]:
+        """True for a running row that its worker still owns."""
+        lease = self.lease
+        if lease is None:
+            return self.is_running
+        lasts: list[ColumnElement[bool]] = [lease > self.now(lease)]
+        if self.unleased is not None:
+            since = self._claimed_since
+            lasts.append(and_(lease.is_(None), or_(since.is_(None), not_(self._is_old))))
+        elif lease.nullable:
+            lasts.append(lease.is_(None))
+        return and_(self.is_running, or_(*lasts))
+
+    @property
+    def _is_old(self) -> ColumnElement[bool]:
+        """True where a row without a lease has been running for so long that it is free."""
+        assert self.unleased is not None
+        since = self._claimed_since
+        age = literal(-self.unleased.total_seconds(), Float())
+        return since <= self.now(since, age)
+
+    @cached_property
     def reasons(
         self,
     ) -> tuple[tuple[tuple[ColumnElement[bool], ...], tuple[ColumnElement[Any], ...]], ...]:
@@ -279,10 +321,8 @@ class JobTable:
             expired = (self.is_running, lease <= self.now(lease), *unspent)
             found.append((expired, (lease,)))
             if self.unleased is not None:
-                since = self._claimed_since
-                age = literal(-self.unleased.total_seconds(), Float())
-                old = (self.is_running, lease.is_(None), since <= self.now(since, age), *unspent)
-                found.append((old, (since,)))
+                old = (self.is_running, lease.is_(None), self._is_old, *unspent)
+                found.append((old, (self._claimed_since,)))
         return tuple(found)
 
     @cached_property
@@ -413,6 +453,26 @@ class JobTable:
             raise ClaimError(
                 "unleased needs lease=..., and a time from which a row's age can be told: "
                 "claimed={..., 'claimed_at': func.now()} or stamps=('updated_at',)"
+            )
+
+    def _check_exclusive(self) -> None:
+        most = self.max_per_key
+        if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+            raise ClaimError(f"max_per_key is {most!r}; expected an int of at least 1")
+        column = self.exclusive_by
+        if column is None:
+            if most != 1:
+                raise ClaimError("max_per_key needs exclusive_by=..., the column of the key")
+            return
+        if not isinstance(plain_type(column.type), (Integer, String, Uuid, Boolean)):
+            raise ClaimError(
+                f"exclusive_by={column.name!r} is {column.type!r}; expected an integer, a string, "
+                "an enum, a UUID or a boolean, whose equal values are written alike"
+            )
+        if column in self.claimed:
+            raise ClaimError(
+                f"exclusive_by={column.name!r} is written by the claim itself, which would change "
+                "the row's key: name another column"
             )
 
     def _check_token(self) -> None:

@@ -188,12 +188,12 @@ class Beat:
             return None
 
     def _extend(self, strategy: Strategy, work: Work) -> set[Key]:
-        job_table, guard = self.owned.job_table, self.owned.guard()
+        job_table, guard = self.owned.job_table, self.owned.lasting()
         with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
             free = strategy.unlocked(work, job_table, self.remaining, guard)
             # Running and not locked: an end that the block had begun was rolled back.
             self.ended.difference_update(free)
-            strategy.change(work, job_table, free, guard, self.values)
+            strategy.extend(work, job_table, free, guard, self.values)
             return set(free) | self._standing(work, set(self.remaining).difference(free))
 
     def _look(self, strategy: Strategy, work: Work) -> set[Key]:
@@ -202,7 +202,7 @@ class Beat:
 
     def _standing(self, work: Work, keys: set[Key]) -> set[Key]:
         """Those that are ours as far as is committed: the block itself may have them locked."""
-        ours = set(self.owned.visible(work, tuple(keys), self.owned.guard()))
+        ours = set(self.owned.visible(work, tuple(keys), self.owned.lasting()))
         if rest := tuple(keys.difference(ours)):
             self.ended.update(self.owned.visible(work, rest, self.owned.is_ended()))
         return ours
@@ -226,8 +226,8 @@ def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
 
     def look(_: Strategy, work: Work) -> tuple[set[Key], set[Key]]:
         _refuse_single(work.connection.engine)
-        seen = set(owned.visible(work, owned.keys, owned.guard()))
-        return seen, set(owned.visible(work, owned.keys, owned.guard(), beat.outlasts()))
+        seen = set(owned.visible(work, owned.keys, owned.lasting()))
+        return seen, set(owned.visible(work, owned.keys, owned.lasting(), beat.outlasts()))
 
     seen, safe = run_in(bind, owned.job_table, look, single=lambda _: False)
     if missing := [key for key in owned.keys if key not in seen]:

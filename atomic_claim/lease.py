@@ -55,6 +55,15 @@ class Owned:
             return running
         return and_(self.job_table.token == self.token, running)
 
+    def lasting(self) -> ColumnElement[bool]:
+        """True for a row that is still ours and may be kept.
+
+        Once its lease is over, a row with an exclusive key has given the key away.
+        """
+        if self.job_table.exclusive_by is None:
+            return self.guard()
+        return and_(self.guard(), self.job_table.is_held)
+
     def is_ended(self) -> ColumnElement[bool]:
         """True for a row that was ours last, and that we have ended."""
         return and_(self.job_table.token == self.token, not_(self.job_table.is_running))
@@ -191,6 +200,9 @@ def extend_jobs(
     lease: timedelta | None = None,
 ) -> int:
     """Prolong the leases of claimed jobs, counted from now by the database's clock.
+
+    A lease that is over can be prolonged as long as nobody has claimed the row; but not where the
+    table has exclusive keys, since the row's key may be another's by now.
 
     Args:
         bind: as for :func:`complete_jobs`.
@@ -423,10 +435,12 @@ def _error_value(job_table: JobTable, message: str) -> Any:
 
 def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> int:
     """Change what is still owned, and name what is not."""
-    guard = owned.guard()
+    guard = owned.guard() if ends else owned.lasting()
+    takes_turns = not ends and owned.job_table.exclusive_by is not None
 
     def run(strategy: Strategy, work: Work) -> list[Key]:
-        changed = strategy.change(work, owned.job_table, owned.keys, guard, values)
+        change = strategy.change if ends else strategy.extend
+        changed = change(work, owned.job_table, owned.keys, guard, values)
         if work.resumed and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             rest = [key for key in owned.keys if key not in set(changed)]
@@ -439,7 +453,7 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
         bind,
         owned.job_table,
         run,
-        single=lambda strategy: strategy.changes_at_once(owned.keys),
+        single=lambda strategy: strategy.changes_at_once(owned.keys) and not takes_turns,
         recoverable=owned.token is not None,
     )
     if ends and owned.token is not None:

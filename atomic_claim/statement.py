@@ -342,6 +342,11 @@ def claim_statement(
     """
     ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
     job_table = job_table_of(table, ordered=order_by is not None)
+    if job_table.exclusive_by is not None:
+        raise ClaimError(
+            f"{job_table!r} has a key of which only {job_table.max_per_key} may run, which takes "
+            "more than one statement: use claim_jobs(bind, table, ...)"
+        )
     parts = _build(job_table, ask, entities=job_table.entity is not None)
     if parts.spread:
         raise ClaimError(
@@ -526,6 +531,11 @@ def _key_reader(parts: ClaimParts) -> Callable[[Any], tuple[Any, ...]]:
 def _checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column[Any], Any]:
     """The call's own values; they may not undo the mark of the claim."""
     values = job_table.values(given, "values")
+    if job_table.exclusive_by in values:
+        raise ClaimError(
+            f"values sets {job_table.exclusive_by.name!r}, the key by which claims exclude each "
+            "other: change it before or after the claim"
+        )
     for column in list(values):
         if column not in job_table.claimed:
             continue

@@ -291,7 +291,10 @@ class _InnoDB(DatabaseServer):
         programs = found.reachable(self.workspace, account)
         home = account.make_folder(self.workspace.folder / self.name)
         data = account.make_folder(home / "data")
-        words = [*programs.words, "--no-defaults", f"--datadir={data}", *self._options(programs)]
+        # A server that starts removes the temporary files of those beside it.
+        temporary = account.make_folder(home / "tmp")
+        folders = [f"--datadir={data}", f"--tmpdir={temporary}"]
+        words = [*programs.words, "--no-defaults", *folders, *self._options(programs)]
         option, script = self._initializing(programs)
         run([*words, option], account, home, script)
         setup = self.workspace.folder / f"{self.name}.sql"

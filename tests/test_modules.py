@@ -23,6 +23,7 @@ ROOMS = [
     "columns",
     "tickets",
     "statement",
+    "exclusive",
     "dialects",
     "guard",
     "binds",

@@ -44,7 +44,7 @@ class NeededIndex:
     """An index by which a claim finds rows that are free for one reason.
 
     Attributes:
-        reason: ``free``, ``expired`` or ``unleased``.
+        reason: ``free``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive keys.
         table: the job table.
         conditions: what is the same at every claim, and what an index can hold of it.
         leading: the columns that equal what a call passes as a parameter.
@@ -179,6 +179,9 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
         _, (since,) = job_table.reasons[2]
         running = and_(job_table.is_running, own.is_(None))
         found.append(_needed("unleased", table, running, (since,)))
+    if (key := job_table.exclusive_by) is not None:
+        found.append(_needed("keys", table, job_table.is_free, (key, *order)))
+        found.append(_needed("running", table, job_table.is_running, (key,)))
     return found
 
 

@@ -167,6 +167,8 @@ _SERVES = {
     "free": "Serves the search for free rows, in the order of the claim.",
     "expired": "Serves the search for rows whose lease has run out.",
     "unleased": "Serves the search for rows that have been running without a lease.",
+    "keys": "Serves the search for the keys that have free rows, and for the first row of each.",
+    "running": "Serves the look for rows that run with a key.",
 }
 
 

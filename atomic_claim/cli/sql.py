@@ -17,7 +17,7 @@ from atomic_claim.columns import JobTable
 from atomic_claim.dialects import strategy_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.lease import Owned, Values, completion, extension, failure, release
-from atomic_claim.statement import TOKEN, WORKER, Ask
+from atomic_claim.statement import KEYS, TOKEN, WORKER, Ask
 
 from .database import CommandError, parse_url
 from .layout import laid_out
@@ -133,7 +133,8 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     )
     said = [f"{name}=..." for name in ("worker", "lease") if getattr(ask, name) is not None]
     call = f"claim_jobs({', '.join(['engine', job_table.table.name, str(limit), *said])})"
-    given = {**ask.parameters(None), TOKEN: None, WORKER: None}
+    one_key = None if len(job_table.key) == 1 else (None,) * len(job_table.key)
+    given = {**ask.parameters(None), TOKEN: None, WORKER: None, KEYS: [one_key]}
     try:
         parts = fresh_parts(job_table, ask)
         statements = strategy.statements(parts)

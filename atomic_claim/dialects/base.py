@@ -114,6 +114,14 @@ class Strategy(ABC):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
 
+    def at_once(self, dialect: Dialect, parts: ClaimParts) -> ClaimParts | None:
+        """The claim by exclusive keys as one statement that may find less than there is, if any."""
+        return None
+
+    def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        """Claim by what :meth:`at_once` made of the parts."""
+        raise NotImplementedError
+
     @abstractmethod
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
@@ -149,6 +157,17 @@ class Strategy(ABC):
         for chunk in chunks(keys, CHUNK):
             changed += [tuple(row) for row in work.execute(*changing.of(chunk))]
         return changed
+
+    def extend(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+        values: Mapping[Any, Any],
+    ) -> list[Key]:
+        """:meth:`change`, such that no claim takes the rows for expired at the same time."""
+        return self.change(work, job_table, keys, guard, values)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

@@ -34,6 +34,7 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
+from atomic_claim.exclusive import MOST_KEYS
 from atomic_claim.statement import (
     LIMIT,
     ByKey,
@@ -60,6 +61,7 @@ from .base import (
     refuse_autocommit,
     require,
 )
+from .second_look import SESSION, SecondLook, Ways, second_look, turn_at
 
 NAMES = ("mysql", "mariadb")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
@@ -118,16 +120,27 @@ class MySQL(Strategy):
         return False
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        if parts.job_table.exclusive_by is not None:
+            return self._claim_in_turn(work, parts, params)
         keys = self.lock(work, parts, params)
         return mark_and_load(work, parts, keys, params, self.hints)
+
+    def _claim_in_turn(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        _check_engine(work.connection, parts.job_table.table)
+        statements = self._prepared(parts, work)
+        ways = parts.prepare("ways", lambda it: Ways(it, [SKEW] if statements.asks_zone else []))
+        with turn_at(work, parts.job_table, (*SESSION, *statements.session)) as said:
+            search = _SearchInTurn(self, work, statements, params[LIMIT])
+            search.learn(said[len(SESSION) :])
+            with second_look(work, ways, *said[: len(SESSION)]) as look:
+                keys = search.keys_by(look)
+            return mark_and_load(work, parts, keys, params, self.hints)
 
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         _check_engine(work.connection, parts.job_table.table)
-        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
-        statements = self._prepared(parts, mariadb=mariadb)
-        return _Search(self, work, statements, params[LIMIT]).keys()
+        return _Search(self, work, self._prepared(parts, work), params[LIMIT]).keys()
 
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
         """The keys are searched for as a claim does it; then the SELECT reads them, locked.
@@ -157,10 +170,14 @@ class MySQL(Strategy):
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         """The candidates' SELECT without what it asks of the session."""
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
-        lock = self._prepared(parts, mariadb=False).lock
+        lock = _Statements(self, parts, mariadb=False).lock
+        if parts.job_table.exclusive_by is not None:
+            ways = Ways(parts, ())
+            return (ways.near, ways.running, lock, *marked)
         return (parts.candidates.select(), lock, *marked)
 
-    def _prepared(self, parts: ClaimParts, *, mariadb: bool) -> _Statements:
+    def _prepared(self, parts: ClaimParts, work: Work) -> _Statements:
+        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         return parts.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
@@ -182,6 +199,23 @@ class MySQL(Strategy):
             if found:
                 work.execute(*write.of(found))
         return changed
+
+    def extend(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+        values: Mapping[Any, Any],
+    ) -> list[Key]:
+        """The rows are waited for before the turn, in which nobody may wait for long."""
+        if job_table.exclusive_by is None:
+            return self.change(work, job_table, keys, guard, values)
+        hold, _ = self.changes(job_table, guard, values)
+        for chunk in chunks(keys, CHUNK):
+            work.execute(*hold.of(chunk)).all()
+        with turn_at(work, job_table):
+            return self.change(work, job_table, keys, guard, values)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -298,6 +332,9 @@ class _Statements:
         self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
         # The same, or it fails if somebody holds one of the rows.
         self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
+        # Tells whether a row runs still, or fails if somebody else holds it.
+        runs = parts.job_table.is_held
+        self.ended = self._by_key(self._locking(nowait=True).add_columns(runs))
 
     @property
     def lock_of(self) -> Any:
@@ -346,7 +383,16 @@ class _Search:
                 break
             # Others hold the head of the queue; all that is read again is keys.
             reach = 4 * reach + 16
-        # What was passed over is all that is left.
+        self._take_from_aside()
+        # Rows that we only locked are still free in our own reads, so the last one has them all.
+        found = [key for key in seen if key in self.taken]
+        if len(found) < self.limit and self.repeatable and not self.work.own:
+            newer = [key for key in self._read_latest() if key not in self.taken]
+            found += newer[: self.limit - len(found)]
+        return found
+
+    def _take_from_aside(self) -> None:
+        """Lock what was passed over, which is all that is left."""
         self.patience = sys.maxsize
         while self.aside and len(self.taken) < self.limit:
             wanted = self.limit - len(self.taken)
@@ -354,12 +400,6 @@ class _Search:
             if keys[wanted:]:
                 self.aside.insert(0, keys[wanted:])
             self._lock_without_gaps(keys[:wanted])
-        # Rows that we only locked are still free in our own reads, so the last one has them all.
-        found = [key for key in seen if key in self.taken]
-        if len(found) < self.limit and self.repeatable and not self.work.own:
-            newer = [key for key in self._read_latest() if key not in self.taken]
-            found += newer[: self.limit - len(found)]
-        return found
 
     def _read_candidates(self, reach: int) -> list[Key]:
         try:
@@ -373,7 +413,11 @@ class _Search:
         if not rows and self.work.own and not self.statements.asks_zone:
             return []
         width = len(self.statements.key)
-        said = rows[0][width:] if rows else self._ask()
+        self._learn(rows[0][width:] if rows else self._ask())
+        return [tuple(row)[:width] for row in rows]
+
+    def _learn(self, said: Sequence[Any]) -> None:
+        """Take in what the session says of itself, and refuse what a claim cannot rest on."""
         if said[0] == "SERIALIZABLE":
             raise ClaimError(SERIALIZABLE)
         if said[2:] and said[2]:
@@ -381,7 +425,6 @@ class _Search:
             self.strategy.refuse_naive(self.statements.parts.job_table, zone)
         self.repeatable = said[0] == "REPEATABLE-READ"
         self.may_fail = not said[1]
-        return [tuple(row)[:width] for row in rows]
 
     def _ask(self) -> Sequence[Any]:
         return self.work.execute(select(*self.statements.session)).one()
@@ -490,6 +533,77 @@ class _Search:
                 raise
             return False
         return len(found) < len(left)
+
+
+class _SearchInTurn(_Search):
+    """One search for rows whose exclusive keys have room."""
+
+    def learn(self, said: Sequence[Any]) -> None:
+        """Take in what the session says of itself, and refuse what a claim cannot rest on."""
+        why = "the row locks would be gone before the rows are marked"
+        refuse_autocommit(self.strategy, self.work, why)
+        self._learn(said)
+
+    def keys_by(self, look: SecondLook) -> list[Key]:
+        """Up to ``limit`` free rows in claim order, found and looked at by a second connection."""
+        ways, reach = look.ways, self.limit + WINDOW
+        way, order = ways.near, list[Key]()
+        while True:
+            found = look.candidates(way, limits(reach))
+            if way is ways.by_key and found.seen > MOST_KEYS:
+                # Of some keys only, which are not the first in the claim's order.
+                way = ways.passing
+                continue
+            self._lock_those_with_room(look, found.places)
+            order = [*found.places, *(key for key in order if key not in found.places)]
+            if len(self.taken) >= self.limit:
+                break
+            if way is ways.by_key or found.seen < reach or (self.taken and way is ways.passing):
+                break
+            if way is ways.near:
+                way = ways.by_key
+            else:
+                reach = 4 * reach + 16
+        self._take_from_aside()
+        return [key for key in order if key in self.taken]
+
+    def _lock_those_with_room(self, look: SecondLook, places: Mapping[Key, int]) -> None:
+        candidates = [key for key in places if key not in self.tried]
+        # The rest may not be needed.
+        for few in chunks(candidates, self.limit + WINDOW):
+            fresh = self._with_room(look, few, places)
+            while fresh and len(self.taken) < self.limit:
+                self._lock(fresh)
+                fresh = [key for key in fresh if key not in self.tried]
+            if len(self.taken) >= self.limit:
+                break
+
+    def _with_room(
+        self, look: SecondLook, keys: Sequence[Key], places: Mapping[Key, int]
+    ) -> list[Key]:
+        beside = look.running_beside(keys)
+        running = {key for others in beside.values() for key in others}
+        ended: set[Key] = set()
+        if running and not self.work.own:
+            ended = self._ended_here(look.ending(running))
+        most = self.statements.parts.job_table.max_per_key
+        return [key for key in keys if places[key] + len(beside[key] - ended) <= most]
+
+    def _ended_here(self, keys: Iterable[Key]) -> set[Key]:
+        """Those of the rows that the caller's own transaction has ended: nobody else holds them."""
+        found: set[Key] = set()
+        for key in keys:
+            if not self.may_fail:
+                break
+            try:
+                row = self.work.execute(*self.statements.ended.of([key])).one_or_none()
+            except DBAPIError as error:
+                if self.strategy.code(error) not in HELD:
+                    raise
+                continue
+            if row is None or not row[-1]:
+                found.add(key)
+        return found
 
 
 def _ascends(keys: Sequence[Key]) -> bool:

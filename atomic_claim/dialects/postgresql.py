@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -27,11 +27,15 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
+from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError
+from atomic_claim.exclusive import NEAR
 from atomic_claim.statement import (
+    LIMIT,
     ORDER,
+    REACH,
     ByKey,
     Candidates,
     ClaimParts,
@@ -40,13 +44,16 @@ from atomic_claim.statement import (
     key_equals,
 )
 
+from .advisory import InTurn, at_once, table_name, turn_of, wait_for_keys
 from .base import (
+    CHUNK,
     Find,
     Found,
     Key,
     Pooled,
     Strategy,
     Work,
+    chunks,
     load,
     mark_and_load,
     reading_by_key,
@@ -120,9 +127,24 @@ class PostgreSQL(Strategy):
             require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
 
     def is_single(self, parts: ClaimParts) -> bool:
-        return not parts.spread
+        return not parts.spread and parts.job_table.exclusive_by is None
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        if parts.job_table.exclusive_by is not None:
+            return InTurn(self, work, turn_of(parts), self._claim).claim(params)
+        return self._claim(work, parts, params)
+
+    def at_once(self, dialect: Dialect, parts: ClaimParts) -> ClaimParts | None:
+        # txid_status() came with version 10.
+        if dialect.name != "postgresql" or (dialect.server_version_info or ()) < (10,):
+            return None
+        return parts.prepare("at once", at_once)
+
+    def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        given = params | table_name(work.connection, parts.job_table)
+        return self._claim(work, parts, {**given, REACH: params[LIMIT] + NEAR})
+
+    def _claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if parts.entities and work.has_criteria:
             keys = self.lock(work, parts, params)
             return mark_and_load(work, parts, keys, params, self.hints)
@@ -152,8 +174,28 @@ class PostgreSQL(Strategy):
                 self.refuse_naive(parts.job_table, repr(zone))
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        if parts.job_table.exclusive_by is not None:
+            turn = turn_of(parts)
+            return (turn.find, *self._statements(turn.parts))
+        return self._statements(parts)
+
+    def _statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         reading = (reading_by_key(parts, self.hints),) if parts.spread else ()
         return (parts.statement, *reading)
+
+    def extend(
+        self,
+        work: Work,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        guard: ColumnElement[bool],
+        values: Mapping[Any, Any],
+    ) -> list[Key]:
+        """The lock comes first: the clock is that of the statement's beginning."""
+        if job_table.exclusive_by is not None:
+            for chunk in chunks(keys, CHUNK):
+                wait_for_keys(work, job_table, chunk)
+        return self.change(work, job_table, keys, guard, values)
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -14,7 +15,9 @@ from sqlalchemy import (
     Result,
     Select,
     Update,
+    case,
     false,
+    select,
     text,
     tuple_,
     type_coerce,
@@ -32,7 +35,8 @@ from sqlalchemy.types import NullType, String
 from atomic_claim.columns import JobTable
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
-from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.exclusive import Turns, number, pool
+from atomic_claim.statement import ORDER, ByKey, Candidates, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
     Find,
@@ -80,6 +84,7 @@ class SQLite(Strategy):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, parts: ClaimParts) -> bool:
+        parts = _in_turn(parts)
         return parts.prepare("single on SQLite", self._is_single)
 
     def _is_single(self, parts: ClaimParts) -> bool:
@@ -88,6 +93,7 @@ class SQLite(Strategy):
         return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        parts = _in_turn(parts)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
         [statement] = self.statements(parts)
@@ -95,6 +101,7 @@ class SQLite(Strategy):
         return returned(parts, result) if parts.single else _in_order(parts, result)
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+        parts = _in_turn(parts)
         if self.is_single(parts):
             return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
@@ -108,6 +115,7 @@ class SQLite(Strategy):
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         self._take_write_lock(work, parts.job_table)
+        parts = _in_turn(parts)
         return [tuple(row) for row in work.execute(parts.candidates.select(), params)]
 
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
@@ -164,6 +172,26 @@ class SQLite(Strategy):
             "has read cannot become a writer once another connection has written "
             "(https://www.sqlite.org/lang_transaction.html)"
         )
+
+
+def _in_turn(parts: ClaimParts) -> ClaimParts:
+    """The parts as they are, or with candidates whose exclusive keys have room."""
+    if parts.job_table.exclusive_by is None or "turn" in parts.prepared:
+        return parts
+    return parts.prepare("in turn", _with_turns)
+
+
+def _with_turns(parts: ClaimParts) -> ClaimParts:
+    turns = Turns(parts)
+    # A LIMIT is looked at before anything is read, a condition row by row.
+    found = pool(
+        turns, lambda needed: lambda rows, most: rows.limit(case((needed, most), else_=number(0)))
+    ).rows
+    branch = select(*turns.ids(found), *turns.terms(found)).where(turns.may_run(found))
+    branch = branch.order_by(*turns.order(found)).limit(turns.limit)
+    before = parts.candidates
+    candidates = Candidates((branch,), before.order, before.limit, before.reach, before.rows)
+    return replace(parts, candidates=candidates, prepared={"turn": True})
 
 
 def _lock(job_table: JobTable) -> Update:

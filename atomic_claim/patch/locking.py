@@ -47,7 +47,13 @@ def lock_reads(target: Any, table: Any) -> Patch:
     """
 
     def prepare(patch: Patch, found: Target) -> Run:
-        job_table = keyed(table_of(table))
+        given = table_of(table)
+        job_table = keyed(given)
+        if isinstance(given, JobTable) and given.exclusive_by is not None:
+            raise PatchError(
+                f"{found.name} cannot be patched by lock_reads: a lock on a row says nothing of "
+                "the other rows with its exclusive key; claim before the work with claim_reads()"
+            )
         return watching(patch, found, lambda: LockWatch(patch, job_table))
 
     return make_patch(target, prepare)

@@ -48,6 +48,11 @@ def keyed(table: Any, **known: Any) -> JobTable:
 
 def leased_only(job_table: JobTable) -> JobTable:
     """The table such that a claim writes nothing but the lease, and the state says what is done."""
+    if job_table.exclusive_by is not None:
+        raise PatchError(
+            f"{job_table!r} has exclusive keys, and a find under a lease frees a row's key as soon "
+            "as the legacy mark is written: leave out exclusive_by, or claim in place of the find"
+        )
     kept = {
         role: getattr(job_table, role)
         for role in (

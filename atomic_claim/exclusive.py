@@ -1,0 +1,298 @@
+"""Exclusive keys: of the rows with one key no more than some run at a time, in claim order.
+
+A key's running rows are those that bear the mark of a claim and whose lease, if they have one,
+is not over; so a crashed holder frees its key with its lease. That a row may be claimed is decided
+inside the claim, by what each database offers for it:
+
+* PostgreSQL locks the keys of the candidates for the rest of the transaction
+  (``pg_try_advisory_xact_lock``; a key that another claim holds is passed over) and looks for
+  running rows in a later statement, whose snapshot is younger than the lock. The transaction has
+  to be READ COMMITTED, and every key takes a place in the server's lock table
+  (``max_locks_per_transaction``).
+* MySQL and MariaDB hold a named lock of the table (``GET_LOCK``) from the look to the mark, not to
+  the commit. Uncommitted marks are seen by a second connection, which reads uncommitted rows and
+  then the committed ones: a row whose end may still be rolled back runs. On a cluster with several
+  writable nodes such a lock is one node's, and keys are not exclusive there.
+* SQLite has one writer, whose statement decides alone.
+
+Which rows come next is looked for in three ways, each where the one before it did not find
+enough. The first rows in claim order are numbered key by key. If they are all of keys that are
+busy, the keys themselves are walked, with one step in the index for each, up to ``MOST_KEYS`` of
+them; if there are more, the rows are read in claim order and those of busy keys passed over, one
+by one. So a busy key with a million rows costs a step, unless there are more than ``MOST_KEYS``
+keys with waiting rows. Wanted are an index of the free rows by key and claim order, and one of the
+running rows by key; ``atomic-claim migration`` writes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    Column,
+    ColumnElement,
+    FromClause,
+    Integer,
+    Select,
+    and_,
+    bindparam,
+    case,
+    func,
+    literal_column,
+    not_,
+    or_,
+    select,
+    true,
+    tuple_,
+    union_all,
+)
+from sqlalchemy.sql import visitors
+
+from .statement import LIMIT, ORDER, REACH, ClaimParts, OrderTerm
+
+KEY = "claim_key"
+PLACE = "claim_place"
+# Recursion ends at 1,000 steps on MySQL and MariaDB.
+MOST_KEYS = 900
+# So many rows more than are wanted are looked at before the keys are.
+NEAR = 16
+# So many of a key's rows are found by its first ones where LATERAL is not to be had.
+MOST_FIRST = 10
+
+Only = Callable[[Select[Any], ColumnElement[int]], Select[Any]]
+"""Limits a SELECT, if it is to read anything."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The pieces that find whose turn it is, made of the parts of a claim.
+
+    Attributes:
+        parts: the parts of the claim, which know nothing of keys.
+        lateral: whether the database has LATERAL.
+    """
+
+    parts: ClaimParts
+    lateral: bool = False
+
+    @property
+    def column(self) -> Any:
+        """The column of the key."""
+        return self.parts.job_table.exclusive_by
+
+    @property
+    def most(self) -> ColumnElement[int]:
+        """How many rows of a key may run."""
+        return number(self.parts.job_table.max_per_key)
+
+    @property
+    def limit(self) -> ColumnElement[int]:
+        """How many rows are wanted."""
+        return bindparam(LIMIT, 1, Integer(), literal_execute=True)
+
+    @property
+    def reach(self) -> ColumnElement[int]:
+        """How many rows are looked at."""
+        return bindparam(REACH, 1, Integer(), literal_execute=True)
+
+    def near(self, name: str, only: Only) -> CTE:
+        """The first rows in claim order, whatever their keys."""
+        return self._together(*(only(branch, self.reach) for branch in self._branches)).cte(name)
+
+    def passing(self, name: str, only: Only) -> CTE:
+        """The first rows in claim order whose keys are not at their limit."""
+        first, *others = self._branches
+        held = self.parts.job_table.is_held
+        busy = select(self.column).where(self.column.is_not(None), held).group_by(self.column)
+        if self.parts.job_table.max_per_key > 1:
+            busy = busy.having(func.count() >= self.most)
+        first = first.where(or_(self.column.is_(None), self.column.not_in(busy)))
+        return self._together(*(only(each, self.reach) for each in (first, *others))).cte(name)
+
+    def keys(self, name: str, *conditions: ColumnElement[bool]) -> CTE:
+        """The keys that have free rows, in their order, as far as ``MOST_KEYS`` go; NULL ends them.
+
+        Of a key not all rows are read, but the first entry in an index.
+        """
+        free = (
+            select(self.column)
+            .where(self.parts.job_table.is_free)
+            .order_by(self.column)
+            .limit(number(1))
+        )
+        first = free.where(self.column.is_not(None)).scalar_subquery()
+        found = select(first.label(KEY), number(1).label("step")).where(*conditions)
+        keys = found.cte(name, recursive=True)
+        following = free.where(self.column > keys.columns[KEY]).correlate(keys).scalar_subquery()
+        step = keys.columns["step"]
+        further = select(following, step + number(1)).where(
+            keys.columns[KEY].is_not(None), step <= number(MOST_KEYS)
+        )
+        return keys.union_all(further)
+
+    def heads(self, name: str, *conditions: ColumnElement[bool]) -> CTE:
+        """The first row of every key, key by key: one step in the index finds both.
+
+        For databases that have LATERAL, and for one row of a key. In place of an end, ``step``
+        counts the keys, as far as ``MOST_KEYS`` go.
+        """
+        branch = self._branches[0].order_by(None).limit(number(1))
+        branch = branch.order_by(self.column, *self.parts.order)
+        first = branch.where(self.column.is_not(None), *conditions).subquery("claim_first")
+        heads = select(*first.columns, number(1).label("step")).cte(name, recursive=True)
+        ahead = branch.where(self.column > heads.columns[KEY]).correlate(heads)
+        row = ahead.lateral("claim_following")
+        step = heads.columns["step"]
+        following = select(*row.columns, step + number(1)).select_from(heads.join(row, true()))
+        return heads.union_all(following.where(step <= number(MOST_KEYS)))
+
+    def distinct_keys(self, name: str) -> CTE:
+        """The same on MySQL and MariaDB, whose planners do not see a step into an index.
+
+        They do skip from key to key if what comes before it in the index is asked for, too.
+        """
+        free = self.parts.job_table.is_free
+        named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
+        columns = [part for part in dict.fromkeys(named) if part is not self.column]
+        found = select(*columns, self.column.label(KEY)).where(free).distinct()
+        some = found.limit(number(MOST_KEYS + 1)).subquery("claim_some_keys")
+        return select(some.columns[KEY].label(KEY)).cte(name)
+
+    def of_keys(self, name: str, keys: CTE, only: Only) -> CTE:
+        """The first rows of each of these keys, those without a key, and those free otherwise."""
+        first, *others = self._branches
+        unrestricted = only(first.where(self.column.is_(None)), self.reach)
+        expired = [only(branch, self.reach) for branch in others]
+        width = len(first.selected_columns)
+        if len(keys.columns) > width:
+            firsts: list[Select[Any]] = [select(*list(keys.columns)[:width])]
+        else:
+            firsts = self._firsts(first, keys)
+        return self._together(*firsts, unrestricted, *expired).cte(name)
+
+    def _firsts(self, branch: Select[Any], keys: CTE) -> list[Select[Any]]:
+        of_key = branch.where(self.column == keys.columns[KEY])
+        if self.lateral:
+            rows = of_key.limit(self.most).correlate(keys).lateral("claim_first")
+            return [select(*rows.columns).select_from(keys).join(rows, true())]
+        found: list[Select[Any]] = []
+        for place in range(min(self.parts.job_table.max_per_key, MOST_FIRST)):
+            row = of_key.limit(number(1)).offset(number(place)).correlate(keys)
+            columns = list(branch.selected_columns)[:-1]
+            values = [row.with_only_columns(c).scalar_subquery().label(c.key) for c in columns]
+            firsts = select(*values, keys.columns[KEY].label(KEY)).select_from(keys).subquery()
+            found.append(select(firsts).where(self.ids(firsts)[0].is_not(None)))
+        return found
+
+    def numbered(self, name: str, read: FromClause) -> CTE:
+        """What was read, with its place within its key, as far as the key may run so many."""
+        key = read.columns[KEY]
+        order = [*self.order(read), *self.ids(read)]
+        place = func.row_number().over(partition_by=key, order_by=order).label(PLACE)
+        found = select(read, place).subquery(f"{name}_all")
+        within = or_(found.columns[KEY].is_(None), found.columns[PLACE] <= self.most)
+        return select(found).where(within).cte(name)
+
+    def may_run(self, found: FromClause) -> ColumnElement[bool]:
+        """True for a numbered row for which its key has room."""
+        job_table = self.parts.job_table
+        key, place = found.columns[KEY], found.columns[PLACE]
+        running = select(func.count()).select_from(job_table.table)
+        running = running.where(self.column == key, job_table.is_held).correlate(found)
+        return or_(key.is_(None), place + running.scalar_subquery() <= self.most)
+
+    def key_is_in(self, keys: Any) -> ColumnElement[bool]:
+        """True for the rows whose primary key is among these."""
+        key: Any = self.parts.key_attributes
+        return key[0].in_(keys) if len(key) == 1 else tuple_(*key).in_(keys)
+
+    def ids(self, found: FromClause) -> list[ColumnElement[Any]]:
+        """The primary key of what was found."""
+        columns: list[ColumnElement[Any]] = list(found.columns)
+        return columns[: len(self.parts.job_table.key)]
+
+    def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
+        """The terms of the order of what was found."""
+        return [found.columns[f"{ORDER}{place}"] for place, _ in enumerate(self.parts.order, 1)]
+
+    def order(self, found: FromClause) -> list[ColumnElement[Any]]:
+        """What was found, in claim order."""
+        terms = zip(self.parts.order, self.terms(found), strict=True)
+        return [OrderTerm.of(term).applied(column) for term, column in terms]
+
+    def described(self, rows: Select[Any], *, with_key: bool = False) -> Select[Any]:
+        """A SELECT of primary keys, with the terms of the order and the key beside them."""
+        terms = [
+            OrderTerm.of(term).element.label(f"{ORDER}{place}")
+            for place, term in enumerate(self.parts.order, 1)
+        ]
+        return rows.add_columns(*terms, *([self.column.label(KEY)] if with_key else []))
+
+    @property
+    def _branches(self) -> list[Select[Any]]:
+        key = self.column.label(KEY)
+        return [branch.add_columns(key) for branch in self.parts.candidates.branches]
+
+    def _together(self, *branches: Select[Any]) -> Select[Any]:
+        if len(branches) == 1:
+            return branches[0]
+        return select(self.parts.candidates.together(*branches))
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """All three ways to find candidates in one statement, each read only if it is needed.
+
+    Attributes:
+        rows: the numbered candidates, of whose keys some may have no room.
+        exhausted: true if there are no more candidates than these.
+    """
+
+    rows: FromClause
+    exhausted: ColumnElement[bool]
+
+
+def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
+    """The three ways in one; ``gated`` makes a SELECT read nothing unless something is true."""
+    limit, reach = turns.limit, turns.reach
+    near_read = turns.near("claim_near_read", lambda branch, most: branch.limit(most))
+    near = turns.numbered("claim_near", near_read)
+    room = select(number(1)).select_from(near).where(turns.may_run(near)).limit(limit).subquery()
+    is_short = and_(count_of(near_read) >= reach, count_of(room) < limit)
+    short = select(case((is_short, number(1)), else_=number(0)).label("is_short")).cte(
+        "claim_short"
+    )
+    needed = select(short.columns["is_short"]).scalar_subquery() == number(1)
+
+    by_heads = turns.lateral and turns.parts.job_table.max_per_key == 1
+    keys = (turns.heads if by_heads else turns.keys)("claim_keys", needed)
+    are_more = case((count_of(keys) > number(MOST_KEYS), number(1)), else_=number(0))
+    many = select(are_more.label("many")).cte("claim_many")
+    are_many = select(many.columns["many"]).scalar_subquery() == number(1)
+    by_key = gated(and_(needed, not_(are_many)))
+    far = turns.numbered("claim_far", turns.of_keys("claim_far_read", keys, by_key))
+    deep_read = turns.passing("claim_deep_read", gated(and_(needed, are_many)))
+    deep = turns.numbered("claim_deep", deep_read)
+    found = union_all(
+        select(near).where(not_(needed)),
+        select(far).where(needed, not_(are_many)),
+        select(deep).where(needed, are_many),
+    ).subquery("claim_pool")
+    exhausted = or_(
+        count_of(near_read) < reach,
+        and_(needed, or_(not_(are_many), count_of(deep_read) < reach)),
+    )
+    return Pool(found, exhausted)
+
+
+def number(value: int) -> ColumnElement[int]:
+    """A number in the statement's text."""
+    return literal_column(str(value), Integer())
+
+
+def count_of(found: FromClause) -> ColumnElement[int]:
+    """How many rows something has."""
+    return select(func.count()).select_from(found).scalar_subquery()

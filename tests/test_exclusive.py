@@ -1,0 +1,796 @@
+"""Exclusive keys: two workers never run two rows of one key, step by step and in a drain."""
+
+import asyncio
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, registry
+
+from atomic_claim import (
+    ClaimConflict,
+    ClaimError,
+    ClaimLost,
+    JobTable,
+    PatchError,
+    UnsupportedDialect,
+    aio,
+    claim_jobs,
+    claim_statement,
+    complete_jobs,
+    extend_jobs,
+    fail_jobs,
+    keep_claims,
+    lock_reads,
+    release_jobs,
+)
+from atomic_claim.claim import dequeue_jobs
+from atomic_claim.cli.indexes import needed_indexes
+from atomic_claim.cli.texts import dialect_of
+from atomic_claim.dialects import advisory, mysql, second_look
+from atomic_claim.statement import KEYS
+from tests.databases import Database
+from tests.jobs import ids
+from tests.test_lease import PAST
+
+LEASE = timedelta(minutes=5)
+# SQLite has one writer: nobody claims beside an open claim.
+SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
+INNODB = pytest.mark.databases("mysql", "mariadb")
+
+
+def keyed_table(**options: Any) -> JobTable:
+    """A table of jobs for customers, one at a time for each."""
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("customer_id", sa.Integer),
+        sa.Column("state", sa.String(20), nullable=False, server_default="waiting"),
+        sa.Column("lease_until", sa.DateTime()),
+        sa.Column("token", sa.String(32)),
+        sa.Column("note", sa.String(20)),
+        sa.Index("jobs_keys", "state", "customer_id", "id"),
+        sa.Index("jobs_free", "state", "id"),
+    )
+    named: dict[str, Any] = {
+        "state": "state",
+        "free": "waiting",
+        "claimed": "running",
+        "done": "done",
+        "failed": "failed",
+        "order": "id",
+        "lease": "lease_until",
+        "token": "token",
+        "naive_times": "utc",
+        "exclusive_by": "customer_id",
+    }
+    return JobTable(table, **named | options)
+
+
+def filled(database: Database, customers: list[int | None], **options: Any) -> JobTable:
+    """Jobs numbered from 1, each for its customer."""
+    jobs = keyed_table(**options)
+    engine = database.engine()
+    jobs.table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        rows = [{"id": n, "customer_id": c} for n, c in enumerate(customers, 1)]
+        for start in range(0, len(rows), 1000):
+            connection.execute(jobs.table.insert(), rows[start : start + 1000])
+    return jobs
+
+
+def quick(database: Database) -> sa.Engine:
+    """An engine that on SQLite does not wait for the lock."""
+    return database.engine(
+        **({"connect_args": {"timeout": 0}} if database.name == "sqlite" else {})
+    )
+
+
+def expire(engine: sa.Engine, jobs: JobTable, number: int) -> None:
+    """Let a row's lease run out."""
+    past = jobs.now(jobs.lease, sa.literal(PAST.total_seconds(), sa.Float()))
+    with engine.begin() as connection:
+        connection.execute(
+            sa.update(jobs.table).where(jobs.table.c.id == number).values(lease_until=past)
+        )
+
+
+@contextmanager
+def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A transaction that the test ends, or else is rolled back."""
+    connection = engine.connect()
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def claimed_beside(database: Database, engine: sa.Engine, jobs: JobTable, limit: int) -> list[int]:
+    """What another worker gets beside an open transaction that has written: nothing on SQLite."""
+    if database.name != "sqlite":
+        return ids(claim_jobs(engine, jobs, limit))
+    with pytest.raises(ClaimConflict), engine.connect() as connection:
+        claim_jobs(connection, jobs, limit)
+    return []
+
+
+@pytest.mark.parametrize("by", ["engine", "connection", "sessionmaker"])
+def test_one_row_of_a_key_runs(database: Database, by: str) -> None:
+    """The first of each key, in claim order, and the next one once it has ended; NULL is free."""
+    jobs = filled(database, [1, 1, None, 2, 1, None, 2])
+    engine = database.engine()
+
+    def claim(limit: int) -> Any:
+        if by == "engine":
+            return claim_jobs(engine, jobs, limit)
+        if by == "sessionmaker":
+            return claim_jobs(sa.orm.sessionmaker(engine), jobs, limit)
+        with engine.begin() as connection:
+            return claim_jobs(connection, jobs, limit)
+
+    first = claim(10)
+    assert ids(first) == [1, 3, 4, 6]
+    assert ids(claim(10)) == []
+    complete_jobs(engine, first[:1])
+    second = claim(10)
+    assert ids(second) == [2]
+    fail_jobs(engine, first[2:3])
+    assert ids(claim(10)) == [7]
+    release_jobs(engine, second)
+    assert ids(claim(1)) == [2]
+
+
+def test_as_many_as_may_run(database: Database) -> None:
+    """With max_per_key=3 no more than three of a key run, whatever the limits of the calls."""
+    jobs = filled(database, [1] * 6 + [2] * 2, max_per_key=3)
+    engine = database.engine()
+    first = claim_jobs(engine, jobs, 2)
+    assert ids(first) == [1, 2]
+    assert ids(claim_jobs(engine, jobs, 10)) == [3, 7, 8]
+    complete_jobs(engine, first)
+    assert ids(claim_jobs(engine, jobs, 10)) == [4, 5]
+
+
+def test_entities(database: Database) -> None:
+    """A mapped class gives entities, attached and as they are now."""
+    jobs = filled(database, [1, 1, 2])
+    mapped = registry()
+
+    class Job:
+        id: int
+        state: str
+
+    mapped.map_imperatively(Job, jobs.table)
+    of_class = keyed_table_of(Job)
+    with Session(database.engine()) as session:
+        found = claim_jobs(session, of_class, 10)
+        assert [(job.id, job.state) for job in found] == [(1, "running"), (3, "running")]
+        assert all(job in session for job in found)
+        session.commit()
+    mapped.dispose()
+
+
+def keyed_table_of(entity: Any) -> JobTable:
+    """The same declaration for a mapped class."""
+    return JobTable(
+        entity,
+        state="state",
+        free="waiting",
+        claimed="running",
+        done="done",
+        order="id",
+        lease="lease_until",
+        token="token",
+        naive_times="utc",
+        exclusive_by="customer_id",
+    )
+
+
+def test_a_composite_primary_key(database: Database) -> None:
+    """Rows with a key of two columns, and a key that is text and compared as the database does."""
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        sa.Column("tenant", sa.String(10), primary_key=True),
+        sa.Column("number", sa.Integer, primary_key=True),
+        sa.Column("queue", sa.String(20)),
+        sa.Column("processing", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("rank", sa.Integer),
+    )
+    jobs = JobTable(
+        table, state="processing", order=table.c.rank.desc(), exclusive_by="queue", done={}
+    )
+    engine = database.engine()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        rows = [("a", 1, "x", 1), ("a", 2, "X ", 5), ("b", 1, "x", 9), ("b", 2, "y", 2)]
+        names = ("tenant", "number", "queue", "rank")
+        connection.execute(table.insert(), [dict(zip(names, row, strict=True)) for row in rows])
+    found = [tuple(job)[:2] for job in claim_jobs(engine, jobs, 10)]
+    with engine.connect() as connection:
+        queues = list(connection.scalars(sa.select(table.c.queue).where(table.c.processing)))
+        distinct = sa.select(sa.func.count(table.c.queue.distinct())).where(table.c.processing)
+        assert connection.scalar(distinct) == len(queues)
+    assert found[0] == ("b", 1)
+
+
+def test_rows_of_busy_keys_ahead(database: Database) -> None:
+    """Thousands of rows of busy keys in front keep nobody from the others, in their order."""
+    customers: list[int | None] = [1] * 1500 + [2] * 1500 + [5, 4, 3, 4, None]
+    jobs = filled(database, customers)
+    engine = database.engine()
+    assert ids(claim_jobs(engine, jobs, 1)) == [1]
+    assert ids(claim_jobs(engine, jobs, 1)) == [1501]
+    assert ids(claim_jobs(engine, jobs, 2)) == [3001, 3002]
+    assert ids(claim_jobs(engine, jobs, 5)) == [3003, 3005]
+    assert ids(claim_jobs(engine, jobs, 5)) == []
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_more_keys_than_are_walked(database: Database, most: int) -> None:
+    """Behind a busy key's rows stand those of more keys than are walked one by one."""
+    others = [customer for customer in range(2000, 1000, -1) for _ in range(1)]
+    jobs = filled(database, [1] * 400 + others, max_per_key=most)
+    engine = database.engine()
+    assert ids(claim_jobs(engine, jobs, most)) == list(range(1, most + 1))
+    # In claim order, not in that of the keys.
+    assert ids(claim_jobs(engine, jobs, 3)) == [401, 402, 403]
+
+
+@SERVERS
+def test_an_open_claim_holds_its_key(database: Database) -> None:
+    """Of a key with an uncommitted claim nobody gets a row; after a rollback the first one."""
+    jobs = filled(database, [1, 1, 2, 2, 3])
+    engine = database.engine()
+    with transaction(engine) as mine:
+        assert ids(claim_jobs(mine, jobs, 1)) == [1]
+        other = claim_jobs(engine, jobs, 1)
+        assert ids(other) == [3]
+        mine.rollback()
+    assert ids(claim_jobs(engine, jobs, 1)) == [1]
+    with transaction(engine) as mine:
+        assert ids(claim_jobs(mine, jobs, 5)) == [5]
+        assert ids(claim_jobs(engine, jobs, 5)) == []
+        mine.commit()
+    assert ids(claim_jobs(engine, jobs, 5)) == []
+
+
+@SERVERS
+def test_a_naive_look_runs_two(database: Database) -> None:
+    """The trap: a claim that merely asks for keys without a running row gets a second one."""
+    jobs = filled(database, [1, 1])
+    plain = keyed_table(exclusive_by=None)
+    beside = plain.table.alias("beside")
+    idle = ~sa.exists().where(
+        beside.c.customer_id == plain.table.c.customer_id, beside.c.state == "running"
+    )
+    engine = database.engine()
+    with transaction(engine) as mine:
+        assert ids(claim_jobs(mine, plain, 1, where=idle)) == [1]
+        assert ids(claim_jobs(engine, plain, 1, where=idle)) == [2]
+        mine.commit()
+    assert jobs.exclusive_by is not None
+
+
+@pytest.mark.databases("postgresql")
+def test_a_look_in_the_statement_that_locks_is_too_old(database: Database) -> None:
+    """The trap: it waits for the key's lock, and then looks by the snapshot from before."""
+    filled(database, [1, 1])
+    engine = database.engine()
+    naive = sa.text(
+        "UPDATE jobs SET state = 'running' WHERE id = 2 AND state = 'waiting' AND "
+        "(SELECT pg_advisory_xact_lock(1)) IS NOT NULL AND "
+        "NOT EXISTS (SELECT FROM jobs j WHERE j.customer_id = 1 AND j.state = 'running')"
+    )
+    counted = list[int]()
+
+    def second() -> None:
+        with engine.begin() as connection:
+            counted.append(connection.execute(naive).rowcount)
+
+    with engine.connect() as first:
+        first.execute(sa.text("SELECT pg_advisory_xact_lock(1)"))
+        first.execute(sa.text("UPDATE jobs SET state = 'running' WHERE id = 1"))
+        thread = threading.Thread(target=second)
+        thread.start()
+        database.wait_until_blocked()
+        first.commit()
+        thread.join()
+    assert counted == [1]
+
+
+def test_the_holder_completes_but_has_not_committed(database: Database) -> None:
+    """An end that may still be rolled back frees no key; one that is committed does."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine()
+    claim = claim_jobs(engine, jobs, 1)
+    with transaction(engine) as holder:
+        complete_jobs(holder, claim)
+        assert claimed_beside(database, quick(database), jobs, 1) == []
+        holder.rollback()
+    assert ids(claim_jobs(engine, jobs, 1)) == []
+    with transaction(engine) as holder:
+        complete_jobs(holder, claim)
+        holder.commit()
+    assert ids(claim_jobs(engine, jobs, 1)) == [2]
+
+
+@INNODB
+def test_a_dirty_look_alone_believes_an_end_that_is_rolled_back(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap: what is uncommitted says that the key is free, and then it is not."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine()
+    claim = claim_jobs(engine, jobs, 1)
+    monkeypatch.setattr(second_look.SecondLook, "running_beside", lambda *_: defaultdict(set))
+    with transaction(engine) as holder:
+        complete_jobs(holder, claim)
+        assert ids(claim_jobs(engine, jobs, 1)) == [2]
+        holder.rollback()
+    with engine.connect() as connection:
+        states = list(connection.scalars(sa.select(jobs.table.c.state)))
+    assert states == ["running", "running"]
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+def test_complete_and_claim_the_next_in_one_transaction(database: Database, level: str) -> None:
+    """What the caller's own transaction has ended or given back does not run."""
+    if level == "REPEATABLE READ" and database.name in {"postgresql", "sqlite"}:
+        level = "READ COMMITTED"
+    jobs = filled(database, [1, 1, 1, 2])
+    given = {} if database.name == "sqlite" else {"isolation_level": level}
+    engine = database.engine(**given)
+    with transaction(engine) as mine:
+        first = claim_jobs(mine, jobs, 1)
+        complete_jobs(mine, first)
+        second = claim_jobs(mine, jobs, 1)
+        assert ids(second) == [2]
+        release_jobs(mine, second)
+        assert ids(claim_jobs(mine, jobs, 5)) == [2, 4]
+        mine.commit()
+    assert ids(claim_jobs(engine, jobs, 5)) == []
+
+
+@contextmanager
+def held_up(
+    database: Database, jobs: JobTable, found: list[list[int]], by: str = "engine"
+) -> Iterator[None]:
+    """A claim of one job whose search has its snapshot, and waits while the block runs."""
+    engine = database.engine()
+    with engine.begin() as connection:
+        connection.execute(
+            sa.text(
+                "CREATE FUNCTION held_up() RETURNS boolean LANGUAGE plpgsql VOLATILE AS $$ BEGIN "
+                "PERFORM pg_advisory_lock_shared(42); PERFORM pg_advisory_unlock_shared(42); "
+                "RETURN true; END $$"
+            )
+        )
+
+    def claim() -> None:
+        waits = sa.func.held_up(type_=sa.Boolean())
+        if by == "engine":
+            found.append(ids(claim_jobs(engine, jobs, 1, where=waits)))
+            return
+        with engine.begin() as connection:
+            found.append(ids(claim_jobs(connection, jobs, 1, where=waits)))
+
+    thread = threading.Thread(target=claim)
+    with engine.connect() as gate:
+        gate.execute(sa.text("SELECT pg_advisory_lock(42)"))
+        thread.start()
+        database.wait_until_blocked()
+        yield
+        gate.execute(sa.text("SELECT pg_advisory_unlock(42)"))
+    thread.join()
+
+
+def running(engine: sa.Engine, jobs: JobTable) -> list[int]:
+    """The rows that run."""
+    with engine.connect() as connection:
+        query = sa.select(jobs.table.c.id).where(jobs.table.c.state == "running")
+        return sorted(connection.scalars(query))
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("by", ["engine", "connection"])
+def test_the_holder_completes_between_snapshot_and_lock(database: Database, by: str) -> None:
+    """Both saw the key free; the other was done before this one had the lock."""
+    jobs = filled(database, [1, 1, 2])
+    engine = database.engine()
+    found = list[list[int]]()
+    with held_up(database, jobs, found, by):
+        complete_jobs(engine, claim_jobs(engine, jobs, 1))
+    assert found == [[2]]
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("by", ["engine", "connection"])
+def test_both_see_no_running_row_and_different_heads(database: Database, by: str) -> None:
+    """A row that comes earlier in the order is inserted and claimed after the other's snapshot."""
+    jobs = filled(database, [1, 1, 2])
+    engine = database.engine()
+    found = list[list[int]]()
+    with held_up(database, jobs, found, by):
+        insert_and_claim_an_earlier_row(engine, jobs)
+    assert found == [[3]]
+    assert running(engine, jobs) == [0, 3]
+
+
+@pytest.mark.databases("postgresql")
+def test_without_the_later_look_different_heads_both_run(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trap: the snapshot is older than the lock on the key."""
+    jobs = filled(database, [1, 1, 2])
+    engine = database.engine()
+    monkeypatch.setattr(advisory, "_chosen", chosen_without_a_look)
+    found = list[list[int]]()
+    with held_up(database, jobs, found, "connection"):
+        insert_and_claim_an_earlier_row(engine, keyed_table(exclusive_by=None))
+    assert found == [[1]]
+    assert running(engine, jobs) == [0, 1]
+
+
+def insert_and_claim_an_earlier_row(engine: sa.Engine, jobs: JobTable) -> None:
+    """Row 0 of the first key."""
+    with engine.begin() as connection:
+        connection.execute(jobs.table.insert().values(id=0, customer_id=1))
+    assert ids(claim_jobs(engine, jobs, 1)) == [0]
+
+
+def chosen_without_a_look(parts: Any) -> Any:
+    """The claim of rows whose keys are locked, as the search saw them."""
+    key = parts.job_table.key[0]
+    branch = parts.candidates.branches[0].where(key.in_(sa.bindparam(KEYS, expanding=True)))
+    return replace(parts, candidates=replace(parts.candidates, branches=(branch,)), prepared={})
+
+
+def test_an_expired_lease_frees_the_key(database: Database) -> None:
+    """The crashed holder's row comes first again, and the holder cannot prolong its lease."""
+    jobs = filled(database, [1, 1, 2])
+    engine = database.engine()
+    late = claim_jobs(engine, jobs, 1, lease=LEASE)
+    expire(engine, jobs, 1)
+    with pytest.raises(ClaimLost):
+        extend_jobs(engine, late)
+    again = claim_jobs(engine, jobs, 1, lease=LEASE)
+    assert ids(again) == [1]
+    assert extend_jobs(engine, again) == 1
+    assert ids(claim_jobs(engine, jobs, 5, lease=LEASE)) == [3]
+
+
+def test_a_spent_row_with_an_expired_lease_holds_nobody_up(database: Database) -> None:
+    """A row that nobody may claim again does not run once its lease is over."""
+    jobs = filled(database, [1, 1])
+    counted = keyed_table(attempts=None)
+    engine = database.engine()
+    claim_jobs(engine, jobs, 1, lease=LEASE)
+    expire(engine, jobs, 1)
+    with engine.begin() as connection:
+        connection.execute(sa.update(jobs.table).where(jobs.table.c.id == 1).values(note="poison"))
+    healthy = counted.table.c.note.is_(None)
+    assert ids(claim_jobs(engine, counted, 1, where=healthy)) == [2]
+
+
+@SERVERS
+def test_an_extension_that_is_under_way_keeps_the_key(database: Database) -> None:
+    """The lease ran out while the extension was uncommitted: the key stays the holder's."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine()
+    claim = claim_jobs(engine, jobs, 1, lease=LEASE)
+    with transaction(engine) as holder:
+        assert extend_jobs(holder, claim) == 1
+        # What is committed is over now, as if time had passed.
+        hidden = keyed_table(lease=None)
+        assert ids(claim_jobs(engine, jobs, 2)) == []
+        assert hidden.lease is None
+        holder.commit()
+    assert ids(claim_jobs(engine, jobs, 2)) == []
+
+
+def test_the_heartbeat_of_an_exclusive_claim(database: Database) -> None:
+    """A kept claim holds its key while the block runs."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine()
+    claim = claim_jobs(engine, jobs, 1, lease=LEASE)
+    with keep_claims(engine, claim, every=timedelta(milliseconds=50)):
+        assert ids(claim_jobs(engine, jobs, 1)) == []
+    complete_jobs(engine, claim)
+    assert ids(claim_jobs(engine, jobs, 1)) == [2]
+
+
+@SERVERS
+def test_many_held_keys_ahead(database: Database) -> None:
+    """Another's open transaction holds all the first keys: the claim is full nevertheless."""
+    jobs = filled(database, list(range(1, 301)))
+    engine = database.engine()
+    with transaction(engine) as mine:
+        assert len(claim_jobs(mine, jobs, 150)) == 150
+        assert ids(claim_jobs(engine, jobs, 5)) == [151, 152, 153, 154, 155]
+        with engine.begin() as producer:
+            producer.execute(jobs.table.insert().values(id=1000, customer_id=1))
+        mine.rollback()
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("by", ["engine", "connection"])
+def test_old_snapshots_are_refused(database: Database, level: str, by: str) -> None:
+    """Where the look cannot see the latest, the claim says so and writes nothing."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine(isolation_level=level)
+    with transaction(engine) as mine, pytest.raises(ClaimError, match="READ COMMITTED"):
+        claim_jobs(engine if by == "engine" else mine, jobs)
+    assert ids(claim_jobs(database.engine(), jobs)) == [1]
+
+
+@SERVERS
+def test_autocommit_is_refused(database: Database) -> None:
+    """Locks that are gone at once protect nothing."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, pytest.raises(ClaimError, match="AUTOCOMMIT"):
+        claim_jobs(connection, jobs)
+    assert ids(claim_jobs(database.engine(), jobs)) == [1]
+
+
+@INNODB
+def test_the_turn_is_given_back(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a claim, and after one that fails under way, the next does not wait."""
+    jobs = filled(database, [1, 1, 2])
+    monkeypatch.setattr(second_look, "LONGEST_TURN", 0)
+    engine, others = database.engine(), database.engine()
+    with transaction(engine) as mine:
+        assert ids(claim_jobs(mine, jobs, 1)) == [1]
+        assert ids(claim_jobs(others, jobs, 1)) == [3]
+    with monkeypatch.context() as broken:
+        broken.setattr(mysql, "mark_and_load", lambda *_: 1 / 0)
+        with transaction(engine) as mine, pytest.raises(ZeroDivisionError):
+            claim_jobs(mine, jobs, 1)
+    assert ids(claim_jobs(others, jobs, 1)) == [1]
+
+
+@INNODB
+def test_waiting_for_a_turn_ends(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that gets no turn says so, and writes nothing."""
+    jobs = filled(database, [1])
+    monkeypatch.setattr(second_look, "LONGEST_TURN", 0)
+    engine, others = database.engine(), database.engine()
+    with engine.connect() as mine, others.connect() as other:
+        work = second_look.Work(other, other, own=False)
+        with second_look.turn_at(work, jobs), pytest.raises(ClaimConflict, match="waiting"):
+            claim_jobs(mine, jobs)
+    assert ids(claim_jobs(engine, jobs)) == [1]
+
+
+@INNODB
+def test_the_second_connections_end_with_the_engine(database: Database) -> None:
+    """What a claim has opened beside the engine is closed when the engine is."""
+    jobs = filled(database, [1])
+    engine = database.engine()
+    claim_jobs(engine, jobs)
+    assert engine.dialect in second_look.lookers
+    engine.dispose()
+    assert engine.dialect not in second_look.lookers
+
+
+DRIVERS = {
+    "sqlite": "sqlite+aiosqlite",
+    "postgresql": "postgresql+asyncpg",
+    "mysql": "mysql+asyncmy",
+    "mariadb": "mariadb+asyncmy",
+}
+
+
+@pytest.mark.parametrize("by", ["engine", "session"])
+def test_asyncio(database: Database, by: str) -> None:
+    """The same beside an event loop."""
+    jobs = filled(database, [1, 1, 2])
+
+    async def claim() -> list[list[int]]:
+        engine = create_async_engine(database.url.set(drivername=DRIVERS[database.name]))
+        found = []
+        for _ in range(2):
+            if by == "engine":
+                found.append(ids(await aio.claim_jobs(engine, jobs, 5, lease=LEASE)))
+                continue
+            async with AsyncSession(engine) as session:
+                claimed = await aio.claim_jobs(session, jobs, 5, lease=LEASE)
+                await aio.extend_jobs(session, claimed)
+                found.append(ids(claimed))
+                await session.commit()
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(claim()) == [[1, 3], []]
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "mysql", "mariadb", "sqlite"])
+def test_the_indexes_that_it_wants(dialect: str) -> None:
+    """One of the free rows by key and order, one of the running rows by key."""
+    found = {each.reason: each for each in needed_indexes(keyed_table())}
+    definition = found["keys"].definition(dialect_of(dialect))
+    assert "customer_id, id" in definition
+    assert "customer_id" in found["running"].definition(dialect_of(dialect))
+
+
+def test_what_has_no_exclusive_keys_refuses() -> None:
+    """Calls that cannot respect the keys say what does."""
+    jobs = keyed_table()
+    with pytest.raises(ClaimError, match="claim_jobs"):
+        claim_statement(jobs)
+    with pytest.raises(ClaimError, match="claim_jobs"):
+        dequeue_jobs(sa.create_engine("sqlite://"), jobs)
+    with pytest.raises(ClaimError, match="customer_id"):
+        claim_jobs(sa.create_engine("sqlite://"), jobs, values={"customer_id": 5})
+    with pytest.raises(PatchError, match="claim_reads"):
+        lock_reads(f"{__name__}:ids", jobs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_per_key": 0}, "max_per_key is 0"),
+        ({"max_per_key": True}, "max_per_key is True"),
+        ({"exclusive_by": None, "max_per_key": 2}, "max_per_key needs exclusive_by"),
+        ({"exclusive_by": "lease_until"}, "expected an integer"),
+        ({"exclusive_by": "state"}, "written by the claim itself"),
+        ({"exclusive_by": "customer"}, "exclusive_by=customer is not a column"),
+    ],
+)
+def test_declarations_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    """Each says what was found and what was expected."""
+    with pytest.raises(ClaimError, match=message):
+        keyed_table(**options)
+
+
+def test_databases_whose_advisory_locks_do_nothing() -> None:
+    """CockroachDB has the functions, and they lock nothing."""
+    from sqlalchemy.dialects import postgresql  # noqa: PLC0415
+
+    from atomic_claim.dialects import advisory  # noqa: PLC0415
+
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect.name = "cockroachdb"
+    with pytest.raises(UnsupportedDialect, match="advisory locks"):
+        advisory.require_locks(dialect)
+
+
+CUSTOMERS = 50
+JOBS = 1500
+WORKERS = 8
+
+
+@dataclass
+class Audit:
+    """What the workers of a drain saw, in the order of a table that they write themselves."""
+
+    table: sa.Table
+
+    def intervals(self, engine: sa.Engine) -> list[tuple[int, int, int]]:
+        """Key, start and end of every run, by the numbers of their records."""
+        with engine.connect() as connection:
+            rows = connection.execute(sa.select(self.table).order_by(self.table.c.number)).all()
+        begun = dict[int, tuple[int, int]]()
+        found = []
+        for row in rows:
+            if row.begins:
+                assert row.job not in begun, f"job {row.job} ran twice"
+                begun[row.job] = row.customer, row.number
+            else:
+                found.append((*begun[row.job], row.number))
+        return found
+
+
+def most_at_once(intervals: list[tuple[int, int, int]]) -> dict[int, int]:
+    """How many runs of each key there were at the same time, at most."""
+    found: dict[int, int] = Counter()
+    for key in {interval[0] for interval in intervals}:
+        moments = [(begin, 1) for k, begin, _ in intervals if k == key]
+        moments += [(end, -1) for k, _, end in intervals if k == key]
+        running = 0
+        for _, change in sorted(moments):
+            running += change
+            found[key] = max(found[key], running)
+    return found
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_drain(database: Database, most: int) -> None:
+    """Eight workers, fifty keys of very uneven size, one of them held all the while."""
+    # The first key has a third of all rows, the last ones a few each.
+    customers = [
+        min(int(CUSTOMERS * ((n * 7919 % JOBS) / JOBS) ** 3), CUSTOMERS - 1) for n in range(JOBS)
+    ]
+    jobs = filled(database, [*customers], max_per_key=most)
+    engine = database.engine(pool_size=WORKERS + 1)
+    if database.name == "sqlite":
+
+        @sa.event.listens_for(engine, "connect")
+        def forget_the_disk(driver: Any, _: object) -> None:
+            driver.execute("PRAGMA synchronous = OFF")
+
+    audit = sa.Table(
+        "audit",
+        jobs.table.metadata,
+        sa.Column("number", sa.Integer, primary_key=True),
+        sa.Column("job", sa.Integer, nullable=False),
+        sa.Column("customer", sa.Integer, nullable=False),
+        sa.Column("begins", sa.Boolean, nullable=False),
+    )
+    audit.create(engine)
+    if most == 1:
+        forbid_a_second_running(engine, database)
+    held = claim_jobs(engine, jobs, most, where=jobs.table.c.customer_id == 7)
+    assert len(held) == most
+    errors = list[BaseException]()
+    left = sa.select(sa.func.count()).where(
+        jobs.table.c.state == "waiting", jobs.table.c.customer_id != 7
+    )
+
+    def record(claim: Any, *, begins: bool) -> None:
+        with engine.begin() as connection:
+            rows = [{"job": j.id, "customer": j.customer_id, "begins": begins} for j in claim]
+            connection.execute(audit.insert(), rows)
+
+    def work() -> None:
+        try:
+            while True:
+                if claim := claim_jobs(engine, jobs, 4, lease=LEASE):
+                    record(claim, begins=True)
+                    record(claim, begins=False)
+                    complete_jobs(engine, claim)
+                    continue
+                with engine.connect() as connection:
+                    if not connection.scalar(left):
+                        return
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    threads = [threading.Thread(target=work) for _ in range(WORKERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    found = Audit(audit).intervals(engine)
+    assert len(found) == sum(customer != 7 for customer in customers)
+    at_once = most_at_once(found)
+    assert max(at_once.values()) <= most
+    assert 7 not in at_once
+    complete_jobs(engine, held)
+    assert len(claim_jobs(engine, jobs, 5)) == min(most, customers.count(7) - most)
+    if most == 1:
+        assert_in_order(engine, audit)
+
+
+def forbid_a_second_running(engine: sa.Engine, database: Database) -> None:
+    """Have the database itself refuse a second running row of a key."""
+    with engine.begin() as connection:
+        if database.name in {"postgresql", "sqlite"}:
+            where = "WHERE state = 'running'"
+            connection.execute(sa.text(f"CREATE UNIQUE INDEX one ON jobs (customer_id) {where}"))
+            return
+        running = "CASE WHEN state = 'running' THEN customer_id END"
+        connection.execute(sa.text(f"ALTER TABLE jobs ADD COLUMN runs INT AS ({running}) VIRTUAL"))
+        connection.execute(sa.text("CREATE UNIQUE INDEX one ON jobs (runs)"))
+
+
+def assert_in_order(engine: sa.Engine, audit: sa.Table) -> None:
+    """The rows of each key began in the order of the claim."""
+    begun = defaultdict[int, list[int]](list)
+    with engine.connect() as connection:
+        query = sa.select(audit.c.customer, audit.c.job).where(audit.c.begins)
+        for customer, job in connection.execute(query.order_by(audit.c.number)):
+            begun[customer].append(job)
+    assert all(found == sorted(found) for found in begun.values())
