@@ -181,12 +181,13 @@ def _index(needed: NeededIndex, names: Sequence[str]) -> Statements:
             if len(names) == 1:
                 raise CommandError(refusal)
             continue
-        does[name] = (_create(needed, name),)
+        does[name] = (create_index(needed, name),)
         undoes[name] = (needed.drop(dialect),)
     return Statements(_SERVES[needed.reason], does, undoes, alone=("postgresql",))
 
 
-def _create(needed: NeededIndex, name: str) -> str:
+def create_index(needed: NeededIndex, name: str) -> str:
+    """The statement that creates an index on a database, by its dialect's name."""
     dialect = dialect_of(name)
     if name not in INNODB:
         return needed.create(dialect)

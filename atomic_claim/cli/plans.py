@@ -81,6 +81,15 @@ class Known:
 
 def explained(connection: Connection, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
     """The rows of a statement's EXPLAIN, with its parameters as they would be sent."""
+    sent, parameters = as_sent(connection, statement, given)
+    words = EXPLAIN[_product(connection)] + sent
+    return list(connection.exec_driver_sql(words, parameters).mappings())
+
+
+def as_sent(
+    connection: Connection, statement: Executable, given: Mapping[str, Any]
+) -> tuple[str, Any]:
+    """A statement's text and its parameters as the driver gets them."""
     plain, keys = for_keys(statement)
     compiled: Any = plain.compile(dialect=connection.dialect)
     state = compiled.construct_expanded_state({**given, **keys})
@@ -91,8 +100,7 @@ def explained(connection: Connection, statement: Executable, given: Mapping[str,
     parameters: Any = values
     if compiled.positional:
         parameters = tuple(values[name] for name in state.positiontup)
-    words = EXPLAIN[_product(connection)] + state.statement
-    return list(connection.exec_driver_sql(words, parameters).mappings())
+    return state.statement, parameters
 
 
 def _sent(bind: Any, value: Any, connection: Connection) -> Any:
@@ -108,15 +116,34 @@ def _product(connection: Connection) -> str:
     )
 
 
-def accesses(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Access]:
-    """How the claim would read the job table, on a connection whose transaction is rolled back."""
-    product = _product(connection)
-    statement = next(
+def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
+    """The statement of a claim that looks for the jobs: on most databases all of it.
+
+    PostgreSQL explains what the user may run, and no more; to one who may only read it explains
+    the claim's SELECT of candidates.
+    """
+    if connection.dialect.name == "postgresql":
+        table = connection.dialect.identifier_preparer.format_table(parts.job_table.table)
+        asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
+        if not connection.scalar(asked, {"name": table}):
+            return parts.candidates.select()
+    return next(
         each
         for each in strategy_for(connection.dialect).statements(parts)
         if isinstance(each, (ClaimStatement, Select))
     )
-    for preference in PREFERENCES.get(product, ()):
+
+
+def accesses(
+    connection: Connection, parts: ClaimParts, ask: Ask, *, as_it_is: bool = False
+) -> list[Access]:
+    """How the claim would read the job table, on a connection whose transaction is rolled back.
+
+    What is asked is what the indexes can do; ``as_it_is`` asks what the database would do now.
+    """
+    product = _product(connection)
+    statement = finding_statement(connection, parts)
+    for preference in () if as_it_is else PREFERENCES.get(product, ()):
         connection.execute(text(preference))
     rows = explained(connection, statement, ask.parameters("0" * 32))
     connection.rollback()

@@ -1,0 +1,660 @@
+"""`atomic-claim doctor`: what it finds, where that is so, and that its cures cure."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
+from sqlalchemy.exc import DBAPIError
+
+from atomic_claim import JobTable, claim_jobs
+from atomic_claim.cli.examination import examine, reading
+from atomic_claim.cli.indexes import needed_indexes
+from atomic_claim.cli.operations import create_index
+from atomic_claim.columns import job_table_of
+from tests.commands import PASSWORD, Command, Ended, address
+from tests.databases import Database
+from tests.jobs import START, ids, in_thread, job_table, rows
+from tests.statements import sent_by
+from tests.waiting import wait_until
+
+INNODB = ("mysql", "mariadb")
+SERVERS = ("postgresql", *INNODB)
+COMMITTED = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"
+PLAN = "plan of the claim"
+# Of a table without an index, in the database's own words.
+SCANS = {
+    "sqlite": "SCAN jobs), then a sort of all it reads (USE TEMP B-TREE FOR ORDER BY)",
+    "postgresql": "Seq Scan), then a sort of all it reads (a Sort)",
+    "mysql": "ALL access), then a sort of all it reads (Using filesort)",
+    "mariadb": "ALL access), then a sort of all it reads (Using filesort)",
+}
+
+
+def flags(*more: Any, **options: Any) -> Table:
+    """A table with a flag for running jobs and one for failed ones."""
+    ended = (Column("completed_at", DateTime), Column("has_error", Boolean))
+    return job_table(*ended, *more, **options)
+
+
+jobs = flags()
+backwards = JobTable(jobs, state="processing", order=jobs.c.created_at.desc())
+extended = flags(Column("extra", Integer))
+statuses = Table(
+    "jobs",
+    sa.MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("status", String(20), nullable=False),
+    Column("created_at", DateTime, nullable=False),
+    sa.Index("jobs_status", "status"),
+)
+two_free = JobTable(
+    statuses, state="status", free=("new", "again"), claimed="busy", order=statuses.c.created_at
+)
+stamped = job_table(Column("locked_at", DateTime), Column("updated_at", DateTime))
+no_table = object()
+
+
+def doctor(
+    command: Command, database: Database, *words: str, table: str = "jobs", **options: str
+) -> Ended:
+    """What the doctor says of a table, on InnoDB at the level that a healthy one is read at."""
+    if database.name in INNODB:
+        options = {"init_command": COMMITTED, **options}
+    url = database.url.update_query_dict(options).render_as_string(hide_password=False)
+    return command("doctor", "--url", url, "--table", table, *words)
+
+
+def ails(
+    command: Command, database: Database, *words: str, table: str = "jobs", **options: str
+) -> dict[str, dict[str, Any]]:
+    """What ails the table, by the check that found it."""
+    ended = doctor(command, database, "--json", *words, table=table, **options)
+    assert not ended.err
+    said = json.loads(ended.out)
+    problems = [each for each in said["findings"] if each["level"] == "problem"]
+    assert (ended.code, said["healthy"]) == ((1, False) if problems else (0, True))
+    return {each["check"]: each for each in said["findings"]}
+
+
+def execute(database: Database, statements: Sequence[str]) -> None:
+    """Run statements to the letter, each by itself, as a person at a console would."""
+    engine = database.engine(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        for statement in statements:
+            driver: Any = connection.connection.driver_connection
+            driver.cursor().execute(statement)
+    engine.dispose()
+
+
+def printed(text: str) -> list[str]:
+    """The statements that a person would copy from the screen."""
+    return [line.removesuffix(";") for line in text.splitlines() if re.match(r"[A-Z]+ .*;$", line)]
+
+
+def filled(database: Database, table: Table = jobs, count: int = 50, **values: Any) -> sa.Engine:
+    """A table of jobs that wait since now, without an index but what it declares."""
+    engine = database.engine()
+    table.create(engine)
+    now = datetime.now(UTC).replace(tzinfo=None)
+    names = {column.name for column in table.columns}
+    given = []
+    for row in rows(count, has_error=False):
+        created = {"created_at": now + timedelta(seconds=row["id"])}
+        given.append({k: v for k, v in (row | created | values).items() if k in names})
+    with engine.begin() as connection:
+        connection.execute(table.insert(), given)
+    if database.name == "sqlite":
+        execute(database, ["PRAGMA journal_mode = WAL"])
+    return engine
+
+
+def healthy(database: Database, table: Any = jobs, count: int = 50, **values: Any) -> sa.Engine:
+    """The same, with its indexes."""
+    engine = filled(database, job_table_of(table).table, count, **values)
+    name = "mariadb" if database.name == "mariadb" else engine.dialect.name
+    execute(database, [create_index(each, name) for each in needed_indexes(job_table_of(table))])
+    return engine
+
+
+# --- in general
+
+
+def test_silent_on_a_healthy_table(database: Database, command: Command) -> None:
+    """Where nothing is wrong nothing is said, of a table by its name and of a declared one."""
+    healthy(database)
+    assert doctor(command, database) == Ended(0, "", "")
+    assert doctor(command, database, table="tests.test_doctor:jobs") == Ended(0, "", "")
+    assert ails(command, database) == {}
+
+
+def test_all_that_is_in_order(database: Database, command: Command) -> None:
+    """Who wants to see it is told what the doctor has looked at."""
+    healthy(database)
+    ended = doctor(command, database, "--all")
+    assert (ended.code, ended.err) == (0, "")
+    title = {"sqlite": "SQLite 3", "mysql": "MySQL 9", "mariadb": "MariaDB 1"}
+    assert ended.out.startswith(title.get(database.name, "PostgreSQL 1"))
+    said = " ".join(ended.out.split())
+    assert "jobs: all is well" in said
+    assert "state: processing; done: completed_at; failed: has_error; order: created_at" in said
+    for words in ("primary key id", "not understood: note", "jobs_claim_free", "stuck rows none"):
+        assert words in said
+
+
+def test_an_empty_and_a_small_table_are_not_blamed(database: Database, command: Command) -> None:
+    """No planner uses an index for so few rows; what it could do with it is what counts."""
+    engine = healthy(database, count=1)
+    assert ails(command, database) == {}
+    with engine.begin() as connection:
+        connection.execute(jobs.delete())
+    assert ails(command, database) == {}
+
+
+# --- the plan
+
+
+def test_no_index(database: Database, command: Command) -> None:
+    """A scan and a sort are found; the statement on the screen, copied, cures both."""
+    filled(database, count=2000)
+    plan = ails(command, database)[PLAN]
+    assert SCANS[database.name] in plan["found"]
+    ended = doctor(command, database)
+    assert ended.code == 1
+    statements = printed(ended.out)
+    assert statements == plan["sql"]
+    spec = ("--table", "tests.test_doctor:jobs", "--sql", "--dialect", database.name)
+    assert f"{statements[0]};\n" in command("migration", *spec).out
+    execute(database, statements)
+    assert doctor(command, database) == Ended(0, "", "")
+
+
+def test_an_index_that_cannot_serve(database: Database, command: Command) -> None:
+    """One on another text of the condition, or on the order alone, is named, and is no cure."""
+    engine = filled(database, count=2000)
+    where = {
+        "postgresql": " WHERE processing = false AND completed_at IS NULL AND NOT has_error",
+        "sqlite": " WHERE processing = 0 AND completed_at IS NULL AND has_error = 0",
+    }.get(database.name, "")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE INDEX almost ON jobs (created_at){where}")
+    plan = ails(command, database)[PLAN]
+    assert "There, but of no use to it: almost (created_at)" in plan["found"]
+    assert ("has_error" in plan["found"]) is bool(where)
+    execute(database, plan["sql"])
+    assert ails(command, database) == {}
+
+
+def words(statement: str) -> str:
+    """A statement without its limit, and without what InnoDB's asks of the session beside."""
+    plain = re.sub(r", @@\w+(, @@?\w+|, 0)?(?=[ \n]+FROM)", "", statement)
+    return " ".join(re.sub(r"LIMIT \d+", "LIMIT n", plain).split())
+
+
+def test_the_plan_is_that_of_the_claim(database: Database, command: Command) -> None:
+    """What is explained is what the claim executes; declared otherwise, it is another statement."""
+    engine = healthy(database)
+    hour = timedelta(hours=1)
+    texts = {}
+    for name in ("jobs", "backwards"):
+        given = globals()[name]
+        sent = sent_by(engine)
+        claim_jobs(engine, given, 10)
+        claim = next(each.text for each in sent if "LIMIT" in each.text)
+        sent.clear()
+        shown = examine(engine, f"tests.test_doctor:{name}", hour, hour)
+        explained = [each.text for each in sent if each.text.startswith("EXPLAIN")]
+        plain = words(claim)
+        assert {words(each).endswith(plain) for each in explained} == {True}
+        assert words(str(shown.statement)) == plain
+        texts[name] = plain
+    assert texts["jobs"] != texts["backwards"]
+    plan = ails(command, database, table="tests.test_doctor:backwards")
+    assert database.name not in INNODB or "created_at DESC" in plan[PLAN]["sql"][1]
+    said = json.loads(doctor(command, database, "--json", table="tests.test_doctor:backwards").out)
+    assert "DESC" in said["statement"]
+
+
+@pytest.mark.databases("sqlite")
+def test_sqlite_has_to_be_told_what_an_index_is_worth(database: Database, command: Command) -> None:
+    """Before ANALYZE it prefers an old index on one column to a purely partial one."""
+    filled(database, statuses, 2000, status="new")
+    spec = "tests.test_doctor:two_free"
+    create, analyse = ails(command, database, table=spec)[PLAN]["sql"]
+    execute(database, [create])
+    assert ails(command, database, table=spec)[PLAN]["sql"] == [analyse] == ["ANALYZE jobs"]
+    execute(database, [analyse])
+    assert ails(command, database, table=spec) == {}
+
+
+@pytest.mark.databases("postgresql")
+def test_an_index_that_was_never_finished(database: Database, command: Command) -> None:
+    """What CREATE INDEX CONCURRENTLY left behind has to go before it is made anew."""
+    engine = healthy(database)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'jobs_claim_free'::regclass"
+        )
+    plan = ails(command, database)[PLAN]
+    assert "was never finished" in plan["fix"]
+    assert plan["sql"][0] == "DROP INDEX CONCURRENTLY jobs_claim_free"
+    execute(database, plan["sql"])
+    assert ails(command, database) == {}
+
+
+def test_an_index_of_that_name_that_is_another(database: Database, command: Command) -> None:
+    """It is dropped, and the right one is made."""
+    engine = filled(database, count=2000)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE INDEX jobs_claim_free ON jobs (created_at)")
+    plan = ails(command, database)[PLAN]
+    execute(database, plan["sql"])
+    assert ails(command, database) == {}
+
+
+# --- the table
+
+
+def test_rows_whose_state_is_null(database: Database, command: Command) -> None:
+    """No claim ever takes them; they are counted."""
+    table = flags(processing=Column("processing", Boolean))
+    engine = healthy(database, table)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id <= 7).values(processing=None))
+    assert 1 not in ids(claim_jobs(engine, table, 3))
+    finding = ails(command, database)["NULL in a state"]
+    assert finding["found"] == "7 rows whose processing is NULL: no claim ever takes them"
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+    assert ids(claim_jobs(engine, table, 3)) == [1, 2, 3]
+
+
+def test_rows_whose_failure_is_null(database: Database, command: Command) -> None:
+    """The claim takes them, which a loop that asks for `!= true` does not."""
+    engine = healthy(database)
+    with engine.begin() as connection:
+        connection.execute(jobs.update().where(jobs.c.id <= 2).values(has_error=None))
+    finding = ails(command, database)["NULL in a state"]
+    assert finding["found"] == "2 rows whose has_error is NULL: the claim takes them"
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+    assert ids(claim_jobs(engine, jobs, 2)) == [1, 2]
+
+
+def test_rows_that_look_stuck(database: Database, command: Command) -> None:
+    """Those that were claimed long ago are counted, with the age of the oldest."""
+    engine = healthy(database, stamped)
+    now = datetime.now(UTC).replace(tzinfo=None)
+    with engine.begin() as connection:
+        for number, days in ((1, 3), (2, 2), (3, 0)):
+            then = now - timedelta(days=days, minutes=1)
+            changed = stamped.update().where(stamped.c.id == number)
+            connection.execute(changed.values(processing=True, locked_at=then))
+    finding = ails(command, database)["stuck rows"]
+    assert finding["found"] == "2 rows run without a lease, the oldest claimed 3 days ago"
+    later = ails(command, database, "--stuck-after", "30")["stuck rows"]
+    assert later["found"].startswith("3 rows run")
+    assert ails(command, database, "--stuck-after", str(86400 * 9)) == {}
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+    assert ids(claim_jobs(engine, stamped, 5)) == [1, 2, 4, 5, 6]
+
+
+def test_rows_that_run_since_nobody_knows(database: Database, command: Command) -> None:
+    """Without a time of the claim it is a note, by the age of the job."""
+    healthy(database, count=3, created_at=START, processing=True)
+    finding = ails(command, database)["stuck rows"]
+    assert finding["level"] == "note"
+    assert re.fullmatch(
+        r"3 rows run without a lease, the oldest from [\d,]+ days ago by created_at; "
+        "no column says when they were claimed",
+        finding["found"],
+    )
+
+
+def test_foreign_keys_onto_the_table(database: Database, command: Command) -> None:
+    """They are found, with the index that they lack; where InnoDB has one, it is the lock."""
+    engine = healthy(database)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE logs (id INTEGER PRIMARY KEY, job_id INTEGER, "
+            "FOREIGN KEY (job_id) REFERENCES jobs (id) ON DELETE CASCADE)"
+        )
+    finding = ails(command, database)["foreign keys"]
+    assert finding["found"].startswith("logs (job_id) ON DELETE CASCADE")
+    if database.name in INNODB:
+        assert "claims pass the job over" in finding["why"]
+        return
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+    assert "logs (job_id)" in doctor(command, database, "--all").out
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_childs_insert_has_claims_pass_its_job_over(database: Database) -> None:
+    """What the doctor says of foreign keys is so."""
+    engine = healthy(database)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE logs (id INTEGER PRIMARY KEY, job_id INTEGER, "
+            "FOREIGN KEY (job_id) REFERENCES jobs (id))"
+        )
+    with engine.begin() as connection:
+        connection.exec_driver_sql("INSERT INTO logs VALUES (1, 1)")
+        assert ids(claim_jobs(engine, jobs, 2)) == [2, 3]
+
+
+def test_without_a_primary_key(database: Database, command: Command) -> None:
+    """Every claim is refused; a key is what it takes."""
+    engine = database.engine()
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE jobs (processing BOOLEAN NOT NULL, created_at TIMESTAMP NOT NULL)"
+        )
+    found = ails(command, database)
+    assert found["primary key"]["found"] == "none"
+    if database.name == "sqlite":
+        assert "make it anew" in found["primary key"]["fix"]
+        return
+    execute(database, found["primary key"]["sql"])
+    execute(database, ails(command, database)[PLAN]["sql"])
+    assert ails(command, database) == {}
+
+
+@pytest.mark.databases("postgresql", "mysql", "mariadb")
+def test_a_key_that_is_only_declared(database: Database, command: Command) -> None:
+    """The database is asked, not the declaration."""
+    engine = healthy(database)
+    drop = "DROP CONSTRAINT jobs_pkey"
+    if database.name in INNODB:
+        drop = "MODIFY id INTEGER NOT NULL, DROP PRIMARY KEY"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE jobs {drop}")
+    finding = ails(command, database, table="tests.test_doctor:jobs")["primary key"]
+    assert finding["sql"] == ["ALTER TABLE jobs ADD PRIMARY KEY (id)"]
+    execute(database, finding["sql"])
+    assert ails(command, database, table="tests.test_doctor:jobs") == {}
+
+
+def test_columns_that_the_database_lacks(database: Database, command: Command) -> None:
+    """A migration was not run."""
+    healthy(database)
+    found = ails(command, database, table="tests.test_doctor:extended")
+    assert found["columns"]["found"] == "the database lacks extra"
+    execute(database, found["columns"]["sql"])
+    assert ails(command, database, table="tests.test_doctor:extended") == {}
+
+
+def test_columns_that_cannot_be_read(database: Database, command: Command) -> None:
+    """What is in doubt, and what to write, is a finding; the rest is looked at all the same."""
+    filled(database, statuses, status="new")
+    found = ails(command, database)
+    assert list(found) == ["meaning of the columns"]
+    assert "'status' is a status whose values nobody named" in str(found)
+    assert "JobTable(table, state='status'" in found["meaning of the columns"]["fix"]
+
+
+# --- PostgreSQL
+
+
+@pytest.mark.databases("postgresql")
+def test_postgresql_isolation(database: Database, command: Command) -> None:
+    """A default at which claims conflict is found, and undone where it was set."""
+    healthy(database)
+    name = database.url.database
+    execute(database, [f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'"])
+    finding = ails(command, database)["isolation level"]
+    assert finding["found"] == "SERIALIZABLE, by database"
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+    said = ails(command, database, options="-c default_transaction_isolation=repeatable\\ read")
+    assert said["isolation level"]["found"] == "REPEATABLE READ, by client"
+
+
+@pytest.mark.databases("postgresql")
+def test_dead_rows(database: Database, command: Command) -> None:
+    """Rows that VACUUM has not come to."""
+    engine = healthy(database, count=2000)
+    execute(database, ["ANALYZE jobs"])
+    with engine.begin() as connection:
+        connection.execute(jobs.update().values(note="changed"))
+    # The server counts when a connection ends, if not before.
+    engine.dispose()
+    finding = wait_until(lambda: ails(command, database).get("dead rows"))
+    assert finding["found"].startswith("2,000 dead rows beside ")
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+
+
+@pytest.mark.databases("postgresql")
+def test_a_table_that_was_never_analysed(database: Database, command: Command) -> None:
+    """Of one that is no longer small the planner should know something."""
+    engine = healthy(database, count=1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (id, processing, has_error, created_at) "
+            "SELECT g, false, false, now() FROM generate_series(2, 25000) g"
+        )
+    engine.dispose()
+    finding = wait_until(lambda: ails(command, database).get("dead rows"))
+    assert finding["sql"] == ["ANALYZE jobs"]
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+
+
+@pytest.mark.databases("postgresql")
+def test_bloat(database: Database, command: Command) -> None:
+    """Pages that are all but empty are not given back by VACUUM alone."""
+    engine = healthy(database, count=1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "INSERT INTO jobs (id, processing, has_error, created_at, note) "
+            "SELECT g, false, false, now(), repeat('x', 50) FROM generate_series(2, 120000) g"
+        )
+        connection.exec_driver_sql("DELETE FROM jobs WHERE mod(id, 100) <> 0")
+    execute(database, ["VACUUM (ANALYZE) jobs"])
+    finding = ails(command, database)["bloat"]
+    assert re.fullmatch(r"1\d\.\d MB, of which about 1\d\.\d MB are empty", finding["found"])
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+
+
+@pytest.mark.databases("postgresql")
+def test_old_transactions(database: Database, command: Command) -> None:
+    """A forgotten snapshot is found by its process, and ended by the cure."""
+    engine = healthy(database)
+    hanging = database.engine(isolation_level="REPEATABLE READ").connect()
+    pid = hanging.scalar(sa.text("SELECT pg_backend_pid()"))
+    assert ails(command, database) == {}
+    found = ails(command, database, "--transaction-after", "0")
+    assert f"pid {pid} (postgres, idle in transaction) for " in str(found)
+    execute(database, found["old transactions"]["sql"])
+    left = sa.text("SELECT count(*) FROM pg_stat_activity WHERE pid = :pid")
+    # A transaction would see the same as at its first look for ever.
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        wait_until(lambda: not connection.scalar(left, {"pid": pid}))
+    assert ails(command, database, "--transaction-after", "0") == {}
+    hanging.invalidate()
+    hanging.close()
+
+
+@pytest.mark.databases("postgresql")
+def test_lock_waits(database: Database, command: Command) -> None:
+    """Who waits for a row of the table, and for whom, who is ended by the cure."""
+    engine = healthy(database)
+    mark = jobs.update().where(jobs.c.id == 1).values(processing=True)
+
+    def wait() -> int:
+        with engine.begin() as connection:
+            return connection.execute(mark).rowcount
+
+    holding = engine.connect()
+    holding.execute(mark)
+    pid = holding.scalar(sa.text("SELECT pg_backend_pid()"))
+    with in_thread(wait) as waiting:
+        database.wait_until_blocked()
+        finding = ails(command, database)["lock waits"]
+        assert f"waits for pid {pid} since " in finding["found"]
+        execute(database, finding["sql"])
+    assert waiting.result() == 1
+    assert "lock waits" not in ails(command, database)
+    holding.invalidate()
+    holding.close()
+
+
+# --- MySQL and MariaDB
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_gap_locks(database: Database, command: Command) -> None:
+    """REPEATABLE READ is a note, SERIALIZABLE a problem; the cure is for new connections."""
+    engine = healthy(database)
+    variable = "transaction_isolation" if database.name == "mysql" else "tx_isolation"
+    level = "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+    refused = ails(command, database, init_command=level)["isolation level"]
+    assert refused["found"] == "SERIALIZABLE"
+    finding = ails(command, database, init_command="SELECT 1")["gap locks"]
+    assert (finding["level"], finding["sql"]) == ("note", refused["sql"])
+    with engine.connect() as connection:
+        before = connection.scalar(sa.text(f"SELECT @@GLOBAL.{variable}"))
+    try:
+        execute(database, finding["sql"])
+        assert ails(command, database, init_command="SELECT 1") == {}
+    finally:
+        execute(database, [f"SET GLOBAL {variable} = '{before}'"])
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_table_without_row_locks(database: Database, command: Command) -> None:
+    """Of another storage engine than InnoDB."""
+    healthy(database)
+    execute(database, ["ALTER TABLE jobs ENGINE=MyISAM"])
+    finding = ails(command, database)["storage engine"]
+    assert finding["found"] == "MyISAM"
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+
+
+@pytest.mark.databases(*SERVERS)
+def test_times_without_a_zone(database: Database, command: Command) -> None:
+    """A session elsewhere, where the claim would be refused."""
+    healthy(database, stamped)
+    level = "tx_isolation" if database.name == "mariadb" else "transaction_isolation"
+    options = {"init_command": f"SET time_zone = '+09:00', {level} = 'READ-COMMITTED'"}
+    if database.name == "postgresql":
+        options = {"options": "-c TimeZone=Asia/Tokyo"}
+    found = ails(command, database, **options)
+    assert list(found) == ["time zone"]
+    assert "locked_at, updated_at" in found["time zone"]["found"].replace(
+        "updated_at, locked_at", "locked_at, updated_at"
+    )
+
+
+# --- SQLite
+
+
+@pytest.mark.databases("sqlite")
+def test_journal_mode(database: Database, command: Command) -> None:
+    """A rollback journal is a note; the file remembers the cure."""
+    healthy(database).dispose()
+    execute(database, ["PRAGMA journal_mode = DELETE"])
+    ended = doctor(command, database)
+    assert ended.code == 0
+    assert printed(ended.out) == ["PRAGMA journal_mode = WAL"]
+    execute(database, printed(ended.out))
+    assert doctor(command, database) == Ended(0, "", "")
+
+
+@pytest.mark.databases("sqlite")
+def test_busy_timeout(database: Database, command: Command) -> None:
+    """A connection that hardly waits for other writers; the cure is in the URL."""
+    healthy(database)
+    finding = ails(command, database, timeout="0.2")["busy timeout"]
+    assert finding["found"] == "200 ms"
+    assert "?timeout=30" in finding["fix"]
+    assert ails(command, database, timeout="30") == {}
+
+
+@pytest.mark.databases("sqlite")
+def test_transaction_mode(database: Database, command: Command) -> None:
+    """What sqlite3 begins by itself, and when, is told."""
+    healthy(database)
+    said = doctor(command, database, "--json").out
+    assert "sqlite3's legacy mode: BEGIN before an INSERT, UPDATE" in said
+
+
+# --- it only reads
+
+
+def test_its_connection_cannot_write(database: Database) -> None:
+    """Whatever it ran, the database would refuse it a change."""
+    engine = healthy(database)
+    with reading(engine) as connection, pytest.raises(DBAPIError, match=r"(?i)read.?only"):
+        connection.execute(jobs.delete())
+
+
+@contextmanager
+def reader(database: Database) -> Iterator[str]:
+    """The address of somebody who may only read the table."""
+    if database.name == "sqlite":
+        # A file that cannot be opened for writing.
+        yield f"sqlite:///file:{database.url.database}?mode=ro&uri=true"
+        return
+    name = f"reader_{database.url.database}"[:32]
+    host = "" if database.name == "postgresql" else "@'127.0.0.1'"
+    execute(
+        database,
+        [
+            f"CREATE USER {name}{host}"
+            + (" PASSWORD " if not host else " IDENTIFIED BY ")
+            + f"'{PASSWORD}'",
+            f"GRANT SELECT ON jobs TO {name}{host}",
+        ],
+    )
+    url = database.url.set(username=name, password=PASSWORD)
+    if host:
+        url = url.update_query_dict({"init_command": COMMITTED})
+    try:
+        yield url.render_as_string(hide_password=False)
+    finally:
+        execute(database, [f"DROP OWNED BY {name}"] if not host else [])
+        execute(database, [f"DROP USER {name}{host}"])
+
+
+def test_it_only_reads(database: Database, command: Command) -> None:
+    """It finds the same with no right but to read, and tells no password."""
+    filled(database, count=2000)
+    with reader(database) as url:
+        ended = command("doctor", "--url", url, "--table", "jobs")
+        assert (ended.code, ended.err) == (1, "")
+        assert PASSWORD not in ended.out
+        (create,) = printed(ended.out)
+        execute(database, [create])
+        assert command("doctor", "--url", url, "--table", "jobs") == Ended(0, "", "")
+
+
+# --- what it cannot look at
+
+
+def test_what_cannot_be_looked_at(database: Database, command: Command) -> None:
+    """No such table, or nothing that is one, is refused by one line."""
+    url = ("doctor", "--url", address(database), "--table")
+    for table, said in (
+        ("nonsuch", "no such table"),
+        ("tests.test_doctor:jobs", "the database has no table 'jobs'"),
+        ("tests.test_doctor:no_table", "expected a Table, a mapped class or a JobTable"),
+        ("tests.test_doctor:nonsuch", "has no 'nonsuch'"),
+    ):
+        assert said in command(*url, table).refused()
+
+
+def test_where_nothing_answers(command: Command) -> None:
+    """Neither a missing URL nor a dead server has a traceback, or tells the password."""
+    assert "Give --url" in command("doctor", "--table", "jobs").refused()
+    url = f"postgresql://me:{PASSWORD}@127.0.0.1:1/jobs"
+    assert "cannot connect" in command("doctor", "--url", url, "--table", "jobs").refused()
