@@ -1,7 +1,11 @@
 """`atomic-claim doctor`: what it finds, where that is so, and that its cures cure."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,12 +16,14 @@ import sqlalchemy as sa
 from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
 from sqlalchemy.exc import DBAPIError
 
-from atomic_claim import JobTable, claim_jobs
+from atomic_claim import JobTable, claim_jobs, complete_jobs
+from atomic_claim.cli.checks.findings import Patient, Reading
 from atomic_claim.cli.examination import examine, reading
 from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.cli.operations import create_index
+from atomic_claim.cli.watching import Look, looks
 from atomic_claim.columns import job_table_of
-from tests.commands import PASSWORD, Command, Ended, address
+from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
 from tests.databases import Database
 from tests.jobs import START, ids, in_thread, job_table, rows
 from tests.statements import sent_by
@@ -658,3 +664,99 @@ def test_where_nothing_answers(command: Command) -> None:
     assert "Give --url" in command("doctor", "--table", "jobs").refused()
     url = f"postgresql://me:{PASSWORD}@127.0.0.1:1/jobs"
     assert "cannot connect" in command("doctor", "--url", url, "--table", "jobs").refused()
+
+
+# --- watching
+
+
+def watched(database: Database, table: Any) -> Iterator[Look]:
+    """One look after the other."""
+    engine = database.engine()
+    with reading(engine) as connection:
+        own = job_table_of(table)
+        patient = Patient(connection, own.table, timedelta(0), timedelta(0))
+        yield from looks(Reading(patient, own))
+
+
+def test_what_is_watched(database: Database) -> None:
+    """How many wait, run and come later, how long the oldest has waited, and the claims since."""
+    table = job_table(
+        Column("run_at", DateTime), Column("attempts", Integer), Column("completed_at", DateTime)
+    )
+    engine = filled(database, table, 9, run_at=START, created_at=START)
+    with engine.begin() as connection:
+        later = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=1)
+        connection.execute(table.update().where(table.c.id > 7).values(run_at=later))
+    seen = watched(database, table)
+    first = next(seen)
+    assert (first.waiting, first.later, first.running) == (7, 2, 0)
+    assert first.claims_per_second is None
+    assert first.oldest_waiting is not None
+    age = datetime.now(UTC).replace(tzinfo=None) - START
+    assert abs(first.oldest_waiting - age.total_seconds()) < 60
+    claim = claim_jobs(engine, table, 3)
+    second = next(seen)
+    assert (second.waiting, second.later, second.running) == (4, 2, 3)
+    assert second.claims_per_second is not None
+    assert second.claims_per_second > 0
+    complete_jobs(engine, claim, unfenced=True)
+    third = next(seen)
+    assert (third.waiting, third.running, third.claims_per_second) == (4, 0, 0)
+    with engine.begin() as connection:
+        connection.execute(table.delete())
+    assert next(seen).oldest_waiting is None
+    seen.close()  # type: ignore[attr-defined]
+
+
+def test_watching_by_the_command(database: Database, command: Command) -> None:
+    """A line for each look, for people and for programs."""
+    healthy(database, count=3)
+    watch = ("--watch", "--interval", "0", "--count", "2")
+    ended = doctor(command, database, *watch, "--json")
+    assert (ended.code, ended.err) == (0, "")
+    assert [json.loads(line)["waiting"] for line in ended.out.splitlines()] == [3, 3]
+    ended = doctor(command, database, *watch)
+    assert (ended.code, ended.err) == (0, "")
+    heading, *lines = ended.out.splitlines()
+    assert heading.split() == [
+        "time",
+        "waiting",
+        "later",
+        "running",
+        "oldest",
+        "waiting",
+        "claims/s",
+    ]
+    assert [line.split()[1:4] for line in lines] == [["3", "0", "0"]] * 2
+    assert "--count is about --watch" in doctor(command, database, "--count", "2").refused()
+
+
+@pytest.mark.databases("sqlite")
+def test_watching_ends_on_ctrl_c(database: Database) -> None:
+    """Neither a traceback nor a complaint, on a terminal and in a pipe."""
+    healthy(database, count=3)
+    words = [sys.executable, "-m", "atomic_claim", "doctor", "--url", address(database)]
+    words += ["--table", "jobs", "--watch", "--interval", "0.1"]
+    for more, environment in (["--json"], {}), ([], {"FORCE_COLOR": "1"}):
+        process = subprocess.Popen(
+            [*words, *more],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        assert process.stdout is not None
+        while "3" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+        assert (process.returncode, complaint) == (0, "")
+
+
+@pytest.mark.databases("sqlite")
+def test_what_cannot_be_watched(database: Database, command: Command) -> None:
+    """A table that cannot be read is refused, with what to write."""
+    filled(database, statuses, status="new")
+    said = doctor(command, database, "--watch").refused()
+    assert "'status' is a status whose values nobody named" in said

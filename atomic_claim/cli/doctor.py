@@ -17,10 +17,11 @@ from rich.text import Text
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from . import watching
 from .checks.findings import Finding, Level, count
 from .database import CommandError, complaint, connected, masked, parse_url
 from .examination import Examination, examine
-from .options import FAILED, JsonOption, UrlOption, plain_ending
+from .options import FAILED, UrlOption, plain_ending
 
 MARKS = {
     Level.FINE: Text("✓", style="green"),
@@ -62,7 +63,30 @@ def doctor(
     every: Annotated[
         bool, typer.Option("--all", help="Show what was found to be in order, too.")
     ] = False,
-    as_json: JsonOption = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show again and again, in place of the checks, how many jobs wait and run, how "
+            "long the oldest has waited, and the claims per second, until Ctrl-C.",
+        ),
+    ] = False,
+    interval: Annotated[
+        float,
+        typer.Option(
+            "--interval", min=0, metavar="SECONDS", help="With --watch: between two looks."
+        ),
+    ] = 2,
+    looks: Annotated[
+        int | None,
+        typer.Option("--count", min=1, metavar="N", help="With --watch: end after so many looks."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print what was found as JSON; with --watch a line for each look."
+        ),
+    ] = False,
 ) -> None:
     """Look for what keeps a job table from being claimed from, quickly and at all.
 
@@ -73,6 +97,11 @@ def doctor(
     The exit code is 0 if there is no problem, 1 if there is one, and 2 if it could not look.
     """
     with plain_ending(), _server(url) as engine:
+        if watch:
+            watching.watch(engine, table, interval, looks, as_json=as_json)
+            return
+        if looks is not None:
+            raise CommandError("--count is about --watch: add --watch, or leave it out")
         found = examine(
             engine, table, timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
         )

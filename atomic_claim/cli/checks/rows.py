@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import (
     Column,
     ColumnElement,
+    DateTime,
     Float,
     and_,
     case,
@@ -22,7 +23,7 @@ from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 
 from atomic_claim.columns import JobTable
-from atomic_claim.conventions import is_flag, is_time
+from atomic_claim.conventions import DUE, ORDER, is_flag, is_text, plain_type
 from atomic_claim.elements import DatabaseNow, Declared
 
 from .findings import Finding, Level, Patient, Reading, age, count
@@ -169,9 +170,18 @@ def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
     if written or job_table.stamps:
         return [*written, *job_table.stamps][0], True
     for term in (*job_table.order, job_table.due):
-        if isinstance(term, Column) and is_time(term):
+        if isinstance(term, Column) and is_clock(job_table, term):
             return term, False
     return None, False
+
+
+def is_clock(job_table: JobTable, column: Any) -> bool:
+    """Whether a column is one whose times can be compared with the database's clock."""
+    if not isinstance(column, Column):
+        return False
+    if is_text(column):
+        return job_table.text_times is not None and column.name in (*ORDER, *DUE)
+    return isinstance(plain_type(column.type), DateTime)
 
 
 def _stuck(
