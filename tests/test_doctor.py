@@ -26,6 +26,8 @@ from atomic_claim.columns import job_table_of
 from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
 from tests.databases import Database
 from tests.jobs import START, ids, in_thread, job_table, rows
+from tests.pgbouncer import pgbouncer
+from tests.processes import Workspace
 from tests.statements import sent_by
 from tests.waiting import wait_until
 
@@ -511,6 +513,19 @@ def test_lock_waits(database: Database, command: Command) -> None:
     assert "lock waits" not in ails(command, database)
     holding.invalidate()
     holding.close()
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("mode", ["transaction", "session"])
+def test_a_pooler(database: Database, command: Command, workspace: Workspace, mode: str) -> None:
+    """One that hands out the server's sessions by transaction is found; by session it is none."""
+    healthy(database)
+    with pgbouncer(database, workspace, mode) as url:
+        said = command("doctor", "--url", url.render_as_string(False), "--table", "jobs", "--json")
+    found = json.loads(said.out)["findings"]
+    assert (said.code, said.err) == (0, "")
+    assert [each["check"] for each in found] == ["connection pooling"] * (mode == "transaction")
+    assert "prepare_threshold" in str(found) or mode == "session"
 
 
 # --- MySQL and MariaDB
