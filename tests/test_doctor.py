@@ -15,6 +15,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from atomic_claim import JobTable, claim_jobs, complete_jobs
 from atomic_claim.cli.checks.findings import Patient, Reading
@@ -65,7 +66,51 @@ two_free = JobTable(
     statuses, state="status", free=("new", "again"), claimed="busy", order=statuses.c.created_at
 )
 stamped = job_table(Column("locked_at", DateTime), Column("updated_at", DateTime))
+awkward = Table(
+    "it's a 100% :table",
+    sa.MetaData(),
+    Column("id", Integer, primary_key=True),
+    Column("100%", Boolean),
+    Column("Done", DateTime),
+    Column("created_at", DateTime, nullable=False),
+    Column("lease_until", DateTime),
+    Column("claim_token", String(32)),
+    # For SQLite's planner, which has no statistics.
+    sa.Index("by time", "created_at"),
+)
+leased = JobTable(
+    awkward,
+    state="100%",
+    done={"Done": sa.func.now()},
+    order=awkward.c.created_at,
+    lease="lease_until",
+    token="claim_token",
+)
 no_table = object()
+
+
+class Base(DeclarativeBase):
+    """The ground of the mapped classes."""
+
+
+class Job(Base):
+    """A job, with its state."""
+
+    __tablename__ = "jobs"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    processing: Mapped[bool]
+    created_at: Mapped[datetime]
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "job"}  # noqa: RUF012
+
+
+class Mail(Job):
+    """A job with columns of its own in a table of its own."""
+
+    __tablename__ = "mails"
+    id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
+    address: Mapped[str] = mapped_column(String(50))
+    __mapper_args__ = {"polymorphic_identity": "mail"}  # noqa: RUF012
 
 
 def doctor(
@@ -112,7 +157,7 @@ def filled(database: Database, table: Table = jobs, count: int = 50, **values: A
     now = datetime.now(UTC).replace(tzinfo=None)
     names = {column.name for column in table.columns}
     given = []
-    for row in rows(count, has_error=False):
+    for row in rows(count, has_error=False, **{"100%": False}):
         created = {"created_at": now + timedelta(seconds=row["id"])}
         given.append({k: v for k, v in (row | created | values).items() if k in names})
     with engine.begin() as connection:
@@ -226,6 +271,33 @@ def test_the_plan_is_that_of_the_claim(database: Database, command: Command) -> 
     assert database.name not in INNODB or "created_at DESC" in plan[PLAN]["sql"][1]
     said = json.loads(doctor(command, database, "--json", table="tests.test_doctor:backwards").out)
     assert "DESC" in said["statement"]
+
+
+def test_a_table_with_leases_and_awkward_names(database: Database, command: Command) -> None:
+    """Each reason for which a row is free wants an index; the statements bear any name."""
+    filled(database, leased.table, count=2000)
+    spec = "tests.test_doctor:leased"
+    ended = doctor(command, database, table=spec)
+    assert ended.code == 1
+    statements = printed(ended.out)
+    assert len([each for each in statements if "_claim_" in each]) == 2
+    assert "the search for leases that have run out" in " ".join(ended.out.split())
+    execute(database, statements)
+    assert doctor(command, database, table=spec) == Ended(0, "", "")
+    with database.engine().begin() as connection:
+        few = leased.table.c.id <= 7
+        connection.execute(leased.table.update().where(few).values({"100%": None}))
+    execute(database, ails(command, database, table=spec)["NULL in a state"]["sql"])
+    assert ails(command, database, table=spec) == {}
+
+
+def test_a_mapped_class_in_several_tables(database: Database, command: Command) -> None:
+    """The table that holds the state is the one that is looked at."""
+    engine = database.engine()
+    Mail.metadata.create_all(engine)
+    found = ails(command, database, table="tests.test_doctor:Mail")
+    execute(database, found[PLAN]["sql"])
+    assert PLAN not in ails(command, database, table="tests.test_doctor:Mail")
 
 
 @pytest.mark.databases("sqlite")

@@ -15,7 +15,7 @@ from atomic_claim.dialects import strategy_for
 from atomic_claim.statement import Ask, ClaimParts, ClaimStatement, OrderTerm
 
 from .indexes import INNODB, NeededIndex, needed_indexes
-from .texts import for_keys
+from .texts import dialect_of, for_keys
 
 EXPLAIN = {
     "postgresql": "EXPLAIN (FORMAT JSON) ",
@@ -123,7 +123,9 @@ def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
     the claim's SELECT of candidates.
     """
     if connection.dialect.name == "postgresql":
-        table = connection.dialect.identifier_preparer.format_table(parts.job_table.table)
+        # A dialect of another style, as the driver's doubles the percent signs in names.
+        preparer = dialect_of("postgresql").identifier_preparer
+        table = preparer.format_table(parts.job_table.table)
         asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
         if not connection.scalar(asked, {"name": table}):
             return parts.candidates.select()

@@ -77,8 +77,8 @@ def _finding(
         CHECK,
         Level.NOTE,
         f"{said}, without an index",
-        f"whoever deletes a job, by a queue that deletes what is done or by a clean-up, reads all "
-        f"of {child} for every one; the claim itself locks no key and minds no child",
+        f"deleting a job, as clean-ups and some queues do, reads all of {child} each time; the "
+        "claim itself minds no child",
         "index the column that refers to the job",
         (f"CREATE INDEX{how} {name} ON {where} ({', '.join(quoted)})",),
     )
