@@ -397,6 +397,18 @@ def test_rows_that_run_since_nobody_knows(database: Database, command: Command) 
     )
 
 
+def test_rows_of_a_loop_that_writes_no_time(database: Database, command: Command) -> None:
+    """They bear the state alone, and count all the same."""
+    healthy(database, stamped, 3, processing=True)
+    finding = ails(command, database)["stuck rows"]
+    assert (finding["level"], finding["found"]) == (
+        "note",
+        "3 rows run without a lease; no column says when they were claimed",
+    )
+    execute(database, finding["sql"])
+    assert ails(command, database) == {}
+
+
 def test_foreign_keys_onto_the_table(database: Database, command: Command) -> None:
     """They are found, with the index that they lack; where InnoDB has one, it is the lock."""
     engine = healthy(database)

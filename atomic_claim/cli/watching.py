@@ -20,7 +20,7 @@ from atomic_claim.columns import JobTable
 
 from .checks.columns import read
 from .checks.findings import Patient, Reading, age
-from .checks.rows import is_clock, seconds_since_oldest
+from .checks.rows import is_clock, is_marked, seconds_since_oldest
 from .database import CommandError
 from .examination import reading, target
 
@@ -103,7 +103,7 @@ def looks(claim: Reading) -> Iterator[Look]:
     counters: list[ColumnElement[int]] = [
         _number(waiting),
         _number(and_(free, idle)),
-        _number(and_(_sure(job_table.is_running), idle)),
+        _number(and_(_sure(is_marked(job_table)), idle)),
         _claims(job_table),
     ]
     since = next((t for t in (*job_table.order, job_table.due) if is_clock(job_table, t)), None)

@@ -150,18 +150,32 @@ def stuck(reading: Reading) -> Iterator[Finding]:
     if job_table.unleased is not None:
         yield Finding(STUCK, Level.FINE, f"are free again after {job_table.unleased}")
         return
-    unleased = [] if job_table.lease is None else [job_table.lease.is_(None)]
-    running = and_(job_table.is_running, *unleased)
+    running = is_marked(job_table)
+    if job_table.lease is not None:
+        running = and_(running, job_table.lease.is_(None))
     since, certain = _since(job_table)
     seconds = reading.patient.stuck_after.total_seconds()
+    groups = {"old": running}
     if since is not None:
         limit = job_table.now(since, literal(-seconds, Float()))
-        running = and_(running, since <= limit)
-    number = counts(reading, {"stuck": running})["stuck"]
-    if not number:
+        groups = {"old": and_(running, since <= limit), "undated": and_(running, since.is_(None))}
+    counted = counts(reading, groups)
+    if counted["old"]:
+        yield _stuck(reading, counted["old"], groups["old"], since, certain=certain)
+    if counted.get("undated"):
+        yield _stuck(reading, counted["undated"], groups["undated"], None, certain=False)
+    if not any(counted.values()):
         yield Finding(STUCK, Level.FINE, f"none has run for {age(seconds)} without a lease")
-        return
-    yield _stuck(reading, number, running, since, certain=certain)
+
+
+def is_marked(job_table: JobTable) -> ColumnElement[bool]:
+    """True for a row whose state is that of a claimed one, whatever else a claim of ours writes."""
+    state = job_table.state
+    if state is None:
+        return job_table.is_running
+    value = job_table.claimed[state]
+    is_claimed = state.is_not(None) if isinstance(value, DatabaseNow) else state == value
+    return and_(is_claimed, *job_table.not_ended)
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
