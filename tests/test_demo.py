@@ -21,8 +21,8 @@ from sqlalchemy.pool import NullPool
 
 from atomic_claim import claim_jobs
 from atomic_claim.cli import file_workload, workload
-from atomic_claim.cli.database import CommandError, complaint, masked, parse_url
 from atomic_claim.cli.workload import Half, RunJob, Workload
+from atomic_claim.testing.database import CommandError, complaint, masked, parse_url
 from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
 from tests.databases import Database
 from tests.waiting import wait_until

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,9 +25,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
-from sqlalchemy import URL
 
-from .database import CommandError, connected, masked, parse_url, server_title
+from atomic_claim.testing.database import CommandError, chosen, connected, masked, server_title
+
 from .file_workload import FILE_HALVES, run_file_half
 from .options import FAILED, JsonOption, UrlOption, plain_ending
 from .workload import HALVES, Half, Workload, run_half
@@ -107,7 +107,7 @@ Outcome = tuple[str, str | None, list[Half]]
 
 def _on_tables(url: str | None, workload: Workload) -> Outcome:
     """What the database is, its URL as it may be shown if it was given, and the halves."""
-    with _database(url) as address:
+    with chosen(url) as address:
         with connected(address) as engine, engine.connect() as connection:
             title = server_title(connection)
         halves = _run(HALVES, workload, lambda *task: run_half(task[0], address, workload, task[1]))
@@ -117,18 +117,6 @@ def _on_tables(url: str | None, workload: Workload) -> Outcome:
 def _on_files(_: str | None, workload: Workload) -> Outcome:
     """The same of a directory queue, which has no URL."""
     return FILES, None, _run(FILE_HALVES, workload, partial(run_file_half, workload))
-
-
-@contextmanager
-def _database(given: str | None) -> Iterator[URL]:
-    """The database at the URL, or a new one in a temporary file."""
-    if given is not None:
-        yield parse_url(given)
-        return
-    with tempfile.TemporaryDirectory(prefix="atomic-claim-") as folder:
-        path = Path(folder) / "demo.sqlite"
-        path.touch()
-        yield URL.create("sqlite", database=str(path))
 
 
 def _run(

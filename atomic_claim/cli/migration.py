@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from atomic_claim.columns import JobTable
+from atomic_claim.testing.database import CommandError
 
-from .database import CommandError
 from .operations import NAMES, AddColumn, Operation, operations
 from .options import JsonOption, UrlOption, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql

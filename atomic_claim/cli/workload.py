@@ -43,9 +43,8 @@ from sqlalchemy.schema import DropTable
 
 from atomic_claim.claim import claim_jobs
 from atomic_claim.errors import ClaimError
-
-from .database import CommandError, complaint, make_engine, masked, one_line
-from .interrupts import deferred, not_inherited
+from atomic_claim.testing.database import CommandError, complaint, make_engine, masked, one_line
+from atomic_claim.testing.interrupts import deferred, not_inherited
 
 # How often a loop looks again after a database error before it gives up.
 TRIES = 20

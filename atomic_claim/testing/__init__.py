@@ -1,0 +1,1 @@
+"""Proofs for a test suite of the user's own."""
