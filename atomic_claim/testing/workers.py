@@ -21,6 +21,7 @@ from sqlalchemy.orm.exc import StaleDataError
 
 from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.patch.file import load_patches
+from atomic_claim.patch.start import FILE
 
 from .arguments import Offer, Plan, planned
 from .database import CommandError, make_engine, one_line
@@ -146,7 +147,8 @@ def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -
     os.environ.update(duty.environment)
     os.environ["DATABASE_URL"] = duty.url.render_as_string(hide_password=False)
     sys.path[:] = duty.path
-    if duty.patches is not None:
+    # In a process of `atomic-claim run` they may be there already.
+    if duty.patches is not None and duty.patches != os.environ.get(FILE):
         try:
             load_patches(duty.patches)
         except ClaimError as error:
