@@ -117,7 +117,7 @@ def test_an_existing_table(database: Database) -> None:
 def test_a_check_needs_a_factory() -> None:
     """What cannot be read of a constraint is said, and a factory helps."""
     options: Any = {"table": "tests.racers:checked", "jobs": 12, "workers": 2}
-    with pytest.raises(RaceError, match=r"size BETWEEN 3 AND 9.*--factory"):
+    with pytest.raises(RaceError, match=r"has the CHECK size BETWEEN 3 AND 9.*--factory"):
         race("tests.racers:claim_checked", **options)
     for factory in ("tests.racers:sized", racers.all_sized):
         found = race(racers.claim_checked, factory=factory, **options)
@@ -165,7 +165,7 @@ def test_targets_of_all_sorts(target: str, options: dict[str, Any]) -> None:
         ("tests.racers:cured", ("--svg", "race.pdf"), "ends in .svg or .png"),
         ("tests.racers:cured", ("--url", "sqlite://"), "in memory"),
         ("tests.racers:cured", ("--url", f"mysql://ann:{PASSWORD}@127.0.0.1:1/j"), "cannot conn"),
-        ("tests.racers:blocked", ("--timeout", "0.6"), "was not over after 0.6 seconds"),
+        ("tests.racers:blocked", ("--timeout", "0.6"), "2 of 2 workers are in a call"),
     ],
 )
 def test_what_cannot_be_raced(

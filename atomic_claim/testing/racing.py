@@ -45,6 +45,8 @@ LOOK_EVERY = 0.01
 # Every job handed out so often, and then some, is a target that never comes to an end.
 REPETITIONS = 10
 SLACK = 1000
+# A call that takes so much of the time allowed is worth a word.
+STANDING = 0.1
 
 Progress = Callable[[int], None]
 
@@ -362,11 +364,12 @@ class _Team:
         if not self._start:
             return f"{said}not all workers had begun"
         said += f"{len(self._handed):,} of {len(self.keys):,} jobs were handed out"
-        if not since:
+        longest = now - min(since, default=now)
+        if longest < STANDING * self.setting.timeout:
             return said
         return (
             f"{said}, and {len(since)} of {self.setting.workers} workers are in a call of "
-            f"{self.setting.duty.target}, for up to {now - min(since):.1f} seconds"
+            f"{self.setting.duty.target}, for up to {longest:.1f} seconds"
         )
 
     def _answer(self, pipe: Pipe) -> Any:

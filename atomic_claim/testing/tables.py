@@ -199,7 +199,7 @@ class _Filling:
         table = self._table
         checks = [
             str(each.sqltext)
-            for each in table.constraints
+            for each in [*table.constraints, *(c for col in table.columns for c in col.constraints)]
             if isinstance(each, CheckConstraint) and not getattr(each, "_type_bound", False)
         ]
         said = f", which has the CHECK {'; '.join(checks)}" if checks else ""
