@@ -17,9 +17,10 @@ from rich.text import Text
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
+
 from . import watching
 from .checks.findings import Finding, Level, count
-from .database import CommandError, complaint, connected, masked, parse_url
 from .examination import Examination, examine
 from .options import FAILED, UrlOption, plain_ending
 

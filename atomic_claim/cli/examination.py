@@ -15,11 +15,12 @@ from sqlalchemy.orm import Mapper
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError
+from atomic_claim.testing.database import CommandError, server_title
+from atomic_claim.testing.names import load
 
 from .checks import columns, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
-from .database import CommandError, server_title
-from .targets import load, reflect
+from .targets import reflect
 
 OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
     "postgresql": (postgresql.checks, (postgresql.clock,)),

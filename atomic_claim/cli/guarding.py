@@ -12,8 +12,8 @@ from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError
 from atomic_claim.guard import Guard, guard
+from atomic_claim.testing.database import CommandError, one_line
 
-from .database import CommandError, one_line
 from .operations import AddColumn, Statements
 from .texts import dialect_of
 

@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from atomic_claim.columns import JobTable
+from atomic_claim.testing.database import CommandError
 
-from .database import CommandError
 from .guarding import guard_step
 from .indexes import INNODB
 from .operations import NAMES, AddColumn, Operation, operations

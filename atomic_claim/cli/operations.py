@@ -12,8 +12,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
 from atomic_claim.columns import TOKEN_LENGTH, JobTable
+from atomic_claim.testing.database import CommandError
 
-from .database import CommandError
 from .indexes import INNODB, NeededIndex, needed_indexes
 from .texts import dialect_of
 

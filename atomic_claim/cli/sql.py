@@ -18,8 +18,8 @@ from atomic_claim.dialects import strategy_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.lease import Owned, Values, completion, extension, failure, release
 from atomic_claim.statement import TOKEN, WORKER, Ask
+from atomic_claim.testing.database import CommandError, parse_url
 
-from .database import CommandError, parse_url
 from .layout import laid_out
 from .options import JsonOption, UrlOption, plain_ending
 from .targets import TableOption, load_job_table

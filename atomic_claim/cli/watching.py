@@ -17,11 +17,11 @@ from rich.table import Table
 from sqlalchemy import Column, ColumnElement, Engine, and_, case, false, func, not_, or_, select
 
 from atomic_claim.columns import JobTable
+from atomic_claim.testing.database import CommandError
 
 from .checks.columns import read
 from .checks.findings import Patient, Reading, age
 from .checks.rows import is_clock, is_marked, seconds_since_oldest
-from .database import CommandError
 from .examination import reading, target
 
 HEADINGS = ("time", "waiting", "later", "running", "oldest waiting", "claims/s")
