@@ -3,9 +3,11 @@
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tomllib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,25 @@ def test_the_readme_shows_what_is_printed(command: str, shown: str, app: Path) -
 def test_the_story_has_its_parts() -> None:
     """Before and after the cure there is a race, and between them a migration."""
     assert [command.partition(" ")[0] for command, _ in SHOWN] == ["race", "migration", "race"]
+
+
+def test_the_doctor_of_the_story(app: Path) -> None:
+    """It prints what the README shows, and nothing once what it says has been done."""
+    [shown] = re.findall(
+        r"^\$ atomic-claim (doctor [^\n]*)\n(.*?)^```", STORY, re.DOTALL | re.MULTILINE
+    )
+    assert run(app, "legacy_app").stdout == "0 sent\n"
+    done = run(app, "atomic_claim", *shlex.split(shown[0]))
+    assert (done.returncode, done.stderr) == (1, "")
+    assert words(done.stdout) == words(shown[1])
+    cures = [line for line in done.stdout.splitlines() if line.endswith(";")]
+    migration = run(app, "atomic_claim", *shlex.split(SHOWN[1][0]))
+    assert cures[0] in migration.stdout.splitlines()
+    with closing(sqlite3.connect(app / "legacy_app.db")) as connection:
+        for cure in cures:
+            connection.execute(cure)
+    done = run(app, "atomic_claim", *shlex.split(shown[0]))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_patches_are_those_of_the_readme() -> None:

@@ -161,7 +161,7 @@ def _show(console: Console, found: Examination) -> None:
     for finding in found.findings:
         shown.add_row(MARKS[finding.level], Text(finding.check), Text(finding.found))
     console.print(shown)
-    for finding in found.ails:
+    for finding in sorted(found.ails, key=lambda finding: finding.level is not Level.PROBLEM):
         _show_cure(console, finding)
 
 

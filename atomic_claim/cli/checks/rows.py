@@ -50,7 +50,7 @@ def nulls(reading: Reading) -> Iterator[Finding]:
             yield _always_claimed(reading, column, number)
     if not trapped:
         names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
-        yield Finding(NULLS, Level.FINE, f"none in {names}" if names else "no column has them")
+        yield Finding(NULLS, Level.FINE, f"none in {names}" if names else "no state can be NULL")
 
 
 def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:

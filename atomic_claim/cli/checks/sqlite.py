@@ -29,9 +29,9 @@ def _journal(patient: Patient) -> Finding:
         "journal mode",
         Level.NOTE,
         mode,
-        "a claim cannot commit while anybody reads, and nobody can begin to read while it does: "
-        "'database is locked' once the busy timeout is over",
-        "a write-ahead log lets readers and the one writer be; the file remembers it",
+        "a claim cannot commit while anybody reads: it waits, and fails with 'database is locked' "
+        "when the busy timeout is over",
+        "a write-ahead log keeps readers and the one writer apart; the file remembers it",
         ("PRAGMA journal_mode = WAL",),
     )
 
