@@ -28,16 +28,10 @@ OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
     "mariadb": (innodb.checks, (innodb.clock,)),
     "sqlite": (sqlite.checks, ()),
 }
-# How a session is told to write nothing, and to write again.
 ONLY_READ = {
     "mysql": "SET SESSION TRANSACTION READ ONLY",
     "mariadb": "SET SESSION TRANSACTION READ ONLY",
     "sqlite": "PRAGMA query_only = 1",
-}
-WRITE_AGAIN = {
-    "mysql": "SET SESSION TRANSACTION READ WRITE",
-    "mariadb": "SET SESSION TRANSACTION READ WRITE",
-    "sqlite": "PRAGMA query_only = 0",
 }
 
 
@@ -78,13 +72,19 @@ def reading(engine: Engine) -> Iterator[Connection]:
             if name not in ONLY_READ:
                 yield connection.execution_options(postgresql_readonly=True)
                 return
+            # Nobody else is to get it from the pool as it is then.
+            connection.detach()
             connection.exec_driver_sql(ONLY_READ[name])
             connection.rollback()
-            try:
-                yield connection
-            finally:
-                connection.rollback()
-                connection.exec_driver_sql(WRITE_AGAIN[name])
+            yield connection
+
+
+def read_without_locks(connection: Connection) -> None:
+    """Have a MySQL or MariaDB session that is SERIALIZABLE wait for no row that others hold."""
+    if connection.dialect.name in ("mysql", "mariadb"):
+        connection.rollback()
+        connection.exec_driver_sql("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        connection.rollback()
 
 
 def examine(
@@ -117,6 +117,7 @@ def examine(
             found.append(meaning)
         known, own = OWN[patient.product]
         found += known(patient)
+        read_without_locks(connection)
         statement = None
         if job_table is not None:
             claim = Reading(patient, job_table)

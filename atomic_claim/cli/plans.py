@@ -257,11 +257,11 @@ def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserv
         Unserved(needed, found)
         for needed in needed_indexes(job_table)
         if not any(_serves(needed, access, known, connection, optional) for access in found)
-        and not (is_small and any(_fits(needed, index) for index in known.values()))
+        and not (is_small and any(fits(needed, index) for index in known.values()))
     ]
 
 
-def _fits(needed: NeededIndex, index: Known) -> bool:
+def fits(needed: NeededIndex, index: Known) -> bool:
     """Whether an index of MySQL's or MariaDB's is the one that is needed."""
     equal = [column.name for column in needed.equal]
     terms = [OrderTerm.of(term) for term in needed.order]

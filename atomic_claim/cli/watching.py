@@ -22,7 +22,7 @@ from atomic_claim.testing.database import CommandError
 from .checks.columns import read
 from .checks.findings import Patient, Reading, age
 from .checks.rows import is_clock, is_marked, seconds_since_oldest
-from .examination import reading, target
+from .examination import read_without_locks, reading, target
 
 HEADINGS = ("time", "waiting", "later", "running", "oldest waiting", "claims/s")
 # So many looks stay on the screen.
@@ -76,6 +76,7 @@ def watch(engine: Engine, spec: str, interval: float, number: int | None, *, as_
         job_table, meaning = read(given)
         if job_table is None:
             raise CommandError(f"--watch: {meaning.found}; {meaning.fix}")
+        read_without_locks(connection)
         own = timedelta(0)
         seen = looks(Reading(Patient(connection, table, own, own), job_table))
         try:

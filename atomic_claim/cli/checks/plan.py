@@ -9,7 +9,7 @@ from datetime import timedelta
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.sql.elements import ColumnClause
 
-from atomic_claim.cli.indexes import INNODB, NeededIndex
+from atomic_claim.cli.indexes import NeededIndex, needed_indexes
 from atomic_claim.cli.operations import create_index
 from atomic_claim.cli.plans import (
     Access,
@@ -18,6 +18,7 @@ from atomic_claim.cli.plans import (
     accesses,
     as_sent,
     finding_statement,
+    fits,
     known_indexes,
     unserved,
 )
@@ -75,7 +76,18 @@ def plan(reading: Reading) -> Iterator[Finding]:
         yield _unserved(reading, each, now, known)
     if not found:
         served = _telling(accesses(connection, parts, ask))
-        yield Finding(CHECK, Level.FINE, "; ".join(dict.fromkeys(map(str, served))))
+        how = [str(access) for access in served if access.index is not None]
+        # MySQL and MariaDB may rather scan and sort a few rows.
+        how = how or [
+            f"few rows are scanned, {name} serves more" for name in _fitting(reading, known)
+        ]
+        yield Finding(CHECK, Level.FINE, "; ".join(dict.fromkeys(how)))
+
+
+def _fitting(reading: Reading, known: Mapping[str, Known]) -> Iterator[str]:
+    """The indexes that are there and needed."""
+    for needed in needed_indexes(reading.job_table):
+        yield from (name for name, index in known.items() if fits(needed, index))
 
 
 def _unserved(
@@ -142,7 +154,7 @@ def _cure(
     if _is_whole(patient, needed, known[needed.name]):
         return f"{needed.name} is there: let the planner know what it is worth", (analyse,)
     fix = f"{needed.name} is there, but is another index, or was never finished: make it anew"
-    return fix, (needed.drop(dialect), create)
+    return fix, (needed.drop(dialect), create, analyse)
 
 
 def _must_be_analysed(patient: Patient, known: Mapping[str, Known]) -> bool:
@@ -163,8 +175,13 @@ def _is_whole(patient: Patient, needed: NeededIndex, index: Known) -> bool:
     terms = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
     ahead = list(needed.leading) if patient.product == "postgresql" else list(needed.equal)
     wanted = [*dict.fromkeys([*(column.name for column in ahead), *terms])]
-    partial = patient.product not in INNODB and bool(needed.conditions)
-    return list(index.columns)[: len(wanted)] == wanted and bool(index.where) == partial
+    where = needed.definition(patient.dialect).partition(" WHERE ")[2]
+    return list(index.columns)[: len(wanted)] == wanted and _plain(index.where) == _plain(where)
+
+
+def _plain(condition: str) -> str:
+    """A condition without what a database adds to it as it was written."""
+    return re.sub(r"::(?:character varying|\w+)|[()\s]", "", condition.lower())
 
 
 def _is_valid(connection: Connection, patient: Patient, needed: NeededIndex) -> bool:
