@@ -566,6 +566,10 @@ def test_lock_waits(database: Database, command: Command) -> None:
         database.wait_until_blocked()
         finding = ails(command, database)["lock waits"]
         assert f"waits for pid {pid} since " in finding["found"]
+        with reader(database) as url:
+            said = " ".join(command("doctor", "--url", url, "--table", "jobs", "--all").out.split())
+        assert f"waits for pid {pid}" in said
+        assert "others are shown to members of pg_read_all_stats" in said
         execute(database, finding["sql"])
     assert waiting.result() == 1
     assert "lock waits" not in ails(command, database)

@@ -145,6 +145,8 @@ def _transactions(patient: Patient) -> Iterator[Finding]:
     found = _rows(patient, query, age=limit)
     if not found:
         said = f"none has been open for {age(limit)}"
+        if not _sees_others(patient):
+            said += ", of this user's own; others are shown to members of pg_read_all_stats"
         yield Finding("old transactions", Level.FINE, said)
         return
     said = "; ".join(f"pid {pid} ({who}, {state}) for {age(s)}" for pid, who, state, s in found)
@@ -157,6 +159,14 @@ def _transactions(patient: Patient) -> Iterator[Finding]:
         "by itself)",
         tuple(f"SELECT pg_terminate_backend({pid})" for pid, *_ in found),
     )
+
+
+def _sees_others(patient: Patient) -> bool:
+    """Whether the server shows what the sessions of other users do."""
+    # There since PostgreSQL 10.
+    roles = "SELECT oid FROM pg_roles WHERE rolname = 'pg_read_all_stats'"
+    [found] = _rows(patient, f"SELECT pg_has_role(({roles}), 'USAGE')")
+    return bool(found[0])
 
 
 def _lock_waits(patient: Patient) -> Iterator[Finding]:
@@ -174,8 +184,9 @@ def _lock_waits(patient: Patient) -> Iterator[Finding]:
         yield Finding("lock waits", Level.FINE, "none now")
         return
     waits = [
-        f"pid {pid} ({who}) waits for {', '.join(f'pid {other}' for other in others)} since "
-        f"{age(seconds)}"
+        f"pid {pid} ({who}) waits for {', '.join(f'pid {other}' for other in others)}"
+        # Hidden from other users, but for members of pg_read_all_stats.
+        + ("" if seconds is None else f" since {age(seconds)}")
         for pid, who, others, seconds in found
     ]
     waiting = {pid for pid, *_ in found}
