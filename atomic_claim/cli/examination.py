@@ -72,11 +72,13 @@ def reading(engine: Engine) -> Iterator[Connection]:
             if name not in ONLY_READ:
                 yield connection.execution_options(postgresql_readonly=True)
                 return
-            # Nobody else is to get it from the pool as it is then.
-            connection.detach()
             connection.exec_driver_sql(ONLY_READ[name])
             connection.rollback()
-            yield connection
+            try:
+                yield connection
+            finally:
+                # Nobody else is to get it from the pool as it is now.
+                connection.invalidate()
 
 
 def read_without_locks(connection: Connection) -> None:
