@@ -53,6 +53,7 @@ def flags(*more: Any, **options: Any) -> Table:
 
 jobs = flags()
 backwards = JobTable(jobs, state="processing", order=jobs.c.created_at.desc())
+stamped_text = JobTable(jobs, state="processing", stamps="note")
 extended = flags(Column("extra", Integer))
 statuses = Table(
     "jobs",
@@ -282,6 +283,7 @@ def test_a_table_with_leases_and_awkward_names(database: Database, command: Comm
     assert ails(command, database, table=spec) == {}
 
 
+@pytest.mark.databases("sqlite", "mariadb")
 def test_a_mapped_class_in_several_tables(database: Database, command: Command) -> None:
     """The table that holds the state is the one that is looked at."""
     engine = database.engine()
@@ -370,6 +372,7 @@ def test_rows_that_look_stuck(database: Database, command: Command) -> None:
     assert ails(command, database) == {}
 
 
+@pytest.mark.databases("sqlite", "mysql")
 def test_rows_that_run_since_nobody_knows(database: Database, command: Command) -> None:
     """Without a time of the claim it is a note, by the age of the job."""
     healthy(database, count=3, created_at=START, processing=True)
@@ -465,7 +468,30 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
     assert "JobTable(table, state='status'" in found["meaning of the columns"]["fix"]
 
 
+@pytest.mark.databases("sqlite")
+def test_a_claim_that_is_refused(database: Database, command: Command) -> None:
+    """What every call would be refused for is found beforehand."""
+    healthy(database)
+    finding = ails(command, database, table="tests.test_doctor:stamped_text")["claim"]
+    assert "jobs.note is String" in finding["found"]
+
+
 # --- PostgreSQL
+
+
+@pytest.mark.databases("postgresql")
+def test_a_table_of_another_schema(database: Database, command: Command) -> None:
+    """It is named with its schema, and so do the statements name it."""
+    engine = filled(database, count=1)
+    with engine.begin() as connection:
+        connection.exec_driver_sql('CREATE SCHEMA "Other"')
+        connection.exec_driver_sql('ALTER TABLE jobs SET SCHEMA "Other"')
+        connection.exec_driver_sql('CREATE TABLE "Other".logs (job int REFERENCES "Other".jobs)')
+    assert "no such table" in doctor(command, database).refused()
+    found = ails(command, database, table="Other.jobs")
+    assert list(found) == [PLAN, "foreign keys"]
+    execute(database, [*found[PLAN]["sql"], *found["foreign keys"]["sql"]])
+    assert doctor(command, database, table="Other.jobs") == Ended(0, "", "")
 
 
 @pytest.mark.databases("postgresql")
@@ -727,6 +753,7 @@ def test_it_only_reads(database: Database, command: Command) -> None:
 # --- what it cannot look at
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_what_cannot_be_looked_at(database: Database, command: Command) -> None:
     """No such table, or nothing that is one, is refused by one line."""
     url = ("doctor", "--url", address(database), "--table")
@@ -788,6 +815,7 @@ def test_what_is_watched(database: Database) -> None:
     seen.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.databases("sqlite", "postgresql")
 def test_watching_by_the_command(database: Database, command: Command) -> None:
     """A line for each look, for people and for programs."""
     healthy(database, count=3)
