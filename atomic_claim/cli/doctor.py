@@ -89,7 +89,7 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Look for what keeps a job table from being claimed from, quickly and at all.
+    """Look for what keeps a job table from being claimed from at all, or quickly.
 
     It only reads, and says nothing if all is well. The plan it judges is the EXPLAIN of the very
     claim. What it finds comes with the reason why it matters and with the cure, SQL to the letter

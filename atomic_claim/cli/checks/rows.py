@@ -207,7 +207,7 @@ def _stuck(
     certain: bool,
 ) -> Finding:
     patient, job_table = reading.patient, reading.job_table
-    found = f"{count(number)} run without a lease"
+    found = f"{count(number)} {'runs' if number == 1 else 'run'} without a lease"
     if since is not None:
         oldest = age_of_oldest(reading, since, running)
         what = "claimed" if certain else f"from {oldest} ago by {since.name}"
@@ -218,6 +218,8 @@ def _stuck(
     if job_table.lease is None:
         cure += "; with leases they come back by themselves: atomic-claim migration --add "
         cure += ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
+    elif certain:
+        cure += "; JobTable(unleased=...) has them come back by themselves"
     sql: tuple[str, ...] = ()
     if job_table.released:
         sql = (_update(patient, job_table.released, patient.text(running)),)
