@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -21,8 +20,8 @@ from sqlalchemy.pool import NullPool
 
 from atomic_claim import claim_jobs
 from atomic_claim.cli import file_workload, workload
-from atomic_claim.cli.database import CommandError, complaint, masked, parse_url
 from atomic_claim.cli.workload import Half, RunJob, Workload
+from atomic_claim.testing.database import CommandError, complaint, masked, parse_url
 from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
 from tests.databases import Database
 from tests.waiting import wait_until
@@ -516,43 +515,6 @@ def test_picture_of_a_demo(tmp_path: Path) -> None:
         drawn = [bars(path, f"{name.replace('legacy_loop', 'legacy-loop')}-{k}") for k in kinds]
         assert sum(drawn) == found["times_claimed"]
         assert drawn[1] == found["extra_runs"] + found["duplicates"]
-
-
-def commands() -> list[tuple[str, ...]]:
-    """The words of every command, none for the program itself."""
-    from atomic_claim.cli.app import app  # noqa: PLC0415 - needs typer
-
-    group: Any = typer.main.get_command(app)
-    return [(), *((name,) for name in group.commands)]
-
-
-@pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words) or "atomic-claim")
-def test_help(words: tuple[str, ...], command: Command) -> None:
-    """Every command and every option has its help, in 80 columns."""
-    from atomic_claim.cli.app import app  # noqa: PLC0415 - needs typer
-
-    found: Any = typer.main.get_command(app)
-    for word in words:
-        found = found.commands[word]
-    assert found.help
-    assert " ".join(["atomic-claim", *words]) in (REPOSITORY / "README.md").read_text("utf-8")
-    ended = command(*words, "--help")
-    assert ended.code == 0
-    shown = re.sub(r"\x1b\[[\d;]*m", "", ended.out)
-    assert all(len(line) <= 80 for line in shown.splitlines())
-    for option in found.params:
-        assert option.help, option.name
-        is_option = option.param_type_name == "option"
-        assert all(name in shown for name in (option.opts if is_option else [option.metavar]))
-        variables = [option.envvar] if isinstance(option.envvar, str) else option.envvar or []
-        places = [shown.index(variable) for variable in variables]
-        assert all(before < after for before, after in pairwise(places))
-
-
-def test_url_names_its_variables(command: Command) -> None:
-    """The help of --url shows both variables, in the order in which they count."""
-    shown = command("demo", "--help").out
-    assert 0 < shown.index("ATOMIC_CLAIM_URL") < shown.index("DATABASE_URL")
 
 
 def test_version(command: Command) -> None:

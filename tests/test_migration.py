@@ -1,8 +1,9 @@
 import json
 import re
 import shlex
+import sqlite3
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, timedelta
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
+from sqlalchemy.exc import DBAPIError
 
 from atomic_claim import JobTable, claim_jobs
 from atomic_claim.cli.plans import unserved
@@ -43,6 +45,7 @@ awkward = Table(
     Column("id", Integer, primary_key=True),
     Column("select", String(20), nullable=False),
     Column("Created", DateTime, nullable=False),
+    Column("worker", String(20)),
 )
 quoted = JobTable(
     awkward, state="select", free="it's :free, 100%", claimed="taken", order=awkward.c.Created
@@ -71,6 +74,26 @@ texts = Table(
     Column("kind", sa.Text, nullable=False),
 )
 texts_of_kind = JobTable(texts, state="kind", free="free", claimed="taken")
+guarded = Table(
+    "guarded",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("processing", Boolean, nullable=False),
+    Column("worker", String(20)),
+    Column("finished_at", DateTime),
+    Column("created_at", DateTime, nullable=False),
+)
+guarded_words = JobTable(
+    awkward,
+    state="select",
+    free="it's :free, 100%",
+    claimed="taken;",
+    done="done",
+    worker="worker",
+    order=awkward.c.Created,
+)
+finished = tables.flagged
+deleted = JobTable(served, state="processing")
 by_expression = JobTable(
     Table(
         "owned",
@@ -233,13 +256,30 @@ def run(engine: sa.Engine, script: str) -> None:
     """Run plain SQL as a person at a console would."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for statement in statements(script):
-            connection.execute(sa.text(statement.replace(":", r"\:")))
+            driver: Any = connection.connection.driver_connection
+            driver.cursor().execute(statement)
 
 
 def statements(script: str) -> Iterator[str]:
-    """The statements of a script, comments left out."""
-    lines = [line for line in script.splitlines() if not line.startswith("--")]
-    yield from (each.strip() for each in "\n".join(lines).split(";\n") if each.strip(" \n;"))
+    """The statements of a script as the databases' own clients take them apart.
+
+    A string between dollars is one to psql, sqlite3 knows where a trigger ends, and mysql goes by
+    DELIMITER.
+    """
+    statement, end = "", ";"
+    for line in script.splitlines(keepends=True):
+        if line.startswith("DELIMITER "):
+            end = line.removeprefix("DELIMITER ").strip()
+        elif statement or not line.startswith("--"):
+            statement += line
+            if "BEGIN" in statement and end == ";" and "$" not in statement:
+                is_open = not sqlite3.complete_statement(statement)
+            else:
+                is_open = statement.count("$atomic_claim$") % 2 == 1
+            if statement.rstrip().endswith(end) and not is_open:
+                yield statement.strip().removesuffix(end)
+                statement = ""
+    assert not statement.strip()
 
 
 def test_awkward_names_and_values(database: Database, command: Command, tmp_path: Path) -> None:
@@ -262,6 +302,111 @@ def test_awkward_names_and_values(database: Database, command: Command, tmp_path
     assert missing(engine, quoted) == ["free"]
     run(engine, command("migration", *spec, "--sql").out)
     assert missing(engine, quoted) == []
+
+
+def second_claim(engine: sa.Engine, given: Any) -> None:
+    """What two workers do that have found the same job, without looking at it again."""
+    job_table = job_table_of(given)
+    table: Table = job_table.table
+    mark = table.update().where(table.c.id == 1).values(plain(job_table.claimed))
+    for worker in ("a", "b"):
+        with engine.begin() as connection:
+            connection.execute(mark.values(worker=worker))
+
+
+REFUSED = r"atomic_claim: job id=1 of .* is running already"
+
+
+def revision_at(path: Path) -> ModuleType:
+    """The revision in a file."""
+    namespace = ModuleType("revision")
+    exec(path.read_text(encoding="utf-8"), namespace.__dict__)  # noqa: S102 - our own text
+    return namespace
+
+
+def free_again(engine: sa.Engine, given: Any) -> None:
+    """One job that waits."""
+    job_table = job_table_of(given)
+    table: Table = job_table.table
+    times = [c.name for c in table.columns if isinstance(c.type, DateTime) and not c.nullable]
+    with engine.begin() as connection:
+        connection.execute(table.delete())
+        row = {"id": 1, **plain(job_table.released), **dict.fromkeys(times, START)}
+        connection.execute(table.insert(), [row])
+
+
+@pytest.mark.parametrize("name", ["guarded", "guarded_words"])
+def test_the_guard_up_down_and_up(
+    database: Database, command: Command, tmp_path: Path, name: str
+) -> None:
+    """It refuses a second claim while it is there, and leaves nothing behind."""
+    engine, given = database.engine(), globals()[name]
+    table: Table = job_table_of(given).table
+    table.create(engine)
+    spec = ("--table", f"tests.test_migration:{name}", "--guard", "--dialect", database.name)
+    ended = command("migration", *spec, "--add", "lease,token", "--out", str(tmp_path))
+    assert (ended.code, ended.err) == (0, "")
+    revision = revision_at(Path(ended.out.strip()))
+    before = schema_of(engine, table)
+    for _ in range(2):
+        migrate(engine, revision, "upgrade")
+        free_again(engine, given)
+        with pytest.raises(DBAPIError, match=REFUSED):
+            second_claim(engine, given)
+        migrate(engine, revision, "downgrade")
+        assert schema_of(engine, table) == before
+        free_again(engine, given)
+        second_claim(engine, given)
+    assert sa.inspect(engine).get_table_names() == [table.name]
+
+
+def test_the_guard_knows_the_columns_that_come_with_it(
+    database: Database, command: Command, tmp_path: Path
+) -> None:
+    """A lease that has run out is taken over, in any zone; one that has not is refused to all."""
+    engine = database.engine()
+    guarded.create(engine)
+    spec = ("--table", "tests.test_migration:guarded", "--guard", "--dialect", database.name)
+    ended = command("migration", *spec, "--add", "lease,token", "--out", str(tmp_path))
+    migrate(engine, revision_at(Path(ended.out.strip())), "upgrade")
+    free_again(engine, guarded)
+    jobs = Table("guarded", sa.MetaData(), autoload_with=engine)
+    words = {"mysql": "SET time_zone = '+09:00'", "mariadb": "SET time_zone = '+09:00'"}
+    with engine.connect() as connection:
+        if words.get(database.name):
+            connection.exec_driver_sql(words[database.name])
+        assert ids(claim_jobs(connection, jobs, lease=LEASE, worker="a")) == [1]
+        assert ids(claim_jobs(connection, jobs, lease=LEASE, worker="b")) == []
+        past = START if database.name != "postgresql" else START.replace(tzinfo=UTC)
+        connection.execute(jobs.update().values(lease_until=past))
+        assert ids(claim_jobs(connection, jobs, lease=LEASE, worker="b")) == [1]
+        connection.commit()
+        with pytest.raises(DBAPIError, match=REFUSED):
+            connection.execute(jobs.update().values(processing=True, worker="c"))
+
+
+def test_the_guard_as_plain_sql(database: Database, command: Command) -> None:
+    """A database's own client makes it of what is printed, and undoes it by the comments."""
+    engine = database.engine()
+    awkward.create(engine)
+    spec = ("--table", "tests.test_migration:guarded_words", "--guard", "--dialect", database.name)
+    script = command("migration", *spec, "--sql").out
+    run(engine, script)
+    free_again(engine, guarded_words)
+    with pytest.raises(DBAPIError, match=REFUSED):
+        second_claim(engine, guarded_words)
+    _, _, undone = script.partition("-- To undo it:\n")
+    run(engine, undone.replace("-- ", ""))
+    free_again(engine, guarded_words)
+    second_claim(engine, guarded_words)
+
+
+def test_the_guard_of_writers_of_whole_rows(command: Command) -> None:
+    """They are told of by an option, which stands in the revision."""
+    spec = ("--table", "tests.test_migration:guarded", "--guard", "--full-rows")
+    ended = command("migration", *spec)
+    assert (ended.code, ended.err) == (0, "")
+    assert "tests.test_migration:guarded --guard --full-rows\n" in ended.out
 
 
 def test_how_indexes_are_built(command: Command) -> None:
@@ -336,6 +481,14 @@ def test_a_revision_goes_behind_the_newest(command: Command, tmp_path: Path) -> 
         (("served", "--out", ".", "--sql"), "leave out --sql"),
         (("texts_of_kind", "--dialect", "mysql"), "make it a VARCHAR(n)"),
         (("by_expression", "--dialect", "mariadb"), "MariaDB has no indexes on expressions"),
+        (("deleted", "--guard"), "nothing says how a finished job of 'served' is marked"),
+        (("finished", "--guard"), "guard the others: --dialect postgresql --dialect sqlite"),
+        (("finished", "--guard", "--dialect", "mysql"), "has no worker column that is known"),
+        (
+            ("finished", "--guard", "--full-rows", "--dialect", "sqlite"),
+            "whole rows of 'flagged_jobs' are written",
+        ),
+        (("served", "--full-rows"), "add --guard"),
     ],
 )
 def test_what_cannot_be_migrated(command: Command, arguments: tuple[str, ...], said: str) -> None:

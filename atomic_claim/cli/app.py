@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, migration, run, sql
+from . import demo, doctor, migration, race, run, sql
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 # What follows the command's name is the command's, options included.
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
+app.command("race")(race.race)
+app.command("doctor")(doctor.doctor)
 app.command("sql")(sql.sql)
 app.command("migration")(migration.migration)
 

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
-from sqlalchemy import URL
 
-from .database import CommandError, connected, masked, parse_url, server_title
+from atomic_claim.testing.database import CommandError, chosen, connected, masked, server_title
+
+from .drawing import SvgOption, check_picture, draw_picture
 from .file_workload import FILE_HALVES, run_file_half
 from .options import FAILED, JsonOption, UrlOption, plain_ending
+from .progress import with_progress
 from .workload import HALVES, Half, Workload, run_half
 
 FILES = "Directory queue"
-PICTURES = (".svg", ".png")
 COLUMNS = (
     "jobs",
     "times\nclaimed",
@@ -61,15 +47,7 @@ def demo(
             "environment says.",
         ),
     ] = False,
-    svg: Annotated[
-        Path | None,
-        typer.Option(
-            "--svg",
-            metavar="FILE",
-            help="Draw both runs as a timeline into this file, .svg or .png (needs the extra "
-            "'plot').",
-        ),
-    ] = None,
+    svg: SvgOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the same jobs by a legacy find-then-update loop and by claim_jobs, and compare.
@@ -86,14 +64,14 @@ def demo(
     """
     with plain_ending():
         if svg is not None:
-            _check_picture(svg)
+            check_picture(svg)
         workload = Workload(workers, jobs, limit)
         source = context.get_parameter_source("url")
         if files and source is not None and source.name == "COMMANDLINE":
             raise CommandError("--files needs no database: leave out --url, or --files")
         title, shown, halves = (_on_files if files else _on_tables)(url, workload)
         if svg is not None:
-            _draw(svg, title, halves)
+            draw_picture(svg, title, halves)
         if as_json:
             typer.echo(json.dumps(_figures(title, shown, halves), indent=2))
         else:
@@ -107,57 +85,25 @@ Outcome = tuple[str, str | None, list[Half]]
 
 def _on_tables(url: str | None, workload: Workload) -> Outcome:
     """What the database is, its URL as it may be shown if it was given, and the halves."""
-    with _database(url) as address:
+    with chosen(url) as address:
         with connected(address) as engine, engine.connect() as connection:
             title = server_title(connection)
-        halves = _run(HALVES, workload, lambda *task: run_half(task[0], address, workload, task[1]))
+        names = list(HALVES)
+        halves = with_progress(
+            names,
+            workload.jobs,
+            lambda place, told: run_half(names[place], address, workload, told),
+        )
         return title, None if url is None else masked(address), halves
 
 
 def _on_files(_: str | None, workload: Workload) -> Outcome:
     """The same of a directory queue, which has no URL."""
-    return FILES, None, _run(FILE_HALVES, workload, partial(run_file_half, workload))
-
-
-@contextmanager
-def _database(given: str | None) -> Iterator[URL]:
-    """The database at the URL, or a new one in a temporary file."""
-    if given is not None:
-        yield parse_url(given)
-        return
-    with tempfile.TemporaryDirectory(prefix="atomic-claim-") as folder:
-        path = Path(folder) / "demo.sqlite"
-        path.touch()
-        yield URL.create("sqlite", database=str(path))
-
-
-def _run(
-    names: Iterable[str],
-    workload: Workload,
-    run: Callable[[str, Callable[[int], None]], Half],
-) -> list[Half]:
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    names = list(FILE_HALVES)
+    halves = with_progress(
+        names, workload.jobs, lambda place, told: run_file_half(workload, names[place], told)
     )
-    progress = Progress(*columns, console=console, transient=True)
-    # Asked of the file itself: the environment can make Rich take anything for a terminal.
-    with progress if sys.stderr.isatty() else nullcontext():
-        tasks = {name: progress.add_task(name, total=workload.jobs, start=False) for name in names}
-        halves = []
-        for name, task in tasks.items():
-            progress.start_task(task)
-            halves.append(run(name, _shower(progress, task)))
-            progress.update(task, completed=workload.jobs)
-            progress.stop_task(task)
-    return halves
-
-
-def _shower(progress: Progress, task: TaskID) -> Callable[[int], None]:
-    return lambda reached: progress.update(task, completed=reached)
+    return FILES, None, halves
 
 
 def _table(title: str, halves: Sequence[Half]) -> Table:
@@ -225,30 +171,3 @@ def _half(half: Half) -> dict[str, Any]:
         "claims_per_second": round(half.claims_per_second, 1),
         "claimed_by_worker": [sum(run.worker == worker for run in half.runs) for worker in workers],
     }
-
-
-def _check_picture(path: Path) -> None:
-    """Find out before the work whether the picture can be drawn after it."""
-    if path.suffix.lower() not in PICTURES:
-        raise CommandError(f"--svg {path}: expected a name that ends in {' or '.join(PICTURES)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--svg needs matplotlib: pip install 'atomic-claim[plot]'")
-    try:
-        if path.exists():
-            if not path.is_file() or not os.access(path, os.W_OK):
-                raise CommandError(f"--svg {path}: it is there and cannot be written")
-        else:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-    except OSError as error:
-        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None
-
-
-def _draw(path: Path, title: str, halves: Sequence[Half]) -> None:
-    # Matplotlib takes half a second to import, and is an extra.
-    from .picture import draw  # noqa: PLC0415
-
-    try:
-        draw(path, title, halves)
-    except OSError as error:
-        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.files import claim_files, complete_files
+from atomic_claim.testing.database import CommandError, one_line
+from atomic_claim.testing.interrupts import deferred
 
-from .database import CommandError, one_line
-from .interrupts import deferred
 from .workload import Duty, Half, RunJob, Workload, race
 
 

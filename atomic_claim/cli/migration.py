@@ -15,8 +15,10 @@ import typer
 from rich.console import Console
 
 from atomic_claim.columns import JobTable
+from atomic_claim.testing.database import CommandError
 
-from .database import CommandError
+from .guarding import guard_step
+from .indexes import INNODB
 from .operations import NAMES, AddColumn, Operation, operations
 from .options import JsonOption, UrlOption, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql
@@ -51,6 +53,22 @@ def migration(
             help=f"Columns to add, separated by commas: {', '.join(NAMES)}.",
         ),
     ] = "",
+    guard: Annotated[
+        bool,
+        typer.Option(
+            "--guard",
+            help="Add triggers by which the database refuses a second claim, for loops that "
+            "nobody can patch.",
+        ),
+    ] = False,
+    full_rows: Annotated[
+        bool,
+        typer.Option(
+            "--full-rows",
+            help="With --guard: somebody writes whole rows when only some other column than the "
+            "state has changed.",
+        ),
+    ] = False,
     dialect: DialectsOption = None,
     out: Annotated[
         Path | None,
@@ -76,16 +94,21 @@ def migration(
     """Write the migration that makes a table fit for its claims, without connecting.
 
     First come the columns, all nullable, then the indexes, made of the claim's own conditions and
-    order in the form that each database can use, and built while others go on writing. It is an
-    Alembic revision with a downgrade, or plain SQL.
+    order in the form that each database can use, and built while others go on writing, then the
+    guard. It is an Alembic revision with a downgrade, or plain SQL.
     """
     with plain_ending():
         if as_sql and out is not None:
             raise CommandError("--out writes an Alembic revision: leave out --sql")
+        if full_rows and not guard:
+            raise CommandError("--full-rows is about the guard: add --guard, or leave it out")
         names = chosen_dialects(dialect, url)
         wanted = _columns(add)
         job_table = load_job_table(table)
         steps = operations(job_table, wanted, names)
+        if guard:
+            added = [step for step in steps if isinstance(step, AddColumn)]
+            steps.append(guard_step(job_table, added, names, full_rows=full_rows))
         if not steps:
             typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
         if as_sql:
@@ -98,6 +121,7 @@ def migration(
             return
         before = _head(out) if out is not None and revises is None else revises
         command = f"migration --table {table}" + (f" --add {','.join(wanted)}" if wanted else "")
+        command += " --guard" * guard + " --full-rows" * full_rows
         if len(names) < len(DIALECTS):
             command += "".join(f" --dialect {name}" for name in names)
         text, revision = revision_text(job_table, steps, names, command, before)
@@ -129,10 +153,18 @@ def plain_sql(steps: Sequence[Operation], name: str) -> str:
     for step in steps:
         if statements := step.up(name):
             alone = " Not inside a transaction." if step.is_alone(name) else ""
-            lines += [f"-- {step.comment}{alone}", *(f"{each};" for each in statements)]
+            lines += [f"-- {step.comment}{alone}", *(_ended(each, name) for each in statements)]
     lines.append("-- To undo it:")
     lines += [f"-- {each};" for step in reversed(steps) for each in step.down(name)]
     return "\n".join(lines)
+
+
+def _ended(statement: str, name: str) -> str:
+    """A statement as the database's own client takes it from a file."""
+    if name in INNODB and ";" in statement:
+        # That client ends a statement at any semicolon, unless it is told of another end.
+        return f"DELIMITER //\n{statement}//\nDELIMITER ;"
+    return f"{statement};"
 
 
 def revision_text(
@@ -232,12 +264,14 @@ def _executed(statements: Sequence[str], depth: int, *, alone: bool) -> Iterator
         # Alembic would take a colon in a string for a parameter.
         text = statement.replace(":", r"\:")
         call = f"{indent}op.execute({_literal(text)})"
-        if 4 * depth + len(call) <= WIDTH:
+        if 4 * depth + len(call) <= WIDTH and "\n" not in text:
             yield call
             continue
         yield f"{indent}op.execute("
-        room = WIDTH - 4 * depth - len(indent) - 6
-        yield from (f"{indent}    {_literal(part)}" for part in _pieces(text, room))
+        # A line break in a string is two characters long.
+        room = WIDTH - 4 * depth - len(indent) - (8 if "\n" in text else 6)
+        for line in text.splitlines(keepends=True):
+            yield from (f"{indent}    {_literal(part)}" for part in _pieces(line, room))
         yield f"{indent})"
 
 

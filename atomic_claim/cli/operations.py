@@ -12,8 +12,8 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
 from atomic_claim.columns import TOKEN_LENGTH, JobTable
+from atomic_claim.testing.database import CommandError
 
-from .database import CommandError
 from .indexes import INNODB, NeededIndex, needed_indexes
 from .texts import dialect_of
 
@@ -183,12 +183,13 @@ def _index(needed: NeededIndex, names: Sequence[str]) -> Statements:
             if len(names) == 1:
                 raise CommandError(refusal)
             continue
-        does[name] = (_create(needed, name),)
+        does[name] = (create_index(needed, name),)
         undoes[name] = (needed.drop(dialect),)
     return Statements(_SERVES[needed.reason], does, undoes, alone=("postgresql",))
 
 
-def _create(needed: NeededIndex, name: str) -> str:
+def create_index(needed: NeededIndex, name: str) -> str:
+    """The statement that creates an index on a database, by its dialect's name."""
     dialect = dialect_of(name)
     if name not in INNODB:
         return needed.create(dialect)

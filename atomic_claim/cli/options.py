@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .database import CommandError
-from .interrupts import as_exceptions
+from atomic_claim.testing.database import CommandError
+from atomic_claim.testing.interrupts import as_exceptions
 
 FAILED = 1
 UNUSABLE = 2

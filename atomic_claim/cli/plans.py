@@ -15,7 +15,7 @@ from atomic_claim.dialects import strategy_for
 from atomic_claim.statement import Ask, ClaimParts, ClaimStatement, OrderTerm
 
 from .indexes import INNODB, NeededIndex, needed_indexes
-from .texts import for_keys
+from .texts import dialect_of, for_keys
 
 EXPLAIN = {
     "postgresql": "EXPLAIN (FORMAT JSON) ",
@@ -81,6 +81,15 @@ class Known:
 
 def explained(connection: Connection, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
     """The rows of a statement's EXPLAIN, with its parameters as they would be sent."""
+    sent, parameters = as_sent(connection, statement, given)
+    words = EXPLAIN[_product(connection)] + sent
+    return list(connection.exec_driver_sql(words, parameters).mappings())
+
+
+def as_sent(
+    connection: Connection, statement: Executable, given: Mapping[str, Any]
+) -> tuple[str, Any]:
+    """A statement's text and its parameters as the driver gets them."""
     plain, keys = for_keys(statement)
     compiled: Any = plain.compile(dialect=connection.dialect)
     state = compiled.construct_expanded_state({**given, **keys})
@@ -91,8 +100,7 @@ def explained(connection: Connection, statement: Executable, given: Mapping[str,
     parameters: Any = values
     if compiled.positional:
         parameters = tuple(values[name] for name in state.positiontup)
-    words = EXPLAIN[_product(connection)] + state.statement
-    return list(connection.exec_driver_sql(words, parameters).mappings())
+    return state.statement, parameters
 
 
 def _sent(bind: Any, value: Any, connection: Connection) -> Any:
@@ -108,15 +116,36 @@ def _product(connection: Connection) -> str:
     )
 
 
-def accesses(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Access]:
-    """How the claim would read the job table, on a connection whose transaction is rolled back."""
-    product = _product(connection)
-    statement = next(
+def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
+    """The statement of a claim that looks for the jobs: on most databases all of it.
+
+    PostgreSQL explains what the user may run, and no more; to one who may only read it explains
+    the claim's SELECT of candidates.
+    """
+    if connection.dialect.name == "postgresql":
+        # A dialect of another style, as the driver's doubles the percent signs in names.
+        preparer = dialect_of("postgresql").identifier_preparer
+        table = preparer.format_table(parts.job_table.table)
+        asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
+        if not connection.scalar(asked, {"name": table}):
+            return parts.candidates.select()
+    return next(
         each
         for each in strategy_for(connection.dialect).statements(parts)
         if isinstance(each, (ClaimStatement, Select))
     )
-    for preference in PREFERENCES.get(product, ()):
+
+
+def accesses(
+    connection: Connection, parts: ClaimParts, ask: Ask, *, as_it_is: bool = False
+) -> list[Access]:
+    """How the claim would read the job table, on a connection whose transaction is rolled back.
+
+    What is asked is what the indexes can do; ``as_it_is`` asks what the database would do now.
+    """
+    product = _product(connection)
+    statement = finding_statement(connection, parts)
+    for preference in () if as_it_is else PREFERENCES.get(product, ()):
         connection.execute(text(preference))
     rows = explained(connection, statement, ask.parameters("0" * 32))
     connection.rollback()
@@ -228,11 +257,11 @@ def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserv
         Unserved(needed, found)
         for needed in needed_indexes(job_table)
         if not any(_serves(needed, access, known, connection, optional) for access in found)
-        and not (is_small and any(_fits(needed, index) for index in known.values()))
+        and not (is_small and any(fits(needed, index) for index in known.values()))
     ]
 
 
-def _fits(needed: NeededIndex, index: Known) -> bool:
+def fits(needed: NeededIndex, index: Known) -> bool:
     """Whether an index of MySQL's or MariaDB's is the one that is needed."""
     equal = [column.name for column in needed.equal]
     terms = [OrderTerm.of(term) for term in needed.order]

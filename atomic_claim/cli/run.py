@@ -13,8 +13,8 @@ import typer
 from atomic_claim.errors import ClaimError
 from atomic_claim.patch.file import SECTION, find_file, read_file
 from atomic_claim.patch.start import FILE, environment
+from atomic_claim.testing.database import CommandError, one_line
 
-from .database import CommandError, one_line
 from .options import plain_ending
 
 

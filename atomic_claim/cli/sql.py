@@ -18,8 +18,8 @@ from atomic_claim.dialects import strategy_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.lease import Owned, Values, completion, extension, failure, release
 from atomic_claim.statement import KEYS, TOKEN, WORKER, Ask
+from atomic_claim.testing.database import CommandError, parse_url
 
-from .database import CommandError, parse_url
 from .layout import laid_out
 from .options import JsonOption, UrlOption, plain_ending
 from .targets import TableOption, load_job_table
@@ -153,7 +153,7 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
             job_table, retry=SHOWN_PAUSE, error=None
         ),
         f"release_jobs(engine, claim{consent})": lambda: release(job_table),
-        "extend_jobs(engine, claim)": lambda: extension(job_table, SHOWN_LEASE),
+        "extend_jobs(engine, claim)": lambda: _shown_extension(job_table),
     }
     guard = Owned(job_table, (), None if job_table.token is None else "", SHOWN_LEASE).guard()
     for name, values_of in endings.items():
@@ -164,6 +164,12 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
         else:
             changed = tuple(_step(change, dialect, {}) for change in changes)
             yield Sequenced(name, changed, transaction=len(changed) > 1)
+
+
+def _shown_extension(job_table: JobTable) -> Values:
+    if job_table.exclusive_by is not None:
+        raise ClaimError("with exclusive keys it takes locks that statements alone do not show")
+    return extension(job_table, SHOWN_LEASE)
 
 
 def _step(statement: Any, dialect: Dialect, given: dict[str, Any]) -> Step:

@@ -43,21 +43,15 @@ from sqlalchemy.schema import DropTable
 
 from atomic_claim.claim import claim_jobs
 from atomic_claim.errors import ClaimError
-
-from .database import CommandError, complaint, make_engine, masked, one_line
-from .interrupts import deferred, not_inherited
+from atomic_claim.testing.database import CommandError, complaint, make_engine, masked, one_line
+from atomic_claim.testing.interrupts import deferred, not_inherited
+from atomic_claim.testing.tables import LOCK_TIMEOUTS
 
 # How often a loop looks again after a database error before it gives up.
 TRIES = 20
 # So much work a job is: a few tenths of a millisecond.
 ROUNDS = 500
 FILL = 10_000
-# A table that somebody else looks at cannot be dropped; nobody should wait for ever.
-LOCK_TIMEOUTS = {
-    "postgresql": "SET LOCAL lock_timeout = '10s'",
-    "mysql": "SET SESSION lock_wait_timeout = 10",
-    "mariadb": "SET SESSION lock_wait_timeout = 10",
-}
 
 _processes = multiprocessing.get_context("spawn")
 
@@ -72,7 +66,7 @@ class Run(NamedTuple):
         end: until when.
     """
 
-    job: int
+    job: Any
     worker: int
     begin: float
     end: float
@@ -80,14 +74,15 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to do, and by how many."""
+    """How much there is to do, and by how many; a limit of 0 is none."""
 
     workers: int
     jobs: int
     limit: int
 
     def __str__(self) -> str:
-        return f"{_count(self.jobs, 'job')}, {_count(self.workers, 'worker')}, limit {self.limit:,}"
+        limit = f", limit {self.limit:,}" if self.limit else ""
+        return f"{_count(self.jobs, 'job')}, {_count(self.workers, 'worker')}{limit}"
 
 
 def _count(count: int, noun: str) -> str:
@@ -103,11 +98,11 @@ class Half:
     runs: Sequence[Run] = field(repr=False)
 
     @cached_property
-    def _times(self) -> Counter[int]:
+    def _times(self) -> Counter[Any]:
         return Counter(run.job for run in self.runs)
 
     @cached_property
-    def doubled(self) -> frozenset[int]:
+    def doubled(self) -> frozenset[Any]:
         """The jobs that were run more than once."""
         return frozenset(job for job, times in self._times.items() if times > 1)
 

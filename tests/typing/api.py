@@ -63,6 +63,7 @@ from atomic_claim.files import (
     release_files,
     touch_worker,
 )
+from atomic_claim.testing import Race, race
 
 
 class Base(DeclarativeBase):
@@ -275,6 +276,19 @@ def directory(file: ClaimedFile) -> None:
     assert_type(claiming("waiting", "processing", gives=Path)(1), list[Path])
     claim_files("waiting", "processing", "3")  # type: ignore[arg-type]
     complete_files("processing/w1/a")  # type: ignore[arg-type]
+
+
+def proof() -> None:
+    """A race takes names or the things themselves, and its figures are numbers."""
+    found = race("app.jobs:claim", table="app.models:Job", url="sqlite:///jobs.db", limit=5)
+    assert_type(found, Race)
+    assert_type(found.duplicates, int)
+    assert_type(found.p99, float)
+    assert_type(found.blocked, float | None)
+    assert_type(race(proof, table=Job, patches=Path("pyproject.toml")).exact, bool)
+    race("app.jobs:claim")  # type: ignore[call-arg]
+    race("app.jobs:claim", table=jobs)  # type: ignore[arg-type]
+    found.killed = 3  # type: ignore[misc]
 
 
 async def refused(engine: Engine, session: AsyncSession, claim: Claim[Job]) -> None:

@@ -1,8 +1,9 @@
-"""The database that a command is pointed at: its address, its driver, and what it complains of."""
+"""A database that workers are let loose on: its address, its driver, and what it complains of."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,22 @@ def _missing(url: URL, error: ImportError) -> CommandError:
     return CommandError(
         f"the driver of {url.drivername}:// is not installed ({one_line(error)}){cure}"
     )
+
+
+@contextmanager
+def chosen(given: str | None) -> Iterator[URL]:
+    """The database at the URL, or a new one in a temporary file.
+
+    Raises:
+        CommandError: it is no URL, or its database or driver cannot be used.
+    """
+    if given is not None:
+        yield parse_url(given)
+        return
+    with tempfile.TemporaryDirectory(prefix="atomic-claim-") as folder:
+        path = Path(folder) / "jobs.sqlite"
+        path.touch()
+        yield URL.create("sqlite", database=str(path))
 
 
 def masked(url: URL) -> str:

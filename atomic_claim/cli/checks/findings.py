@@ -1,0 +1,121 @@
+"""What a check is given, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import Enum
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Dialect, Table
+
+from atomic_claim.cli.texts import dialect_of
+from atomic_claim.columns import JobTable
+
+
+class Level(Enum):
+    """How much a finding matters: only a problem has the command fail."""
+
+    FINE = "fine"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check has found.
+
+    Attributes:
+        check: what was looked at.
+        level: how much it matters.
+        found: what is the case.
+        why: why that matters.
+        fix: what to do about it, in words.
+        sql: what to run, to the letter, one statement each.
+    """
+
+    check: str
+    level: Level
+    found: str
+    why: str = ""
+    fix: str = ""
+    sql: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The table that is looked at, and where.
+
+    Attributes:
+        connection: a connection that only reads.
+        table: the table, as the claim knows it.
+        stuck_after: how long a job may run without a lease.
+        transaction_after: how long a transaction may be open.
+    """
+
+    connection: Connection
+    table: Table
+    stuck_after: timedelta
+    transaction_after: timedelta
+
+    @property
+    def product(self) -> str:
+        """``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``, whatever the URL says."""
+        dialect = self.connection.dialect
+        return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+
+    @property
+    def dialect(self) -> Dialect:
+        """A dialect for text that people read."""
+        return dialect_of(self.product)
+
+    @property
+    def name(self) -> str:
+        """The table's name as SQL has it."""
+        return self.dialect.identifier_preparer.format_table(self.table)
+
+    def quoted(self, name: str) -> str:
+        """Another name as SQL has it."""
+        return self.dialect.identifier_preparer.quote(name)
+
+    def text(self, clause: ColumnElement[Any]) -> str:
+        """An expression on the table's columns as SQL, its values in it."""
+        options = {"include_table": False, "literal_binds": True}
+        return str(clause.compile(dialect=self.dialect, compile_kwargs=options))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A patient whose columns are understood.
+
+    Attributes:
+        patient: the table, and where.
+        job_table: what its columns mean.
+    """
+
+    patient: Patient
+    job_table: JobTable
+
+
+Check = Callable[[Patient], Iterator[Finding]]
+JobCheck = Callable[[Reading], Iterator[Finding]]
+
+
+def count(number: int, noun: str = "row") -> str:
+    """A number and its noun."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def age(seconds: float) -> str:
+    """A time span for people, in its largest unit."""
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            return count(int(seconds // size), unit)
+    return count(max(0, int(seconds)), "second")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for people, the first few of many."""
+    shown = ", ".join(names[:5])
+    return f"{shown} and {len(names) - 5:,} more" if len(names) > 5 else shown  # noqa: PLR2004

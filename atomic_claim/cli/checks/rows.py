@@ -1,0 +1,267 @@
+"""What is in the rows: NULLs that a condition passes over, and jobs that look stuck."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    DateTime,
+    Float,
+    and_,
+    case,
+    false,
+    func,
+    literal,
+    not_,
+    select,
+)
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
+
+from atomic_claim.columns import JobTable
+from atomic_claim.conventions import DUE, ORDER, is_flag, is_text, plain_type
+from atomic_claim.elements import DatabaseNow, Declared
+
+from .findings import Finding, Level, Patient, Reading, age, count
+
+NULLS = "NULL in a state"
+STUCK = "stuck rows"
+
+
+def nulls(reading: Reading) -> Iterator[Finding]:
+    """Count the rows that a condition takes, or passes over, because a column is NULL there."""
+    job_table = reading.job_table
+    never, always = _never(job_table), _always(job_table)
+    conditions = {f"never {column.name}": condition for column, condition in never.items()}
+    conditions |= {f"always {column.name}": condition for column, condition in always.items()}
+    counted = counts(reading, conditions)
+    trapped = False
+    for column in never:
+        if number := counted[f"never {column.name}"]:
+            trapped = True
+            yield _never_claimed(reading, column, number)
+    for column in always:
+        if number := counted[f"always {column.name}"]:
+            trapped = True
+            yield _always_claimed(reading, column, number)
+    if not trapped:
+        names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
+        yield Finding(NULLS, Level.FINE, f"none in {names}" if names else "no state can be NULL")
+
+
+def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
+    """By column, which rows are neither free nor running, because it is NULL."""
+    found: dict[Column[Any], ColumnElement[bool]] = {}
+    for part in visitors.iterate(job_table.free):
+        if not isinstance(part, Column) or not part.nullable or _means_null(job_table, part):
+            continue
+        lost = not_(func.coalesce(job_table.free, false()))
+        idle = not_(func.coalesce(job_table.is_running, false()))
+        found[part] = and_(part.is_(None), lost, idle, *job_table.not_ended)
+    return found
+
+
+def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
+    """Whether somebody said what NULL in the column means."""
+    marks = (job_table.released, job_table.done, job_table.failed, job_table.withdrawn)
+    if any(mark.get(column, ...) is None for mark in marks):
+        return True
+    return any(
+        isinstance(part, BinaryExpression)
+        and part.operator in (operators.is_, operators.is_not)
+        and part.left is column
+        and isinstance(part.right, Null)
+        for part in visitors.iterate(job_table.free)
+    )
+
+
+def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
+    """By flag of an end, which free rows have NULL there: not ended, as the claim reads it."""
+    marks = (job_table.failed, job_table.done, job_table.withdrawn)
+    flags = {
+        column
+        for mark in marks
+        for column, value in mark.items()
+        if column is not job_table.state
+        and column.nullable
+        and is_flag(column)
+        and isinstance(value, (True_, False_, Declared))
+    }
+    ordered = [column for column in job_table.table.columns if column in flags]
+    return {column: and_(column.is_(None), job_table.is_free) for column in ordered}
+
+
+def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
+    patient, job_table = reading.patient, reading.job_table
+    name = patient.quoted(column.name)
+    fix = f"say what NULL in {column.name} means with JobTable(free=...)"
+    sql: tuple[str, ...] = ()
+    if (free := job_table.released.get(column)) is not None:
+        fix = "if they wait, say so in the rows; or say it with JobTable(null_is_free=True)"
+        sql = (_update(patient, {column: free}, f"{name} IS NULL"),)
+    return Finding(
+        NULLS,
+        Level.PROBLEM,
+        f"{count(number)} whose {column.name} is NULL: no claim ever takes them",
+        f"NULL is neither free nor claimed: {patient.text(job_table.free)} is not true of it",
+        fix,
+        sql,
+    )
+
+
+def _always_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
+    patient = reading.patient
+    name = patient.quoted(column.name)
+    unset = {**reading.job_table.failed, **reading.job_table.done, **reading.job_table.withdrawn}
+    value = _opposite(unset[column])
+    return Finding(
+        NULLS,
+        Level.NOTE,
+        f"{count(number)} whose {column.name} is NULL: the claim takes them",
+        f"a loop that asks for {column.name} != true passes them over, so it and the claim do "
+        "different jobs",
+        "write what the claim reads",
+        (_update(patient, {column: value}, f"{name} IS NULL"),),
+    )
+
+
+def _opposite(value: Any) -> ColumnElement[Any]:
+    if isinstance(value, Declared):
+        return Declared(int(not value.value), value.type)
+    opposite: ColumnElement[Any] = ~value
+    return opposite
+
+
+def _update(patient: Patient, values: Mapping[Column[Any], Any], where: str) -> str:
+    changes = ", ".join(
+        f"{patient.quoted(column.name)} = {'NULL' if value is None else patient.text(value)}"
+        for column, value in values.items()
+    )
+    return f"UPDATE {patient.name} SET {changes} WHERE {where}"  # noqa: S608 - to be read
+
+
+def stuck(reading: Reading) -> Iterator[Finding]:
+    """Count the rows that have been running for long, and that no lease brings back."""
+    job_table = reading.job_table
+    if job_table.unleased is not None:
+        yield Finding(STUCK, Level.FINE, f"are free again after {job_table.unleased}")
+        return
+    running = is_marked(job_table)
+    if job_table.lease is not None:
+        running = and_(running, job_table.lease.is_(None))
+    since, certain = _since(job_table)
+    seconds = reading.patient.stuck_after.total_seconds()
+    groups = {"old": running}
+    if since is not None:
+        limit = job_table.now(since, literal(-seconds, Float()))
+        groups = {"old": and_(running, since <= limit), "undated": and_(running, since.is_(None))}
+    counted = counts(reading, groups)
+    if counted["old"]:
+        yield _stuck(reading, counted["old"], groups["old"], since, certain=certain)
+    if counted.get("undated"):
+        yield _stuck(reading, counted["undated"], groups["undated"], None, certain=False)
+    if not any(counted.values()):
+        yield Finding(STUCK, Level.FINE, f"none has run for {age(seconds)} without a lease")
+
+
+def is_marked(job_table: JobTable) -> ColumnElement[bool]:
+    """True for a row whose state is that of a claimed one, whatever else a claim of ours writes."""
+    state = job_table.state
+    if state is None:
+        return job_table.is_running
+    value = job_table.claimed[state]
+    is_claimed = state.is_not(None) if isinstance(value, DatabaseNow) else state == value
+    return and_(is_claimed, *job_table.not_ended)
+
+
+def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
+    """The time of a row's claim, or the nearest to it, and whether it is that."""
+    written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseNow)]
+    if written or job_table.stamps:
+        return [*written, *job_table.stamps][0], True
+    for term in (*job_table.order, job_table.due):
+        if isinstance(term, Column) and is_clock(job_table, term):
+            return term, False
+    return None, False
+
+
+def is_clock(job_table: JobTable, column: Any) -> bool:
+    """Whether a column is one whose times can be compared with the database's clock."""
+    if not isinstance(column, Column):
+        return False
+    if is_text(column):
+        return job_table.text_times is not None and column.name in (*ORDER, *DUE)
+    return isinstance(plain_type(column.type), DateTime)
+
+
+def _stuck(
+    reading: Reading,
+    number: int,
+    running: ColumnElement[bool],
+    since: Column[Any] | None,
+    *,
+    certain: bool,
+) -> Finding:
+    patient, job_table = reading.patient, reading.job_table
+    found = f"{count(number)} {'runs' if number == 1 else 'run'} without a lease"
+    if since is not None:
+        oldest = age_of_oldest(reading, since, running)
+        what = "claimed" if certain else f"from {oldest} ago by {since.name}"
+        found += f", the oldest {what}" + (f" {oldest} ago" if certain else "")
+    if not certain:
+        found += "; no column says when they were claimed"
+    cure = "if no worker has them any more, give them back"
+    if job_table.lease is None:
+        cure += "; with leases they come back by themselves: atomic-claim migration --add "
+        cure += ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
+    elif certain:
+        cure += "; JobTable(unleased=...) has them come back by themselves"
+    sql: tuple[str, ...] = ()
+    if job_table.released:
+        sql = (_update(patient, job_table.released, patient.text(running)),)
+    why = "a worker that dies leaves its row claimed, and nobody is ever handed it again"
+    return Finding(STUCK, Level.PROBLEM if certain else Level.NOTE, found, why, cure, sql)
+
+
+def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> dict[str, int]:
+    """How many rows meet each condition, by one read of the table."""
+    if not conditions:
+        return {}
+    sums = [func.sum(case((each, 1), else_=0)) for each in conditions.values()]
+    statement = select(*sums).select_from(reading.job_table.table)
+    row = reading.patient.connection.execute(statement).one()
+    return {name: int(value or 0) for name, value in zip(conditions, row, strict=True)}
+
+
+def age_of_oldest(
+    reading: Reading, since: Column[Any], condition: ColumnElement[bool]
+) -> str | None:
+    """How long ago the earliest of some rows' times is, by the database's clock."""
+    seconds = seconds_since_oldest(reading, since, condition)
+    return None if seconds is None else age(seconds)
+
+
+def seconds_since_oldest(
+    reading: Reading, since: Column[Any], condition: ColumnElement[bool]
+) -> float | None:
+    """The same in seconds; None if there is no such row."""
+    job_table = reading.job_table
+    oldest = func.min(since, type_=since.type)
+    statement = select(oldest, job_table.now(since)).select_from(job_table.table).where(condition)
+    first, now = map(_as_time, reading.patient.connection.execute(statement).one())
+    if first is None or now is None:
+        return None
+    return (now - first).total_seconds()
+
+
+def _as_time(value: Any) -> datetime | None:
+    """A time as it is stored, be it as text, in UTC if it has a zone."""
+    if isinstance(value, str):
+        value = datetime.fromisoformat(value)
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return value.astimezone(UTC).replace(tzinfo=None)
+    return value if isinstance(value, datetime) else None

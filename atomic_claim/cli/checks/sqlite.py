@@ -1,0 +1,81 @@
+"""What is particular to SQLite."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import text
+
+from .findings import Finding, Level, Patient
+
+# Milliseconds; sqlite3's own default is five times that.
+LEAST_TIMEOUT = 1000
+
+
+def checks(patient: Patient) -> Iterator[Finding]:
+    """What is asked of a SQLite file, and of the driver's connection."""
+    yield _journal(patient)
+    yield _timeout(patient)
+    yield _transactions(patient)
+
+
+def _journal(patient: Patient) -> Finding:
+    mode = str(patient.connection.scalar(text("PRAGMA journal_mode"))).upper()
+    if mode == "WAL":
+        return Finding("journal mode", Level.FINE, mode)
+    return Finding(
+        "journal mode",
+        Level.NOTE,
+        mode,
+        "a claim cannot commit while anybody reads: it waits, and fails with 'database is locked' "
+        "when the busy timeout is over",
+        "a write-ahead log keeps readers and the one writer apart; the file remembers it",
+        ("PRAGMA journal_mode = WAL",),
+    )
+
+
+def _timeout(patient: Patient) -> Finding:
+    milliseconds = int(patient.connection.scalar(text("PRAGMA busy_timeout")) or 0)
+    found = f"{milliseconds:,} ms"
+    if milliseconds >= LEAST_TIMEOUT:
+        return Finding("busy timeout", Level.FINE, found)
+    return Finding(
+        "busy timeout",
+        Level.PROBLEM,
+        found,
+        "SQLite has one writer at a time: a claim that waits no longer than this for the others "
+        "fails with 'database is locked'",
+        "add ?timeout=30 to the URL (seconds), or create_engine(..., connect_args={'timeout': 30})",
+    )
+
+
+def _transactions(patient: Patient) -> Finding:
+    driver: Any = patient.connection.connection.driver_connection
+    check = "transaction mode"
+    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
+    autocommit = getattr(driver, "autocommit", legacy)
+    if not isinstance(driver, sqlite3.Connection):
+        return Finding(check, Level.FINE, f"that of {type(driver).__module__}")
+    if autocommit == legacy:
+        begin = driver.isolation_level
+        if begin is None:
+            return Finding(check, Level.FINE, "autocommit, as far as nobody says BEGIN")
+        said = f"BEGIN {begin}".strip()
+        return Finding(
+            check,
+            Level.FINE,
+            f"sqlite3's legacy mode: {said} before an INSERT, UPDATE, DELETE or REPLACE; a SELECT "
+            "and a statement that starts with WITH are in no transaction (the claim sees to that)",
+        )
+    if autocommit:
+        return Finding(check, Level.FINE, "autocommit")
+    return Finding(
+        check,
+        Level.NOTE,
+        "autocommit=False: the first SELECT begins a transaction",
+        "one that has read cannot become a writer once another connection has written: a claim "
+        "after a read fails at once with 'database is locked', whatever the busy timeout",
+        "claim as the first statement of a transaction, or by Engine or sessionmaker",
+    )

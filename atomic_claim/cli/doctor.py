@@ -1,0 +1,182 @@
+"""``atomic-claim doctor``: whether a table, and the database it is in, are fit for claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
+
+from . import watching
+from .checks.findings import Finding, Level, count
+from .examination import Examination, examine
+from .options import FAILED, UrlOption, plain_ending
+
+MARKS = {
+    Level.FINE: Text("✓", style="green"),
+    Level.NOTE: Text("!", style="yellow"),
+    Level.PROBLEM: Text("✗", style="bold red"),
+}
+
+
+def doctor(
+    *,
+    table: Annotated[
+        str,
+        typer.Option(
+            "--table",
+            metavar="MODULE:NAME|NAME",
+            help="The job table: a Table, a mapped class or a JobTable of a module, which may lie "
+            "in the current directory; or its name in the database, with a dot behind its schema.",
+        ),
+    ],
+    url: UrlOption = None,
+    stuck_after: Annotated[
+        float,
+        typer.Option(
+            "--stuck-after",
+            min=0,
+            metavar="SECONDS",
+            help="How long a job may run without a lease before it looks stuck.",
+        ),
+    ] = 3600,
+    transaction_after: Annotated[
+        float,
+        typer.Option(
+            "--transaction-after",
+            min=0,
+            metavar="SECONDS",
+            help="How long a transaction may be open before it is called old (PostgreSQL).",
+        ),
+    ] = 300,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show what was found to be in order, too.")
+    ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Show again and again, in place of the checks, how many jobs wait and run, how "
+            "long the oldest has waited, and the claims per second, until Ctrl-C.",
+        ),
+    ] = False,
+    interval: Annotated[
+        float,
+        typer.Option(
+            "--interval", min=0, metavar="SECONDS", help="With --watch: between two looks."
+        ),
+    ] = 2,
+    looks: Annotated[
+        int | None,
+        typer.Option("--count", min=1, metavar="N", help="With --watch: end after so many looks."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print what was found as JSON; with --watch a line for each look."
+        ),
+    ] = False,
+) -> None:
+    """Look for what keeps a job table from being claimed from at all, or quickly.
+
+    It only reads, and says nothing if all is well. The plan it judges is the EXPLAIN of the very
+    claim. What it finds comes with the reason why it matters and with the cure, SQL to the letter
+    where there is one: a problem (✗) should be cured, a note (!) is good to know.
+
+    The exit code is 0 if there is no problem, 1 if there is one, and 2 if it could not look.
+    """
+    with plain_ending(), _server(url) as engine:
+        if watch:
+            watching.watch(engine, table, interval, looks, as_json=as_json)
+            return
+        if looks is not None:
+            raise CommandError("--count is about --watch: add --watch, or leave it out")
+        found = examine(
+            engine, table, timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
+        )
+        if as_json:
+            typer.echo(json.dumps(_plain(found), indent=2))
+        elif found.ails or every:
+            _show(Console(), found)
+        if found.number(Level.PROBLEM):
+            raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _server(url: str | None) -> Iterator[Engine]:
+    """An engine, whose complaints are one line."""
+    if url is None:
+        raise CommandError(
+            "which database? Give --url, or set ATOMIC_CLAIM_URL or DATABASE_URL to one such as "
+            "postgresql://user@host/database"
+        )
+    address = parse_url(url)
+    with connected(address) as engine:
+        try:
+            yield engine
+        except SQLAlchemyError as error:
+            raise complaint(f"cannot read {masked(address)}", error, address) from None
+
+
+def _plain(found: Examination) -> dict[str, Any]:
+    findings = [asdict(each) | {"level": each.level.value} for each in found.findings]
+    return {
+        "server": found.server,
+        "table": found.table,
+        "healthy": not found.number(Level.PROBLEM),
+        "statement": found.statement,
+        "findings": [each for each in findings if each["level"] != Level.FINE.value],
+        "passed": [
+            {"check": each["check"], "found": each["found"]}
+            for each in findings
+            if each["level"] == Level.FINE.value
+        ],
+    }
+
+
+def _show(console: Console, found: Examination) -> None:
+    """A table of all checks, and then what to do, statements in one line each to be copied."""
+    numbers = [(found.number(Level.PROBLEM), "problem"), (found.number(Level.NOTE), "note")]
+    said = ", ".join(count(number, noun) for number, noun in numbers if number) or "all is well"
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{found.server}: {found.table}: {said}",
+        title_justify="left",
+        title_style="bold",
+    )
+    for heading in ("", "check", "found"):
+        shown.add_column(heading, justify="left", vertical="top")
+    for finding in found.findings:
+        shown.add_row(MARKS[finding.level], Text(finding.check), Text(finding.found))
+    console.print(shown)
+    for finding in sorted(found.ails, key=lambda finding: finding.level is not Level.PROBLEM):
+        _show_cure(console, finding)
+
+
+def _show_cure(console: Console, finding: Finding) -> None:
+    cure = Table.grid(padding=(0, 1))
+    cure.add_column(min_width=4)
+    cure.add_column()
+    cure.add_row(Text("why", style="dim"), Text(finding.why))
+    if finding.fix:
+        cure.add_row(Text("fix", style="dim"), Text(finding.fix))
+    console.print(Text.assemble(MARKS[finding.level], " ", (finding.check, "bold")))
+    console.print(cure)
+    if finding.sql:
+        console.print()
+    for statement in finding.sql:
+        # Neither cut nor wrapped, whatever the width.
+        console.print(Text(f"{statement};"), soft_wrap=True)
+    console.print()

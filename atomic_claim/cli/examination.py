@@ -1,0 +1,163 @@
+"""All checks of a job table, one after the other, on a connection that only reads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Table, inspect
+from sqlalchemy.exc import SAWarning
+from sqlalchemy.orm import Mapper
+
+from atomic_claim.columns import JobTable
+from atomic_claim.errors import ClaimError
+from atomic_claim.testing.database import CommandError, server_title
+from atomic_claim.testing.names import load
+
+from .checks import columns, innodb, plan, postgresql, relations, rows, sqlite
+from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
+from .targets import reflect
+
+OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
+    "postgresql": (postgresql.checks, (postgresql.clock,)),
+    "mysql": (innodb.checks, (innodb.clock,)),
+    "mariadb": (innodb.checks, (innodb.clock,)),
+    "sqlite": (sqlite.checks, ()),
+}
+ONLY_READ = {
+    "mysql": "SET SESSION TRANSACTION READ ONLY",
+    "mariadb": "SET SESSION TRANSACTION READ ONLY",
+    "sqlite": "PRAGMA query_only = 1",
+}
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found.
+
+    Attributes:
+        server: the database's product and version.
+        table: the table's name.
+        findings: what every check has found, in order.
+        statement: the claim that was explained; none if there is no claim of this table.
+    """
+
+    server: str
+    table: str
+    findings: tuple[Finding, ...]
+    statement: str | None
+
+    @property
+    def ails(self) -> list[Finding]:
+        """What is not fine."""
+        return [finding for finding in self.findings if finding.level is not Level.FINE]
+
+    def number(self, level: Level) -> int:
+        """How many findings are of a level."""
+        return sum(finding.level is level for finding in self.findings)
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A connection that refuses to write, and gets nothing of what is reflected wrong said."""
+    name = engine.dialect.name
+    with warnings.catch_warnings():
+        # What SQLAlchemy cannot reflect, such as an index on an expression, is looked at otherwise.
+        warnings.simplefilter("ignore", SAWarning)
+        with engine.connect() as connection:
+            if name not in ONLY_READ:
+                yield connection.execution_options(postgresql_readonly=True)
+                return
+            connection.exec_driver_sql(ONLY_READ[name])
+            connection.rollback()
+            try:
+                yield connection
+            finally:
+                # Nobody else is to get it from the pool as it is now.
+                connection.invalidate()
+
+
+def read_without_locks(connection: Connection) -> None:
+    """Have a MySQL or MariaDB session that is SERIALIZABLE wait for no row that others hold."""
+    if connection.dialect.name in ("mysql", "mariadb"):
+        connection.rollback()
+        connection.exec_driver_sql("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        connection.rollback()
+
+
+def examine(
+    engine: Engine, spec: str, stuck_after: timedelta, transaction_after: timedelta
+) -> Examination:
+    """Do all checks.
+
+    Args:
+        engine: a database that answers.
+        spec: ``MODULE:NAME``, or the name of a table.
+        stuck_after: how long a job may run without a lease.
+        transaction_after: how long a transaction may be open.
+
+    Raises:
+        CommandError: there is no such table, or no such database is known.
+    """
+    with reading(engine) as connection:
+        if connection.dialect.name not in OWN:
+            raise CommandError(
+                f"doctor knows PostgreSQL, MySQL, MariaDB and SQLite, not {connection.dialect.name}"
+            )
+        given, table = target(connection, spec)
+        patient = Patient(connection, table, stuck_after, transaction_after)
+        server = server_title(connection)
+        found = [Finding("database", Level.FINE, server), *columns.key(patient)]
+        found += columns.columns(patient)
+        job_table = None
+        if all(finding.level is Level.FINE for finding in found):
+            job_table, meaning = columns.read(given)
+            found.append(meaning)
+        known, own = OWN[patient.product]
+        found += known(patient)
+        read_without_locks(connection)
+        statement = None
+        if job_table is not None:
+            claim = Reading(patient, job_table)
+            try:
+                statement = plan.statement_of(claim)
+                for check in (*own, plan.plan, rows.nulls, rows.stuck):
+                    found += check(claim)
+            except ClaimError as error:
+                why = "what a claim refuses, nobody is handed"
+                found.append(Finding("claim", Level.PROBLEM, str(error), why))
+        found += relations.foreign_keys(patient)
+    if engine.dialect.name == "postgresql":
+        found += postgresql.pooling(engine)
+    return Examination(server, table.fullname, tuple(found), statement)
+
+
+def target(connection: Connection, spec: str) -> tuple[Any, Table]:
+    """What ``--table`` stands for, and its table, which the database has.
+
+    Raises:
+        CommandError: it is no table, or the database has none of this name.
+    """
+    if ":" not in spec:
+        table = reflect(connection, spec)
+        return table, table
+    given = load(spec, "--table")
+    found = _table_of(given)
+    if not isinstance(found, Table):
+        raise CommandError(
+            f"--table {spec} is {given!r}; expected a Table, a mapped class or a JobTable"
+        )
+    if not inspect(connection).has_table(found.name, schema=found.schema):
+        raise CommandError(f"--table {spec}: the database has no table {found.fullname!r}")
+    return given, found
+
+
+def _table_of(given: Any) -> Any:
+    if isinstance(given, JobTable):
+        return given.table
+    mapper = inspect(given, raiseerr=False) if isinstance(given, type) else None
+    return mapper.local_table if isinstance(mapper, Mapper) else given

@@ -1,0 +1,105 @@
+"""The guard inside the database as a step of a migration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Column, Dialect, MetaData, Table
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+
+from atomic_claim.columns import JobTable
+from atomic_claim.errors import ClaimError
+from atomic_claim.guard import Guard, guard
+from atomic_claim.testing.database import CommandError, one_line
+
+from .operations import AddColumn, Statements
+from .texts import dialect_of
+
+COMMENT = "Refuses a second claim of a job, whoever makes it."
+ROLES = ("state", "due", "worker", "token", "lease", "attempts", "error")
+
+
+def guard_step(
+    job_table: JobTable,
+    columns: Sequence[AddColumn],
+    names: Sequence[str],
+    *,
+    full_rows: bool,
+) -> Statements:
+    """The triggers that refuse a second claim.
+
+    Args:
+        job_table: what the columns mean.
+        columns: those that the same migration adds, which the guard then knows.
+        names: the databases that are meant: all of them are guarded, or none is.
+        full_rows: whether somebody writes whole rows.
+
+    Raises:
+        CommandError: the table cannot be guarded on one of the databases.
+    """
+    made: dict[str, Guard] = {}
+    refused: dict[str, ClaimError] = {}
+    for name in names:
+        dialect = dialect_of(name)
+        whole = _grown(job_table, columns, dialect) if columns else job_table
+        try:
+            made[name] = guard(whole, dialect, full_rows=full_rows)
+        except ClaimError as error:
+            refused[name] = error
+    if refused:
+        said = f"--guard on {', '.join(refused)}: {one_line(next(iter(refused.values())))}"
+        if made:
+            said += f"; or guard the others: {' '.join(f'--dialect {name}' for name in made)}"
+        raise CommandError(said)
+    does = {name: each.upgrade for name, each in made.items()}
+    undoes = {name: each.downgrade for name, each in made.items()}
+    return Statements(COMMENT, does, undoes)
+
+
+def _grown(job_table: JobTable, columns: Sequence[AddColumn], dialect: Dialect) -> JobTable:
+    """The table as it is after the migration; the application's own is left as it is."""
+    own: Table = job_table.table
+    table = own.to_metadata(MetaData())
+    for column in columns:
+        # Of several types for several databases the one that the database has.
+        table.append_column(Column(column.name, column.type_.dialect_impl(dialect)))
+
+    def moved(given: Any) -> Any:
+        if not isinstance(given, ClauseElement):
+            return given
+        clause: Any = given
+        return visitors.replacement_traverse(clause, {}, replace)
+
+    def replace(element: Any, **_: Any) -> Any:
+        if not isinstance(element, ColumnClause):
+            return None
+        found = own.corresponding_column(element)
+        return None if found is None else table.columns[found.key]
+
+    def marked(given: Mapping[Column[Any], Any]) -> dict[str, Any]:
+        return {column.key: moved(value) for column, value in given.items()}
+
+    said: dict[str, Any] = {
+        role: c.key for role in ROLES if (c := getattr(job_table, role)) is not None
+    }
+    said |= {column.role: column.name for column in columns}
+    if job_table.released:
+        said["released"] = marked(job_table.released)
+    limit = job_table.max_attempts
+    return JobTable(
+        table,
+        **said,
+        free=moved(job_table.free),
+        claimed=marked(job_table.claimed),
+        done=marked(job_table.done),
+        failed=marked(job_table.failed),
+        withdrawn=marked(job_table.withdrawn),
+        order=[moved(term) for term in job_table.order],
+        max_attempts=limit.key if isinstance(limit, Column) else limit,
+        stamps=[column.key for column in job_table.stamps],
+        naive_times=job_table.naive_times,
+        text_times=job_table.text_times,
+        unleased=job_table.unleased,
+    )

@@ -1,0 +1,203 @@
+"""Which arguments a user's function wants, found by the names and annotations of its parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from .database import CommandError
+
+# The longer names first: `sessionmaker[Session]` is no session.
+ANNOTATIONS = (
+    ("async", re.compile(r"\bAsync(Session|Engine|Connection)\b")),
+    ("sessionmaker", re.compile(r"\bsessionmaker\b|\bCallable\b.*\bSession\b")),
+    ("scoped_session", re.compile(r"\bscoped_session\b")),
+    ("session", re.compile(r"\bSession\b")),
+    ("engine", re.compile(r"\bEngine\b")),
+    ("connection", re.compile(r"\bConnection\b")),
+)
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "session": ("session", "db_session", "dbsession", "sess", "s", "db"),
+    "sessionmaker": (
+        *("session_factory", "sessionmaker", "make_session", "session_maker", "sessions"),
+        *("Session", "SessionLocal", "new_session"),
+    ),
+    "scoped_session": ("scoped_session",),
+    "engine": ("engine", "bind", "db_engine", "eng"),
+    "connection": ("connection", "conn", "db_connection", "con"),
+    "limit": (
+        *("limit", "n", "count", "batch", "batch_size", "size", "max_jobs", "number", "amount"),
+        *("how_many", "num", "max_items", "max_rows", "chunk_size", "batchsize", "k"),
+    ),
+    "worker": ("worker", "worker_id", "worker_name", "owner", "locked_by", "claimed_by"),
+    "table": ("table", "model", "job_table", "job_class", "entity"),
+    "target": ("target", "function", "claim"),
+}
+# These are passed only where they are needed: a default stands for something else.
+ONLY_IF_NEEDED = frozenset({"worker", "table", "target"})
+KINDS_WITHOUT_NAMES = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a function can be given.
+
+    Attributes:
+        engine: the database of the race.
+        limit: how many jobs one call may hand out.
+        worker: the worker's name.
+        table: the table, mapped class or ``JobTable`` of the race.
+        target: the function that an adapter is to call.
+    """
+
+    engine: Engine
+    limit: int
+    worker: str
+    table: Any
+    target: Any = None
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Any]]:
+        """Give each thing by its role; what was begun in it is committed at the end.
+
+        An exception rolls it back.
+        """
+        with ExitStack() as stack:
+            given: dict[str, Any] = {}
+
+            def give(role: str) -> Any:
+                if role not in given:
+                    given[role] = self._open(role, stack)
+                return given[role]
+
+            yield give
+            for each in given.values():
+                if isinstance(each, (Session, scoped_session)) or (
+                    isinstance(each, Connection) and each.in_transaction()
+                ):
+                    each.commit()
+
+    def _open(self, role: str, stack: ExitStack) -> Any:
+        if role == "session":
+            return stack.enter_context(Session(self.engine))
+        if role == "scoped_session":
+            made = scoped_session(sessionmaker(self.engine))
+            stack.callback(made.remove)
+            return made
+        if role == "connection":
+            return stack.enter_context(self.engine.connect())
+        return sessionmaker(self.engine) if role == "sessionmaker" else getattr(self, role)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a function is called.
+
+    Attributes:
+        function: it.
+        roles: what each of its parameters is to be given.
+        of: how the object is made whose method it is, if it is one.
+    """
+
+    function: Callable[..., Any]
+    roles: tuple[tuple[inspect.Parameter, str], ...]
+    of: Plan | None = None
+
+    @property
+    def takes_limit(self) -> bool:
+        """Whether it is told how many jobs it may hand out."""
+        own = any(role == "limit" for _, role in self.roles)
+        return own or (self.of is not None and self.of.takes_limit)
+
+    def call(self, give: Callable[[str], Any]) -> Any:
+        """Call it with what it wants."""
+        positional = [] if self.of is None else [self.of.call(give)]
+        named = {}
+        for parameter, role in self.roles:
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+                positional.append(give(role))
+            else:
+                named[parameter.name] = give(role)
+        return self.function(*positional, **named)
+
+
+def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = False) -> Plan:
+    """Find out how a function is to be called.
+
+    Args:
+        function: the function, method or callable object.
+        name: what it is called in messages.
+        owner: the class or module that holds it; a method of a class gets an object of it.
+        adapter: whether it can be given the target.
+
+    Raises:
+        CommandError: it cannot be called, or it cannot be told what a parameter wants.
+    """
+    if not callable(function):
+        raise CommandError(f"{name} is {function!r}, which cannot be called")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise CommandError(
+            f"{name} is asynchronous: race a function that runs it, such as "
+            "def claim(): return asyncio.run(...)"
+        )
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        raise CommandError(
+            f"{name} does not say which arguments it takes: name a function that calls it with "
+            "--call MODULE:FUNCTION"
+        ) from None
+    maker = None
+    if _needs_object(function, owner):
+        maker = planned(owner, f"{owner.__name__}, the class of {name},", adapter=adapter)
+        parameters = parameters[1:]
+    roles = []
+    unknown = []
+    for parameter in parameters:
+        role = _role(parameter, adapter=adapter)
+        needed = parameter.default is parameter.empty
+        if parameter.kind in KINDS_WITHOUT_NAMES or (not needed and role in {None, "async"}):
+            continue
+        if role in {None, "async"}:
+            unknown.append(str(parameter))
+        elif needed or role not in ONLY_IF_NEEDED:
+            roles.append((parameter, str(role)))
+    if unknown:
+        raise CommandError(
+            f"{name} takes {', '.join(unknown)}, and what that is to be given cannot be told by "
+            "name or annotation (known are a session, sessionmaker, engine, connection, limit, "
+            "worker and table): write a function that takes what is known, and name it with --call "
+            "MODULE:FUNCTION; as its parameter `target` it is given the one that is raced"
+        )
+    return Plan(function, tuple(roles), maker)
+
+
+def _needs_object(function: Any, owner: Any) -> bool:
+    """Whether it is a method that is called on an object of its class."""
+    if not isinstance(owner, type):
+        return False
+    stored = inspect.getattr_static(owner, getattr(function, "__name__", ""), None)
+    return not isinstance(stored, (staticmethod, classmethod)) and not inspect.ismethod(function)
+
+
+def _role(parameter: inspect.Parameter, *, adapter: bool) -> str | None:
+    annotation = parameter.annotation
+    if annotation is not parameter.empty:
+        for kind, role in ((Session, "session"), (Engine, "engine"), (Connection, "connection")):
+            if isinstance(annotation, type) and issubclass(annotation, kind):
+                return role
+        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        for role, pattern in ANNOTATIONS:
+            if pattern.search(text):
+                return role
+    for role, names in NAMES.items():
+        if parameter.name in names and (adapter or role != "target"):
+            return role
+    return None

@@ -1,0 +1,147 @@
+"""Which jobs a user's function handed out, whatever it returns."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+from sqlalchemy import Result, Row, ScalarResult, Table
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.orm import InstanceState, Mapper
+
+from atomic_claim.columns import JobTable
+
+from .database import CommandError
+from .results import Key
+from .rows import tables_of
+
+# So much of what cannot be read is quoted.
+SHOWN = 80
+SCALARS = (int, str, bytes, uuid.UUID)
+
+
+class Reader:
+    """Reads the primary keys of jobs from what a function returns.
+
+    Args:
+        given: the table, mapped class or ``JobTable``.
+        most: more jobs of one call than these are not looked at: some generators never end.
+    """
+
+    def __init__(self, given: Any, most: int) -> None:
+        tables = tables_of(given)
+        self._most = most
+        self._tables = frozenset(tables)
+        self._key = tuple(tables[0].primary_key.columns)
+        mapper = sa_inspect(given.entity if isinstance(given, JobTable) else given, raiseerr=False)
+        self._names = [
+            (column.key, column.name, _attribute(mapper, column)) for column in self._key
+        ]
+
+    def keys(self, found: Any) -> tuple[Key, ...]:
+        """The jobs in the order in which they were handed out; none for nothing.
+
+        Raises:
+            CommandError: no primary key can be found in it.
+        """
+        if found is None or found is False:
+            return ()
+        if isinstance(found, (Result, ScalarResult)) or not self._is_one(found):
+            return tuple(self._key_of(each) for each in islice(found, self._most))
+        return (self._key_of(found),)
+
+    def _is_one(self, found: Any) -> bool:
+        if isinstance(found, (Mapping, Row, *SCALARS)) or _state_of(found) is not None:
+            return True
+        if isinstance(found, tuple):
+            if hasattr(found, "_fields"):
+                return True
+            return len(found) == len(self._key) > 1 and all(isinstance(e, SCALARS) for e in found)
+        return not isinstance(found, Iterable)
+
+    def _key_of(self, job: Any) -> Key:
+        values = self._values(job)
+        if values is None or any(value is None for value in values):
+            names = ", ".join(column.name for column in self._key)
+            raise CommandError(
+                f"it handed out {_short(job)}, in which no primary key ({names}) can be found; "
+                "expected entities, rows, dictionaries or keys, one or several: write a function "
+                "that returns such, and name it with --call MODULE:FUNCTION"
+            )
+        return tuple(
+            _text(value, column.type) for value, column in zip(values, self._key, strict=True)
+        )
+
+    def _values(self, job: Any) -> list[Any] | None:
+        if (state := _state_of(job)) is not None:
+            return self._of_entity(state, job)
+        if isinstance(job, Row):
+            return self._of_row(job)
+        if isinstance(job, Mapping):
+            return self._by_name(job.get, [set(job)])
+        if isinstance(job, SCALARS):
+            return [job] if len(self._key) == 1 and not isinstance(job, bool) else None
+        if isinstance(job, (tuple, list)) and not hasattr(job, "_fields"):
+            if len(job) == len(self._key) and all(isinstance(each, SCALARS) for each in job):
+                return list(job)
+            return self._values(job[0]) if len(job) == 1 else None
+        return self._by_name(lambda name: getattr(job, name, None), None)
+
+    def _of_entity(self, state: InstanceState[Any], job: Any) -> list[Any] | None:
+        is_job = not self._tables.isdisjoint(state.mapper.tables)
+        # Kept when the entity's attributes have expired, and when it has left its session.
+        if is_job and state.identity is not None:
+            return list(state.identity)
+        return self._by_name(lambda name: getattr(job, name, None), None)
+
+    def _of_row(self, row: Row[Any]) -> list[Any] | None:
+        mapping: Any = row._mapping  # noqa: SLF001 - its documented name
+        if all(column in mapping for column in self._key):
+            return [mapping[column] for column in self._key]
+        found = self._by_name(mapping.get, [set(row._fields)])
+        if found is not None:
+            return found
+        entities = [each for each in row if _state_of(each) is not None]
+        if entities:
+            return self._values(entities[0])
+        return [row[0]] if len(row) == len(self._key) == 1 else None
+
+    def _by_name(self, get: Any, known: list[set[Any]] | None) -> list[Any] | None:
+        found = []
+        for names in self._names:
+            fit = [n for n in names if n is not None and (known is None or n in known[0])]
+            values = [value for name in fit if (value := get(name)) is not None]
+            if not values:
+                return None
+            found.append(values[0])
+        return found
+
+
+def _attribute(mapper: Any, column: Any) -> str | None:
+    """What a mapped class calls a column."""
+    if not isinstance(mapper, Mapper) or not isinstance(column.table, Table):
+        return None
+    found = mapper.get_property_by_column(column)
+    return str(found.key)
+
+
+def _state_of(found: Any) -> InstanceState[Any] | None:
+    state = sa_inspect(found, raiseerr=False)
+    return state if isinstance(state, InstanceState) else None
+
+
+def _text(value: Any, type_: Any) -> str:
+    # A UUID is written with and without its hyphens.
+    if isinstance(value, str) and getattr(type_, "as_uuid", None) is not None:
+        try:
+            return str(uuid.UUID(value))
+        except ValueError:
+            return value
+    return str(value)
+
+
+def _short(job: Any) -> str:
+    text = " ".join(repr(job).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,164 @@
+"""What the workers of a race see of each other: so they meet before their first write.
+
+A race that shows itself only now and then proves nothing by its absence. All workers have found
+their jobs before the first of them marks its own, so that a function which finds and then marks
+hands the same jobs to all of them. One that locks or claims is not disturbed by it: who waits for
+a lock that another holds at the meeting is noticed, and not waited for.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from ctypes import c_double, c_int
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Engine, event
+from sqlalchemy.engine import Connection, ExceptionContext
+
+from .database import CommandError, masked
+
+STARTING, AT_WORK, IN_STATEMENT, AT_MEETING, PAST = range(5)
+TO_BE_KILLED, KILLED = 2, 1
+# A statement that takes longer than this waits for a lock, as far as the meeting is concerned.
+BLOCKED = 0.3
+PAUSE = 0.0005
+WRITE = re.compile(
+    r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE)\b|"
+    r"\s*WITH\b.*\b(INSERT\s+INTO|(?<!FOR )(?<!KEY )UPDATE|DELETE\s+FROM)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Memory that all workers and their parent share; each worker writes a place of its own.
+
+    Attributes:
+        doing: what each worker does.
+        since: since when it has been in its statement, in seconds of ``perf_counter``.
+        calling: since when it has been in a call of the target, or 0.
+        idle: whether its last call gave nothing.
+        met: whether the meeting is over.
+        open: whether there may be more to do although all are idle: ``TO_BE_KILLED`` while some
+            have yet to be killed, ``KILLED`` while the others may get those jobs, else 0.
+    """
+
+    doing: Any
+    since: Any
+    calling: Any
+    idle: Any
+    met: Any
+    open: Any
+
+    @classmethod
+    def of(cls, workers: int, context: Any) -> Board:
+        """A board for so many workers."""
+        return cls(
+            doing=context.RawArray(c_int, workers),
+            since=context.RawArray(c_double, workers),
+            calling=context.RawArray(c_double, workers),
+            idle=context.RawArray(c_int, workers),
+            met=context.RawValue(c_int, 0),
+            open=context.RawValue(c_int, 0),
+        )
+
+    def leave(self, worker: int) -> None:
+        """Have nobody wait for a worker any more."""
+        self.doing[worker] = PAST
+        self.idle[worker] = 1
+        self.calling[worker] = 0.0
+
+    def all_idle(self) -> bool:
+        """Whether nobody has got anything lately."""
+        return all(self.idle)
+
+    def _is_awaited(self, worker: int) -> bool:
+        doing = self.doing[worker]
+        if doing == IN_STATEMENT:
+            return bool(time.perf_counter() - self.since[worker] < BLOCKED)
+        return doing in {STARTING, AT_WORK}
+
+    def wait_for_others(self) -> None:
+        """Return when no worker is still on its way here."""
+        while not self.met.value and any(map(self._is_awaited, range(len(self.doing)))):
+            time.sleep(PAUSE)
+        self.met.value = 1
+
+
+class Meeting:
+    """One worker's way to the meeting, seen by the statements that it sends.
+
+    Args:
+        board: what all share.
+        worker: which one it is.
+        tables: the names of the tables whose first write is waited for.
+        url: the database of the race; those tables must not be asked for in any other.
+    """
+
+    def __init__(self, board: Board, worker: int, tables: list[str], url: URL) -> None:
+        self.waited = 0.0
+        self._board = board
+        self._worker = worker
+        names = "|".join(re.escape(name) for name in tables)
+        self._names_table = re.compile(rf"(?<!\w)({names})(?!\w)", re.IGNORECASE)
+        self._url = url
+
+    def listen(self) -> None:
+        """Listen to every engine of this process, that of the user's module included."""
+        event.listen(Engine, "before_cursor_execute", self._before)
+        event.listen(Engine, "after_cursor_execute", self._after)
+        event.listen(Engine, "handle_error", self._failed)
+
+    def call_begins(self) -> None:
+        """A call of the target begins."""
+        self.waited = 0.0
+        self._board.calling[self._worker] = time.perf_counter()
+        if self._board.doing[self._worker] == STARTING:
+            self._board.doing[self._worker] = AT_WORK
+
+    def call_ends(self) -> None:
+        """It has ended: whoever had nothing to write is past the meeting."""
+        self._board.calling[self._worker] = 0.0
+        self._board.doing[self._worker] = PAST
+
+    def _before(self, connection: Connection, _cursor: Any, statement: str, *_: Any) -> None:
+        if self._names_table.search(statement):
+            self._check(connection.engine.url)
+            if not self._board.met.value and WRITE.match(statement):
+                begin = time.perf_counter()
+                self._board.doing[self._worker] = AT_MEETING
+                self._board.wait_for_others()
+                self.waited += time.perf_counter() - begin
+        self._board.since[self._worker] = time.perf_counter()
+        self._board.doing[self._worker] = IN_STATEMENT
+
+    def _after(self, *_: Any) -> None:
+        self._board.doing[self._worker] = AT_WORK
+
+    def _failed(self, _context: ExceptionContext) -> None:
+        self._board.doing[self._worker] = AT_WORK
+
+    def _check(self, url: URL) -> None:
+        """Refuse to race in another database than that which was named for it."""
+        if _place(url) != _place(self._url):
+            raise WrongDatabase(
+                f"it works on {masked(url)}, and the race is to be in {masked(self._url)}: let it "
+                "take its session or engine as an argument, or its URL from DATABASE_URL, which "
+                "is set for it"
+            )
+
+
+class WrongDatabase(CommandError):
+    """The target asks for the table in another database."""
+
+
+def _place(url: URL) -> tuple[Any, ...]:
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        return ("sqlite", Path(str(url.database or "").removeprefix("file:")).resolve())
+    family = "mysql" if backend == "mariadb" else backend
+    host = {"localhost": "127.0.0.1", None: ""}.get(url.host, url.host)
+    return (family, host, url.port, url.database)

@@ -1,0 +1,68 @@
+"""What ``MODULE:NAME`` stands for."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from importlib import import_module
+from typing import Any
+
+from .database import CommandError
+
+
+def load(spec: str, option: str) -> Any:
+    """What ``MODULE:NAME`` stands for; a module in the current directory is found too.
+
+    Args:
+        spec: the module and the name in it, which may have dots.
+        option: where it was given, for the messages.
+
+    Raises:
+        CommandError: there is no such module or name, or the module cannot be imported.
+    """
+    return owner_and_object(spec, option)[1]
+
+
+def owner_and_object(spec: str, option: str) -> tuple[Any, Any]:
+    """The same, and before it the module or class that holds it; see :func:`load`."""
+    module_name, colon, name = spec.partition(":")
+    if not (module_name and colon and name):
+        raise CommandError(
+            f"{option} {spec}: expected MODULE:NAME, such as app.models:Job, where app/models.py "
+            "lies in the current directory or is installed"
+        )
+    if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
+        sys.path.insert(0, here)
+    owner: Any = None
+    found = _imported(module_name, f"{option} {spec}")
+    for part in name.split("."):
+        try:
+            owner, found = found, getattr(found, part)
+        except AttributeError:
+            raise CommandError(
+                f"{option} {spec}: the module {module_name!r} has no {name!r}"
+            ) from None
+    return owner, found
+
+
+def _imported(name: str, said: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        # A package that the user's module needs is another trouble.
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise CommandError(
+                f"{said}: there is no module {name!r}, in the current directory or installed"
+            ) from None
+        raise CommandError(f"{said}: {where(error)}") from None
+    # Whatever a module does when it is imported, its author reads one line of it.
+    except Exception as error:  # noqa: BLE001
+        raise CommandError(f"{said}: {where(error)}") from None
+
+
+def where(error: BaseException) -> str:
+    """What went wrong, and in which line of the user's."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__} at {last.filename}:{last.lineno}: {said}"

@@ -1,0 +1,168 @@
+"""What a race showed, counted from what its workers recorded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+Key = tuple[str, ...]
+"""A job's primary key, as text, so that 7 and "7" are the same job."""
+
+
+class Call(NamedTuple):
+    """A call of the target that handed out jobs, as the worker recorded it.
+
+    Attributes:
+        worker: which process called, from 0.
+        begin: when, in seconds from the start of all workers.
+        end: when the jobs were the worker's: its transaction committed, if it was its own.
+        keys: the jobs, as they were handed out.
+        waited: how much of the time the worker waited for the others' first write, in seconds.
+    """
+
+    worker: int
+    begin: float
+    end: float
+    keys: tuple[Key, ...]
+    waited: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """How long the call took."""
+        return self.end - self.begin - self.waited
+
+
+@dataclass(frozen=True, repr=False)
+class Race:
+    """What a race showed.
+
+    Attributes:
+        target: the function, as ``"module:function"``.
+        database: product and version.
+        url: the database's address without its password, or None for a temporary file.
+        workers: how many processes there were.
+        keys: the jobs' primary keys, as text.
+        limit: how many jobs one call may hand out, or None if nobody said.
+        calls: every call that handed out jobs, by worker and time.
+        killed: how many workers were killed.
+        held: the jobs that the killed workers had.
+        blocked: seconds that workers waited for locks, all added up, or None if the database does
+            not tell.
+        conflicts: how often a call ended with a conflict of the database's, such as a deadlock,
+            and was made again.
+        endless: whether the race was ended since it handed out the same jobs again and again.
+        patched: whether the target was patched from a file.
+        last_error: what the target raised when it handed out nothing, if it did.
+    """
+
+    target: str
+    database: str
+    url: str | None
+    workers: int
+    keys: frozenset[Key] = field(repr=False)
+    limit: int | None
+    calls: Sequence[Call] = field(repr=False)
+    killed: int = 0
+    held: frozenset[Key] = frozenset()
+    blocked: float | None = None
+    conflicts: int = 0
+    endless: bool = False
+    patched: bool = False
+    last_error: str | None = None
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={value}" for name, value in self.counts.items())
+        return f"<Race of {self.name!r} on {self.database}: {figures}>"
+
+    @property
+    def name(self) -> str:
+        """The target, and whether it was patched."""
+        return f"{self.target} (patched)" if self.patched else self.target
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """The figures of which all but the first two are to be none."""
+        return {
+            "jobs": self.jobs,
+            "claimed": self.claimed,
+            "duplicates": self.duplicates,
+            "lost": self.lost,
+            "over_limit": self.over_limit,
+            "stuck": self.stuck,
+        }
+
+    @cached_property
+    def times(self) -> Counter[Key]:
+        """How often each of the jobs was handed out."""
+        handed_out = (key for call in self.calls for key in call.keys)
+        return Counter(key for key in handed_out if key in self.keys)
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs there were."""
+        return len(self.keys)
+
+    @property
+    def claimed(self) -> int:
+        """How often a job was handed out, the repetitions included."""
+        return self.times.total()
+
+    @cached_property
+    def duplicated(self) -> frozenset[Key]:
+        """The jobs that were handed out more than once."""
+        return frozenset(key for key, times in self.times.items() if times > 1)
+
+    @property
+    def duplicates(self) -> int:
+        """How many jobs were handed out more than once."""
+        return len(self.duplicated)
+
+    @property
+    def lost(self) -> int:
+        """How many jobs nobody ever got, those of killed workers aside."""
+        return len(self.keys - self.times.keys() - self.held)
+
+    @property
+    def stuck(self) -> int:
+        """How many jobs of killed workers nobody got again."""
+        return len(self.held - self.times.keys())
+
+    @property
+    def over_limit(self) -> int:
+        """How many jobs were handed out by calls that had handed out as many as they may."""
+        if self.limit is None:
+            return 0
+        return sum(max(0, len(call.keys) - self.limit) for call in self.calls)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every job was handed out once, no call gave too many, and none is stuck."""
+        return not (self.duplicates or self.lost or self.over_limit or self.stuck)
+
+    @property
+    def seconds(self) -> float:
+        """From the start of all workers to the last job, without the wait for each other."""
+        end = max((call.end for call in self.calls), default=0.0)
+        return max(0.0, end - max((call.waited for call in self.calls), default=0.0))
+
+    @property
+    def claims_per_second(self) -> float:
+        """How many jobs were handed out in a second, the repetitions included."""
+        return self.claimed / self.seconds if self.seconds else 0.0
+
+    @property
+    def p50(self) -> float:
+        """Half of the calls that handed out jobs took at most so many seconds."""
+        return self._quantile(50)
+
+    @property
+    def p99(self) -> float:
+        """99 of 100 calls that handed out jobs took at most so many seconds."""
+        return self._quantile(99)
+
+    def _quantile(self, percent: int) -> float:
+        taken = sorted(call.seconds for call in self.calls)
+        return taken[-(-len(taken) * percent // 100) - 1] if taken else 0.0

@@ -1,0 +1,264 @@
+"""What a worker process of a race does: call the target until there is nothing left, and say so."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection as Pipe
+from typing import Any, NamedTuple
+
+from sqlalchemy import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, InternalError, OperationalError
+from sqlalchemy.orm.exc import StaleDataError
+
+from atomic_claim.errors import ClaimConflict, ClaimError
+from atomic_claim.patch.file import load_patches
+from atomic_claim.patch.start import FILE
+
+from .arguments import Offer, Plan, planned
+from .database import CommandError, make_engine, one_line
+from .handed_out import Reader
+from .meeting import TO_BE_KILLED, Board, Meeting
+from .names import load, owner_and_object, where
+from .results import Key
+from .rows import tables_of
+from .waits import FileLocks, Span
+
+CONFLICTS = (OperationalError, IntegrityError, InternalError, StaleDataError, ClaimConflict)
+# A target that does nothing but fail gives up after so many times in so many seconds.
+FAILURES = 20
+FAILING = 1.0
+LONGEST_PAUSE = 0.02
+# How long a worker that got nothing leaves the others to their work, in seconds.
+IDLE_PAUSE = 0.002
+LIMIT = 10
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Duty:
+    """What every worker is to do; it is sent there.
+
+    Attributes:
+        target: the function, as ``MODULE:NAME``.
+        table: the table, likewise.
+        call: the function that calls the target, likewise, if there is one.
+        patches: the file of patches that are made first, if there is one.
+        limit: how many jobs one call may hand out, if that was said.
+        url: the database.
+        most: more jobs of one call than these are not looked at.
+        environment: the variables of the process that began the race.
+        path: where its modules are found.
+    """
+
+    target: str
+    table: str
+    call: str | None
+    patches: str | None
+    limit: int | None
+    url: URL
+    most: int
+    environment: Mapping[str, str]
+    path: tuple[str, ...]
+
+
+class Ready(NamedTuple):
+    """A worker has connected, and waits for the start."""
+
+    takes_limit: bool
+
+
+class Handed(NamedTuple):
+    """A call handed out jobs; the times are of ``perf_counter``."""
+
+    begin: float
+    end: float
+    keys: tuple[Key, ...]
+    waited: float
+
+
+class Holding(NamedTuple):
+    """A worker that is to be killed has jobs, and waits for its end."""
+
+    keys: tuple[Key, ...]
+
+
+class Done(NamedTuple):
+    """A worker has nothing left to do."""
+
+    conflicts: int
+    last_error: str | None
+    wanted: list[Span]
+    held: list[Span]
+
+
+class Failure(NamedTuple):
+    """A worker cannot go on."""
+
+    text: str
+
+
+def work(worker: int, duty: Duty, pipe: Pipe, life: Pipe, board: Board, *, victim: bool) -> None:
+    """A worker process, from its beginning to its end.
+
+    Args:
+        worker: which one it is, from 0.
+        duty: what to do.
+        pipe: where it reports, and hears of the start.
+        life: its other end is closed when the parent has ended, however that was.
+        board: what all workers share.
+        victim: whether it keeps the first jobs that it gets, and waits to be killed.
+    """
+    _die_with_parent(life)
+    with suppress(EOFError, BrokenPipeError):
+        try:
+            _begin(worker, duty, pipe, board, victim=victim)
+        except CommandError as error:
+            pipe.send(Failure(str(error)))
+        except (DBAPIError, ClaimError) as error:
+            pipe.send(Failure(one_line(error)))
+
+
+def _die_with_parent(life: Pipe) -> None:
+    # Ctrl-C at a terminal goes to all its processes; the parent sees to this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        with suppress(EOFError, OSError):
+            life.recv()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -> None:
+    os.environ.clear()
+    os.environ.update(duty.environment)
+    os.environ["DATABASE_URL"] = duty.url.render_as_string(hide_password=False)
+    sys.path[:] = duty.path
+    # In a process of `atomic-claim run` they may be there already.
+    if duty.patches is not None and duty.patches != os.environ.get(FILE):
+        try:
+            load_patches(duty.patches)
+        except ClaimError as error:
+            raise CommandError(one_line(error)) from None
+    table = load(duty.table, "--table")
+    plan, target = _plan(duty)
+    engine = make_engine(duty.url)
+    offer = Offer(
+        engine=engine,
+        limit=LIMIT if duty.limit is None else duty.limit,
+        worker=f"race-{worker + 1}",
+        table=table,
+        target=target,
+    )
+    reader = Reader(table, duty.most)
+
+    def take() -> tuple[Key, ...]:
+        with offer.opened() as give:
+            return reader.keys(plan.call(give))
+
+    names = [each.name for each in tables_of(table)]
+    meeting = Meeting(board, worker, names, duty.url)
+    locks = FileLocks()
+    engine.connect().close()
+    pipe.send(Ready(plan.takes_limit))
+    pipe.recv()
+    meeting.listen()
+    if engine.dialect.name == "sqlite":
+        locks.listen()
+    pipe.send(_Loop(worker, duty.target, take, pipe, board, meeting, locks, victim).run())
+    engine.dispose()
+
+
+def _plan(duty: Duty) -> tuple[Plan, Any]:
+    owner, target = owner_and_object(duty.target, "TARGET")
+    if duty.call is None:
+        return planned(target, f"TARGET {duty.target}", owner), target
+    owner, adapter = owner_and_object(duty.call, "--call")
+    return planned(adapter, f"--call {duty.call}", owner, adapter=True), target
+
+
+@dataclass
+class _Loop:
+    worker: int
+    target: str
+    take: Callable[[], tuple[Key, ...]]
+    pipe: Pipe
+    board: Board
+    meeting: Meeting
+    locks: FileLocks
+    victim: bool
+    conflicts: int = 0
+    in_a_row: int = 0
+    failing_since: float = 0.0
+    last_error: str | None = None
+
+    def run(self) -> Done:
+        """Call the target until nobody gets anything any more."""
+        while True:
+            begin = time.perf_counter()
+            self.meeting.call_begins()
+            keys = self._keys()
+            end = time.perf_counter()
+            self.meeting.call_ends()
+            self.locks.finish()
+            if keys is None:
+                continue
+            if keys and self.victim:
+                self.pipe.send(Holding(keys))
+                self.pipe.recv()
+            if keys:
+                self.board.idle[self.worker] = 0
+                self.pipe.send(Handed(begin, end, keys, self.meeting.waited))
+                # On SQLite the first could otherwise have all before those get any.
+                while self.board.open.value == TO_BE_KILLED:
+                    time.sleep(IDLE_PAUSE)
+                continue
+            self.board.idle[self.worker] = 1
+            if self.board.all_idle() and not self.board.open.value:
+                return Done(self.conflicts, self.last_error, self.locks.wanted, self.locks.held)
+            time.sleep(IDLE_PAUSE)
+
+    def _keys(self) -> tuple[Key, ...] | None:
+        """What a call handed out, or None if it is to be made again."""
+        try:
+            keys = self.take()
+        except CONFLICTS as error:
+            self._failed(error)
+            return None
+        except CommandError as error:
+            raise CommandError(f"TARGET {self.target}: {error}") from None
+        except (DBAPIError, ClaimError):
+            raise
+        # Whatever a function raises that is of its own, it hands out nothing.
+        except Exception as error:  # noqa: BLE001
+            self.last_error = where(error)
+            keys = ()
+        self.in_a_row = 0
+        return keys
+
+    def _failed(self, error: Exception) -> None:
+        """A deadlock, a busy file, a refusal of the database's: begin anew, but not for ever."""
+        self.conflicts += 1
+        self.in_a_row += 1
+        now = time.perf_counter()
+        if self.in_a_row == 1:
+            self.failing_since = now
+        elif self.in_a_row >= FAILURES and now - self.failing_since > FAILING:
+            raise CommandError(
+                f"TARGET {self.target} failed {self.in_a_row} times in a row: {one_line(error)}"
+            )
+        longest = min(LONGEST_PAUSE, 0.0005 * 2**self.in_a_row)
+        time.sleep(random.uniform(0, longest))  # noqa: S311 - no secret

@@ -1,0 +1,246 @@
+"""Claim functions, good and bad, and the tables that they are raced on."""
+
+import enum
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ForeignKey, String
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from atomic_claim import JobTable, claim_jobs
+from tests.jobs import job_table
+
+
+class Base(DeclarativeBase):
+    """What all tables have in common."""
+
+
+class State(enum.Enum):
+    """The states of a letter."""
+
+    DONE = "d"
+    RUNNING = "r"
+    WAITING = "w"
+
+
+class Country(Base):
+    """What accounts need."""
+
+    __tablename__ = "countries"
+    code: Mapped[str] = mapped_column(String(2), primary_key=True)
+
+
+class Account(Base):
+    """What letters need, one each."""
+
+    __tablename__ = "accounts"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    country: Mapped[str] = mapped_column(ForeignKey("countries.code"))
+    name: Mapped[str] = mapped_column(String(6), unique=True)
+
+
+class Letter(Base):
+    """A table that takes not just any row."""
+
+    __tablename__ = "letters"
+    __table_args__ = (sa.UniqueConstraint("kind", "number"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    account_id: Mapped[int] = mapped_column(ForeignKey("accounts.id"), unique=True)
+    reply_to: Mapped[int | None] = mapped_column(ForeignKey("letters.id"))
+    state: Mapped[State]
+    kind: Mapped[str] = mapped_column(sa.Enum("postcard", "parcel", name="letter_kind"))
+    number: Mapped[int]
+    code: Mapped[str] = mapped_column(String(4), unique=True)
+    ref: Mapped[uuid.UUID]
+    body: Mapped[dict[str, Any]] = mapped_column(sa.JSON)
+    price: Mapped[float]
+    urgent: Mapped[bool | None]
+    order: Mapped[str] = mapped_column(String(3))
+    stamped: Mapped[int] = mapped_column(default=7)
+    created_at: Mapped[datetime] = mapped_column(sa.DateTime(timezone=True))
+    run_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=True))
+    finished_at: Mapped[datetime | None] = mapped_column(sa.DateTime(timezone=True))
+
+
+def legacy(session: Session, limit: int) -> Sequence[Letter]:
+    """Find, then mark."""
+    free = sa.select(Letter).where(
+        Letter.state == State.WAITING,
+        Letter.run_at <= sa.func.now(),
+        Letter.urgent == sa.false(),
+    )
+    found = session.scalars(free.order_by(Letter.created_at, Letter.id).limit(limit)).all()
+    for letter in found:
+        letter.state = State.RUNNING
+    session.commit()
+    return found
+
+
+jobs = job_table(
+    sa.Column("claim_token", String(32)),
+    sa.Column("lease_until", sa.DateTime(timezone=True)),
+)
+leased = JobTable(
+    jobs, state="processing", token="claim_token", lease="lease_until", order=jobs.c.created_at
+)
+checked = job_table(
+    sa.Column("size", sa.Integer, sa.CheckConstraint("size BETWEEN 3 AND 9"), nullable=False),
+    name="checked",
+)
+
+
+def cured(connection: sa.Connection, n: int = 10) -> list[int]:
+    """Keys, claimed in a transaction that it does not commit."""
+    return [job.id for job in claim_jobs(connection, jobs, n)]
+
+
+def with_lease(engine: sa.Engine, limit: int) -> Any:
+    """Rows that come back."""
+    return claim_jobs(engine, leased, limit, lease=timedelta(seconds=1))
+
+
+def find_and_mark(connection: sa.Connection, limit: int = 10) -> list[dict[str, Any]]:
+    """Find, then mark, as dictionaries; nobody who runs it commits anything himself."""
+    free = sa.select(jobs).where(jobs.c.processing == sa.false())
+    found = connection.execute(free.order_by(jobs.c.id).limit(limit)).mappings().all()
+    for row in found:
+        connection.execute(jobs.update().where(jobs.c.id == row["id"]).values(processing=True))
+    return [dict(row) for row in found]
+
+
+def greedy(engine: sa.Engine, limit: int) -> Any:
+    """One more than was asked for."""
+    return claim_jobs(engine, jobs, limit + 1)
+
+
+def forgetful(engine: sa.Engine) -> Any:
+    """Claims two, and returns one."""
+    return next(iter(claim_jobs(engine, jobs, 2)), None)
+
+
+def one_by_one(make_session: sessionmaker[Session]) -> int:
+    """A key, or an exception where there is none."""
+    with make_session.begin() as session:
+        (job,) = claim_jobs(session, jobs, 1)
+        return int(job.id)
+
+
+def endless(connection: sa.Connection, limit: int) -> Any:
+    """Marks nothing."""
+    return connection.execute(sa.select(jobs.c.id).limit(limit)).scalars()
+
+
+def never_ending(connection: sa.Connection) -> Iterator[Any]:
+    """A generator that has no end."""
+    while True:
+        yield from connection.execute(sa.select(jobs.c.id).limit(1)).scalars()
+
+
+def blocked(engine: sa.Engine) -> None:
+    """Takes a lock in one worker, and never gives it back; notes who it is."""
+    note = os.environ.get("RACERS_FOLDER")
+    if note is not None:
+        (Path(note) / f"{os.getpid()}-{os.getppid()}").touch()
+    with engine.begin() as connection:
+        connection.execute(jobs.update().values(processing=True))
+        while True:
+            time.sleep(60)
+
+
+def waiting_for_locks(connection: sa.Connection, limit: int = 5) -> Any:
+    """Locks what others have locked, and has it for a while."""
+    free = sa.select(jobs.c.id).where(jobs.c.processing == sa.false())
+    found = connection.execute(free.order_by(jobs.c.id).limit(limit).with_for_update()).scalars()
+    keys = found.all()
+    nap = "pg_sleep(0.03)" if connection.dialect.name == "postgresql" else "sleep(0.03)"
+    connection.execute(sa.text(f"SELECT {nap}"))
+    connection.execute(jobs.update().where(jobs.c.id.in_(keys)).values(processing=True))
+    return keys
+
+
+def failing(connection: sa.Connection) -> None:
+    """Asks for a column that is not there."""
+    connection.exec_driver_sql("SELECT nonsuch FROM jobs")
+
+
+def broken() -> None:
+    """Has a bug."""
+    raise TypeError("what a pity")
+
+
+def leaving() -> None:
+    """Ends its process."""
+    raise SystemExit(7)
+
+
+def blind(connection: sa.Connection) -> Any:
+    """Finds nothing."""
+    return connection.execute(sa.select(jobs.c.id).where(jobs.c.note == "nonsuch")).scalars()
+
+
+def mute(engine: sa.Engine) -> Any:
+    """Returns what is no job."""
+    return [object() for _ in claim_jobs(engine, jobs, 5)]
+
+
+def mistaken(engine: sa.Engine) -> Any:
+    """Returns what is no key."""
+    return [f"job {job.id}" for job in claim_jobs(engine, jobs, 5)]
+
+
+async def asynchronous(session: Session) -> None:
+    """Cannot be called by just anybody."""
+
+
+def strange(session: Session, tenant: str) -> Any:
+    """Wants what only its author knows."""
+    assert tenant == "north"
+    return claim_jobs(session, jobs, 5)
+
+
+def for_the_north(target: Any, session: Session) -> Any:
+    """Calls such a function."""
+    return target(session, "north")
+
+
+def of_its_own() -> Any:
+    """Has an engine of its own, by the variable that many applications read."""
+    return claim_jobs(sa.create_engine(os.environ["DATABASE_URL"]), jobs, 10)
+
+
+def elsewhere() -> Any:
+    """Has an engine of its own, whatever anybody says."""
+    return claim_jobs(sa.create_engine(os.environ["RACERS_ELSEWHERE"]), jobs, 10)
+
+
+class Repository:
+    """A class whose method claims."""
+
+    def __init__(self, db: Session, batch: int = 10) -> None:
+        self.db = db
+        self.batch = batch
+
+    def take(self) -> Any:
+        """Claim a batch."""
+        return claim_jobs(self.db, jobs, self.batch)
+
+
+def sized(number: int) -> dict[str, Any]:
+    """What a row of the checked table needs."""
+    return {"size": 3 + number % 7}
+
+
+def all_sized(count: int) -> list[dict[str, Any]]:
+    """The same, all at once."""
+    return [{"size": 3 + number % 7} for number in range(count)]
+
+
+def claim_checked(engine: sa.Engine, limit: int) -> Any:
+    """Claims of the checked table."""
+    return claim_jobs(engine, checked, limit)
