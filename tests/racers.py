@@ -1,6 +1,7 @@
 """Claim functions, good and bad, and the tables that they are raced on."""
 
 import enum
+import fcntl
 import os
 import time
 import uuid
@@ -162,6 +163,15 @@ def waiting_for_locks(connection: sa.Connection, limit: int = 5) -> Any:
     connection.execute(sa.text(f"SELECT {nap}"))
     connection.execute(jobs.update().where(jobs.c.id.in_(keys)).values(processing=True))
     return keys
+
+
+def with_file_lock(connection: sa.Connection) -> Any:
+    """Has only one worker at a time find and mark, by a lock that no database knows of."""
+    with Path(os.environ["RACERS_FOLDER"], "lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = find_and_mark(connection)
+        connection.commit()
+        return found
 
 
 def failing(connection: sa.Connection) -> None:

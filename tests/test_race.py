@@ -74,6 +74,12 @@ def test_time_spent_waiting_for_the_file() -> None:
     assert 0 < found.blocked < found.workers * found.seconds
 
 
+def test_a_lock_that_no_database_knows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that wait outside of the database are not waited for at the meeting for ever."""
+    monkeypatch.setenv("RACERS_FOLDER", str(tmp_path))
+    assert small("with_file_lock", jobs=20, workers=2).exact
+
+
 def test_too_many_are_found() -> None:
     """A call that hands out more than the limit is counted, all else being well."""
     found = small("greedy", limit=5)

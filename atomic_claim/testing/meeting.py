@@ -24,6 +24,9 @@ STARTING, AT_WORK, IN_STATEMENT, AT_MEETING, PAST = range(5)
 TO_BE_KILLED, KILLED = 2, 1
 # A statement that takes longer than this waits for a lock, as far as the meeting is concerned.
 BLOCKED = 0.3
+# Nor is anybody waited for who is so long in a call without a statement: a lock outside of the
+# database may be what keeps it there.
+ABSENT = 2.0
 PAUSE = 0.0005
 WRITE = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE)\b|"
@@ -76,10 +79,12 @@ class Board:
         return all(self.idle)
 
     def _is_awaited(self, worker: int) -> bool:
-        doing = self.doing[worker]
+        doing, now = self.doing[worker], time.perf_counter()
         if doing == IN_STATEMENT:
-            return bool(time.perf_counter() - self.since[worker] < BLOCKED)
-        return doing in {STARTING, AT_WORK}
+            return bool(now - self.since[worker] < BLOCKED)
+        if doing == AT_WORK:
+            return bool(now - self.calling[worker] < ABSENT)
+        return bool(doing == STARTING)
 
     def wait_for_others(self) -> None:
         """Return when no worker is still on its way here."""
