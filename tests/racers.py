@@ -115,6 +115,17 @@ def find_and_mark(connection: sa.Connection, limit: int = 10) -> list[dict[str, 
     return [dict(row) for row in found]
 
 
+started: list[int] = []
+
+
+def late(connection: sa.Connection, worker: str) -> Any:
+    """Find, then mark; the second worker takes longer to find its first jobs."""
+    if worker == "race-2" and not started:
+        started.append(1)
+        time.sleep(0.4)
+    return find_and_mark(connection)
+
+
 def greedy(engine: sa.Engine, limit: int) -> Any:
     """One more than was asked for."""
     return claim_jobs(engine, jobs, limit + 1)

@@ -74,6 +74,12 @@ def test_time_spent_waiting_for_the_file() -> None:
     assert 0 < found.blocked < found.workers * found.seconds
 
 
+def test_a_late_worker_is_waited_for() -> None:
+    """Before the first write: else the others would be through before it finds anything."""
+    found = small("late", jobs=20, workers=2)
+    assert found.times.most_common(LIMIT)[-1][1] == 2
+
+
 def test_a_lock_that_no_database_knows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that wait outside of the database are not waited for at the meeting for ever."""
     monkeypatch.setenv("RACERS_FOLDER", str(tmp_path))
@@ -268,8 +274,9 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
         [sys.executable, "-m", "atomic_claim", "race", "tests.racers:blocked", "--table", JOBS],
         cwd=REPOSITORY,
         env=os.environ | {"RACERS_FOLDER": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        # A pipe would be open for as long as an orphan is.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
@@ -279,8 +286,8 @@ def test_workers_die_with_their_parent(tmp_path: Path) -> None:
         assert len(pids) > WORKERS
         wait_until(lambda: all(map(gone, pids - {process.pid})), seconds=20)
     finally:
-        process.kill()
-        process.communicate()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_the_command_cleans_up_on_ctrl_c(database: Database, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ LOOK_EVERY = 0.01
 # Every job handed out so often, and then some, is a target that never comes to an end.
 REPETITIONS = 10
 SLACK = 1000
+# Workers begin, and then race, for as long as the timeout each; they are given some seconds more.
+GRACE = 30.0
 # A call that takes so much of the time allowed is worth a word.
 STANDING = 0.1
 
@@ -118,6 +120,7 @@ def race(
         patches=None if patches is None else _checked_patches(Path(patches)),
         limit=limit,
         url=URL.create("sqlite"),
+        seconds=2 * timeout + GRACE,
         most=2 * jobs + SLACK,
         environment=dict(os.environ),
         path=(),
