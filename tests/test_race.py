@@ -18,7 +18,7 @@ from atomic_claim.testing.arguments import Offer, planned
 from atomic_claim.testing.handed_out import Reader
 from atomic_claim.testing.results import Call
 from tests import racers
-from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address, real
+from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
 from tests.databases import Database
 from tests.racers import Base, Letter, Repository, jobs
 from tests.waiting import wait_until
@@ -469,10 +469,3 @@ def test_what_no_other_process_can_import() -> None:
 
     with pytest.raises(RaceError, match="other processes cannot import"):
         race(inner, table=JOBS)
-
-
-def test_real_command() -> None:
-    """The command as it is started by a shell."""
-    ended = real("race", "tests.racers:cured", "--table", JOBS, "--jobs", "20", "--workers", "2")
-    assert (ended.code, ended.err) == (0, "")
-    assert ended.out.endswith("tests.racers:cured: every job was handed out exactly once.\n")
