@@ -195,6 +195,11 @@ def broken() -> None:
     raise TypeError("what a pity")
 
 
+def telling() -> None:
+    """Says where it works, password included."""
+    raise ValueError(os.environ["DATABASE_URL"])
+
+
 def leaving() -> None:
     """Ends its process."""
     raise SystemExit(7)

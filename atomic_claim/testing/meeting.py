@@ -44,7 +44,7 @@ class Board:
         since: since when it has been in its statement, in seconds of ``perf_counter``.
         calling: since when it has been in a call of the target, or 0.
         idle: whether its last call gave nothing.
-        met: whether the meeting is over.
+        met: when the meeting was over, or 0 while it is not.
         open: whether there may be more to do although all are idle: ``TO_BE_KILLED`` while some
             have yet to be killed, ``KILLED`` while the others may get those jobs, else 0.
     """
@@ -64,7 +64,7 @@ class Board:
             since=context.RawArray(c_double, workers),
             calling=context.RawArray(c_double, workers),
             idle=context.RawArray(c_int, workers),
-            met=context.RawValue(c_int, 0),
+            met=context.RawValue(c_double, 0.0),
             open=context.RawValue(c_int, 0),
         )
 
@@ -90,7 +90,8 @@ class Board:
         """Return when no worker is still on its way here."""
         while not self.met.value and any(map(self._is_awaited, range(len(self.doing)))):
             time.sleep(PAUSE)
-        self.met.value = 1
+        # Who has waited too may find it over, and leaves the time as it is.
+        self.met.value = self.met.value or time.perf_counter()
 
 
 class Meeting:
