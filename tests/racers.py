@@ -1,6 +1,7 @@
 """Claim functions, good and bad, and the tables that they are raced on."""
 
 import enum
+import fcntl
 import os
 import time
 import uuid
@@ -114,6 +115,17 @@ def find_and_mark(connection: sa.Connection, limit: int = 10) -> list[dict[str, 
     return [dict(row) for row in found]
 
 
+started: list[int] = []
+
+
+def late(connection: sa.Connection, worker: str) -> Any:
+    """Find, then mark; the second worker takes longer to find its first jobs."""
+    if worker == "race-2" and not started:
+        started.append(1)
+        time.sleep(0.4)
+    return find_and_mark(connection)
+
+
 def greedy(engine: sa.Engine, limit: int) -> Any:
     """One more than was asked for."""
     return claim_jobs(engine, jobs, limit + 1)
@@ -164,6 +176,15 @@ def waiting_for_locks(connection: sa.Connection, limit: int = 5) -> Any:
     return keys
 
 
+def with_file_lock(connection: sa.Connection) -> Any:
+    """Has only one worker at a time find and mark, by a lock that no database knows of."""
+    with Path(os.environ["RACERS_FOLDER"], "lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = find_and_mark(connection)
+        connection.commit()
+        return found
+
+
 def failing(connection: sa.Connection) -> None:
     """Asks for a column that is not there."""
     connection.exec_driver_sql("SELECT nonsuch FROM jobs")
@@ -172,6 +193,11 @@ def failing(connection: sa.Connection) -> None:
 def broken() -> None:
     """Has a bug."""
     raise TypeError("what a pity")
+
+
+def telling() -> None:
+    """Says where it works, password included."""
+    raise ValueError(os.environ["DATABASE_URL"])
 
 
 def leaving() -> None:

@@ -184,7 +184,7 @@ def _check_name(url: URL) -> None:
 
 def complaint(what: str, error: BaseException, url: URL) -> CommandError:
     """What failed and why, in one line that tells no secret of the URL."""
-    return CommandError(_without_secrets(f"{what}: {one_line(error)}", url))
+    return CommandError(without_secrets(f"{what}: {one_line(error)}", url))
 
 
 def one_line(error: BaseException) -> str:
@@ -200,7 +200,8 @@ def one_line(error: BaseException) -> str:
     return text or type(found).__name__
 
 
-def _without_secrets(text: str, url: URL) -> str:
+def without_secrets(text: str, url: URL) -> str:
+    """The text with *** in place of the URL's secrets, in whatever form they are in it."""
     for secret in sorted(set(_secrets(url)), key=len, reverse=True):
         pattern = re.escape(secret)
         if len(secret) < SUBSTRING:

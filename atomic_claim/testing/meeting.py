@@ -24,6 +24,9 @@ STARTING, AT_WORK, IN_STATEMENT, AT_MEETING, PAST = range(5)
 TO_BE_KILLED, KILLED = 2, 1
 # A statement that takes longer than this waits for a lock, as far as the meeting is concerned.
 BLOCKED = 0.3
+# Nor is anybody waited for who is so long in a call without a statement: a lock outside of the
+# database may be what keeps it there.
+ABSENT = 2.0
 PAUSE = 0.0005
 WRITE = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE)\b|"
@@ -41,7 +44,7 @@ class Board:
         since: since when it has been in its statement, in seconds of ``perf_counter``.
         calling: since when it has been in a call of the target, or 0.
         idle: whether its last call gave nothing.
-        met: whether the meeting is over.
+        met: when the meeting was over, or 0 while it is not.
         open: whether there may be more to do although all are idle: ``TO_BE_KILLED`` while some
             have yet to be killed, ``KILLED`` while the others may get those jobs, else 0.
     """
@@ -61,7 +64,7 @@ class Board:
             since=context.RawArray(c_double, workers),
             calling=context.RawArray(c_double, workers),
             idle=context.RawArray(c_int, workers),
-            met=context.RawValue(c_int, 0),
+            met=context.RawValue(c_double, 0.0),
             open=context.RawValue(c_int, 0),
         )
 
@@ -76,16 +79,19 @@ class Board:
         return all(self.idle)
 
     def _is_awaited(self, worker: int) -> bool:
-        doing = self.doing[worker]
+        doing, now = self.doing[worker], time.perf_counter()
         if doing == IN_STATEMENT:
-            return bool(time.perf_counter() - self.since[worker] < BLOCKED)
-        return doing in {STARTING, AT_WORK}
+            return bool(now - self.since[worker] < BLOCKED)
+        if doing == AT_WORK:
+            return bool(now - self.calling[worker] < ABSENT)
+        return bool(doing == STARTING)
 
     def wait_for_others(self) -> None:
         """Return when no worker is still on its way here."""
         while not self.met.value and any(map(self._is_awaited, range(len(self.doing)))):
             time.sleep(PAUSE)
-        self.met.value = 1
+        # Who has waited too may find it over, and leaves the time as it is.
+        self.met.value = self.met.value or time.perf_counter()
 
 
 class Meeting:

@@ -47,6 +47,7 @@ class Race:
         keys: the jobs' primary keys, as text.
         limit: how many jobs one call may hand out, or None if nobody said.
         calls: every call that handed out jobs, by worker and time.
+        met: when they had met before their first write, in seconds from their start.
         killed: how many workers were killed.
         held: the jobs that the killed workers had.
         blocked: seconds that workers waited for locks, all added up, or None if the database does
@@ -65,6 +66,7 @@ class Race:
     keys: frozenset[Key] = field(repr=False)
     limit: int | None
     calls: Sequence[Call] = field(repr=False)
+    met: float = 0.0
     killed: int = 0
     held: frozenset[Key] = frozenset()
     blocked: float | None = None
@@ -144,9 +146,8 @@ class Race:
 
     @property
     def seconds(self) -> float:
-        """From the start of all workers to the last job, without the wait for each other."""
-        end = max((call.end for call in self.calls), default=0.0)
-        return max(0.0, end - max((call.waited for call in self.calls), default=0.0))
+        """From the moment when all workers had met, before their first write, to the last job."""
+        return max(0.0, max((call.end for call in self.calls), default=0.0) - self.met)
 
     @property
     def claims_per_second(self) -> float:

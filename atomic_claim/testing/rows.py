@@ -44,6 +44,7 @@ from atomic_claim.elements import Declared
 from atomic_claim.errors import ClaimError
 
 from .database import CommandError
+from .names import where
 
 Row = dict[str, Any]
 """A row's values, by the keys of its columns."""
@@ -289,13 +290,11 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
     """
     if factory is None:
         return [{} for _ in range(count)]
-    first = factory(1)
-    if _values(first) is not None:
-        found: list[Any] = [first, *(factory(number) for number in range(2, count + 1))]
-    elif isinstance(first, Iterable) and not isinstance(first, (str, bytes)):
-        found = list(islice(iter(factory(count)), count))
-    else:
-        found = [first]
+    try:
+        found = _given(factory, count)
+    # Whatever a user's function raises, its author reads one line of it.
+    except Exception as error:  # noqa: BLE001
+        raise CommandError(f"--factory failed: {where(error)}") from None
     rows = [_values(each) for each in found]
     if len(rows) < count or any(row is None for row in rows):
         wrong = next((each for each in found if _values(each) is None), None)
@@ -305,6 +304,15 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
             f"its columns or a mapped object, or, called with a count, so many of them ({count})"
         )
     return [row for row in rows if row is not None]
+
+
+def _given(factory: Factory, count: int) -> list[Any]:
+    first = factory(1)
+    if _values(first) is not None:
+        return [first, *(factory(number) for number in range(2, count + 1))]
+    if isinstance(first, Iterable) and not isinstance(first, (str, bytes)):
+        return list(islice(iter(factory(count)), count))
+    return [first]
 
 
 def _values(given: Any) -> dict[str, Any] | None:

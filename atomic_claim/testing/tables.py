@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from sqlalchemy import (
     text,
     tuple_,
 )
-from sqlalchemy.exc import NoReferenceError, SQLAlchemyError
+from sqlalchemy.exc import CompileError, NoReferenceError, SQLAlchemyError
 from sqlalchemy.schema import sort_tables
 
 from .database import CommandError, complaint, masked
@@ -127,6 +128,9 @@ def _make(engine: Engine, tables: Sequence[Table]) -> None:
             _drop(engine, tables)
         names = ", ".join(table.fullname for table in tables)
         what = f"cannot make {names} in {masked(engine.url)}"
+        if isinstance(error, CompileError):
+            said = re.sub(r"Compiler <[^>]*>", engine.dialect.name, str(error))
+            raise CommandError(f"{what}: {said}; name a database that can with --url") from None
         raise complaint(what, error, engine.url) from None
 
 

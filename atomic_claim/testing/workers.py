@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -40,7 +39,6 @@ LONGEST_PAUSE = 0.02
 # How long a worker that got nothing leaves the others to their work, in seconds.
 IDLE_PAUSE = 0.002
 LIMIT = 10
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ class Duty:
         patches: the file of patches that are made first, if there is one.
         limit: how many jobs one call may hand out, if that was said.
         url: the database.
+        seconds: no worker lives longer, whatever happens.
         most: more jobs of one call than these are not looked at.
         environment: the variables of the process that began the race.
         path: where its modules are found.
@@ -65,6 +64,7 @@ class Duty:
     patches: str | None
     limit: int | None
     url: URL
+    seconds: float
     most: int
     environment: Mapping[str, str]
     path: tuple[str, ...]
@@ -117,7 +117,7 @@ def work(worker: int, duty: Duty, pipe: Pipe, life: Pipe, board: Board, *, victi
         board: what all workers share.
         victim: whether it keeps the first jobs that it gets, and waits to be killed.
     """
-    _die_with_parent(life)
+    _die_with_parent(life, duty.seconds)
     with suppress(EOFError, BrokenPipeError):
         try:
             _begin(worker, duty, pipe, board, victim=victim)
@@ -127,12 +127,14 @@ def work(worker: int, duty: Duty, pipe: Pipe, life: Pipe, board: Board, *, victi
             pipe.send(Failure(one_line(error)))
 
 
-def _die_with_parent(life: Pipe) -> None:
+def _die_with_parent(life: Pipe, seconds: float) -> None:
     # Ctrl-C at a terminal goes to all its processes; the parent sees to this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(signal, "setitimer"):
+        # Linux' PR_SET_PDEATHSIG would tell of the fork server, which lives as long as its forks.
+        # This ends a worker too that lets no thread run, and can hear of no end.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def watch() -> None:
         with suppress(EOFError, OSError):
