@@ -38,7 +38,7 @@ SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection"
 BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Options:
     """What ``patch_claims`` was given beside the target."""
 
@@ -148,24 +148,24 @@ def patch_claims(
         AmbiguousTable: the table's columns cannot be read with certainty.
     """
     options = Options(
-        table,
-        session,
-        limit,
-        where,
-        order_by,
-        values,
-        lease,
-        worker,
-        returns,
-        empty,
-        when,
-        commit,
-        delete,
-        directory,
-        processing,
-        pattern,
-        key,
-        layout,
+        table=table,
+        session=session,
+        limit=limit,
+        where=where,
+        order_by=order_by,
+        values=values,
+        lease=lease,
+        worker=worker,
+        returns=returns,
+        empty=empty,
+        when=when,
+        commit=commit,
+        delete=delete,
+        directory=directory,
+        processing=processing,
+        pattern=pattern,
+        key=key,
+        layout=layout,
     )
     return make_patch(target, lambda patch, found: prepared(options, patch, found))
 
@@ -196,24 +196,24 @@ def claims(
     The function's ``patch`` is the :class:`Patch`, with its counts.
     """
     options = Options(
-        table,
-        session,
-        limit,
-        where,
-        order_by,
-        values,
-        lease,
-        worker,
-        returns,
-        empty,
-        when,
-        commit,
-        delete,
-        directory,
-        processing,
-        pattern,
-        key,
-        layout,
+        table=table,
+        session=session,
+        limit=limit,
+        where=where,
+        order_by=order_by,
+        values=values,
+        lease=lease,
+        worker=worker,
+        returns=returns,
+        empty=empty,
+        when=when,
+        commit=commit,
+        delete=delete,
+        directory=directory,
+        processing=processing,
+        pattern=pattern,
+        key=key,
+        layout=layout,
     )
 
     def decorate(function: F) -> F:

@@ -18,7 +18,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Connection, Delete, Engine, Select, TextClause, Update, event
+from sqlalchemy import (
+    Connection,
+    Delete,
+    Engine,
+    Insert,
+    Select,
+    StatementLambdaElement,
+    TextClause,
+    Update,
+    event,
+)
 from sqlalchemy.orm import FromStatement, ORMExecuteState, Query, Session
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
@@ -284,6 +294,13 @@ def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str
     table = watch.job_table.table
     if isinstance(clause, ClaimStatement):
         return None
+    if isinstance(clause, StatementLambdaElement):
+        clause = clause._resolved  # noqa: SLF001 - there is no public way to what a lambda gives
+    if isinstance(clause, Insert) and clause.select is not None and mentions(clause.select, table):
+        raise PatchError(
+            f"{watch.patch.target} copies {table.fullname!r} by INSERT ... SELECT, whose rows "
+            "cannot be locked: read the rows in Python, and insert them then"
+        )
     if isinstance(clause, (Update, Delete)):
         return watch.mark(connection, clause) if clause.table == table else None
     text = clause.element if isinstance(clause, FromStatement) else clause
