@@ -124,9 +124,10 @@ def _never_ends(loop: ast.While) -> bool:
 
 
 def _marked_in(node: ast.AST) -> int:
-    """The line in which an attribute is set or a statement executed here; 0 is none."""
+    """The line in which a job's attribute is set or a statement executed here; 0 is none."""
     if isinstance(node, ast.Attribute):
-        return node.lineno if isinstance(node.ctx, ast.Store) else 0
+        is_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+        return node.lineno if isinstance(node.ctx, ast.Store) and not is_own else 0
     if isinstance(node, ast.Call) and _name(node.func) in {"execute", "delete"}:
         return node.lineno
     return 0
