@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Column, Connection, Engine, Integer
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
@@ -434,11 +434,23 @@ class Claiming(Replacing):
             ALL if limit is None else limit,
             filters.beside_the_lease(job_table, where) or None,
             filters.order(job_table, self.order_by.read(call)),
-            self.values.read(call) or None,
+            _versioned(job_table, self.values.read(call)) or None,
             filters.lease(self.lease.read(call)),
             self.worker.read(call),
             bool(commit) and isinstance(bind, (Session, Connection)),
         )
+
+
+def _versioned(job_table: JobTable, values: Any) -> Any:
+    """The values, and the next version of a row whose mapper counts them, as a flush writes it."""
+    mapper = job_table.mapper
+    column = None if mapper is None else mapper.version_id_col
+    if mapper is None or not isinstance(column, Column) or column.table is not job_table.table:
+        return values
+    if mapper.version_id_generator is False or not isinstance(column.type, Integer):
+        return values
+    given = {job_table.column(name, "values") for name in values or ()}
+    return values if column in given else {**(values or {}), column: column + 1}
 
 
 def _is_table(given: Any) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
 
 from atomic_claim import JobTable, Patch, PatchError, claim_reads, lock_reads, patch_claims
 from tests.databases import Database
@@ -262,6 +263,55 @@ def test_a_mark_that_asks_so_without_a_lease(database: Database, record: Path) -
     ):
         assert kinds.send_if_unsent(session) == 3
     assert record.read_text(encoding="ascii").split() == ["1", "2", "3"]
+
+
+class Versions(DeclarativeBase):
+    """A schema of its own, since all others are made and dropped together."""
+
+
+class Versioned(Versions):
+    """A job whose mapper counts its versions, so that nobody overwrites what he has not seen."""
+
+    __tablename__ = "versioned"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    processing: Mapped[bool] = mapped_column(default=False)
+    version: Mapped[int] = mapped_column()
+    __mapper_args__: ClassVar[Any] = {"version_id_col": version}
+
+
+def take_versioned(session: Session) -> Versioned | None:
+    """A: the next job."""
+    query = sa.select(Versioned).where(Versioned.processing.is_(False)).order_by(Versioned.id)
+    job = session.scalars(query.limit(1)).first()
+    if job is not None:
+        job.processing = True
+        session.commit()
+    return job
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_version_of_a_claimed_row(database: Database, patched: bool) -> None:
+    """Somebody who has loaded the row before the claim cannot overwrite it."""
+    engine = database.engine()
+    Versions.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add(Versioned(id=1))
+        session.commit()
+    patch = patch_claims(f"{__name__}:take_versioned", Versioned) if patched else nullcontext()
+    with patch, Session(engine) as session, Session(engine, expire_on_commit=False) as other:
+        known = other.get_one(Versioned, 1)
+        other.commit()
+        job = take_versioned(session)
+        assert job is not None
+        assert job.version == 2
+        session.commit()
+        known.processing = True
+        with pytest.raises(StaleDataError):
+            other.commit()
+        job.processing = False
+        session.commit()
+        assert job.version == 3
 
 
 @pytest.mark.databases("sqlite")
