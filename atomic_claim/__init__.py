@@ -1,5 +1,8 @@
 """Atomic claims on the job tables that are already there."""
 
+import importlib
+import typing
+
 from .claim import Claim, claim_jobs
 from .columns import JobTable
 from .errors import (
@@ -12,8 +15,10 @@ from .errors import (
 )
 from .heartbeat import keep_claims
 from .lease import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
-from .patch import Patch, claim_reads, claims, lock_reads, patch_claims
 from .statement import ClaimStatement, claim_statement
+
+if typing.TYPE_CHECKING:
+    from .patch import Patch, claim_reads, claims, lock_reads, patch_claims
 
 __all__ = [
     "AmbiguousTable",
@@ -39,3 +44,18 @@ __all__ = [
     "release_jobs",
     "sweep_jobs",
 ]
+
+if not typing.TYPE_CHECKING:
+    # Type checkers would take any name for one of these.
+
+    def __getattr__(name: str) -> typing.Any:
+        """Load what patches, and wrapt with it, when it is first asked for."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(".patch", __name__), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        """All names, those too that are yet to be loaded."""
+        return sorted({*globals(), *__all__})

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, false
+from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, or_
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
+from sqlalchemy.sql.selectable import FromClause
 
 from atomic_claim.binds import patiently
 from atomic_claim.claim import Claim, claim_jobs
@@ -32,6 +34,7 @@ from .selects import (
     order_terms,
     speaks_only_of,
     with_conditions,
+    with_criteria,
 )
 from .tables import leased_only, table_of
 from .targets import Target
@@ -41,6 +44,12 @@ R = TypeVar("R")
 LEASE = timedelta(minutes=5)
 """The lease where the table can hold one and none was asked for; kept while the loop runs."""
 ALL = 2**31 - 1
+logger = logging.getLogger("atomic_claim")
+UNMARKED = (
+    "%s was handed claimed rows, and changed none of them: they are free again. If its caller "
+    "marks them, use patch_claims(..., lease=..., commit=True). If it looks at their state again "
+    "before the work, leave the state to it: JobTable(..., state=<the lease column>)"
+)
 
 
 def claim_reads(
@@ -57,6 +66,9 @@ def claim_reads(
     claims them first, in a transaction of its own that is committed before the function has them,
     and then reads those rows, in its own session and order. Entities and relationships that are
     loaded of what was found, and rows that are looked up by their primary key, are read as ever.
+
+    A generator is watched whenever it runs, and not while its consumer does; an UPDATE of it that
+    asks whether a row is still free finds it so.
 
     With a lease, a dead worker's rows come back when it ends; it is prolonged by the function's
     own statements once a third of it is over. What the function leaves marked as claimed, because
@@ -75,6 +87,7 @@ def claim_reads(
 
     Returns:
         The :class:`Patch`. Its ``passed_through`` counts the calls that found nothing to claim by.
+        A call that was handed rows under a lease and changed none of them is logged.
 
     Raises:
         PatchError: the target or the table does not fit; or, by a call, a SELECT whose rows cannot
@@ -138,6 +151,7 @@ class ClaimWatch(Watch):
         self._claims: list[tuple[Engine, Claim[Any]]] = []
         self._beats: list[tuple[Engine, Beat]] = []
         self._next_beat = float("inf")
+        self._marks = False
 
     def read(
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
@@ -156,7 +170,9 @@ class ClaimWatch(Watch):
         if not claim:
             return with_conditions(find.statement, false())
         self._claims.append((engine, claim))
-        return with_conditions(find.statement, *search.others, self._is_claimed(find, claim))
+        return with_conditions(
+            find.statement, *search.others, self._is_claimed(find.place, find.key, claim)
+        )
 
     def _claim(self, engine: Engine, find: Find, search: _Search) -> Claim[Any]:
         claim: Claim[Any] = claim_jobs(
@@ -175,11 +191,11 @@ class ClaimWatch(Watch):
             self._next_beat = min(self._next_beat, time.monotonic() + beat.every)
         return claim
 
-    def _is_claimed(self, find: Find, claim: Claim[Any]) -> Any:
+    def _is_claimed(self, place: FromClause, key: Sequence[Any], claim: Claim[Any]) -> Any:
         if len(claim) <= CHUNK or claim.token is None:
-            return key_in(find.key, claim.keys)
+            return key_in(key, claim.keys)
         # More keys than a statement may have parameters.
-        return find.place.columns[self.job_table.token.key] == claim.token
+        return place.columns[self.job_table.token.key] == claim.token
 
     def _ours(self, engine: Engine, run: Callable[[], R]) -> R:
         """Run statements of our own, with pauses that an event loop survives."""
@@ -199,8 +215,27 @@ class ClaimWatch(Watch):
                     keys=lost,
                 )
 
-    def mark(self, connection: Connection) -> None:
-        """What is claimed may be changed by any transaction."""
+    def mark(
+        self,
+        connection: Connection,  # noqa: ARG002 - locks are a connection's, claims are not
+        statement: Update | Delete | None,
+    ) -> Update | Delete | None:
+        """What is claimed may be changed by any transaction.
+
+        An UPDATE that asks whether the row is still free, which it was until we claimed it, gets
+        what the claim left of it.
+        """
+        self._marks = True
+        if statement is None or not self._claims:
+            return None
+        table = self.job_table.table
+        own, others = _parted(conjuncts(statement), table, filters.written(self.job_table))
+        if not own:
+            return None
+        ours = or_(*(self._is_claimed(table, self.job_table.key, c) for _, c in self._claims))
+        return with_criteria(
+            statement, *others, or_(and_(*own), and_(self.job_table.is_running, ours))
+        )
 
     def marked(self, rows: int) -> None:
         """What was claimed is counted already."""
@@ -210,6 +245,8 @@ class ClaimWatch(Watch):
 
     def close(self) -> None:
         """Free what is still marked as claimed; what cannot be reached is left to its lease."""
+        if not self._marks and not self.failed and any(c.token for _, c in self._claims):
+            logger.warning(UNMARKED, self.patch.target)
         while self._claims:
             engine, claim = self._claims.pop()
             if claim.token is not None:
@@ -227,14 +264,7 @@ class _Search:
     @classmethod
     def of(cls, find: Find, written: set[str]) -> _Search:
         """Take a SELECT's conditions apart; a claim changes what those on the state ask for."""
-        state: list[Any] = []
-        others: list[Any] = []
-        for condition in filters.conjuncts_of(conjuncts(find.statement)):
-            is_state = speaks_only_of(condition, find.place) and filters.speaks_of(
-                condition, written
-            )
-            (state if is_state else others).append(condition)
-        return cls(state, others)
+        return cls(*_parted(conjuncts(find.statement), find.place, written))
 
     def where(self, find: Find) -> list[Any]:
         """The same as conditions of a claim."""
@@ -258,6 +288,18 @@ class _Search:
         if not terms or not all(speaks_only_of(term, find.place) for term in terms):
             return None
         return [adapted(term, find.place, find.job_table.table) for term in terms]
+
+
+def _parted(
+    conditions: Iterable[Any], place: FromClause, written: set[str]
+) -> tuple[list[Any], list[Any]]:
+    """The conditions on columns of a table that a claim writes, and all others."""
+    state: list[Any] = []
+    others: list[Any] = []
+    for condition in filters.conjuncts_of(conditions):
+        is_state = speaks_only_of(condition, place) and filters.speaks_of(condition, written)
+        (state if is_state else others).append(condition)
+    return state, others
 
 
 def _looks_up(find: Find) -> bool:

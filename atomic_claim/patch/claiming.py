@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Column, Connection, Engine, Integer
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
@@ -26,7 +26,7 @@ from atomic_claim.errors import ClaimError, PatchError
 
 from . import filters
 from .calls import Call, Reading
-from .habits import commit_habit
+from .habits import Habit, commit_habit
 from .patches import Patch, Run, guarded, make_patch
 from .replacing import ALL, ONE, Replacing
 from .tables import stateless, table_of
@@ -38,7 +38,7 @@ SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection"
 BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Options:
     """What ``patch_claims`` was given beside the target."""
 
@@ -92,6 +92,10 @@ def patch_claims(
     from the call; any other is a constant where a string makes sense (``worker``, ``empty``,
     a column in ``order_by``), and a ``PatchError`` where it does not.
 
+    A generator stays one: it claims when it is asked for the next job, one by one if the original
+    yields them so, and as a context manager once. One that marks something after its yield is
+    refused, since that would be left out: :func:`claim_reads` runs it as it is.
+
     Args:
         target: ``"package.module:Class.method"``, or the function or method itself. It is
             replaced inside its decorators, which go on working. A module that is not imported yet
@@ -101,8 +105,9 @@ def patch_claims(
             of its own, a path (``"self.jobs_table"``) or a callable that gives the same one again
             for the same object.
         session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
-            counterpart, or a context manager that gives it. Left out, the parameter that is
-            called ``session``, ``db``, ``connection``, ``engine`` or the like.
+            counterpart, a context manager that gives it, or a method that makes one of these. Left
+            out, the parameter that is called ``session``, ``db``, ``connection``, ``engine`` or the
+            like.
         limit: how many jobs at most; ``None`` is all, 0 none. The function then returns a list.
             Left out, or the constant 1, it claims one job and returns that.
         where: further conditions: expressions, or a dictionary as :func:`~.filters.conditions`
@@ -120,8 +125,10 @@ def patch_claims(
         when: whether this call claims; a parameter's name may have ``not`` before it. If it does
             not, it goes to the original.
         commit: whether the claim in a session or connection of the caller's is committed, as the
-            function did it. Left out, it is if the function's own source does. Where nothing was
-            claimed, it is only if the source shows that the function commits then, too.
+            function did it. Left out, it is if the function's own source does, or that of a helper
+            (a method of the same class, a function of the same package that gets the session).
+            Where nothing was claimed, it is only if the source shows that the function commits
+            then, too.
         delete: the function takes jobs by deleting them: so does the claim.
         directory: in place of ``table``: the folder of the waiting jobs, where a job is a file, as
             for :func:`atomic_claim.files.claim_files`. What is claimed are its ``ClaimedFile``,
@@ -141,24 +148,24 @@ def patch_claims(
         AmbiguousTable: the table's columns cannot be read with certainty.
     """
     options = Options(
-        table,
-        session,
-        limit,
-        where,
-        order_by,
-        values,
-        lease,
-        worker,
-        returns,
-        empty,
-        when,
-        commit,
-        delete,
-        directory,
-        processing,
-        pattern,
-        key,
-        layout,
+        table=table,
+        session=session,
+        limit=limit,
+        where=where,
+        order_by=order_by,
+        values=values,
+        lease=lease,
+        worker=worker,
+        returns=returns,
+        empty=empty,
+        when=when,
+        commit=commit,
+        delete=delete,
+        directory=directory,
+        processing=processing,
+        pattern=pattern,
+        key=key,
+        layout=layout,
     )
     return make_patch(target, lambda patch, found: prepared(options, patch, found))
 
@@ -189,24 +196,24 @@ def claims(
     The function's ``patch`` is the :class:`Patch`, with its counts.
     """
     options = Options(
-        table,
-        session,
-        limit,
-        where,
-        order_by,
-        values,
-        lease,
-        worker,
-        returns,
-        empty,
-        when,
-        commit,
-        delete,
-        directory,
-        processing,
-        pattern,
-        key,
-        layout,
+        table=table,
+        session=session,
+        limit=limit,
+        where=where,
+        order_by=order_by,
+        values=values,
+        lease=lease,
+        worker=worker,
+        returns=returns,
+        empty=empty,
+        when=when,
+        commit=commit,
+        delete=delete,
+        directory=directory,
+        processing=processing,
+        pattern=pattern,
+        key=key,
+        layout=layout,
     )
 
     def decorate(function: F) -> F:
@@ -288,7 +295,7 @@ class Claiming(Replacing):
         self.delete = options.delete
         self.table = self._reading("table", table_of(options.table), _is_table)
         self._tables: dict[Any, JobTable] = {}
-        self.commits = commit_habit(target.function)
+        self.commits = self._habit(options.commit)
         self.session = self._session(options.session)
         self.where = self._reading("where", options.where)
         self.order_by = self._reading("order_by", options.order_by, self._is_order)
@@ -297,6 +304,16 @@ class Claiming(Replacing):
         self.commit = self._reading("commit", options.commit)
         if self.table.constant:
             self._check_table(self._job_table(self.table.given))
+
+    def _habit(self, commit: Any) -> Habit:
+        found = commit_habit(self.target.function, SESSIONS)
+        if found is None and commit is None:
+            raise PatchError(
+                f"whether {self.target.name} commits cannot be read, since "
+                f"{self.target.function!r} is not written in Python: say commit=True or "
+                "commit=False"
+            )
+        return found or Habit(commits=False, when_empty=False)
 
     def _job_table(self, given: Any) -> JobTable:
         """The table of a call, read once."""
@@ -348,13 +365,13 @@ class Claiming(Replacing):
     @contextmanager
     def claimed(self, call: Call) -> Iterator[list[Any]]:
         """What a call of a function claims, for as long as its session is open."""
-        with _opened(self.session.read(call)) as bind:
+        with _opened(_made(self.session.read(call))) as bind:
             yield self._claim(call, self._synchronous(bind))
 
     @asynccontextmanager
     async def claimed_async(self, call: Call) -> AsyncIterator[list[Any]]:
         """What a call of a coroutine claims, for as long as its session is open."""
-        given = self.session.read(call)
+        given = _made(self.session.read(call))
         if inspect.isawaitable(given):
             given = await given
         if isinstance(given, AbstractAsyncContextManager) and not _is_bind(given):
@@ -417,11 +434,23 @@ class Claiming(Replacing):
             ALL if limit is None else limit,
             filters.beside_the_lease(job_table, where) or None,
             filters.order(job_table, self.order_by.read(call)),
-            self.values.read(call) or None,
+            _versioned(job_table, self.values.read(call)) or None,
             filters.lease(self.lease.read(call)),
             self.worker.read(call),
             bool(commit) and isinstance(bind, (Session, Connection)),
         )
+
+
+def _versioned(job_table: JobTable, values: Any) -> Any:
+    """The values, and the next version of a row whose mapper counts them, as a flush writes it."""
+    mapper = job_table.mapper
+    column = None if mapper is None else mapper.version_id_col
+    if mapper is None or not isinstance(column, Column) or column.table is not job_table.table:
+        return values
+    if mapper.version_id_generator is False or not isinstance(column.type, Integer):
+        return values
+    given = {job_table.column(name, "values") for name in values or ()}
+    return values if column in given else {**(values or {}), column: column + 1}
 
 
 def _is_table(given: Any) -> bool:
@@ -431,6 +460,11 @@ def _is_table(given: Any) -> bool:
 
 def _is_bind(given: Any) -> bool:
     return isinstance(given, (*BINDS, *async_types()))
+
+
+def _made(given: Any) -> Any:
+    """What a method that a path leads to makes; anything else is what it is."""
+    return given() if inspect.isroutine(given) else given
 
 
 @contextmanager

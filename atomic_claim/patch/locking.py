@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Select
+from sqlalchemy import Connection, Delete, Select, Update
 
 from atomic_claim.columns import JobTable
 from atomic_claim.dialects import Work, strategy_for
@@ -47,6 +48,13 @@ def lock_reads(target: Any, table: Any) -> Patch:
     """
 
     def prepare(patch: Patch, found: Target) -> Run:
+        function = found.function
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise PatchError(
+                f"{found.name} is a generator, and a commit of whoever consumes it, between two "
+                "rows, would let go of its locks: patch the function that consumes it, or use "
+                "claim_reads()"
+            )
         given = table_of(table)
         job_table = keyed(given)
         if isinstance(given, JobTable) and given.exclusive_by is not None:
@@ -88,7 +96,11 @@ class LockWatch(Watch):
         self._locked.add(connection)
         return locking
 
-    def mark(self, connection: Connection) -> None:
+    def mark(
+        self,
+        connection: Connection,
+        statement: Update | Delete | None,  # noqa: ARG002 - whatever it asks for
+    ) -> None:
         """Refuse what is not locked any more."""
         if self.reads and connection not in self._locked:
             raise PatchError(

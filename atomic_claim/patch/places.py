@@ -59,7 +59,31 @@ class Cell:
         return "a decorator's closure"
 
 
-Place = Attribute | Cell
+@dataclass(frozen=True, eq=False)
+class Getter:
+    """What a property reads by; the property itself is replaced, and comes back as it was."""
+
+    owner: type[Any]
+    name: str
+    original: property
+
+    def get(self) -> Any:
+        """What is held there, or ``MISSING``."""
+        found = vars(self.owner).get(self.name)
+        return found.fget if isinstance(found, property) else MISSING
+
+    def put(self, value: Any) -> None:
+        """Have the property read by something else."""
+        found = self.original
+        if value is not found.fget:
+            found = found.getter(value)
+        setattr(self.owner, self.name, found)
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}"
+
+
+Place = Attribute | Cell | Getter
 
 
 def _is_proxy(value: Any) -> bool:
@@ -87,10 +111,10 @@ def inner_of(value: Any, name: str) -> Callable[..., Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """The function in a static, a class or a bound method."""
+    """The function in a static, a class or a bound method, or in a property."""
     if type(value) in {staticmethod, classmethod, MethodType}:
         return value.__func__
-    return value
+    return value.fget if type(value) is property else value
 
 
 def places_in(value: Any, wanted: Any) -> list[Place]:

@@ -5,12 +5,30 @@ from __future__ import annotations
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterator,
+    Mapping,
+)
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Connection, Delete, Engine, Select, TextClause, Update, event
+from sqlalchemy import (
+    Connection,
+    Delete,
+    Engine,
+    Insert,
+    Select,
+    StatementLambdaElement,
+    TextClause,
+    Update,
+    event,
+)
 from sqlalchemy.orm import FromStatement, ORMExecuteState, Query, Session
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
@@ -35,12 +53,14 @@ class Watch(ABC):
         patch: the patch of the function that is called.
         job_table: the table that its reads are watched for.
         reads: how many of them were seen.
+        failed: whether the function raised.
     """
 
     def __init__(self, patch: Patch, job_table: JobTable) -> None:
         self.patch = patch
         self.job_table = job_table
         self.reads = 0
+        self.failed = False
 
     @abstractmethod
     def read(
@@ -49,8 +69,13 @@ class Watch(ABC):
         """What is executed in place of a SELECT; None is the SELECT itself."""
 
     @abstractmethod
-    def mark(self, connection: Connection) -> None:
-        """Rows of the table are about to be changed."""
+    def mark(
+        self, connection: Connection, statement: Update | Delete | None
+    ) -> Update | Delete | None:
+        """Rows are about to be changed; what is executed instead, or None.
+
+        The statement is None where it is raw SQL.
+        """
 
     @abstractmethod
     def marked(self, rows: int) -> None:
@@ -84,17 +109,7 @@ def unwatched() -> Iterator[None]:
 
 
 def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
-    """What runs in place of a function whose reads are watched; it runs the function itself.
-
-    Raises:
-        PatchError: the function reads when its call is over already.
-    """
-    function = target.function
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        raise PatchError(
-            f"{target.name} is a generator, whose reads are made while it is consumed: patch the "
-            "function that consumes it"
-        )
+    """What runs in place of a function whose reads are watched; it runs the function itself."""
     listeners.begin()
     patch.at_undo(listeners.end)
 
@@ -104,7 +119,7 @@ def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
             with _watched(watch):
                 return _read_already(wrapped(*args, **kwargs), patch)
         finally:
-            watch.close()
+            _over(watch)
 
     async def run_async(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         watch = make()
@@ -112,20 +127,101 @@ def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
             with _watched(watch):
                 return _read_already(await wrapped(*args, **kwargs), patch)
         finally:
-            await greenlet_spawn(patiently, watch.close)
+            await greenlet_spawn(patiently, _over, watch)
 
+    def generate(
+        wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Generator[Any, Any, Any]:
+        return (yield from WatchedGenerator(make(), wrapped(*args, **kwargs)))
+
+    def generate_async(
+        wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        return WatchedAsyncGenerator(make(), wrapped(*args, **kwargs))
+
+    function = target.function
+    if inspect.isasyncgenfunction(function):
+        return generate_async
+    if inspect.isgeneratorfunction(function):
+        return generate
     return run_async if inspect.iscoroutinefunction(function) else run
 
 
 @contextmanager
 def _watched(watch: Watch) -> Iterator[None]:
     token = watches.set((*watches.get(), watch))
+    watch.failed = True
     try:
         yield
+        watch.failed = False
     finally:
         watches.reset(token)
-        if not watch.reads:
-            watch.patch.count(passed_through=1)
+
+
+def _over(watch: Watch) -> None:
+    if not watch.reads:
+        watch.patch.count(passed_through=1)
+    watch.close()
+
+
+class WatchedGenerator(Generator[Any, Any, Any]):
+    """A generator that is watched whenever it runs, and not while its consumer does."""
+
+    def __init__(self, watch: Watch, inner: Generator[Any, Any, Any]) -> None:
+        self._watch = watch
+        self._inner = inner
+
+    def send(self, value: Any) -> Any:
+        """Run up to the next yield."""
+        return self._run(lambda: self._inner.send(value))
+
+    def throw(self, *error: Any) -> Any:
+        """Raise an exception where it stands."""
+        return self._run(lambda: self._inner.throw(*error))
+
+    def _run(self, step: Callable[[], Any]) -> Any:
+        is_over = True
+        try:
+            with _watched(self._watch):
+                found = step()
+            is_over = False
+            return found
+        except StopIteration:
+            self._watch.failed = False
+            raise
+        finally:
+            if is_over:
+                _over(self._watch)
+
+
+class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
+    """The same of an asynchronous one."""
+
+    def __init__(self, watch: Watch, inner: AsyncGenerator[Any, Any]) -> None:
+        self._watch = watch
+        self._inner = inner
+
+    async def asend(self, value: Any) -> Any:
+        """Run up to the next yield."""
+        return await self._run(self._inner.asend(value))
+
+    async def athrow(self, *error: Any) -> Any:
+        """Raise an exception where it stands."""
+        return await self._run(self._inner.athrow(*error))
+
+    async def _run(self, step: Awaitable[Any]) -> Any:
+        is_over = True
+        try:
+            with _watched(self._watch):
+                found = await step
+            is_over = False
+            return found
+        except StopAsyncIteration:
+            self._watch.failed = False
+            raise
+        finally:
+            if is_over:
+                await greenlet_spawn(patiently, _over, self._watch)
 
 
 def _read_already(result: Any, patch: Patch) -> Any:
@@ -198,10 +294,15 @@ def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str
     table = watch.job_table.table
     if isinstance(clause, ClaimStatement):
         return None
+    if isinstance(clause, StatementLambdaElement):
+        clause = clause._resolved  # noqa: SLF001 - there is no public way to what a lambda gives
+    if isinstance(clause, Insert) and clause.select is not None and mentions(clause.select, table):
+        raise PatchError(
+            f"{watch.patch.target} copies {table.fullname!r} by INSERT ... SELECT, whose rows "
+            "cannot be locked: read the rows in Python, and insert them then"
+        )
     if isinstance(clause, (Update, Delete)):
-        if clause.table == table:
-            watch.mark(connection)
-        return None
+        return watch.mark(connection, clause) if clause.table == table else None
     text = clause.element if isinstance(clause, FromStatement) else clause
     if isinstance(text, TextClause):
         _raw(watch, connection, text.text)
@@ -224,7 +325,7 @@ def _raw(watch: Watch, connection: Connection, sql: str) -> None:
             f"nothing can be added to: {' '.join(sql.split())[:200]}; write it as a select() of "
             "the table"
         )
-    watch.mark(connection)
+    watch.mark(connection, None)
 
 
 def _before_cursor(

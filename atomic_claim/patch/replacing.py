@@ -6,13 +6,14 @@ import copy
 import inspect
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 from atomic_claim.errors import PatchError
 
 from .calls import Call, Reading, bound_call, positional, reading
+from .habits import Yields, yields_of
 from .patches import Patch
 from .targets import Target
 
@@ -53,7 +54,12 @@ class Replacing(ABC):
         self.empty = self._reading("empty", empty, _is_answer)
         self.when = self._when(when)
         self.returns = _adapter(returns, single=self.single)
+        self.yields = self._yields()
         self._check_constants()
+        self.in_all = self.limit
+        if self.yields.commits_between:
+            # Whoever consumes it may stop, and what it has not yet yielded is then free.
+            self.limit = self._reading("limit", 1)
 
     def _reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
@@ -66,6 +72,29 @@ class Replacing(ABC):
             plain = self._reading("when", given.removeprefix("not ").strip())
             return Reading("when", given, lambda call: not plain.read(call))
         return self._reading("when", True if given is None else given)
+
+    def _yields(self) -> Yields:
+        """How the function yields, if it is a generator.
+
+        Raises:
+            PatchError: what it does between two yields cannot be left out.
+        """
+        function, name = self.target.function, self.target.name
+        if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
+            return Yields()
+        found = yields_of(function)
+        if found.marks_after:
+            raise PatchError(
+                f"{name} goes on after its yield, and marks something there (line "
+                f"{found.marks_after} of it), which a claim in its place would leave out: have it "
+                "run as it is, over claimed rows, by claim_reads()"
+            )
+        if found.never_ends:
+            raise PatchError(
+                f"{name} never ends, it waits for more: patch the function that it finds one job "
+                "by, or have it run as it is, over claimed rows, by claim_reads()"
+            )
+        return found
 
     def _check_constants(self) -> None:
         """Find out now what would else be found out by the first call."""
@@ -95,9 +124,18 @@ class Replacing(ABC):
 
     def generate(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, Any, Any]:
         """In place of a generator."""
-        yield from self.run(wrapped, instance, args, kwargs)
+        call = self._call(instance, args, kwargs)
+        if call is None:
+            return (yield from wrapped(*args, **kwargs))
+        for _ in range(self._rounds(call)):
+            with self.claimed(call) as claim:
+                answer = self._part(call, claim)
+            yield from answer
+            if not claim:
+                break
+        return None
 
     async def run_async(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -118,10 +156,13 @@ class Replacing(ABC):
             async for each in wrapped(*args, **kwargs):
                 yield each
             return
-        async with self.claimed_async(call) as claim:
-            answer = self._answer(call, claim)
-        for each in answer:
-            yield each
+        for _ in range(self._rounds(call)):
+            async with self.claimed_async(call) as claim:
+                answer = self._part(call, claim)
+            for each in answer:
+                yield each
+            if not claim:
+                break
 
     def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """The call, if it claims; what does not fit the signature is the original's to refuse."""
@@ -130,6 +171,24 @@ class Replacing(ABC):
             self.patch.count(passed_through=1)
             return None
         return call
+
+    def _rounds(self, call: Call) -> int:
+        """How often a generator claims at most, if it goes on finding jobs."""
+        if self.target.is_context:
+            return 1
+        if self.yields.repeats or (self.single and self.yields.in_loop):
+            return ALL
+        limit = self.in_all.read(call) if self.yields.commits_between else 1
+        return ALL if limit is None else limit
+
+    def _part(self, call: Call, claim: list[Any]) -> Iterable[Any]:
+        """What a generator yields of one claim; as a context manager once, be it nothing."""
+        answer = self._answer(call, claim)
+        if self.target.is_context:
+            return [answer]
+        if self.single:
+            return [answer] if claim else []
+        return answer  # type: ignore[no-any-return]
 
     def _answer(self, call: Call, claim: list[Any]) -> Any:
         """What the function returns, or raises."""

@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CompoundSelect, Join, Select, Table, TableClause, bindparam
+from sqlalchemy import (
+    CompoundSelect,
+    Delete,
+    Join,
+    Select,
+    Table,
+    TableClause,
+    Update,
+    bindparam,
+)
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.annotation import _deep_deannotate
 from sqlalchemy.sql.elements import (
@@ -225,14 +234,21 @@ def baked(clause: Any, params: Mapping[str, Any]) -> Any:
     return visitors.replacement_traverse(clause, {}, replace)
 
 
-def conjuncts(statement: Select[Any]) -> tuple[Any, ...]:
-    """The conditions of a SELECT, all of which must hold."""
+def conjuncts(statement: Select[Any] | Update | Delete) -> tuple[Any, ...]:
+    """The conditions of a statement, all of which must hold."""
     return statement._where_criteria
 
 
 def order_terms(statement: Select[Any]) -> tuple[Any, ...]:
     """What a SELECT orders by."""
     return tuple(statement._order_by_clauses)
+
+
+def with_criteria(statement: Update | Delete, *conditions: Any) -> Update | Delete:
+    """The UPDATE or DELETE with other conditions."""
+    found = statement.where()
+    found._where_criteria = conditions
+    return found
 
 
 def with_conditions(statement: Select[Any], *conditions: Any) -> Select[Any]:

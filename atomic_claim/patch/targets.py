@@ -6,7 +6,9 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -14,7 +16,11 @@ from wrapt import BaseObjectProxy, BoundFunctionWrapper, FunctionWrapper
 
 from atomic_claim.errors import PatchError
 
-from .places import Attribute, Place, inner_of, places_in, plain
+from .places import Attribute, Getter, Place, inner_of, places_in, plain
+
+# What these decorators return is always of the same code.
+_DECORATORS: tuple[Any, ...] = (contextmanager, asynccontextmanager)
+CONTEXTS = {decorator(iter).__code__ for decorator in _DECORATORS}
 
 
 class PatchWrapper(FunctionWrapper[..., Any]):
@@ -41,6 +47,7 @@ class Target:
         signature: the function's own signature, with ``self``.
         overrides: the subclasses' methods that stand in its place, which are not patched.
         unpatched: other names of it that are not patched.
+        is_context: whether a decorator makes a context manager of it.
     """
 
     name: str
@@ -49,11 +56,18 @@ class Target:
     signature: inspect.Signature
     overrides: list[str] = field(default_factory=list)
     unpatched: list[str] = field(default_factory=list)
+    is_context: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:
-        """The function itself."""
-        return plain(self.wrapped)  # type: ignore[no-any-return]
+        """The function itself, in a partial one or behind an object that is called."""
+        found = plain(self.wrapped)
+        while isinstance(found, partial):
+            found = plain(found.func)
+        if not inspect.isroutine(found):
+            called = inspect.getattr_static(type(found), "__call__", None)
+            found = called if isinstance(called, FunctionType) else found
+        return found  # type: ignore[no-any-return]
 
 
 def parts_of(given: str) -> tuple[str, str]:
@@ -177,13 +191,13 @@ def _target(name: str, owner: Any, last: str) -> Target:
     if isinstance(stored, type) or not callable(plain(stored)):
         raise PatchError(f"{name} is {stored!r}; expected a function or a method")
     root = Attribute(owner, last)
-    wrapped, places = _innermost(name, stored, root, last)
+    wrapped, places, is_context = _innermost(name, stored, root, last)
     if places != [root] and root.get() is not stored:
         raise PatchError(
             f"{name} is inherited and decorated, and its decorators are shared with the class that "
             "defines it: patch it there"
         )
-    found = Target(name, wrapped, places, _signature(name, wrapped))
+    found = Target(name, wrapped, places, _signature(name, wrapped), is_context=is_context)
     if isinstance(owner, type):
         found.overrides = [f"{_title(each)}.{last}" for each in _overriding(owner, last)]
     if places == [root]:
@@ -196,11 +210,19 @@ def _target(name: str, owner: Any, last: str) -> Target:
     return found
 
 
-def _innermost(name: str, stored: Any, root: Place, last: str) -> tuple[Any, list[Place]]:
-    """The function inside all decorators, so that these go on working around the claim."""
-    wrapped, places = stored, [root]
-    _refuse_patched(stored, name)
+def _innermost(name: str, stored: Any, root: Attribute, last: str) -> tuple[Any, list[Place], bool]:
+    """The function inside all decorators, so that these go on working around the claim.
+
+    With it, where it is held, and whether a decorator makes a context manager of it.
+    """
+    wrapped: Any = stored
+    places: list[Place] = [root]
+    is_context = False
+    if type(stored) is property:
+        wrapped, places = stored.fget, [Getter(root.owner, last, stored)]
+    _refuse_patched(wrapped, name)
     while (inner := inner_of(wrapped, last)) is not None:
+        is_context = is_context or getattr(plain(wrapped), "__code__", None) in CONTEXTS
         held = places_in(wrapped, inner)
         if not any(_is_effective(place) for place in held):
             raise PatchError(
@@ -209,7 +231,7 @@ def _innermost(name: str, stored: Any, root: Place, last: str) -> tuple[Any, lis
             )
         wrapped, places = inner, held
         _refuse_patched(wrapped, name)
-    return wrapped, places
+    return wrapped, places, is_context
 
 
 def _is_effective(place: Place) -> bool:

@@ -1,14 +1,17 @@
 """What the packages do with several workers, before and after.
 
     python -m examples.recipes.measure kombu postgresql+psycopg://user@host/database
-    python -m examples.recipes.measure apscheduler sqlite:////tmp/jobs.sqlite
+    python -m examples.recipes.measure --runs 5 apscheduler sqlite:///jobs.sqlite postgresql+...
 
+Prints a Markdown table: of each figure the median, and where they differ the least and the most.
 The tables that the package makes are made anew, and dropped in the end.
 """
 
 import argparse
 import logging
 import multiprocessing
+import os
+import platform
 import statistics
 import time
 from collections import Counter
@@ -47,12 +50,22 @@ class Figures:
     p99: float
     seconds: float
 
-    def __str__(self) -> str:
-        return (
-            f"{self.jobs} jobs, {self.runs} runs, {self.extra} too many, {self.lost} lost; "
-            f"runs by worker {', '.join(map(str, self.workers))}; a call takes {self.p50:.1f} ms "
-            f"(median), {self.p99:.1f} ms (p99); {self.seconds:.1f} s"
-        )
+
+Column = tuple[str, Callable[[Figures], float], str]
+RUNS: list[Column] = [
+    ("runs", lambda figures: figures.runs, ",.0f"),
+    ("too many", lambda figures: figures.extra, ",.0f"),
+    ("jobs without a run", lambda figures: figures.lost, ",.0f"),
+]
+SHARES: list[Column] = [
+    ("fewest by a worker", lambda figures: figures.workers[0], ",.0f"),
+    ("most by a worker", lambda figures: figures.workers[-1], ",.0f"),
+]
+TIMES: list[Column] = [
+    ("a call, median, ms", lambda figures: figures.p50, ".1f"),
+    ("a call, p99, ms", lambda figures: figures.p99, ".1f"),
+    ("all of it, s", lambda figures: figures.seconds, ".1f"),
+]
 
 
 def engine_of(url: str) -> sa.Engine:
@@ -206,15 +219,28 @@ class Recipe:
     tables: tuple[str, ...]
     workers: int
     jobs: int
+    columns: list[Column]
 
 
 RECIPES = {
     "kombu": Recipe(
-        "kombu_transport", kombu_fill, kombu_work, ("kombu_message", "kombu_queue"), 8, 400
+        "kombu_transport",
+        kombu_fill,
+        kombu_work,
+        ("kombu_message", "kombu_queue"),
+        8,
+        400,
+        RUNS + TIMES,
     ),
-    "apso": Recipe("apso_relay", apso_fill, apso_work, ("events",), 4, 400),
+    "apso": Recipe("apso_relay", apso_fill, apso_work, ("events",), 4, 400, RUNS + TIMES),
     "apscheduler": Recipe(
-        "apscheduler_store", apscheduler_fill, apscheduler_work, ("apscheduler_jobs",), 4, 50
+        "apscheduler_store",
+        apscheduler_fill,
+        apscheduler_work,
+        ("apscheduler_jobs",),
+        4,
+        50,
+        RUNS + SHARES,
     ),
 }
 
@@ -276,13 +302,59 @@ def measure(name: str, url: str, *, patched: bool) -> Figures:
     )
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure a recipe before and after.")
+def table(name: str, urls: list[str], runs: int) -> str:
+    """Measure on each database in turn, as it is and patched, and put it into a table."""
+    recipe = RECIPES[name]
+    lines = [
+        f"| {recipe.workers} workers, {recipe.jobs} jobs | "
+        + " | ".join(heading for heading, _, _ in recipe.columns),
+        "|---" * (len(recipe.columns) + 1),
+    ]
+    for url in urls:
+        found: dict[bool, list[Figures]] = {False: [], True: []}
+        for _ in range(runs):
+            for patched, figures in found.items():
+                figures.append(measure(name, url, patched=patched))
+        for patched, figures in found.items():
+            cells = [
+                _cell([read(each) for each in figures], how) for _, read, how in recipe.columns
+            ]
+            what = "patched" if patched else "as it is"
+            lines.append(" | ".join([f"| {server_of(url)}, {what}", *cells]))
+    return "\n".join(f"{line} |" if " " in line else f"{line}|" for line in lines)
+
+
+def _cell(values: list[float], how: str) -> str:
+    """The median, and where they differ the least and the most."""
+    least, middle, most = (
+        format(each, how) for each in (min(values), statistics.median(values), max(values))
+    )
+    return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def server_of(url: str) -> str:
+    """The database's name and version."""
+    engine = engine_of(url)
+    with engine.connect() as connection:
+        version = ".".join(map(str, connection.dialect.server_version_info or ()))
+    engine.dispose()
+    names = {"postgresql": "PostgreSQL", "sqlite": "SQLite", "mysql": "MySQL", "mariadb": "MariaDB"}
+    return f"{names.get(engine.dialect.name, engine.dialect.name)} {version}"
+
+
+def main() -> None:
+    """Measure a recipe before and after."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", choices=RECIPES)
-    parser.add_argument("url", help="the database, as an SQLAlchemy URL")
+    parser.add_argument("urls", nargs="+", metavar="url", help="a database, as an SQLAlchemy URL")
+    parser.add_argument("--runs", type=int, default=1, help="how often each is measured (1)")
     given = parser.parse_args()
-    for patched in (False, True):
-        print(
-            "patched:" if patched else "as it is:",
-            measure(given.recipe, given.url, patched=patched),
-        )
+    print(table(given.recipe, given.urls, given.runs))
+    print(
+        f"\n{given.runs} runs of each in turn; SQLAlchemy {sa.__version__}, "
+        f"Python {platform.python_version()}, {os.cpu_count()} cores"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from atomic_claim import PatchError, patch_claims
 from atomic_claim.patch.calls import bound_call, reading
-from atomic_claim.patch.habits import Habit, commit_habit
+from atomic_claim.patch.habits import Habit, Yields, commit_habit, yields_of
 from tests.patch import legacy
 from tests.patch.legacy import Job
 from tests.patch.patched import jobs, leased
@@ -274,12 +274,49 @@ def test_habits(function: Callable[..., Any], expected: Habit) -> None:
     assert commit_habit(function) == expected
 
 
+class Counting:
+    """A class of generators."""
+
+    handed = 0
+
+    def one(self, session: Session) -> Iterator[Any]:
+        """Counts what it has handed out."""
+        while True:
+            job = session.get(Job, 1)
+            if job is None:
+                return
+            session.commit()
+            yield job
+            self.handed += 1
+
+    def each(self, session: Session) -> Iterator[Any]:
+        """Commits once, and yields a list's jobs in a loop."""
+        found = session.query(Job).all()
+        session.commit()
+        for job in found:
+            yield job.id
+
+    def then(self, session: Session) -> Iterator[Any]:
+        """Marks what it has handed out."""
+        job = session.get_one(Job, 1)
+        yield job
+        job.state = "done"
+
+
+def test_how_a_generator_yields() -> None:
+    """Whether it finds again, commits between two jobs, and marks something afterwards."""
+    assert yields_of(Counting.one) == Yields(repeats=True, in_loop=True, commits_between=True)
+    assert yields_of(Counting.each) == Yields(in_loop=True)
+    assert yields_of(Counting.then).marks_after == 5
+    assert yields_of(len) == Yields()
+
+
 def test_habits_without_a_source() -> None:
     """Without a source the names that the code uses have to do."""
     found: dict[str, Any] = {}
     exec("def f(session):\n    session.commit()", found)  # noqa: S102
     assert commit_habit(found["f"]) == Habit(commits=True, when_empty=False)
-    assert commit_habit(len) == Habit(commits=False, when_empty=False)
+    assert commit_habit(len) is None
 
 
 def test_what_a_string_means() -> None:

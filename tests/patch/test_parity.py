@@ -1,20 +1,24 @@
 """Run alone, a patched function returns, raises and commits as the original did."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
-from atomic_claim import patch_claims
+from atomic_claim import Patch, patch_claims
 from tests.databases import Database
 from tests.patch import legacy
 from tests.patch.legacy import Job, Message
-from tests.patch.patched import SHAPES, jobs
+from tests.patch.patched import LEASE, SHAPES, jobs, leased
 from tests.patch.test_shapes import fill
+from tests.test_aio import DRIVERS
 
 COUNT = 7
 
@@ -22,14 +26,36 @@ COUNT = 7
 def told(call: Callable[[], Any]) -> Any:
     """What a call returned or raised, as plain values."""
     try:
-        found = call()
+        return plain(call())
     except legacy.Empty as error:
         return repr(error)
+
+
+def plain(found: Any) -> Any:
+    """What was returned, in a form that can be compared."""
     if isinstance(found, Job):
         return ("job", found.id, found.state)
     if isinstance(found, list):
         return [each if isinstance(each, int) else each.id for each in found]
     return found
+
+
+def found_and_marked(session: Session) -> list[int]:
+    """D: find what is due, and mark each job later."""
+    store = legacy.Store(session)
+    found = [(job.id, job) for job in store.get_due_jobs()]
+    for _, job in found:
+        store.update_job(job)
+    return [key for key, _ in found]
+
+
+async def found_and_marked_async(session: AsyncSession) -> list[int]:
+    """The same of a coroutine, whose caller marks."""
+    found = await legacy.AsyncRepository(session).get_due_jobs()
+    for job in found:
+        job.state = "running"
+    await session.commit()
+    return [job.id for job in found]
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -38,39 +64,124 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "C": lambda session: legacy.Repository(session).claim_batch(limit=3),
     "C by sessionmaker": lambda maker: legacy.Repository.claim_ids(maker),
     "C by Core": lambda engine: legacy.Repository.claim_rows(engine, 3),
+    "D": found_and_marked,
     "E": lambda session: legacy.relay(session, 3),
+    "E by Core": lambda engine: legacy.relay_rows(engine, 3),
     "F": lambda session: legacy.send_all(session),
     "F with a state": lambda session: legacy.work_all(session, 3),
     "G": lambda session: legacy.pop(session),
+    "A async": lambda session: legacy.claim_next_async(session),
+    "B async": lambda session: legacy.AsyncRepository(session).get("default"),
+    "C async": lambda session: legacy.AsyncRepository(session).claim_batch(3),
+    "D async": found_and_marked_async,
+    "E async": lambda session: legacy.relay_async(session, 3),
+    "F async": lambda session: legacy.send_all_async(session),
+    "G async": lambda engine: legacy.pop_async(engine),
+}
+# The original finds without a limit and without a commit; a claim has to have one.
+FINDS: dict[str, Callable[[], Patch]] = {
+    "D": lambda: patch_claims(
+        legacy.Store.get_due_jobs,
+        leased,
+        session="self.session",
+        limit=None,
+        lease=LEASE,
+        commit=True,
+    ),
+    "D async": lambda: patch_claims(
+        legacy.AsyncRepository.get_due_jobs,
+        leased,
+        session="self.session",
+        limit=None,
+        lease=LEASE,
+        commit=True,
+    ),
 }
 
 
-def alone(database: Database, shape: str, *, patched: bool) -> tuple[list[Any], int, list[Any]]:
-    """What nine calls of a function give, how often they commit, and what is in the table then."""
+@dataclass
+class Seen:
+    """What the calls of a function showed.
+
+    Attributes:
+        found: what they returned and raised.
+        commits: how often their session committed, or else the connections of their engine.
+        rows: what is in the table then.
+    """
+
+    found: list[Any]
+    commits: int
+    rows: list[Any]
+
+
+def alone(database: Database, shape: str, *, patched: bool) -> Seen:
+    """What nine calls of a function show."""
     engine = database.engine()
     model = SHAPES[shape].model
     fill(engine, model, COUNT)
-    commits: list[Any] = []
-    maker = sessionmaker(engine)
-    sa.event.listen(maker, "after_commit", commits.append)
-    binds = {sessionmaker: maker, Session: maker()}
-    bind = binds.get(SHAPES[shape].bind, engine)
-    with SHAPES[shape].patch() if patched else nullcontext():
-        found = [told(lambda: CALLS[shape](bind)) for _ in range(9)]
-    counted = len(commits) if isinstance(bind, Session) else -1
-    if isinstance(bind, Session):
-        bind.close()
+    with FINDS.get(shape, SHAPES[shape].patch)() if patched else nullcontext():
+        if SHAPES[shape].on_loop:
+            found, commits = asyncio.run(called_async(database, shape))
+        else:
+            found, commits = called(engine, shape)
     done = {"jobs": "state", "mails": "sent", "events": "published"}.get(model.__tablename__, "id")
     with engine.connect() as connection:
         column = model.__table__.c[done]
         rows = connection.scalars(sa.select(column).order_by(model.__table__.c.id)).all()
-    return found, counted, list(rows)
+    return Seen(found, commits, list(rows))
+
+
+def called(engine: sa.Engine, shape: str) -> tuple[list[Any], int]:
+    """What the calls of a function give, and how often they commit."""
+    commits: list[Any] = []
+    maker = sessionmaker(engine)
+    bind = {sessionmaker: maker, Session: maker()}.get(SHAPES[shape].bind, engine)
+    if isinstance(bind, Session):
+        sa.event.listen(bind, "after_commit", commits.append)
+    else:
+        sa.event.listen(engine, "commit", commits.append)
+    found = [told(lambda: CALLS[shape](bind)) for _ in range(9)]
+    if isinstance(bind, Session):
+        bind.close()
+    return found, len(commits)
+
+
+async def called_async(database: Database, shape: str) -> tuple[list[Any], int]:
+    """The same of a coroutine."""
+    commits: list[Any] = []
+    engine = create_async_engine(database.url.set(drivername=DRIVERS[database.name][0]))
+    bind: Any = engine
+    if SHAPES[shape].model is Message:
+        sa.event.listen(engine.sync_engine, "commit", commits.append)
+    else:
+        # What a coroutine returns must not have to be loaded again.
+        bind = AsyncSession(engine, expire_on_commit=False)
+        sa.event.listen(bind.sync_session, "after_commit", commits.append)
+    found = []
+    for _ in range(9):
+        before = len(commits)
+        try:
+            found.append(plain(await CALLS[shape](bind)))
+        except legacy.Empty as error:
+            found.append(repr(error))
+            if bind is engine:
+                # A transaction of its own that wrote nothing: nobody sees how it ends.
+                del commits[before:]
+    if isinstance(bind, AsyncSession):
+        await bind.close()
+    await engine.dispose()
+    return found, len(commits)
 
 
 @pytest.mark.parametrize("shape", CALLS)
 def test_alone_nothing_differs(database: Database, shape: str) -> None:
     """Return values, exceptions, commits and rows are those of the original."""
-    assert alone(database, shape, patched=True) == alone(database, shape, patched=False)
+    original, patched = (alone(database, shape, patched=each) for each in (False, True))
+    if shape in FINDS:
+        # The find that found something commits its claim.
+        original.commits += sum(1 for found in original.found if found)
+    assert patched == original
+    assert original.found != original.found[:1] * 9
 
 
 def test_the_entity_is_the_session_s(database: Database) -> None:

@@ -95,6 +95,7 @@ READS: dict[str, tuple[Any, str]] = {
         sa.select(Event).from_statement(sa.text("SELECT * FROM events")),
         "by raw SQL",
     ),
+    "a lambda": (sa.lambda_stmt(lambda: sa.select(sa.func.max(Event.id))), "aggregate"),
     "raw SQL in a SELECT": (sa.select(sa.text("id")).select_from(sa.text("events")), "by raw SQL"),
 }
 
@@ -142,6 +143,30 @@ def test_reads_that_cannot_be_protected(engine: sa.Engine, patch: Any, name: str
         Reader().execute(session, statement)
     with Session(engine) as session:
         Reader().execute(session, statement)
+
+
+@pytest.mark.databases("sqlite")
+def test_a_lambda_is_a_read_like_others(engine: sa.Engine) -> None:
+    """A statement that SQLAlchemy makes of a lambda locks, too, with the values of its call."""
+    found = []
+    with lock_reads(f"{HERE}:Reader.execute", Event) as patch, Session(engine) as session:
+        for key in (3, 5):
+            query = sa.lambda_stmt(lambda: sa.select(Event).where(Event.id == key))  # noqa: B023
+            found += [event.id for (event,) in Reader().execute(session, query)]
+        assert session.connection().connection.in_transaction  # type: ignore[attr-defined]
+    assert (found, patch.calls, patch.passed_through) == ([3, 5], 2, 0)
+
+
+@pytest.mark.databases("sqlite")
+def test_a_copy_within_the_database_is_refused(engine: sa.Engine) -> None:
+    """INSERT ... SELECT finds rows, too, and they cannot be locked for it."""
+    copy = sa.insert(Run).from_select(["number"], sa.select(Event.id))
+    with (
+        lock_reads(f"{HERE}:Reader.execute", Event),
+        Session(engine) as session,
+        pytest.raises(PatchError, match=r"INSERT \.\.\. SELECT"),
+    ):
+        Reader().execute(session, copy)
 
 
 @pytest.mark.databases("sqlite")

@@ -16,6 +16,25 @@ def url_of(database: Database) -> str:
     return database.url.render_as_string(hide_password=False)
 
 
+@pytest.mark.databases("sqlite")
+def test_the_measurement_s_table(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each database as it is and patched, of medians and, where they differ, the ends."""
+    from examples.recipes import measure  # noqa: PLC0415
+
+    seconds = iter([3.0, 0.5, 1.0, 0.5, 2.0, 0.5])
+
+    def measured(name: str, _: str, *, patched: bool) -> Any:
+        assert name == "apso"
+        extra = 0 if patched else 5
+        return measure.Figures(400, 400 + extra, extra, 0, (100, 100), 1, 2, next(seconds))
+
+    monkeypatch.setattr(measure, "measure", measured)
+    lines = measure.table("apso", [url_of(database)], 3).splitlines()
+    assert [len(line.split("|")) for line in lines] == [9, 9, 9, 9]
+    assert lines[2].endswith(", as it is | 405 | 5 | 0 | 1.0 | 2.0 | 2.0 (1.0 to 3.0) |")
+    assert lines[3].endswith(", patched | 400 | 0 | 0 | 1.0 | 2.0 | 0.5 |")
+
+
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")
 def test_kombu(database: Database) -> None:
     """A message goes to one channel, and another's is not waited for."""

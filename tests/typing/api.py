@@ -27,6 +27,7 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
+import atomic_claim
 from atomic_claim import (
     AmbiguousTable,
     Claim,
@@ -205,6 +206,11 @@ def errors(engine: Engine) -> None:
 def decorated(session: Session, limit: int = 5) -> list[Job]:
     """A decorated function keeps its type."""
     return list(session.scalars(sa.select(Job).limit(limit)))
+
+
+def a_name_that_is_none() -> None:
+    """What is loaded late is known early, and nothing else is taken for it."""
+    atomic_claim.patch_claim  # type: ignore[attr-defined]  # noqa: B018
 
 
 def patches(session: Session, maker: sessionmaker[Session]) -> None:
