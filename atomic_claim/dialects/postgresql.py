@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ from .base import (
     require,
     returned,
 )
+from .direct import direct_of, note
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -127,7 +128,12 @@ class PostgreSQL(Strategy):
             keys = self.lock(work, parts, params)
             return mark_and_load(work, parts, keys, params, self.hints)
         self._check_zone(work, parts)
-        found = returned(parts, work.execute(parts.statement, params))
+        direct = direct_of(work, parts)
+        if direct is not None and (fetched := direct.fetch(work, params)) is not None:
+            return direct.found(fetched)
+        result = work.execute(parts.statement, params)
+        note(work, parts, result)
+        found = returned(parts, result)
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
@@ -165,19 +171,22 @@ class PostgreSQL(Strategy):
         driver: Any = connection.connection.driver_connection
         if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
             return None
-        # SQLAlchemy leaves the default level on a connection that was in AUTOCOMMIT for a while.
-        levels = {None, connection.default_isolation_level}.intersection(PLAIN_LEVELS)
-        level = driver.isolation_level and driver.isolation_level.name.replace("_", " ")
-        if level not in levels or driver.read_only or driver.deferrable:
+        if (level := driver.isolation_level) is not None:
+            # SQLAlchemy leaves the default level on a connection that was once in AUTOCOMMIT.
+            levels = {connection.default_isolation_level}.intersection(PLAIN_LEVELS)
+            if level.name.replace("_", " ") not in levels:
+                return None
+        if driver.read_only or driver.deferrable:
             return None
-        return nullcontext() if driver.autocommit else _autocommit(driver)
+        return nullcontext() if driver.autocommit else _Autocommit(driver)
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
+        if (connection := getattr(driver, "pgconn", None)) is not None:  # psycopg: IDLE is 0
+            return bool(connection.transaction_status != 0)
         if hasattr(driver, "is_in_transaction"):  # asyncpg
             return bool(driver.is_in_transaction())
-        info = getattr(driver, "info", None)
-        status = getattr(info, "transaction_status", 0)  # psycopg and psycopg2: IDLE is 0
+        status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg2
         return bool(status != 0)
 
     def is_conflict(self, error: DBAPIError) -> bool:
@@ -192,14 +201,18 @@ class PostgreSQL(Strategy):
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
 
 
-@contextmanager
-def _autocommit(driver: Any) -> Iterator[None]:
-    driver.autocommit = True
-    try:
-        yield
-    finally:
-        if not driver.closed:
-            driver.autocommit = False
+class _Autocommit(AbstractContextManager[None]):
+    """The driver commits by itself until the block ends; no generator, for every claim's sake."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def __enter__(self) -> None:
+        self.driver.autocommit = True
+
+    def __exit__(self, *_: object) -> None:
+        if not self.driver.closed:
+            self.driver.autocommit = False
 
 
 def _time_zone(work: Work) -> str:
