@@ -4,6 +4,7 @@ A process opens each way once, so that its connection and what is prepared on it
 """
 
 import multiprocessing
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -147,7 +148,8 @@ def _work(pipe: Any) -> None:
         try:
             order, task, *more = pipe.recv()
         except EOFError:
-            return
+            # Pools and loops of other packages would complain of an end that is not theirs.
+            os._exit(0)
         try:
             if task not in opened:
                 opened[task] = task.open()

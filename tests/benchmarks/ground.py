@@ -199,7 +199,11 @@ def add_indexes(engine: sa.Engine, jobs: JobTable) -> None:
 @contextmanager
 def numbers(engine: sa.Engine) -> Iterator[tuple[Any, Any]]:
     """A table of the numbers to a thousand, twice."""
-    table = sa.Table("bench_numbers", sa.MetaData(), Column("n", sa.Integer, primary_key=True))
+    table = sa.Table(
+        "bench_numbers",
+        sa.MetaData(),
+        Column("n", sa.Integer, primary_key=True, autoincrement=False),
+    )
     table.metadata.drop_all(engine)
     table.metadata.create_all(engine)
     with engine.begin() as connection:

@@ -31,6 +31,11 @@ def measure(
     ground: Ground, *, rounds: int, sizes: Sequence[int] = SIZES, calls: int = 100
 ) -> Iterator[list[Line]]:
     """The p50 and p99 of one claim, by the table's size; the tables stand side by side."""
+    if min(sizes) * FREE // 100 < (wanted := rounds * (calls + 2) + max(HOLDERS)):
+        raise ValueError(
+            f"--rows {min(sizes)}: {FREE} % of them are free, and {wanted} are claimed from; "
+            "ask for more rows, or fewer --calls"
+        )
     for name in ground.kinds():
         engine = ground.engine(name, pool_size=1, max_overflow=max(HOLDERS))
         for lease in (False, True):

@@ -65,8 +65,10 @@ def measure(
     engine, jobs = ground.engine("postgresql"), job_table()
     url = engine.url.render_as_string(hide_password=False)
     fill(engine, jobs, Rows(rows))
+    refills = {}
     for peer in PEERS:
         peer.enqueue(url)
+        refills[peer.name] = _refilling(engine, peer, rows)
     with Crew(max(workers)) as crew:
         for limit in limits:
             [(literal, _)] = statements_of(engine, jobs, limit)
@@ -80,7 +82,7 @@ def measure(
             for peer in PEERS:
                 if limit == 1 or peer.batches:
                     task = Task(f"{HERE}:{peer.opener}", (url, limit))
-                    ways[peer.name] = task, _refilling(engine, peer, rows)
+                    ways[peer.name] = task, refills[peer.name]
             for size in workers:
                 yield _measured(crew, ways, size=size, limit=limit, rounds=rounds, seconds=seconds)
 
@@ -142,8 +144,8 @@ def _refilling(engine: sa.Engine, peer: Peer, rows: int) -> Callable[[], None]:
         with engine.begin() as connection:
             connection.exec_driver_sql(f"TRUNCATE {table} CASCADE")
             connection.exec_driver_sql(
-                f"INSERT INTO {table} ({listed}) SELECT {listed} FROM {original}, "
-                f"generate_series(1, {rows})"
+                f"INSERT INTO {table} ({quote(peer.key)}, {listed}) OVERRIDING SYSTEM VALUE "
+                f"SELECT number, {listed} FROM {original}, generate_series(1, {rows}) AS number"
             )
         with automatic.connect() as connection:
             connection.exec_driver_sql(f"VACUUM ANALYZE {table}")
