@@ -12,6 +12,8 @@ FIGURE = "churn"
 TABLE = "bench_churn"
 LOOPS = "tests.benchmarks.loops"
 MOST = 1.5
+# So many seconds the producer pauses: the workers keep up.
+PAUSE = 0.01
 # The first and the last minute are looked at in slices.
 SLICES = 6
 
@@ -28,7 +30,7 @@ def measure(
         fill(engine, jobs, Rows(rows, 10))
         url = engine.url.render_as_string(hide_password=False)
         worker = Task(f"{LOOPS}:by_engine_and_complete", (url, batch, TABLE))
-        producer = Task(f"{LOOPS}:by_inserting", (url, batch, TABLE))
+        producer = Task(f"{LOOPS}:by_inserting", (url, batch, TABLE, PAUSE))
         slice_ = min(60.0, minutes * 60 / 3) / SLICES
         ends = time.monotonic() + minutes * 60
         slices: list[list[Share]] = []

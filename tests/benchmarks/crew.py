@@ -41,11 +41,20 @@ class Worker(Protocol):
 
 
 class Caller:
-    """A worker whose claim is a plain call that returns what it claimed."""
+    """A worker whose claim is a plain call that returns what it claimed.
 
-    def __init__(self, claim: Callable[[], Sequence[Any]], *, idles: bool = False) -> None:
+    Args:
+        claim: is called again and again.
+        work: so many seconds are slept after each call, which are not measured.
+        idle: so many seconds are slept after a call that found nothing; None ends the turn.
+    """
+
+    def __init__(
+        self, claim: Callable[[], Sequence[Any]], *, work: float = 0, idle: float | None = None
+    ) -> None:
         self.claim = claim
-        self.idles = idles
+        self.work = work
+        self.idle = idle
 
     def run(self, begin: float, seconds: float) -> Share:
         """Claim from then on for so long, or until nothing is left."""
@@ -59,12 +68,15 @@ class Caller:
                 continue
             ended = time.monotonic()
             if not jobs:
-                if self.idles:
-                    continue
-                break
+                if self.idle is None:
+                    break
+                time.sleep(self.idle)
+                continue
             share.jobs += jobs
             share.times.append(ended - called)
             share.seconds = ended - begin
+            if self.work:
+                time.sleep(self.work)
         return share
 
 

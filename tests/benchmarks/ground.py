@@ -182,6 +182,11 @@ def fill(engine: sa.Engine, jobs: JobTable, rows: Rows) -> None:
             found = sa.select(*values.values()).select_from(both).where(place < rows.all)
             with engine.begin() as connection:
                 connection.execute(table.insert().from_select(columns, found))
+    if engine.dialect.name == "postgresql":
+        # What producers insert comes behind.
+        with engine.begin() as connection:
+            sequence = sa.func.pg_get_serial_sequence(table.name, "id")
+            connection.execute(sa.select(sa.func.setval(sequence, rows.all)))
     add_indexes(engine, jobs)
 
 

@@ -16,6 +16,8 @@ from tests.benchmarks.ground import START, job_table
 from tests.jobs import mapped
 
 TABLE = "bench_jobs"
+# So many seconds a worker waits that found nothing.
+IDLE = 0.02
 
 
 def engine_of(url: str) -> sa.Engine:
@@ -98,8 +100,8 @@ def by_psycopg(url: str, limit: int, literal: str) -> Caller:
     return Caller(claim)
 
 
-def by_engine_and_complete(url: str, limit: int, name: str) -> Caller:
-    """Claim with a lease, and complete what was claimed."""
+def by_engine_and_complete(url: str, limit: int, name: str, work: float = 0) -> Caller:
+    """Claim with a lease, and complete what was claimed; look again soon if there was nothing."""
     engine, jobs = engine_of(url), job_table(name, lease=True)
 
     def claim() -> Sequence[Any]:
@@ -108,11 +110,11 @@ def by_engine_and_complete(url: str, limit: int, name: str) -> Caller:
             complete_jobs(engine, claimed)
         return [row.id for row in claimed]
 
-    return Caller(claim, idles=True)
+    return Caller(claim, work=work, idle=IDLE)
 
 
-def by_inserting(url: str, count: int, name: str) -> Caller:
-    """A producer: so many new jobs a transaction."""
+def by_inserting(url: str, count: int, name: str, pause: float = 0) -> Caller:
+    """A producer: so many new jobs a transaction, and a pause between two of them."""
     engine, jobs = engine_of(url), job_table(name, lease=True)
     new = [
         {"processing": False, "created_at": START, "payload": "new", "attempts": 0}
@@ -124,7 +126,7 @@ def by_inserting(url: str, count: int, name: str) -> Caller:
             connection.execute(jobs.table.insert(), new)
         return new
 
-    return Caller(insert)
+    return Caller(insert, work=pause)
 
 
 def _two_statements(url: str, limit: int, lock: Any) -> Caller:
