@@ -22,7 +22,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
 from .columns import JobTable
-from .dialects import Strategy, Work, strategy_for
+from .dialects import Strategy, Work, is_watched, strategy_for
 from .errors import ClaimConflict, ClaimError
 
 R = TypeVar("R")
@@ -106,9 +106,11 @@ def _run_by_engine(engine: Engine, run: Run[R], single: IsSingle, *, resumed: bo
     _refuse_shared(strategy, engine)
     with _conflicts(strategy), engine.connect() as connection:
         strategy.check(connection.dialect)
-        listeners = engine.dispatch.begin
-        with _driver_mode(strategy, connection, single, listeners=listeners):
-            found = run(strategy, Work(connection, connection, own=True, resumed=resumed))
+        mode = _driver_mode(strategy, connection, single, listeners=engine.dispatch.begin)
+        direct = mode is not None and not is_watched(engine)
+        work = Work(connection, connection, own=True, resumed=resumed, direct=direct)
+        with mode or nullcontext():
+            found = run(strategy, work)
             strategy.commit(connection)
             connection.commit()
     return found
@@ -142,7 +144,8 @@ def _run_by_sessionmaker(
                 or session.dispatch.do_orm_execute
                 or engine.dispatch.begin
             )
-            with _driver_mode(strategy, connection, single, listeners=listeners):
+            mode = _driver_mode(strategy, connection, single, listeners=listeners)
+            with mode or nullcontext():
                 found = run(strategy, Work(session, connection, own=True, resumed=resumed))
                 strategy.commit(connection)
                 session.commit()
@@ -152,15 +155,17 @@ def _run_by_sessionmaker(
 
 def _driver_mode(
     strategy: Strategy, connection: Connection, single: IsSingle, *, listeners: Any
-) -> AbstractContextManager[None]:
+) -> AbstractContextManager[None] | None:
     """Let the driver commit by itself where one statement is all and nothing hangs on BEGIN.
+
+    None where something may.
 
     A listener to the beginning of a transaction may set what lasts only as long as it does, or
     begin another kind of transaction.
     """
     if listeners or not single(strategy) or strategy.in_transaction(connection.connection):
-        return nullcontext()
-    return strategy.autocommit(connection) or nullcontext()
+        return None
+    return strategy.autocommit(connection)
 
 
 @contextmanager

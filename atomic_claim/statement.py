@@ -300,10 +300,7 @@ class ClaimParts:
     @property
     def may_be_unreadable(self) -> bool:
         """Whether a stored value can be one that its type does not know, and cannot read."""
-        return any(
-            isinstance(column.type, (Enum, JSON, TypeDecorator))
-            for column in self.job_table.table.columns
-        )
+        return self.prepare("may be unreadable", _may_be_unreadable)
 
 
 def claim_statement(
@@ -502,6 +499,13 @@ def _check_lease(job_table: JobTable, lease: Any) -> None:
                 f"none that is known: name it with JobTable({role}=...), or add one: ALTER TABLE "
                 f"{job_table.table.fullname} ADD COLUMN claim_{role} {type_}"
             )
+
+
+def _may_be_unreadable(parts: ClaimParts) -> bool:
+    return any(
+        isinstance(column.type, (Enum, JSON, TypeDecorator))
+        for column in parts.job_table.table.columns
+    )
 
 
 def _key_reader(parts: ClaimParts) -> Callable[[Any], tuple[Any, ...]]:

@@ -657,3 +657,20 @@ def test_without_an_order_the_key_decides(database: Database) -> None:
     roles = {"state": "processing"}
     _, claimed = claims(database, table, [{"created_at": START}] * 4, **roles)
     assert ids(claimed) == [1, 2, 3, 4]
+
+
+@pytest.mark.databases("postgresql")
+def test_a_session_that_sends_reads_elsewhere(database: Database) -> None:
+    """What claims is an UPDATE to whoever chooses the engine for it."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 3)
+    reader = engine.execution_options(postgresql_readonly=True)
+
+    class Routing(Session):
+        def get_bind(self, *_: Any, clause: Any = None, **__: Any) -> sa.Engine:
+            return engine if isinstance(clause, (sa.Update, sa.Table)) else reader
+
+    with Routing() as session:
+        assert ids(claim_jobs(session, mapped(table))) == [1]
+        session.commit()
+    assert taken(engine, table) == [1]

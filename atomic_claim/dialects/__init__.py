@@ -10,11 +10,22 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ClaimStatement
 
 from .base import CHUNK, Find, Found, Strategy, Work, chunks, load
+from .direct import is_watched
 from .mysql import MySQL
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
 
-__all__ = ["CHUNK", "Find", "Found", "Strategy", "Work", "chunks", "load", "strategy_for"]
+__all__ = [
+    "CHUNK",
+    "Find",
+    "Found",
+    "Strategy",
+    "Work",
+    "chunks",
+    "is_watched",
+    "load",
+    "strategy_for",
+]
 
 STRATEGIES: dict[str, Strategy] = {
     name: strategy for strategy in (PostgreSQL(), SQLite(), MySQL()) for name in strategy.names

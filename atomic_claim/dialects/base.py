@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Connection, Dialect, Result, Select, Update, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Dialect,
+    Result,
+    Row,
+    Select,
+    Update,
+    select,
+    update,
+)
+from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -40,12 +51,14 @@ class Work:
         connection: the connection they arrive at.
         own: whether the transaction is ours, begun for this claim and ended after it.
         resumed: whether an earlier try lost its connection, so that nobody knows what became of it.
+        direct: whether one statement is all, in autocommit, and nobody hears of it.
     """
 
     executor: Session | Connection
     connection: Connection
     own: bool
     resumed: bool = False
+    direct: bool = False
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -281,6 +294,12 @@ def returned(parts: ClaimParts, result: Result[Any]) -> Found:
     items = result.scalars().all() if parts.entities else result.all()
     key_of = parts.key_of
     return [(key_of(item), item) for item in items]
+
+
+def row_maker(result: Result[Any], columns: Sequence[Any]) -> Callable[[Iterable[Any]], Row[Any]]:
+    """What makes rows, with all the ways to get at these columns that the result's own have."""
+    names = list(result.keys())[: len(columns)]
+    return result_tuple(names, [(column, column.key) for column in columns])
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    Result,
     Select,
     func,
     literal_column,
@@ -22,18 +24,20 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session, lazyload
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
-from sqlalchemy.types import DateTime
+from sqlalchemy.types import DateTime, Integer
 
 from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
-from atomic_claim.elements import DatabaseNow
+from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
 from atomic_claim.exclusive import NEAR
 from atomic_claim.statement import (
     LIMIT,
+    MARGIN,
     ORDER,
     REACH,
     ByKey,
@@ -61,6 +65,7 @@ from .base import (
     require,
     returned,
 )
+from .direct import direct_of, note
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -149,7 +154,12 @@ class PostgreSQL(Strategy):
             keys = self.lock(work, parts, params)
             return mark_and_load(work, parts, keys, params, self.hints)
         self._check_zone(work, parts)
-        found = returned(parts, work.execute(parts.statement, params))
+        direct = direct_of(work, parts)
+        if direct is not None and (fetched := direct.fetch(work, params)) is not None:
+            return direct.found(fetched)
+        result = _executed(work, parts, params)
+        note(work, parts, result)
+        found = returned(parts, result)
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
@@ -207,19 +217,22 @@ class PostgreSQL(Strategy):
         driver: Any = connection.connection.driver_connection
         if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
             return None
-        # SQLAlchemy leaves the default level on a connection that was in AUTOCOMMIT for a while.
-        levels = {None, connection.default_isolation_level}.intersection(PLAIN_LEVELS)
-        level = driver.isolation_level and driver.isolation_level.name.replace("_", " ")
-        if level not in levels or driver.read_only or driver.deferrable:
+        if (level := driver.isolation_level) is not None:
+            # SQLAlchemy leaves the default level on a connection that was once in AUTOCOMMIT.
+            levels = {connection.default_isolation_level}.intersection(PLAIN_LEVELS)
+            if level.name.replace("_", " ") not in levels:
+                return None
+        if driver.read_only or driver.deferrable:
             return None
-        return nullcontext() if driver.autocommit else _autocommit(driver)
+        return nullcontext() if driver.autocommit else _Autocommit(driver)
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
+        if (connection := getattr(driver, "pgconn", None)) is not None:  # psycopg: IDLE is 0
+            return bool(connection.transaction_status != 0)
         if hasattr(driver, "is_in_transaction"):  # asyncpg
             return bool(driver.is_in_transaction())
-        info = getattr(driver, "info", None)
-        status = getattr(info, "transaction_status", 0)  # psycopg and psycopg2: IDLE is 0
+        status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg2
         return bool(status != 0)
 
     def is_conflict(self, error: DBAPIError) -> bool:
@@ -234,14 +247,18 @@ class PostgreSQL(Strategy):
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
 
 
-@contextmanager
-def _autocommit(driver: Any) -> Iterator[None]:
-    driver.autocommit = True
-    try:
-        yield
-    finally:
-        if not driver.closed:
-            driver.autocommit = False
+class _Autocommit(AbstractContextManager[None]):
+    """The driver commits by itself until the block ends; no generator, for every claim's sake."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def __enter__(self) -> None:
+        self.driver.autocommit = True
+
+    def __exit__(self, *_: object) -> None:
+        if not self.driver.closed:
+            self.driver.autocommit = False
 
 
 def _time_zone(work: Work) -> str:
@@ -250,6 +267,25 @@ def _time_zone(work: Work) -> str:
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
     zone = status("TimeZone") if status is not None else None
     return str(zone or work.connection.scalar(text("SELECT current_setting('TimeZone')")))
+
+
+def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[Any]:
+    """Execute the claim; of entities as a SELECT would be, which takes a session less time."""
+    session, statement = work.executor, parts.statement
+    if parts.spread or not parts.entities or not isinstance(session, Session):
+        return work.execute(statement, params)
+    # Whoever chooses engines by the kind of statement has to see an UPDATE.
+    if type(session).get_bind is not Session.get_bind:
+        return work.execute(statement, params)
+    bind = session.get_bind(mapper=parts.job_table.mapper, clause=statement)
+    reading = parts.prepare("from statement", _from_statement)
+    return session.execute(reading, params, bind_arguments={"bind": bind})
+
+
+def _from_statement(parts: ClaimParts) -> Executable:
+    # What is joined for a collection would multiply the rows of RETURNING.
+    found = select(parts.returned_table).options(lazyload("*")).from_statement(parts.statement)
+    return found.execution_options(populate_existing=True)
 
 
 Lock = Callable[[Select[Any]], Select[Any]]
@@ -302,6 +338,14 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
     return select(*(together.columns if terms else list(together.columns)[: len(key)])).limit(limit)
 
 
+def _of_one(candidates: Candidates) -> Candidates:
+    """The same with its limits in the text from the start, not put there at every execution."""
+    limit, reach = (Declared(number, Integer()) for number in (1, 1 + MARGIN))
+    first, *others = candidates.branches
+    branches = (first.limit(limit), *(branch.limit(reach) for branch in others))
+    return replace(candidates, branches=branches, limit=limit, reach=reach)
+
+
 def _count(found: FromClause) -> ColumnElement[int]:
     return select(func.count()).select_from(found).scalar_subquery()
 
@@ -320,7 +364,8 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     )
 
     lock = _lock(element.table if element.spread else None, element.changes_key)
-    claimable = _claimable(element.candidates, lock, terms=not element.single).cte(claimable_name)
+    candidates = _of_one(element.candidates) if element.single else element.candidates
+    claimable = _claimable(candidates, lock, terms=not element.single).cte(claimable_name)
     taken = list(claimable.columns)[: len(key)]
     update = element.where(key_equals(key, taken))
     sql = compiler.visit_update(update, guard_clock=element.guarded, **kw)

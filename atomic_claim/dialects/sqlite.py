@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,7 +24,6 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
-from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import visitors
@@ -51,7 +51,9 @@ from .base import (
     refuse_autocommit,
     require,
     returned,
+    row_maker,
 )
+from .direct import direct_of, note
 
 MARK = "/* claimable */"
 
@@ -96,9 +98,13 @@ class SQLite(Strategy):
         parts = _in_turn(parts)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
+        direct = direct_of(work, parts)
+        if direct is not None and (fetched := direct.fetch(work, params)) is not None:
+            return direct.found(_in_order(parts, fetched))
         [statement] = self.statements(parts)
         result = work.execute(cast("ClaimStatement", statement), params)
-        return returned(parts, result) if parts.single else _in_order(parts, result)
+        note(work, parts, result)
+        return returned(parts, result) if parts.single else _ordered(parts, result)
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         parts = _in_turn(parts)
@@ -241,30 +247,37 @@ def _with_terms(parts: ClaimParts) -> ClaimStatement:
     return cast("ClaimStatement", parts.statement.returning(*stored))
 
 
-def _in_order(parts: ClaimParts, result: Result[Any]) -> Found:
-    """What was returned, in the order that SQLite gives to the stored values."""
-    terms = _terms(parts)
-    names = list(result.keys())
-    width = len(names) - len(terms)
-    rows = [tuple(row) for row in result]
-    items: list[Any] = [row[0] for row in rows]
-    if not parts.entities:
-        columns = [(column,) for column in parts.job_table.table.columns]
-        make = result_tuple(names[:width], columns)
-        items = [make(row[:width]) for row in rows]
+def _ordered(parts: ClaimParts, result: Result[Any]) -> Found:
+    """What was returned, with its keys, in order."""
+    rows = _in_order(parts, result.all())
+    if parts.entities:
+        items = [row[0] for row in rows]
+    else:
+        columns = tuple(parts.job_table.table.columns)
+        make = row_maker(result, columns)
+        items = [make(row[: len(columns)]) for row in rows]
     key_of = parts.key_of
-    found = [((key_of(item), item), row[width:]) for item, row in zip(items, rows, strict=True)]
-    for place, term in reversed(list(enumerate(terms))):
-        nulls = [pair for pair in found if pair[1][place] is None]
-        others = [pair for pair in found if pair[1][place] is not None]
-        others.sort(
-            key=lambda pair, place=place: _storage_class(pair[1][place]),  # type: ignore[misc]
-            reverse=term.descending,
-        )
+    return [(key_of(item), item) for item in items]
+
+
+def _in_order(parts: ClaimParts, rows: Sequence[Any]) -> list[Any]:
+    """The rows in the order that SQLite gives to the stored values at their end."""
+    found = list(rows)
+    if parts.single:
+        return found
+    terms = parts.prepare("terms", _terms)
+    for behind, term in enumerate(reversed(terms), 1):
+        last = operator.itemgetter(-behind)
+        if len(set(map(type, map(last, found)))) == 1 and last(found[0]) is not None:
+            found.sort(key=last, reverse=term.descending)
+            continue
+        nulls = [row for row in found if last(row) is None]
+        others = [row for row in found if last(row) is not None]
+        others.sort(key=lambda row, last=last: _storage_class(last(row)), reverse=term.descending)  # type: ignore[misc]
         # NULL is the smallest value: https://www.sqlite.org/datatype3.html#sort_order
         first = not term.descending if term.nulls_first is None else term.nulls_first
         found = nulls + others if first else others + nulls
-    return [pair[0] for pair in found]
+    return found
 
 
 def _storage_class(value: Any) -> tuple[int, Any]:

@@ -36,6 +36,8 @@ SEARCHES = {
     "free": "the search for free rows",
     "expired": "the search for leases that have run out",
     "unleased": "the search for rows that run without a lease",
+    "keys": "the search for the first row of each key",
+    "running": "the look for rows that run with a key",
 }
 SORTS = {
     "postgresql": "a Sort",

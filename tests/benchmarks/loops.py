@@ -1,0 +1,173 @@
+"""Ways to claim from our own table, opened in a process of their own."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from sqlalchemy import false, select, text, true, update
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import QueuePool
+
+from atomic_claim import claim_jobs, complete_jobs
+from tests.benchmarks.crew import Caller
+from tests.benchmarks.ground import START, job_table
+from tests.jobs import mapped
+
+TABLE = "bench_jobs"
+# So many seconds a worker waits that found nothing.
+IDLE = 0.02
+
+
+def engine_of(url: str) -> sa.Engine:
+    """An engine of one connection."""
+    made = sa.make_url(url)
+    arguments = {"timeout": 60} if made.drivername.startswith("sqlite") else {}
+    return sa.create_engine(
+        made, pool_size=1, max_overflow=0, poolclass=QueuePool, connect_args=arguments
+    )
+
+
+def by_engine(url: str, limit: int) -> Caller:
+    """``claim_jobs(engine, table, limit)``."""
+    engine, jobs = engine_of(url), job_table()
+    return Caller(lambda: [row.id for row in claim_jobs(engine, jobs, limit)])
+
+
+def by_session(url: str, limit: int) -> Caller:
+    """``claim_jobs(session, Job, limit)``, and the session's commit."""
+    jobs = job_table()
+    session, entity = Session(engine_of(url), expire_on_commit=False), _entity(jobs)
+
+    def claim() -> Sequence[Any]:
+        found = [job.id for job in claim_jobs(session, entity, limit)]
+        session.commit()
+        return found
+
+    return Caller(claim)
+
+
+def by_legacy_loop(url: str, limit: int) -> Caller:
+    """Find, then mark each: what applications have. Two of them find the same rows."""
+    table = job_table().table
+    entity, maker = mapped(table), sessionmaker(engine_of(url))
+
+    def claim() -> Sequence[Any]:
+        with maker() as session:
+            free = select(entity).where(_free(table)).order_by(table.c.created_at).limit(limit)
+            found = session.scalars(free).all()
+            keys = []
+            for job in found:
+                keys.append(job.id)
+                job.processing = True
+                session.commit()
+            return keys
+
+    return Caller(claim)
+
+
+def by_waiting_lock(url: str, limit: int) -> Caller:
+    """``FOR UPDATE`` without SKIP LOCKED, then one UPDATE: everybody waits for the first."""
+    return _two_statements(url, limit, lambda query: query.with_for_update())
+
+
+def by_article_form(url: str, limit: int) -> Caller:
+    """``UPDATE … WHERE id IN (SELECT … SKIP LOCKED) RETURNING``, as articles have it."""
+    engine, table = engine_of(url), job_table().table
+    found = _ordered(table, limit).with_for_update(skip_locked=True).scalar_subquery()
+    statement = update(table).values(processing=true()).where(table.c.id.in_(found))
+    statement = statement.returning(table)
+
+    def claim() -> Sequence[Any]:
+        with engine.begin() as connection:
+            return [row.id for row in connection.execute(statement)]
+
+    return Caller(claim)
+
+
+def by_psycopg(url: str, limit: int, literal: str) -> Caller:
+    """The claim's own text by psycopg, in autocommit, its limit bound."""
+    plain = sa.make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = psycopg.connect(plain, autocommit=True)
+    bound = literal.replace(f"LIMIT {limit}", "LIMIT %(bench_limit)s")
+
+    def claim() -> Sequence[Any]:
+        with connection.cursor() as cursor:
+            cursor.execute(bound, {"bench_limit": limit})
+            return [row[0] for row in cursor.fetchall()]
+
+    return Caller(claim)
+
+
+def by_engine_and_complete(url: str, limit: int, name: str, work: float = 0) -> Caller:
+    """Claim with a lease, and complete what was claimed; look again soon if there was nothing."""
+    engine, jobs = engine_of(url), job_table(name, lease=True)
+
+    def claim() -> Sequence[Any]:
+        claimed = claim_jobs(engine, jobs, limit, lease=timedelta(minutes=5))
+        if claimed:
+            complete_jobs(engine, claimed)
+        return [row.id for row in claimed]
+
+    return Caller(claim, work=work, idle=IDLE)
+
+
+def by_inserting(url: str, count: int, name: str, pause: float = 0) -> Caller:
+    """A producer: so many new jobs a transaction, and a pause between two of them."""
+    engine, jobs = engine_of(url), job_table(name, lease=True)
+    new = [
+        {"processing": False, "created_at": START, "payload": "new", "attempts": 0}
+        for _ in range(count)
+    ]
+
+    def insert() -> Sequence[Any]:
+        with engine.begin() as connection:
+            connection.execute(jobs.table.insert(), new)
+        return new
+
+    return Caller(insert, work=pause)
+
+
+def _two_statements(url: str, limit: int, lock: Any) -> Caller:
+    engine, table = engine_of(url), job_table().table
+
+    def claim() -> Sequence[Any]:
+        with engine.begin() as connection:
+            found = list(connection.scalars(lock(_ordered(table, limit))))
+            marked = update(table).values(processing=true()).where(table.c.id.in_(found))
+            connection.execute(marked)
+            return found
+
+    return Caller(claim)
+
+
+def _ordered(table: sa.Table, limit: int) -> Any:
+    return select(table.c.id).where(_free(table)).order_by(table.c.created_at).limit(limit)
+
+
+def _free(table: sa.Table) -> Any:
+    return (table.c.processing == false()) & table.c.completed_at.is_(None)
+
+
+def _entity(jobs: Any) -> Any:
+    from atomic_claim import JobTable  # noqa: PLC0415
+
+    return JobTable(
+        mapped(jobs.table),
+        state="processing",
+        order="created_at",
+        done={"completed_at": sa.func.now()},
+        naive_times="utc",
+    )
+
+
+def free_all(engine: sa.Engine) -> None:
+    """Free every row again: each turn finds the same table."""
+    name = engine.dialect.name
+    with engine.begin() as connection:
+        connection.execute(text(f"UPDATE {TABLE} SET processing = false WHERE processing"))
+    if name == "postgresql":
+        automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
+        with automatic.connect() as connection:
+            connection.exec_driver_sql(f"VACUUM ANALYZE {TABLE}")

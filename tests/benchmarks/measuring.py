@@ -1,0 +1,111 @@
+"""Measuring in turns: the ratio of each round, their median, and how far they lie apart."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Way = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure.
+
+    Attributes:
+        figure: which of the figures it belongs to.
+        name: what was measured.
+        value: the median of its rounds.
+        unit: what the value is in.
+        against: what it is compared with.
+        ratios: the ratio of each round, or of each slice of time; more than 1 is more of the unit.
+        least: the ratio that is to be reached at least.
+        most: the ratio that is to be kept below.
+        note: what else was seen.
+    """
+
+    figure: str
+    name: str
+    value: float
+    unit: str
+    against: str
+    ratios: tuple[float, ...]
+    least: float | None = None
+    most: float | None = None
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The median of the rounds' ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the largest of them."""
+        return min(self.ratios), max(self.ratios)
+
+    @property
+    def reached(self) -> bool | None:
+        """Whether it is as it should be; None where nothing was asked."""
+        if self.least is None and self.most is None:
+            return None
+        enough = self.least is None or self.ratio >= self.least
+        return enough and (self.most is None or self.ratio <= self.most)
+
+    def as_json(self) -> dict[str, Any]:
+        """The figure with everything that is derived."""
+        return asdict(self) | {
+            "ratio": self.ratio,
+            "spread": self.spread,
+            "reached": self.reached,
+        }
+
+
+def in_turns(
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    calls: int,
+    before: Callable[[str], None] = lambda _: None,
+) -> dict[str, list[list[float]]]:
+    """The seconds of every call, by way and round.
+
+    Args:
+        ways: what is called, by name.
+        rounds: how often all of them have their turn; every second time in reverse.
+        calls: how often a way is called in its turn.
+        before: called before each turn; it is not measured, and neither are two calls after it.
+    """
+    found: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name in list(ways) if turn % 2 else reversed(list(ways)):
+            before(name)
+            way = ways[name]
+            for _ in range(2):
+                way()
+            gc.collect()
+            times = []
+            for _ in range(calls):
+                begin = time.perf_counter()
+                way()
+                times.append(time.perf_counter() - begin)
+            found[name].append(times)
+    return found
+
+
+def percentile(times: Sequence[float], part: float) -> float:
+    """The time that this part of all times does not exceed."""
+    ordered = sorted(times)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def rates(turns: Sequence[Sequence[float]]) -> list[float]:
+    """Calls per second, by round."""
+    return [len(times) / sum(times) for times in turns]
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:
+    """Ours by theirs, by round."""
+    return tuple(one / other for one, other in zip(ours, theirs, strict=True))

@@ -1,0 +1,93 @@
+"""The figures as a table and as a chart."""
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.measuring import Line
+
+REACHED = "#3b78b0"
+MISSED = "#d62728"
+UNASKED = "#8c8c8c"
+# The keys are literals to Matplotlib 3.11 and strings to those before.
+STYLE: Any = {
+    "svg.hashsalt": "atomic-claim",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    return (
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
+        f"{platform.python_version()}, SQLAlchemy {sa.__version__}"
+    )
+
+
+def show(console: Console, title: str, lines: Sequence[Line]) -> None:
+    """Print a table of the figures."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("measured")
+    table.add_column("median", justify="right")
+    table.add_column("against")
+    for name in ("ratio", "spread", "target"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("also seen")
+    for line in lines:
+        low, high = line.spread
+        colour = {True: "green", False: "red", None: ""}[line.reached]
+        ratio = f"{line.ratio:.2f}"
+        table.add_row(
+            line.name,
+            f"{line.value:,.{0 if line.value >= 100 else 2}f} {line.unit}",
+            line.against,
+            f"[{colour}]{ratio}[/]" if colour else ratio,
+            f"{low:.2f}-{high:.2f}",
+            target(line),
+            line.note,
+        )
+    console.print(table)
+
+
+def target(line: Line) -> str:
+    """What was asked of a figure."""
+    if line.least is not None:
+        return f"≥ {line.least:g}"
+    return "" if line.most is None else f"≤ {line.most:g}"
+
+
+def draw(path: Path, title: str, lines: Sequence[Line]) -> None:
+    """Draw each ratio as a bar with its spread, and its target as a stroke."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.2 + 0.24 * len(lines)), layout="constrained")
+        axes = figure.subplots()
+        for place, line in enumerate(lines):
+            low, high = line.spread
+            colour = {True: REACHED, False: MISSED, None: UNASKED}[line.reached]
+            axes.barh(place, line.ratio, color=colour, height=0.7)
+            axes.plot([low, high], [place, place], color="black", linewidth=1)
+            wanted = line.least if line.least is not None else line.most
+            if wanted is not None:
+                axes.plot([wanted, wanted], [place - 0.45, place + 0.45], color="black")
+        axes.set_yticks(
+            range(len(lines)), [f"{line.figure}: {line.name} / {line.against}" for line in lines]
+        )
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+        if max(line.spread[1] for line in lines) > 8 * min(line.ratio for line in lines):
+            axes.set_xscale("log")
+        axes.set_xlabel("ratio (median; the thin line is its spread, the upright one the target)")
+        figure.suptitle(title, x=0.01, ha="left")
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
+        figure.savefig(path, dpi=150, metadata=metadata)

@@ -1,0 +1,247 @@
+"""Claims that go to the driver's own cursor: nobody can tell them from those by SQLAlchemy."""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Column, DateTime, Integer, String
+
+from atomic_claim import Claim, JobTable, claim_jobs
+from tests.databases import Database
+from tests.jobs import fill, ids, job_table, taken
+
+pytestmark = pytest.mark.databases("sqlite", "postgresql")
+limited = pytest.mark.parametrize("limit", [1, 3])
+# Parts are claimed so often by SQLAlchemy before it is left out.
+FIRST = 2
+
+
+class NotDirect(Exception):
+    """SQLAlchemy was asked to execute something."""
+
+
+@pytest.fixture
+def no_detour(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function after whose call SQLAlchemy executes nothing any more."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotDirect
+
+    return lambda: monkeypatch.setattr(sa.Connection, "execute", refuse)
+
+
+def claimed_before(engine: sa.Engine, table: Any, limit: int, **options: Any) -> None:
+    """Claim as often as SQLAlchemy is needed for it."""
+    for _ in range(FIRST):
+        assert len(claim_jobs(engine, table, limit, **options)) == limit
+
+
+def typed_table() -> sa.Table:
+    """A job table of many types, one column called differently in Python."""
+    return job_table(
+        Column("given name", String(20), key="given"),
+        Column("price", sa.Numeric(10, 2)),
+        Column("ratio", sa.Float),
+        Column("day", sa.Date),
+        Column("hour", sa.Time),
+        Column("flag", sa.Boolean),
+        Column("uuid", sa.Uuid),
+        Column("blob", sa.LargeBinary),
+    )
+
+
+@limited
+def test_rows_are_those_of_sqlalchemy(database: Database, no_detour: Any, limit: int) -> None:
+    """Values, their types, and the ways to get at them are the same, NULLs included."""
+    engine, watched, table = database.engine(), database.engine(), typed_table()
+    values = {
+        "given": "ann",
+        "price": sa.literal("12.50").cast(sa.Numeric(10, 2)),
+        "ratio": 0.25,
+        "day": sa.func.date("2024-02-03") if database.name == "sqlite" else sa.text("'2024-02-03'"),
+        "flag": True,
+        "blob": b"\x00\xff",
+        "uuid": sa.text("'0123456789abcdef0123456789abcdef'"),
+        "hour": sa.text("'01:02:03.000000'"),
+    }
+    fill(engine, table, 20)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id % 2 == 0).values(values))
+    claimed_before(engine, table, limit)
+    again = table.update().values(processing=False)
+    expected = claim_jobs(watched, table, limit)
+    expected = expected + claim_jobs(watched, table, limit)
+    with engine.begin() as connection:
+        connection.execute(again.where(table.c.id.in_(ids(expected))))
+    no_detour()
+    found = [*claim_jobs(engine, table, limit), *claim_jobs(engine, table, limit)]
+    assert found == expected
+    assert len(found) == 2 * limit
+    for one, other in zip(found, expected, strict=True):
+        assert [type(value) for value in one] == [type(value) for value in other]
+        assert one._fields == other._fields
+        assert one._asdict() == other._asdict()
+        assert one.given == one._mapping[table.c.given] == other.given
+
+
+def test_a_listener_has_sqlalchemy_execute(database: Database, no_detour: Any) -> None:
+    """The twin: where somebody listens, SQLAlchemy executes."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 9)
+    claimed_before(engine, table, 1)
+    sa.event.listen(engine, "after_execute", lambda *_: None)
+    no_detour()
+    with pytest.raises(NotDirect):
+        claim_jobs(engine, table)
+
+
+@pytest.mark.parametrize("event", ["before_cursor_execute", "after_cursor_execute", "commit"])
+def test_a_late_listener_hears_of_the_next_claim(database: Database, event: str) -> None:
+    """Whoever begins to listen after many claims hears of every one from then on."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 9)
+    claimed_before(engine, table, 1)
+    claim_jobs(engine, table)
+    heard: list[Any] = []
+    sa.event.listen(engine, event, lambda *arguments: heard.append(arguments))
+    assert ids(claim_jobs(engine, table)) == [FIRST + 2]
+    assert len(heard) == 1
+
+
+def test_a_log_is_kept(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is a claim missing in SQLAlchemy's log."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 9)
+    claimed_before(engine, table, 1)
+    with caplog.at_level(logging.INFO, "sqlalchemy.engine"):
+        claim_jobs(engine, table)
+    assert any("UPDATE jobs" in record.getMessage() for record in caplog.records)
+
+
+@limited
+def test_parameters_are_each_claim_s_own(database: Database, no_detour: Any, limit: int) -> None:
+    """Worker, token and lease are written as given each time."""
+    engine = database.engine()
+    table = job_table(
+        Column("worker", String(20)),
+        Column("claim_token", String(32)),
+        Column("lease_until", DateTime(timezone=True)),
+        Column("attempts", Integer, nullable=False, default=0),
+    )
+    fill(engine, table, 20)
+    claimed_before(engine, table, limit, worker="first", lease=timedelta(hours=1))
+    no_detour()
+    claims: list[Claim[Any]] = [
+        claim_jobs(engine, table, limit, worker=f"w{turn}", lease=timedelta(hours=turn))
+        for turn in (2, 5)
+    ]
+    for claim, turn in zip(claims, (2, 5), strict=True):
+        assert {job.worker for job in claim} == {f"w{turn}"}
+        assert {job.claim_token for job in claim} == {claim.token}
+        assert {job.attempts for job in claim} == {1}
+    later, earlier = claims[1][0].lease_until, claims[0][0].lease_until
+    assert timedelta(hours=2.9) < later - earlier < timedelta(hours=3.1)
+    assert ids(claims[0] + claims[1]) == list(range(FIRST * limit + 1, (FIRST + 2) * limit + 1))
+
+
+def test_constants_of_equal_statements(database: Database, no_detour: Any) -> None:
+    """Two declarations that differ in nothing but a constant keep their own."""
+    engine, table = database.engine(), job_table(Column("owner", String(10)))
+    fill(engine, table, 9, owner="ann")
+    fill(engine, table, 9, first=10, owner="bob")
+    both = {
+        name: JobTable(
+            table,
+            free=(table.c.owner == name) & (table.c.processing == sa.false()),
+            claimed={"processing": True},
+        )
+        for name in ("ann", "bob")
+    }
+    for declared in both.values():
+        claimed_before(engine, declared, 2)
+    no_detour()
+    for name, declared in both.items():
+        assert {job.owner for job in claim_jobs(engine, declared, 2)} == {name}
+
+
+def test_limits_are_each_claim_s_own(database: Database, no_detour: Any) -> None:
+    """Any number of limits is served, and an empty queue."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 300)
+    claimed_before(engine, table, 2)
+    no_detour()
+    found = [len(claim_jobs(engine, table, limit)) for limit in (3, 7, 2, 40, 200, 250, 5)]
+    assert found == [3, 7, 2, 40, 200, 44, 0]
+
+
+def test_more_limits_than_are_remembered(
+    database: Database, monkeypatch: pytest.MonkeyPatch, no_detour: Any
+) -> None:
+    """The texts of old limits are forgotten."""
+    monkeypatch.setattr("atomic_claim.dialects.direct.MOST_TEXTS", 2)
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 60)
+    claimed_before(engine, table, 2)
+    no_detour()
+    limits = (2, 3, 4, 5, 2, 3, 4, 5)
+    assert [len(claim_jobs(engine, table, limit)) for limit in limits] == list(limits)
+
+
+def test_an_error_is_sqlalchemy_s(database: Database) -> None:
+    """What the database refuses is raised as SQLAlchemy raises it, and can go on afterwards."""
+    engine = database.engine(pool_size=1, max_overflow=0)
+    table = job_table(sa.Index("one", "note", unique=True), Column("note_too", Integer))
+    declared = JobTable(
+        table, state="processing", free=False, claimed={"processing": True, "note": "busy"}
+    )
+    free = table.update().values(processing=False, note=None)
+    fill(engine, table, 3)
+    for _ in range(FIRST + 1):
+        assert ids(claim_jobs(engine, declared)) == [1]
+        with engine.begin() as connection:
+            connection.execute(free)
+    assert ids(claim_jobs(engine, declared)) == [1]
+    with pytest.raises(sa.exc.IntegrityError, match=r"(?s)\[SQL: .*UPDATE jobs"):
+        claim_jobs(engine, declared)
+    with engine.begin() as connection:
+        connection.execute(free)
+    assert ids(claim_jobs(engine, declared)) == [1]
+
+
+@pytest.mark.parametrize("begin", [False, True], ids=["direct", "by SQLAlchemy"])
+@pytest.mark.databases("postgresql")
+def test_a_value_that_the_driver_cannot_read(database: Database, begin: bool) -> None:
+    """It raises the same, and no other row is claimed in its place."""
+    engine, table = database.engine(), job_table(Column("until", DateTime))
+    fill(engine, table, 9)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET until = 'infinity' WHERE id = 3")
+    claimed_before(engine, table, 1)
+    if begin:
+        sa.event.listen(engine, "after_execute", lambda *_: None)
+    with pytest.raises(sa.exc.DataError, match="timestamp too large"):
+        claim_jobs(engine, table)
+    assert taken(database.engine(), table) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("token", [False, True], ids=["without a token", "with a token"])
+@pytest.mark.databases("postgresql")
+def test_a_connection_that_is_gone(database: Database, token: bool) -> None:
+    """SQLAlchemy hears of it: the error is its own, and its pool is emptied of the lost ones."""
+    engine = database.engine()
+    table = job_table(*([Column("claim_token", String(32))] if token else []))
+    fill(engine, table, 9)
+    claimed_before(engine, table, 1)
+    with engine.connect() as one, engine.connect() as other:
+        pids = [c.connection.driver_connection.info.backend_pid for c in (one, other)]  # type: ignore[union-attr]
+    with database.engine().connect() as connection:
+        for pid in pids:
+            connection.exec_driver_sql(f"SELECT pg_terminate_backend({pid}, 10000)")
+    if not token:
+        with pytest.raises(sa.exc.OperationalError) as raised:
+            claim_jobs(engine, table)
+        assert raised.value.connection_invalidated
+    assert ids(claim_jobs(engine, table)) == [FIRST + 1]
+    assert ids(claim_jobs(engine, table)) == [FIRST + 2]
