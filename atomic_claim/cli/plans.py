@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Select, Table, inspect, text
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import ColumnClause
 
 from atomic_claim.dialects import strategy_for
+from atomic_claim.elements import Declared
 from atomic_claim.statement import Ask, ClaimParts, ClaimStatement, OrderTerm
 
 from .indexes import INNODB, NeededIndex, needed_indexes
@@ -24,6 +26,8 @@ EXPLAIN = {
     "mariadb": "EXPLAIN ",
 }
 FEW = 1000
+# Why an index is needed that only exclusive keys want.
+BY_KEY = ("keys", "running")
 # What an index can do is asked, not whether so few rows are worth it.
 PREFERENCES = {
     "postgresql": (
@@ -129,6 +133,9 @@ def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
         asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
         if not connection.scalar(asked, {"name": table}):
             return parts.candidates.select()
+    if parts.job_table.exclusive_by is not None:
+        # A claim by exclusive keys finds its rows in several ways, of which this is the first.
+        return parts.candidates.select()
     return next(
         each
         for each in strategy_for(connection.dialect).statements(parts)
@@ -258,7 +265,23 @@ def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserv
         for needed in needed_indexes(job_table)
         if not any(_serves(needed, access, known, connection, optional) for access in found)
         and not (is_small and any(fits(needed, index) for index in known.values()))
+        and not (needed.reason in BY_KEY and any(_leads(needed, i) for i in known.values()))
     ]
+
+
+def _leads(needed: NeededIndex, index: Known) -> bool:
+    """Whether an index leads from key to key, which the plan of the first way does not show."""
+    order = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
+    equal = {column.name for column in needed.equal}
+    ahead = set(index.columns[: len(equal)]) == equal
+    following = index.columns[len(equal) :] if ahead else index.columns
+    if index.where:
+        parts = [part for each in needed.conditions for part in visitors.iterate(each)]
+        values = [str(part.value) for part in parts if isinstance(part, Declared)]
+        decided = all(word in index.where for word in (*equal, *values))
+    else:
+        decided = ahead
+    return decided and list(following[: len(order)]) == order
 
 
 def fits(needed: NeededIndex, index: Known) -> bool:

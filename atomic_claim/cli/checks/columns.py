@@ -116,7 +116,7 @@ def _roles(job_table: JobTable) -> dict[str, str]:
         if names := [c.name for c in marks if c is not job_table.state]:
             found[role] = names
     found["order"] = [_term(term) for term in job_table.order or job_table.key]
-    for role in ("due", "worker", "token", "lease", "attempts", "error"):
+    for role in ("due", "worker", "token", "lease", "attempts", "error", "exclusive_by"):
         if (column := getattr(job_table, role)) is not None:
             found[role] = [column.name]
     if job_table.stamps:
@@ -138,7 +138,10 @@ def _unread(job_table: JobTable) -> list[str]:
     marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
     used = {column.name for mark in marks for column in mark}
     used |= {c.name for term in (job_table.free, *job_table.order) for c in _columns_in(term)}
-    roles = ("state", "due", "worker", "token", "lease", "attempts", "max_attempts", "error")
+    roles = (
+        *("state", "due", "worker", "token", "lease", "attempts", "max_attempts", "error"),
+        "exclusive_by",
+    )
     used |= {c.name for role in roles if isinstance(c := getattr(job_table, role), Column)}
     used |= {column.name for column in (*job_table.stamps, *job_table.key)}
     return [column.name for column in job_table.table.columns if column.name not in used]
