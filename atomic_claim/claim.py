@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, SupportsIndex, TypeVar, overload
 
@@ -20,8 +20,8 @@ from .tickets import ticket_for
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
-PAUSE = "claims that do not try at once"
 CLAIMS_PAUSED = 8
+CLAIMS_BY_KEY = 32
 
 
 class Claim(list[J]):
@@ -210,26 +210,57 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
     """
     if parts.job_table.exclusive_by is None or not isinstance(bind, Engine):
         return []
-    if parts.prepared.get(PAUSE, 0) > 0:
-        parts.prepared[PAUSE] -= 1
+    habit = parts.prepare("habit", lambda _: Habit())
+    if habit.pause > 0:
+        habit.pause -= 1
         return []
-    at_once = strategy_for(bind.dialect).at_once(bind.dialect, parts)
-    if at_once is None:
-        return []
+    found: Found = []
+    for place, way in enumerate(strategy_for(bind.dialect).at_once(bind.dialect, parts)):
+        if place < habit.first:
+            continue
+        wanted = ask.limit - len(found)
+        found += _claimed_by(bind, way, replace(ask, limit=wanted), token)
+        if len(found) == ask.limit:
+            habit.found(place)
+            return found
+    habit.pause = CLAIMS_PAUSED
+    return found
 
+
+def _claimed_by(bind: Engine, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
     def run(strategy: Strategy, work: Work) -> Found:
         found = _won_before(strategy, work, parts, token) if work.resumed else []
-        return found or strategy.claim_at_once(work, at_once, ask.parameters(token))
+        return found or strategy.claim_at_once(work, parts, ask.parameters(token))
 
-    found = run_in(
+    return run_in(
         bind,
         parts.job_table,
         run,
         single=lambda _: not parts.may_be_unreadable,
         recoverable=token is not None,
     )
-    parts.prepared[PAUSE] = 0 if len(found) == ask.limit else CLAIMS_PAUSED
-    return found
+
+
+@dataclass
+class Habit:
+    """How the claims by exclusive keys of one shape have been going.
+
+    Attributes:
+        pause: how many of them do not try to be one statement.
+        first: which way of searching they begin with.
+        left: how many of them do so before they try the first again.
+    """
+
+    pause: int = 0
+    first: int = 0
+    left: int = 0
+
+    def found(self, place: int) -> None:
+        """Begin with the way that has found enough, for a while."""
+        if place > self.first:
+            self.first, self.left = place, CLAIMS_BY_KEY
+        elif self.first and (left := self.left - 1) >= 0:
+            self.first, self.left = (place if left else 0), left
 
 
 def dequeue_jobs(

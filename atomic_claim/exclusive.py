@@ -196,6 +196,10 @@ class Turns:
         within = or_(found.columns[KEY].is_(None), found.columns[PLACE] <= self.most)
         return select(found).where(within).cte(name)
 
+    def singled(self, read: FromClause) -> FromClause:
+        """What was read of keys with one row each: it has the first place."""
+        return select(read, number(1).label(PLACE)).subquery("claim_singled")
+
     def may_run(self, found: FromClause) -> ColumnElement[bool]:
         """True for a numbered row for which its key has room."""
         job_table = self.parts.job_table
@@ -258,7 +262,7 @@ class Pool:
 def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
     """The three ways in one; ``gated`` makes a SELECT read nothing unless something is true."""
     limit, reach = turns.limit, turns.reach
-    near_read = turns.near("claim_near_read", lambda branch, most: branch.limit(most))
+    near_read = turns.near("claim_near_read", _limited)
     near = turns.numbered("claim_near", near_read)
     room = select(number(1)).select_from(near).where(turns.may_run(near)).limit(limit).subquery()
     is_short = and_(count_of(near_read) >= reach, count_of(room) < limit)
@@ -267,18 +271,12 @@ def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
     )
     needed = select(short.columns["is_short"]).scalar_subquery() == number(1)
 
-    by_heads = turns.lateral and turns.parts.job_table.max_per_key == 1
-    keys = (turns.heads if by_heads else turns.keys)("claim_keys", needed)
-    are_more = case((count_of(keys) > number(MOST_KEYS), number(1)), else_=number(0))
-    many = select(are_more.label("many")).cte("claim_many")
-    are_many = select(many.columns["many"]).scalar_subquery() == number(1)
-    by_key = gated(and_(needed, not_(are_many)))
-    far = turns.numbered("claim_far", turns.of_keys("claim_far_read", keys, by_key))
+    far, are_many = _by_key(turns, gated, needed)
     deep_read = turns.passing("claim_deep_read", gated(and_(needed, are_many)))
     deep = turns.numbered("claim_deep", deep_read)
     found = union_all(
         select(near).where(not_(needed)),
-        select(far).where(needed, not_(are_many)),
+        select(*far.columns).where(needed, not_(are_many)),
         select(deep).where(needed, are_many),
     ).subquery("claim_pool")
     exhausted = or_(
@@ -286,6 +284,35 @@ def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
         and_(needed, or_(not_(are_many), count_of(deep_read) < reach)),
     )
     return Pool(found, exhausted)
+
+
+def near_alone(turns: Turns) -> FromClause:
+    """The first way alone."""
+    return turns.numbered("claim_near", turns.near("claim_near_read", _limited))
+
+
+def by_key_alone(turns: Turns) -> FromClause:
+    """The second way alone; nothing where there are too many keys for it."""
+    far, are_many = _by_key(turns, lambda needed: lambda rows, most: rows.where(needed).limit(most))
+    return select(*far.columns).where(not_(are_many)).subquery("claim_pool")
+
+
+def _limited(rows: Select[Any], most: ColumnElement[int]) -> Select[Any]:
+    return rows.limit(most)
+
+
+def _by_key(
+    turns: Turns, gated: Callable[[ColumnElement[bool]], Only], *needed: ColumnElement[bool]
+) -> tuple[FromClause, ColumnElement[bool]]:
+    """The first rows of each key, numbered; and whether there are too many keys for that."""
+    one_each = turns.parts.job_table.max_per_key == 1 and len(turns.parts.candidates.branches) == 1
+    by_heads = turns.lateral and one_each
+    keys = (turns.heads if by_heads else turns.keys)("claim_keys", *needed)
+    are_more = case((count_of(keys) > number(MOST_KEYS), number(1)), else_=number(0))
+    many = select(are_more.label("many")).cte("claim_many")
+    are_many = select(many.columns["many"]).scalar_subquery() == number(1)
+    read = turns.of_keys("claim_far_read", keys, gated(and_(*needed, not_(are_many))))
+    return turns.singled(read) if by_heads else turns.numbered("claim_far", read), are_many
 
 
 def number(value: int) -> ColumnElement[int]:

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
+    FromClause,
     Integer,
     Select,
     Text,
@@ -31,7 +32,7 @@ from sqlalchemy.orm import Session
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.exclusive import KEY, NEAR, Pool, Turns, number, pool
+from atomic_claim.exclusive import KEY, NEAR, Turns, by_key_alone, near_alone, number, pool
 from atomic_claim.statement import KEYS, LIMIT, MARGIN, REACH, Candidates, ClaimParts, key_in
 
 from .base import Found, Key, Strategy, Work, refuse_autocommit
@@ -110,24 +111,23 @@ def table_name(connection: Connection, job_table: JobTable) -> dict[str, str]:
     return {TABLE: ".".join(quote(part) for part in (schema, job_table.table.name) if part)}
 
 
-def _candidates(parts: ClaimParts) -> tuple[Turns, Pool, Select[Any]]:
-    """The search, and the SELECT of the rows whose keys it has locked."""
-    turns = Turns(parts, lateral=True)
-    found = pool(turns, lambda is_needed: lambda rows, most: rows.where(is_needed).limit(most))
-    ordered = select(found.rows).order_by(*turns.order(found.rows)).subquery("claim_ordered")
+def _locking(turns: Turns, found: FromClause) -> Select[Any]:
+    """The SELECT that locks the keys of candidates, one after the other until there are enough."""
+    ordered = select(found).order_by(*turns.order(found)).subquery("claim_ordered")
     key = ordered.columns[KEY]
     # In this order: what has no room must not be locked.
     is_ours = case(
         (key.is_(None), true()),
-        (turns.may_run(ordered), key_lock(parts.job_table, key)),
+        (turns.may_run(ordered), key_lock(turns.parts.job_table, key)),
         else_=false(),
     )
-    return turns, found, select(*turns.ids(ordered)).where(is_ours).limit(turns.limit)
+    return select(*turns.ids(ordered)).where(is_ours).limit(turns.limit)
 
 
 def _finding(parts: ClaimParts) -> Select[Any]:
-    _, found, rows = _candidates(parts)
-    locked = rows.subquery("claim_locked")
+    turns = Turns(parts, lateral=True)
+    found = pool(turns, lambda needed: lambda rows, most: rows.where(needed).limit(most))
+    locked = _locking(turns, found.rows).subquery("claim_locked")
     about = select(
         func.current_setting(literal_column("'transaction_isolation'")).label("level"),
         found.exhausted.label("exhausted"),
@@ -136,16 +136,22 @@ def _finding(parts: ClaimParts) -> Select[Any]:
     return select(*about.columns, *locked.columns).select_from(about.outerjoin(locked, true()))
 
 
-def at_once(parts: ClaimParts) -> ClaimParts:
-    """A claim in one statement, which gets nothing if it cannot tell that its look is young enough.
+def at_once(parts: ClaimParts) -> tuple[ClaimParts, ClaimParts]:
+    """Claims in one statement: of the first rows in order, and of the first rows of each key."""
+    turns = Turns(parts, lateral=True)
+    return _at_once(turns, near_alone(turns)), _at_once(turns, by_key_alone(turns))
+
+
+def _at_once(turns: Turns, candidates: FromClause) -> ClaimParts:
+    """A claim that gets nothing if it cannot tell that its look is young enough.
 
     Its snapshot is older than the locks on the keys. So once it has the locks, it asks of every
     transaction that its snapshot does not see whether it has been committed since: those that
     were under way, and those that were given a number between the snapshot and now. Where there
     is none, the snapshot is as good as a new one.
     """
-    turns, _, rows = _candidates(parts)
-    locked = rows.cte("claim_locked")
+    parts = turns.parts
+    locked = _locking(turns, candidates).cte("claim_locked")
     # Asked of the locked rows, so that it is asked after they are locked.
     count = select(func.count().label("n")).select_from(locked).subquery("claim_count")
     is_locked = count.columns["n"] >= number(0)
@@ -166,8 +172,8 @@ def at_once(parts: ClaimParts) -> ClaimParts:
     found = parts.candidates
     branch = turns.described(found.rows.where(is_young, turns.key_is_in(select(*locked.columns))))
     ordered = branch.order_by(*parts.order).limit(found.limit)
-    candidates = Candidates((ordered,), parts.order, found.limit, found.reach, found.rows)
-    return replace(parts, candidates=candidates, prepared={})
+    chosen = Candidates((ordered,), parts.order, found.limit, found.reach, found.rows)
+    return replace(parts, candidates=chosen, prepared={})
 
 
 def _literals(values: Iterable[str]) -> list[ColumnElement[str]]:

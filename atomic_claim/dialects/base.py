@@ -127,9 +127,12 @@ class Strategy(ABC):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
 
-    def at_once(self, dialect: Dialect, parts: ClaimParts) -> ClaimParts | None:
-        """The claim by exclusive keys as one statement that may find less than there is, if any."""
-        return None
+    def at_once(self, dialect: Dialect, parts: ClaimParts) -> Sequence[ClaimParts]:
+        """Claims by exclusive keys as one statement, which may find less than there is.
+
+        If any, there are two: one that looks at the first rows, and one that looks at all keys.
+        """
+        return ()
 
     def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim by what :meth:`at_once` made of the parts."""

@@ -139,10 +139,10 @@ class PostgreSQL(Strategy):
             return InTurn(self, work, turn_of(parts), self._claim).claim(params)
         return self._claim(work, parts, params)
 
-    def at_once(self, dialect: Dialect, parts: ClaimParts) -> ClaimParts | None:
+    def at_once(self, dialect: Dialect, parts: ClaimParts) -> Sequence[ClaimParts]:
         # txid_status() came with version 10.
         if dialect.name != "postgresql" or (dialect.server_version_info or ()) < (10,):
-            return None
+            return ()
         return parts.prepare("at once", at_once)
 
     def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
