@@ -15,13 +15,13 @@ from .binds import Bind, run_in
 from .columns import JobTable, job_table_of
 from .dialects import Found, Strategy, Work, load, strategy_for
 from .errors import ClaimError
+from .exclusive import CLAIMS_BY_KEY
 from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
 CLAIMS_PAUSED = 8
-CLAIMS_BY_KEY = 32
 
 
 class Claim(list[J]):

@@ -6,13 +6,14 @@ inside the claim, by what each database offers for it:
 
 * PostgreSQL locks the keys of the candidates for the rest of the transaction
   (``pg_try_advisory_xact_lock``; a key that another claim holds is passed over) and looks for
-  running rows in a later statement, whose snapshot is younger than the lock. The transaction has
-  to be READ COMMITTED, and every key takes a place in the server's lock table
-  (``max_locks_per_transaction``).
+  running rows in a later statement, whose snapshot is younger than the lock, or in the same one
+  where no transaction was committed in between. The transaction has to be READ COMMITTED, and
+  every key takes a place in the server's lock table (``max_locks_per_transaction``).
 * MySQL and MariaDB hold a named lock of the table (``GET_LOCK``) from the look to the mark, not to
   the commit. Uncommitted marks are seen by a second connection, which reads uncommitted rows and
   then the committed ones: a row whose end may still be rolled back runs. On a cluster with several
-  writable nodes such a lock is one node's, and keys are not exclusive there.
+  writable nodes such a lock is one node's, and keys are not exclusive there: a Galera node is
+  refused, other clusters cannot be told.
 * SQLite has one writer, whose statement decides alone.
 
 Which rows come next is looked for in three ways, each where the one before it did not find
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     CTE,
@@ -50,6 +51,7 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import Label
 
 from .statement import LIMIT, ORDER, REACH, ClaimParts, OrderTerm
 
@@ -59,6 +61,8 @@ PLACE = "claim_place"
 MOST_KEYS = 900
 # So many rows more than are wanted are looked at before the keys are.
 NEAR = 16
+# So many claims that found enough by key begin with that, before the first rows are tried again.
+CLAIMS_BY_KEY = 32
 # So many of a key's rows are found by its first ones where LATERAL is not to be had.
 MOST_FIRST = 10
 
@@ -181,11 +185,24 @@ class Turns:
         found: list[Select[Any]] = []
         for place in range(min(self.parts.job_table.max_per_key, MOST_FIRST)):
             row = of_key.limit(number(1)).offset(number(place)).correlate(keys)
-            columns = list(branch.selected_columns)[:-1]
-            values = [row.with_only_columns(c).scalar_subquery().label(c.key) for c in columns]
-            firsts = select(*values, keys.columns[KEY].label(KEY)).select_from(keys).subquery()
-            found.append(select(firsts).where(self.ids(firsts)[0].is_not(None)))
+            found.append(self._one_by_one(row, keys))
         return found
+
+    def _one_by_one(self, row: Select[Any], keys: CTE) -> Select[Any]:
+        """A row of each key, by a subquery for each of its columns."""
+        columns = list(row.selected_columns)[:-1]
+        # The order may be that of the primary key, which need not be looked for twice.
+        known = list({hash(_unlabelled(column)): column for column in columns}.values())
+        places = {hash(_unlabelled(column)): place for place, column in enumerate(known)}
+        asked = [
+            row.with_only_columns(column).scalar_subquery().label(f"value_{place}")
+            for place, column in enumerate(known)
+        ]
+        found = select(*asked, keys.columns[KEY].label(KEY)).select_from(keys).subquery()
+        values = list(found.columns)
+        named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
+        rows = cast("Select[Any]", select(*named, values[-1].label(KEY)))
+        return rows.where(values[0].is_not(None))
 
     def numbered(self, name: str, read: FromClause) -> CTE:
         """What was read, with its place within its key, as far as the key may run so many."""
@@ -295,6 +312,10 @@ def by_key_alone(turns: Turns) -> FromClause:
     """The second way alone; nothing where there are too many keys for it."""
     far, are_many = _by_key(turns, lambda needed: lambda rows, most: rows.where(needed).limit(most))
     return select(*far.columns).where(not_(are_many)).subquery("claim_pool")
+
+
+def _unlabelled(column: Any) -> Any:
+    return column.element if isinstance(column, Label) else column
 
 
 def _limited(rows: Select[Any], most: ColumnElement[int]) -> Select[Any]:

@@ -571,6 +571,19 @@ def test_waiting_for_a_turn_ends(database: Database, monkeypatch: pytest.MonkeyP
     assert ids(claim_jobs(engine, jobs)) == [1]
 
 
+@pytest.mark.databases("mariadb")
+def test_a_node_of_a_cluster_is_refused(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the server says that it is one of several, whose locks are its own."""
+    jobs = filled(database, [1])
+    monkeypatch.setattr(mysql, "GALERA", sa.literal_column("1", sa.Integer()))
+    with pytest.raises(ClaimError, match="Galera"):
+        claim_jobs(database.engine(), jobs)
+    monkeypatch.undo()
+    assert ids(claim_jobs(database.engine(), jobs)) == [1]
+
+
 @INNODB
 def test_the_second_connections_end_with_the_engine(database: Database) -> None:
     """What a claim has opened beside the engine is closed when the engine is."""

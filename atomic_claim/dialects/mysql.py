@@ -26,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
@@ -34,9 +35,10 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.exclusive import MOST_KEYS
+from atomic_claim.exclusive import CLAIMS_BY_KEY, MOST_KEYS
 from atomic_claim.statement import (
     LIMIT,
+    REACH,
     ByKey,
     Candidates,
     ClaimParts,
@@ -61,7 +63,7 @@ from .base import (
     refuse_autocommit,
     require,
 )
-from .second_look import SESSION, SecondLook, Ways, second_look, turn_at
+from .second_look import GALERA, SESSION, SecondLook, Ways, second_look, turn_at
 
 NAMES = ("mysql", "mariadb")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
@@ -83,6 +85,10 @@ SERIALIZABLE = (
     "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
     'workers hold: use isolation_level="READ COMMITTED" or "REPEATABLE READ", at which a claim is '
     "as safe"
+)
+ONE_NODE = (
+    "the server is a node of a Galera cluster (wsrep_on), whose locks the other nodes do not see: "
+    "exclusive_by cannot hold there; claim without it, or from a server that stands alone"
 )
 # Seconds by which the session's zone is ahead of UTC.
 SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
@@ -128,10 +134,15 @@ class MySQL(Strategy):
     def _claim_in_turn(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         _check_engine(work.connection, parts.job_table.table)
         statements = self._prepared(parts, work)
-        ways = parts.prepare("ways", lambda it: Ways(it, [SKEW] if statements.asks_zone else []))
-        with turn_at(work, parts.job_table, (*SESSION, *statements.session)) as said:
+        ways = parts.prepare("ways", Ways)
+        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+        galera = [GALERA] if mariadb else []
+        asked = (*SESSION, *statements.session, *galera)
+        with turn_at(work, parts.job_table, asked) as said:
+            if galera and said[-1]:
+                raise ClaimError(ONE_NODE)
             search = _SearchInTurn(self, work, statements, params[LIMIT])
-            search.learn(said[len(SESSION) :])
+            search.learn(said[len(SESSION) : len(asked) - len(galera)])
             with second_look(work, ways, *said[: len(SESSION)]) as look:
                 keys = search.keys_by(look)
             return mark_and_load(work, parts, keys, params, self.hints)
@@ -172,7 +183,7 @@ class MySQL(Strategy):
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
         lock = _Statements(self, parts, mariadb=False).lock
         if parts.job_table.exclusive_by is not None:
-            ways = Ways(parts, ())
+            ways = Ways(parts)
             return (ways.near, ways.running, lock, *marked)
         return (parts.candidates.select(), lock, *marked)
 
@@ -538,30 +549,38 @@ class _Search:
 class _SearchInTurn(_Search):
     """One search for rows whose exclusive keys have room."""
 
+    has_looked = False
+    sees_committed = False
+
     def learn(self, said: Sequence[Any]) -> None:
         """Take in what the session says of itself, and refuse what a claim cannot rest on."""
         why = "the row locks would be gone before the rows are marked"
         refuse_autocommit(self.strategy, self.work, why)
         self._learn(said)
+        self.sees_committed = said[0] in {"REPEATABLE-READ", "READ-COMMITTED"}
 
     def keys_by(self, look: SecondLook) -> list[Key]:
         """Up to ``limit`` free rows in claim order, found and looked at by a second connection."""
         ways, reach = look.ways, self.limit + WINDOW
         way, order = ways.near, list[Key]()
+        if ways.by_key_first > 0:
+            ways.by_key_first -= 1
+            way = ways.by_key
         while True:
-            found = look.candidates(way, limits(reach))
+            found = look.candidates(way, {LIMIT: self.limit, REACH: reach})
             if way is ways.by_key and found.seen > MOST_KEYS:
                 # Of some keys only, which are not the first in the claim's order.
-                way = ways.passing
+                way, ways.by_key_first = ways.passing, 0
                 continue
             self._lock_those_with_room(look, found.places)
             order = [*found.places, *(key for key in order if key not in found.places)]
-            if len(self.taken) >= self.limit:
-                break
-            if way is ways.by_key or found.seen < reach or (self.taken and way is ways.passing):
+            # A key has no more rows than may run, but those without a key are as many as read.
+            most = found.seen * self.statements.parts.job_table.max_per_key
+            is_all = reach > most + self.limit if way is ways.by_key else found.seen < reach
+            if len(self.taken) >= self.limit or is_all or (self.taken and way is ways.passing):
                 break
             if way is ways.near:
-                way = ways.by_key
+                way, ways.by_key_first = ways.by_key, CLAIMS_BY_KEY
             else:
                 reach = 4 * reach + 16
         self._take_from_aside()
@@ -572,6 +591,7 @@ class _SearchInTurn(_Search):
         # The rest may not be needed.
         for few in chunks(candidates, self.limit + WINDOW):
             fresh = self._with_room(look, few, places)
+            self.has_looked = True
             while fresh and len(self.taken) < self.limit:
                 self._lock(fresh)
                 fresh = [key for key in fresh if key not in self.tried]
@@ -581,13 +601,21 @@ class _SearchInTurn(_Search):
     def _with_room(
         self, look: SecondLook, keys: Sequence[Key], places: Mapping[Key, int]
     ) -> list[Key]:
-        beside = look.running_beside(keys)
+        beside = look.running_beside(keys, None if self.has_looked else self._unread)
         running = {key for others in beside.values() for key in others}
         ended: set[Key] = set()
         if running and not self.work.own:
             ended = self._ended_here(look.ending(running))
         most = self.statements.parts.job_table.max_per_key
         return [key for key in keys if places[key] + len(beside[key] - ended) <= most]
+
+    @property
+    def _unread(self) -> Connection | None:
+        """The claim's own connection, if its transaction is ours and has no snapshot yet."""
+        work = self.work
+        listened = isinstance(work.executor, Session) or work.connection.engine.dispatch.begin
+        is_fresh = work.own and self.sees_committed and not listened
+        return work.connection if is_fresh else None
 
     def _ended_here(self, keys: Iterable[Key]) -> set[Key]:
         """Those of the rows that the caller's own transaction has ended: nobody else holds them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,7 +26,7 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.sql.selectable import CTE
-from sqlalchemy.types import String
+from sqlalchemy.types import Integer, String
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimConflict
@@ -46,19 +46,21 @@ lookers: WeakKeyDictionary[Dialect, tuple[int, Engine]] = WeakKeyDictionary()
 class Ways:
     """The statements of a search by exclusive keys, built once per parts.
 
-    Each returns how many rows or keys it has read, what ``session`` asks of the session, and the
-    keys of the candidates with their places, in claim order; one row at least.
+    Each returns how many rows or keys it has read, and the keys of the candidates with their
+    places, in claim order; one row at least. ``by_key_first`` counts the claims that still begin
+    with the second way, since the first has not found enough of late.
     """
 
-    def __init__(self, parts: ClaimParts, session: Iterable[ColumnElement[Any]]) -> None:
+    def __init__(self, parts: ClaimParts) -> None:
         self.parts = parts
         self.turns = turns = Turns(parts)
-        self.session = tuple(session)
+        self.by_key_first = 0
         near = turns.near("claim_near_read", lambda rows, most: rows.limit(most))
         self.near = self._told(near, near)
         keys = turns.distinct_keys("claim_keys")
         by_key = turns.of_keys("claim_far_read", keys, lambda rows, most: rows.limit(most))
-        self.by_key = self._told(keys, by_key)
+        first = select(by_key).order_by(*turns.order(by_key)).limit(turns.reach)
+        self.by_key = self._told(keys, first.cte("claim_far_first"))
         passing = turns.passing("claim_deep_read", lambda rows, most: rows.limit(most))
         self.passing = self._told(passing, passing)
         self.running = self._running()
@@ -73,7 +75,7 @@ class Ways:
         place = case((key.is_(None), number(1)), else_=found.columns[PLACE]).label(PLACE)
         usable = select(*turns.ids(found), *turns.terms(found), place)
         usable_rows = usable.where(turns.may_run(found)).subquery("claim_usable")
-        about = select(count_of(counted).label("seen"), *self.session).subquery("claim_about")
+        about = select(count_of(counted).label("seen")).subquery("claim_about")
         columns = [*about.columns, *turns.ids(usable_rows), usable_rows.columns[PLACE]]
         found_rows = cast("Select[Any]", select(*columns))
         found_rows = found_rows.select_from(about.outerjoin(usable_rows, true()))
@@ -100,12 +102,10 @@ class Candidates:
 
     Attributes:
         seen: how many rows or keys were read.
-        said: what was asked of the session.
         places: the candidates, in claim order, with their places within their keys.
     """
 
     seen: int
-    said: tuple[Any, ...]
     places: dict[Key, int]
 
 
@@ -124,12 +124,15 @@ class SecondLook:
     def candidates(self, way: Select[Any], params: Mapping[str, Any]) -> Candidates:
         """Search one way."""
         rows = self.side.execute(way, dict(params)).all()
-        ahead = 1 + len(self.ways.session)
-        found = {tuple(row[ahead:-1]): row[-1] for row in rows if row[-1] is not None}
-        return Candidates(rows[0][0], tuple(rows[0][1:ahead]), found)
+        found = {tuple(row[1:-1]): row[-1] for row in rows if row[-1] is not None}
+        return Candidates(rows[0][0], found)
 
-    def running_beside(self, keys: Sequence[Key]) -> dict[Key, set[Key]]:
+    def running_beside(
+        self, keys: Sequence[Key], fresh: Connection | None = None
+    ) -> dict[Key, set[Key]]:
         """The rows that run beside each of these, with its key.
+
+        ``fresh`` is a connection whose snapshot is yet to be taken, if there is one.
 
         A row runs if it does by what is uncommitted, or by what is committed: its end may be
         rolled back. The uncommitted comes first, else a row whose claim is committed, and whose
@@ -138,16 +141,21 @@ class SecondLook:
         found: dict[Key, set[Key]] = defaultdict(set)
         if self.ways.parts.job_table.max_per_key > 1:
             # Of one at a time, the search has looked for them.
-            self._add_pairs(found, keys)
+            self._add_pairs(self.side, found, keys)
+        if fresh is not None:
+            self._add_pairs(fresh, found, keys)
+            return found
         for chunk in chunks(keys, CHUNK):
             self.side.execute(text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"))
-            self._add_pairs(found, chunk)
+            self._add_pairs(self.side, found, chunk)
         return found
 
-    def _add_pairs(self, found: dict[Key, set[Key]], keys: Sequence[Key]) -> None:
+    def _add_pairs(
+        self, connection: Connection, found: dict[Key, set[Key]], keys: Sequence[Key]
+    ) -> None:
         width = len(self.ways.parts.job_table.key)
         for chunk in chunks(keys, CHUNK):
-            for row in self.side.execute(*self.ways.running.of(chunk)):
+            for row in connection.execute(*self.ways.running.of(chunk)):
                 found[tuple(row[:width])].add(tuple(row[width:]))
 
     def ending(self, keys: set[Key]) -> set[Key]:
@@ -158,6 +166,7 @@ class SecondLook:
         return found
 
 
+GALERA = literal_column("@@wsrep_on", Integer())
 SESSION: tuple[ColumnElement[Any], ...] = (
     func.database(type_=String()),
     literal_column("@@SESSION.time_zone", String()),
