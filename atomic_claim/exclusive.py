@@ -279,7 +279,7 @@ class Pool:
 def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
     """The three ways in one; ``gated`` makes a SELECT read nothing unless something is true."""
     limit, reach = turns.limit, turns.reach
-    near_read = turns.near("claim_near_read", _limited)
+    near_read = turns.near("claim_near_read", limited)
     near = turns.numbered("claim_near", near_read)
     room = select(number(1)).select_from(near).where(turns.may_run(near)).limit(limit).subquery()
     is_short = and_(count_of(near_read) >= reach, count_of(room) < limit)
@@ -305,12 +305,12 @@ def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
 
 def near_alone(turns: Turns) -> FromClause:
     """The first way alone."""
-    return turns.numbered("claim_near", turns.near("claim_near_read", _limited))
+    return turns.numbered("claim_near", turns.near("claim_near_read", limited))
 
 
 def by_key_alone(turns: Turns) -> FromClause:
     """The second way alone; nothing where there are too many keys for it."""
-    far, are_many = _by_key(turns, lambda needed: lambda rows, most: rows.where(needed).limit(most))
+    far, are_many = _by_key(turns, where_needed)
     return select(*far.columns).where(not_(are_many)).subquery("claim_pool")
 
 
@@ -318,8 +318,14 @@ def _unlabelled(column: Any) -> Any:
     return column.element if isinstance(column, Label) else column
 
 
-def _limited(rows: Select[Any], most: ColumnElement[int]) -> Select[Any]:
+def limited(rows: Select[Any], most: ColumnElement[int]) -> Select[Any]:
+    """The rows, in any case."""
     return rows.limit(most)
+
+
+def where_needed(needed: ColumnElement[bool]) -> Only:
+    """The rows, if something is true: PostgreSQL looks at that before it reads anything."""
+    return lambda rows, most: rows.where(needed).limit(most)
 
 
 def _by_key(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -32,10 +32,19 @@ from sqlalchemy.orm import Session
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.exclusive import KEY, NEAR, Turns, by_key_alone, near_alone, number, pool
-from atomic_claim.statement import KEYS, LIMIT, MARGIN, REACH, Candidates, ClaimParts, key_in
+from atomic_claim.exclusive import (
+    KEY,
+    NEAR,
+    Turns,
+    by_key_alone,
+    near_alone,
+    number,
+    pool,
+    where_needed,
+)
+from atomic_claim.statement import KEYS, LIMIT, MARGIN, REACH, ClaimParts, key_in
 
-from .base import Found, Key, Strategy, Work, refuse_autocommit
+from .base import Found, Key, Strategy, Work, effective_name, refuse_autocommit
 
 TABLE = "atomic_claim_table"
 LEVELS = {"read committed", "read uncommitted"}
@@ -106,9 +115,7 @@ def require_locks(dialect: Dialect) -> None:
 
 def table_name(connection: Connection, job_table: JobTable) -> dict[str, str]:
     """The parameter by which a key's lock knows its table."""
-    schema = connection.schema_for_object(job_table.table)
-    quote = connection.dialect.identifier_preparer.quote
-    return {TABLE: ".".join(quote(part) for part in (schema, job_table.table.name) if part)}
+    return {TABLE: effective_name(connection, job_table.table)}
 
 
 def _locking(turns: Turns, found: FromClause) -> Select[Any]:
@@ -126,7 +133,7 @@ def _locking(turns: Turns, found: FromClause) -> Select[Any]:
 
 def _finding(parts: ClaimParts) -> Select[Any]:
     turns = Turns(parts, lateral=True)
-    found = pool(turns, lambda needed: lambda rows, most: rows.where(needed).limit(most))
+    found = pool(turns, where_needed)
     locked = _locking(turns, found.rows).subquery("claim_locked")
     about = select(
         func.current_setting(literal_column("'transaction_isolation'")).label("level"),
@@ -169,11 +176,9 @@ def _at_once(turns: Turns, candidates: FromClause) -> ClaimParts:
     newer = select(func.count()).select_from(count.join(others, true())).where(committed)
     level = func.current_setting(literal_column("'transaction_isolation'"))
     is_young = and_(newer.scalar_subquery() == number(0), level.in_(_literals(LEVELS)))
-    found = parts.candidates
-    branch = turns.described(found.rows.where(is_young, turns.key_is_in(select(*locked.columns))))
-    ordered = branch.order_by(*parts.order).limit(found.limit)
-    chosen = Candidates((ordered,), parts.order, found.limit, found.reach, found.rows)
-    return replace(parts, candidates=chosen, prepared={})
+    rows = parts.candidates.rows
+    branch = turns.described(rows.where(is_young, turns.key_is_in(select(*locked.columns))))
+    return parts.narrowed(branch.order_by(*parts.order), rows)
 
 
 def _literals(values: Iterable[str]) -> list[ColumnElement[str]]:
@@ -188,13 +193,7 @@ def _chosen(parts: ClaimParts) -> ClaimParts:
     numbered = turns.numbered("claim_chosen", given)
     having_room = select(*turns.ids(numbered)).where(turns.may_run(numbered))
     chosen = turns.described(free).where(turns.key_is_in(having_room))
-    found = parts.candidates
-    branch = chosen.order_by(*parts.order).limit(found.limit)
-    return replace(
-        parts,
-        candidates=Candidates((branch,), parts.order, found.limit, found.reach, free),
-        prepared={},
-    )
+    return parts.narrowed(chosen.order_by(*parts.order), free)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Result,
     Row,
     Select,
+    Table,
     Update,
     select,
     update,
@@ -261,6 +262,13 @@ class Strategy(ABC):
     def cure(self) -> str:
         """What the owner of a transaction can do about a conflict."""
         return "roll back, and claim again in a new transaction"
+
+
+def effective_name(connection: Connection, table: Table) -> str:
+    """A table's name as this connection's statements have it, with the schema that it maps to."""
+    schema = connection.schema_for_object(table)
+    quote = connection.dialect.identifier_preparer.quote
+    return ".".join(quote(part) for part in (schema, table.name) if part)
 
 
 def require(

@@ -56,6 +56,7 @@ from .base import (
     Strategy,
     Work,
     chunks,
+    effective_name,
     hinted,
     mark_and_load,
     marking_by_key,
@@ -274,9 +275,7 @@ checked: WeakKeyDictionary[Dialect, set[str]] = WeakKeyDictionary()
 def _check_engine(connection: Connection, table: Table) -> None:
     """Refuse a table that has no row locks; asked once for each engine of SQLAlchemy's."""
     dialect = connection.dialect
-    schema = connection.schema_for_object(table)
-    quote = dialect.identifier_preparer.quote
-    name = ".".join(quote(part) for part in (schema, table.name) if part)
+    name = effective_name(connection, table)
     known = checked.setdefault(dialect, set())
     if name in known:
         return

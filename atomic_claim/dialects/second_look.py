@@ -30,7 +30,7 @@ from sqlalchemy.types import Integer, String
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimConflict
-from atomic_claim.exclusive import KEY, PLACE, Turns, count_of, number
+from atomic_claim.exclusive import KEY, PLACE, Turns, count_of, limited, number
 from atomic_claim.statement import ByKey, ClaimParts
 
 from .base import Key, Work, chunks
@@ -55,13 +55,13 @@ class Ways:
         self.parts = parts
         self.turns = turns = Turns(parts)
         self.by_key_first = 0
-        near = turns.near("claim_near_read", lambda rows, most: rows.limit(most))
+        near = turns.near("claim_near_read", limited)
         self.near = self._told(near, near)
         keys = turns.distinct_keys("claim_keys")
-        by_key = turns.of_keys("claim_far_read", keys, lambda rows, most: rows.limit(most))
+        by_key = turns.of_keys("claim_far_read", keys, limited)
         first = select(by_key).order_by(*turns.order(by_key)).limit(turns.reach)
         self.by_key = self._told(keys, first.cte("claim_far_first"))
-        passing = turns.passing("claim_deep_read", lambda rows, most: rows.limit(most))
+        passing = turns.passing("claim_deep_read", limited)
         self.passing = self._told(passing, passing)
         self.running = self._running()
         self.held = ByKey(

@@ -6,7 +6,6 @@ import operator
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -36,7 +35,7 @@ from atomic_claim.columns import JobTable
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.exclusive import Turns, number, pool
-from atomic_claim.statement import ORDER, ByKey, Candidates, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
     Find,
@@ -194,10 +193,9 @@ def _with_turns(parts: ClaimParts) -> ClaimParts:
         turns, lambda needed: lambda rows, most: rows.limit(case((needed, most), else_=number(0)))
     ).rows
     branch = select(*turns.ids(found), *turns.terms(found)).where(turns.may_run(found))
-    branch = branch.order_by(*turns.order(found)).limit(turns.limit)
-    before = parts.candidates
-    candidates = Candidates((branch,), before.order, before.limit, before.reach, before.rows)
-    return replace(parts, candidates=candidates, prepared={"turn": True})
+    narrowed = parts.narrowed(branch.order_by(*turns.order(found)), parts.candidates.rows)
+    narrowed.prepared["turn"] = True
+    return narrowed
 
 
 def _lock(job_table: JobTable) -> Update:

@@ -302,7 +302,7 @@ def open_pgqueuer(url: str, limit: int) -> Awaiter:
     return Awaiter(runner, claim)
 
 
-# alchemical-queues: https://pypi.org/project/alchemical-queues/
+# alchemical-queues, as its description on the package index has it.
 def alchemical_enqueue(url: str) -> None:
     """Make the tables, and put one job."""
     from alchemical_queues import AlchemicalQueues  # noqa: PLC0415
