@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import (
@@ -18,17 +18,26 @@ from sqlalchemy.exc import (
     UnboundExecutionError,
 )
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.pool import (
+    NullPool,
+    PoolProxiedConnection,
+    QueuePool,
+    SingletonThreadPool,
+    StaticPool,
+)
 from sqlalchemy.util import await_only
 
 from .columns import JobTable
-from .dialects import Strategy, Work, is_watched, strategy_for
+from .dialects import STRATEGIES, Failed, Strategy, Work, is_watched, strategy_for
 from .errors import ClaimConflict, ClaimError
 
 R = TypeVar("R")
 Bind = Session | scoped_session[Any] | Connection | Engine | sessionmaker[Any]
 Run = Callable[[Strategy, Work], R]
 IsSingle = Callable[[Strategy], bool]
+
+# They hand a connection to nobody else until it is given back.
+SAFE_POOLS = frozenset({QueuePool, NullPool})
 
 TRIES = 8
 FIRST_PAUSE = 0.005
@@ -47,6 +56,7 @@ def run_in(
     *,
     single: IsSingle,
     recoverable: bool = False,
+    left: Left | None = None,
     tries: int = TRIES,
 ) -> R:
     """Run statements in a bind: never ending the caller's transaction, always ending our own.
@@ -59,6 +69,7 @@ def run_in(
         single: whether it is one statement on that database, for which autocommit is enough.
         recoverable: whether ``run`` can tell from the table what became of an earlier try, so
             that a transaction of our own is run again when its connection is lost.
+        left: an engine's connection to begin with, from :func:`run_directly`; it is given back.
         tries: how often a transaction of our own is run at most.
 
     Raises:
@@ -77,8 +88,9 @@ def run_in(
             raise ClaimError("the Connection is closed; open one with engine.connect()")
         return _run_in_transaction(Work(bind, bind, own=False), run)
     if isinstance(bind, Engine):
+        first = iter([left])
         return _try_again(
-            lambda lost: _run_by_engine(bind, run, single, resumed=lost),
+            lambda lost: _run_by_engine(bind, run, single, resumed=lost, left=next(first, None)),
             tries,
             lambda: outages(bind, job_table) if recoverable else (),
         )
@@ -101,19 +113,81 @@ def _run_in_transaction(work: Work, run: Run[R]) -> R:
         return run(strategy, work)
 
 
-def _run_by_engine(engine: Engine, run: Run[R], single: IsSingle, *, resumed: bool) -> R:
+class Left(NamedTuple):
+    """A connection on which a transaction could not be run directly, and why."""
+
+    pooled: PoolProxiedConnection
+    error: BaseException | None = None
+
+
+def run_directly(
+    engine: Engine, run: Callable[[PoolProxiedConnection], R]
+) -> tuple[R | None, Left | None]:
+    """Run a whole transaction on a connection of the driver's own.
+
+    Returns:
+        What ``run`` returned. Or None, and the connection if there is one, on which it is to be
+        tried again: then SQLAlchemy hears of it where a connection is lost.
+    """
+    if type(engine.pool) not in SAFE_POOLS or is_watched(engine):
+        return None, None
+    dialect = engine.dialect
+    try:
+        pooled = engine.raw_connection()
+    except dialect.loaded_dbapi.Error:
+        return None, None
+    try:
+        mode = STRATEGIES[dialect.name].directly(dialect, pooled)
+        if mode is None:
+            return None, Left(pooled)
+        with mode:
+            found = run(pooled)
+    except Failed as failed:
+        return None, Left(pooled, failed.__cause__)
+    except BaseException as error:
+        if isinstance(error, Exception):
+            pooled.close()
+        else:
+            # An interrupt: nobody knows what was left unread on it.
+            pooled.invalidate(error)
+        raise
+    pooled.close()
+    return found, None
+
+
+def _run_by_engine(
+    engine: Engine, run: Run[R], single: IsSingle, *, resumed: bool, left: Left | None
+) -> R:
     strategy = strategy_for(engine.dialect)
     _refuse_shared(strategy, engine)
-    with _conflicts(strategy), engine.connect() as connection:
+    connecting = engine.connect() if left is None else Connection(engine, left.pooled)
+    with _conflicts(strategy), _noting(left), connecting as connection:
         strategy.check(connection.dialect)
         mode = _driver_mode(strategy, connection, single, listeners=engine.dispatch.begin)
-        direct = mode is not None and not is_watched(engine)
-        work = Work(connection, connection, own=True, resumed=resumed, direct=direct)
+        work = Work(
+            connection,
+            connection,
+            own=True,
+            resumed=resumed,
+            unheard=not is_watched(engine),
+            single=mode is not None,
+        )
         with mode or nullcontext():
             found = run(strategy, work)
             strategy.commit(connection)
             connection.commit()
     return found
+
+
+@contextmanager
+def _noting(left: Left | None) -> Iterator[None]:
+    """Tell what the driver said first, where a connection turns out to be lost."""
+    try:
+        yield
+    except DBAPIError as error:
+        if left is not None and left.error is not None and error.connection_invalidated:
+            error.add_note(f"The driver had said: {left.error}")
+        raise
 
 
 def _run_by_sessionmaker(
@@ -163,9 +237,9 @@ def _driver_mode(
     A listener to the beginning of a transaction may set what lasts only as long as it does, or
     begin another kind of transaction.
     """
-    if listeners or not single(strategy) or strategy.in_transaction(connection.connection):
+    if listeners or not single(strategy):
         return None
-    return strategy.autocommit(connection)
+    return strategy.autocommit(connection.dialect, connection.connection)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, SupportsIndex, TypeVar, overload
 
@@ -11,12 +11,12 @@ from sqlalchemy import Engine, and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session, scoped_session, selectin_polymorphic, sessionmaker, undefer
 
-from .binds import Bind, run_in
+from .binds import Bind, Left, run_directly, run_in
 from .columns import JobTable, job_table_of
-from .dialects import Found, Strategy, Work, load, strategy_for
+from .dialects import Found, Strategy, Work, learned_of, load, strategy_for
 from .errors import ClaimError
-from .exclusive import CLAIMS_BY_KEY
-from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
+from .exclusive import CLAIMS_BY_KEY, NEAR
+from .statement import REACH, Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
 
 Key = tuple[Any, ...]
@@ -172,17 +172,22 @@ def claim_jobs(
         if parts.entities and isinstance(session, Session) and not session.autoflush:
             _refuse_unflushed(session, job_table)
         found = _won_before(strategy, work, parts, token) if work.resumed else []
-        found = found or strategy.claim(work, parts, ask.parameters(token))
+        found = found or strategy.claim(work, parts, params)
         if parts.entities and isinstance(session, Session) and work.own:
             _load_fully(session, parts, found)
         return found
 
+    def claim(found: Found) -> Claim[Any]:
+        keys, jobs = [key for key, _ in found], [job for _, job in found]
+        return Claim(jobs, table=job_table, keys=keys, token=token, worker=worker, lease=lease)
+
     first = _claimed_at_once(bind, parts, ask, token)
-    if first:
-        ask = replace(ask, limit=limit - len(first))
-    found = first
-    if len(first) < limit:
-        known = {key for key, _ in first}
+    if len(first) == limit:
+        return claim(first)
+    ask = ask._replace(limit=limit - len(first)) if first else ask
+    params = ask.parameters(token)
+    rest, left = _claimed_directly(bind, parts, params)
+    if rest is None:
         rest = run_in(
             bind,
             job_table,
@@ -190,16 +195,12 @@ def claim_jobs(
             # What cannot be read must not be committed: nobody would ever get it.
             single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
             recoverable=token is not None,
+            left=left,
         )
-        found = first + [each for each in rest if each[0] not in known]
-    return Claim(
-        (job for _, job in found),
-        table=job_table,
-        keys=[key for key, _ in found],
-        token=token,
-        worker=worker,
-        lease=lease,
-    )
+    if not first:
+        return claim(rest)
+    known = {key for key, _ in first}
+    return claim(first + [each for each in rest if each[0] not in known])
 
 
 def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
@@ -219,7 +220,7 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
         if place < habit.first:
             continue
         wanted = ask.limit - len(found)
-        found += _claimed_by(bind, way, replace(ask, limit=wanted), token)
+        found += _claimed_by(bind, way, ask._replace(limit=wanted), token)
         if len(found) == ask.limit:
             habit.found(place)
             return found
@@ -228,17 +229,32 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
 
 
 def _claimed_by(bind: Engine, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
+    params = ask.parameters(token) | {REACH: ask.limit + NEAR}
+
     def run(strategy: Strategy, work: Work) -> Found:
         found = _won_before(strategy, work, parts, token) if work.resumed else []
-        return found or strategy.claim_at_once(work, parts, ask.parameters(token))
+        return found or strategy.claim_at_once(work, parts, params)
 
+    found, left = _claimed_directly(bind, parts, params)
+    if found is not None:
+        return found
     return run_in(
         bind,
         parts.job_table,
         run,
         single=lambda _: not parts.may_be_unreadable,
         recoverable=token is not None,
+        left=left,
     )
+
+
+def _claimed_directly(
+    bind: Any, parts: ClaimParts, params: dict[str, Any]
+) -> tuple[Found | None, Left | None]:
+    """What an engine claims on the driver's connection, once it is known how."""
+    if not isinstance(bind, Engine) or (claim := learned_of(parts, bind.dialect).claim) is None:
+        return None, None
+    return run_directly(bind, lambda pooled: claim(pooled, params))
 
 
 @dataclass

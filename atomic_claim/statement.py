@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import (
     Column,
@@ -67,8 +67,7 @@ def limits(limit: int) -> dict[str, Any]:
     return {LIMIT: limit, REACH: limit + MARGIN}
 
 
-@dataclass(frozen=True, eq=False)
-class Ask:
+class Ask(NamedTuple):
     """What one call of the claim asks for; see :func:`claim_statement`."""
 
     limit: int

@@ -10,19 +10,22 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ClaimStatement
 
 from .base import CHUNK, Find, Found, Strategy, Work, chunks, load
-from .direct import is_watched
+from .direct import Failed, is_watched, learned_of
 from .mysql import MySQL
 from .postgresql import PostgreSQL
 from .sqlite import SQLite
 
 __all__ = [
     "CHUNK",
+    "STRATEGIES",
+    "Failed",
     "Find",
     "Found",
     "Strategy",
     "Work",
     "chunks",
     "is_watched",
+    "learned_of",
     "load",
     "strategy_for",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -39,8 +39,32 @@ T = TypeVar("T")
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
+LIMITS = frozenset({LIMIT, REACH})
 Found = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
+
+
+class Executes(Protocol):
+    """Where statements of a claim are executed; see :class:`Work`."""
+
+    @property
+    def own(self) -> bool: ...
+    @property
+    def dialect(self) -> Dialect: ...
+    @property
+    def pooled(self) -> PoolProxiedConnection: ...
+    @property
+    def in_autocommit(self) -> bool: ...
+    def rows(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[Any]]: ...
+    def tuples(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> list[tuple[Any, ...]]: ...
+    def write(self, statement: Executable, params: Mapping[str, Any] | None = None) -> None: ...
+    def entities(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -52,20 +76,54 @@ class Work:
         connection: the connection they arrive at.
         own: whether the transaction is ours, begun for this claim and ended after it.
         resumed: whether an earlier try lost its connection, so that nobody knows what became of it.
-        direct: whether one statement is all, in autocommit, and nobody hears of it.
+        unheard: whether nobody hears of its statements, so that they may go to the driver's cursor.
+        single: whether one statement is all, which the driver commits by itself.
     """
 
     executor: Session | Connection
     connection: Connection
     own: bool
     resumed: bool = False
-    direct: bool = False
+    unheard: bool = False
+    single: bool = False
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
     ) -> Result[Any]:
         """Execute where the caller wants it executed."""
         return self.executor.execute(statement, params)
+
+    def rows(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> Sequence[Row[Any]]:
+        """Execute, and return the rows."""
+        return self.execute(statement, params).all()
+
+    def tuples(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Execute, and return the rows as plain tuples."""
+        return [tuple(row) for row in self.rows(statement, params)]
+
+    def write(self, statement: Executable, params: Mapping[str, Any] | None = None) -> None:
+        """Execute what returns no rows."""
+        self.execute(statement, params)
+
+    def entities(
+        self, statement: Executable, params: Mapping[str, Any] | None = None
+    ) -> Sequence[Any]:
+        """Execute, and return the entities, each once."""
+        return self.execute(statement, params).scalars().unique().all()
+
+    @property
+    def dialect(self) -> Dialect:
+        """The database's."""
+        return self.connection.dialect
+
+    @property
+    def pooled(self) -> PoolProxiedConnection:
+        """The driver's connection, as the pool gave it."""
+        return self.connection.connection
 
     @property
     def has_criteria(self) -> bool:
@@ -220,9 +278,20 @@ class Strategy(ABC):
     def commit(self, connection: Connection) -> None:  # noqa: B027 - most have nothing to do
         """Commit a transaction of our own ahead of SQLAlchemy, where that has to clean up."""
 
-    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
-        """Have the driver commit by itself; None where that may differ from BEGIN … COMMIT."""
+    def autocommit(
+        self, dialect: Dialect, pooled: PoolProxiedConnection
+    ) -> AbstractContextManager[None] | None:
+        """Have the driver commit by itself; None where that may differ from BEGIN … COMMIT.
+
+        Neither does it where a transaction is open already.
+        """
         return None
+
+    def directly(
+        self, dialect: Dialect, pooled: PoolProxiedConnection
+    ) -> AbstractContextManager[None] | None:
+        """Let a claim use the driver's connection; None where it is in another state than usual."""
+        return self.autocommit(dialect, pooled)
 
     @abstractmethod
     def in_transaction(self, pooled: Pooled) -> bool:
@@ -322,23 +391,24 @@ def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statem
 
 
 def mark_and_load(
-    work: Work,
+    work: Executes,
     parts: ClaimParts,
     keys: Sequence[Key],
     params: Mapping[str, Any],
     hints: Mapping[str, str],
 ) -> Found:
     """Write the claim to rows that are locked, and read them."""
-    written = {name: value for name, value in params.items() if name not in {LIMIT, REACH}}
+    written = {name: value for name, value in params.items() if name not in LIMITS}
     marking = marking_by_key(parts, hints)
     for chunk in chunks(keys, CHUNK):
-        work.execute(*marking.of(chunk, written))
+        work.write(*marking.of(chunk, written))
     return load(work, parts, keys, hints)
 
 
 def marking_by_key(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
     """The statement that writes the claim."""
-    return parts.prepare(f"marking {hints}", partial(_marking, hints=hints))
+    name = "marking, hinted" if hints else "marking"
+    return parts.prepare(name, partial(_marking, hints=hints))
 
 
 def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
@@ -348,7 +418,7 @@ def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
     )
 
 
-def load(work: Work, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str, str]) -> Found:
+def load(work: Executes, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str, str]) -> Found:
     """The rows or entities with these keys, complete and as they are now, in this order.
 
     A plain read comes first: it sees what this transaction wrote itself, whatever its snapshot.
@@ -359,9 +429,8 @@ def load(work: Work, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str,
     for lock in (False, True):
         missing = [key for key in keys if key not in found]
         for chunk in chunks(missing, CHUNK):
-            reading = reading_by_key(parts, hints, lock=lock)
-            result = work.execute(*reading.of(chunk))
-            items = result.scalars().unique() if parts.entities else result
+            asked = reading_by_key(parts, hints, lock=lock).of(chunk)
+            items = work.entities(*asked) if parts.entities else work.rows(*asked)
             key_of = parts.key_of
             found.update((key_of(item), item) for item in items)
     return [(key, found[key]) for key in keys]
@@ -369,7 +438,8 @@ def load(work: Work, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str,
 
 def reading_by_key(parts: ClaimParts, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
     """The statement that reads what was claimed."""
-    return parts.prepare(f"reading {lock} {hints}", partial(_reading, lock=lock, hints=hints))
+    name = f"reading{', locked' if lock else ''}{', hinted' if hints else ''}"
+    return parts.prepare(name, partial(_reading, lock=lock, hints=hints))
 
 
 def _reading(parts: ClaimParts, lock: bool, hints: Mapping[str, str]) -> ByKey:
@@ -386,13 +456,13 @@ def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield keys[start : start + size]
 
 
-def refuse_autocommit(strategy: Strategy, work: Work, why: str) -> None:
+def refuse_autocommit(strategy: Strategy, work: Executes, why: str) -> None:
     """Refuse a bind whose driver commits after every statement.
 
     Asked after a first statement: an engine may begin its transactions by itself, on a driver in
     autocommit, and only then has done so.
     """
-    if work.in_autocommit and not strategy.in_transaction(work.connection.connection):
+    if work.in_autocommit and not strategy.in_transaction(work.pooled):
         raise ClaimError(
             f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
             'as engine.execution_options(isolation_level="READ COMMITTED")'

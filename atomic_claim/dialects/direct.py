@@ -1,4 +1,4 @@
-"""A claim of one statement, handed to the driver's cursor rather than to SQLAlchemy's.
+"""Claims handed to the driver's cursor rather than to SQLAlchemy's connection.
 
 Of what SQLAlchemy does around a statement, half of a short claim's time, all but the text and the
 types is for those who listen. Where nobody does, nobody can tell the difference.
@@ -7,22 +7,29 @@ types is for those who listen. Where nobody does, nobody can tell the difference
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import CursorResult, Dialect, Engine, Result
+from sqlalchemy import CursorResult, Dialect, Engine, Result, Row, Select
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from atomic_claim.statement import LEASE, LIMIT, REACH, TOKEN, WORKER, ClaimParts
+from atomic_claim.statement import KEYS, LEASE, LIMIT, REACH, TOKEN, WORKER, ClaimParts
 
 from .base import Found, Work, row_maker
 
-OURS = frozenset({LIMIT, REACH, TOKEN, WORKER, LEASE})
-# The limit is part of the text; so many texts are kept.
+OURS = frozenset({LIMIT, REACH, TOKEN, WORKER, LEASE, KEYS})
+# The limit is part of the text, and how many keys there are; so many texts are kept.
 MOST_TEXTS = 100
+# Of so many engines is remembered how their drivers claim some parts.
+MOST_DIALECTS = 16
 Process = Callable[[Any], Any]
+Params = Mapping[str, Any]
 
 
 def is_watched(engine: Engine) -> bool:
@@ -42,129 +49,258 @@ def is_watched(engine: Engine) -> bool:
         or of_dialect.handle_error
         or engine.get_execution_options()
         or engine.logger.isEnabledFor(logging.INFO)
+        # Whoever makes engines of another kind has a reason to see what they execute.
+        or type(engine) is not Engine
     )
 
 
-def direct_of(work: Work, parts: ClaimParts) -> Direct | None:
-    """How to claim these parts by the driver's own cursor; None where SQLAlchemy has to do it."""
-    if not work.direct:
-        return None
-    found = _known(parts).get(work.connection.dialect)
-    return found if found is not None and found.fits else None
+class Failed(Exception):
+    """The driver has refused a statement, or it is not known yet: nothing is claimed.
+
+    So the claim may be tried again, on the same connection, for all that SQLAlchemy does about an
+    error. If the connection is lost, nothing can succeed on it.
+    """
 
 
-def note(work: Work, parts: ClaimParts, result: Result[Any]) -> None:
-    """Learn from a claim that SQLAlchemy has executed how to do it directly.
+@dataclass
+class Learned:
+    """What is known of claiming some parts on a dialect's driver.
+
+    Attributes:
+        claim: does it on a connection of the driver's own, or raises ``Failed``; None until it is
+            known how.
+        seen: whether SQLAlchemy has done it before.
+        statements: the statements it takes, as far as they are known.
+    """
+
+    claim: Callable[[PoolProxiedConnection, Params], Found] | None = None
+    seen: bool = False
+    statements: MutableMapping[Executable, Direct | None] = field(default_factory=WeakKeyDictionary)
+
+
+def learned_of(parts: ClaimParts, dialect: Dialect) -> Learned:
+    """What is known of claiming these parts."""
+    known: dict[Dialect, Learned] = parts.prepare("learned", lambda _: {})
+    if (found := known.get(dialect)) is None:
+        if len(known) >= MOST_DIALECTS:
+            del known[next(iter(known))]
+        found = known[dialect] = Learned()
+    return found
+
+
+def learn(
+    work: Work,
+    parts: ClaimParts,
+    result: Result[Any],
+    claim: Callable[[ClaimParts, Direct, PoolProxiedConnection, Params], Found],
+) -> None:
+    """Learn from a claim of one statement how to do without SQLAlchemy.
 
     Not from the first: parts that are made anew for every claim are better off with SQLAlchemy.
     """
-    known, dialect = _known(parts), work.connection.dialect
-    if not work.direct or known.get(dialect) is not None or not isinstance(result, CursorResult):
+    if not (work.unheard and work.single) or not isinstance(result, CursorResult):
         return
-    known[dialect] = Direct(parts, result, dialect) if dialect in known else None
-
-
-def _known(parts: ClaimParts) -> WeakKeyDictionary[Dialect, Direct | None]:
-    return parts.prepare("direct", lambda _: WeakKeyDictionary())
+    learned = learned_of(parts, work.dialect)
+    if not learned.seen:
+        learned.seen = True
+    elif learned.claim is None:
+        direct = Direct(result, tuple(parts.job_table.table.columns), work.dialect)
+        if direct.fits:
+            learned.claim = partial(claim, parts, direct)
 
 
 class Text(NamedTuple):
-    """The text for one limit, and its parameters: what is the same each time, what is ours.
+    """The text for one limit and number of keys, and its parameters.
 
-    ``places`` says in which order the driver wants them, if not by name.
+    Attributes:
+        text: what the driver executes.
+        fixed: the parameters that are the same each time.
+        ours: the names of the others, and what makes the driver's values of them.
+        keys: the names of a list of keys, and what makes the driver's values of them.
+        places: in which order the driver wants them, if not by name.
     """
 
     text: str
     fixed: dict[str, Any]
-    ours: list[tuple[str, Process | None]]
+    ours: Sequence[tuple[str, Process | None]]
+    keys: tuple[Sequence[str], Process | None]
     places: Sequence[str] | None
 
 
 class Direct:
-    """The one statement as a dialect's driver takes it, and its rows as SQLAlchemy gives them.
+    """A statement as a dialect's driver takes it, and its rows as SQLAlchemy gives them.
+
+    Args:
+        result: what SQLAlchemy has made of the statement before.
+        columns: what it returns; what more it returns is the strategy's, and raw.
+        dialect: the database's.
 
     Attributes:
         fits: whether nothing has to be asked at every execution but what is ours.
     """
 
-    def __init__(self, parts: ClaimParts, result: CursorResult[Any], dialect: Dialect) -> None:
+    def __init__(self, result: CursorResult[Any], columns: Sequence[Any], dialect: Dialect) -> None:
         compiled = result.context.compiled
         assert isinstance(compiled, SQLCompiler)
         others = [bind for name, bind in compiled.binds.items() if name not in OURS]
-        self.fits = not any(bind.callable or bind.expanding for bind in others)
+        asks = any(bind.callable or bind.expanding for bind in others)
+        # Python's own onupdate is called for every execution.
+        self.fits = not (asks or compiled.update_prefetch)
         self.compiled = compiled
         self.dialect = dialect
-        self.key_of = parts.key_of
         # Not the statement's own: SQLAlchemy may have compiled an equal one with other values.
         given = result.context.compiled_parameters[0]
         self.fixed = {name: value for name, value in given.items() if name not in OURS}
-        columns = tuple(parts.job_table.table.columns)
-        # What more is returned is the strategy's, and raw.
-        self.make = row_maker(result, columns)
+        self.writers = {
+            compiled.escaped_bind_names.get(name, name): writer
+            for name, bind in compiled.binds.items()
+            if (writer := bind.type.dialect_impl(dialect).bind_processor(dialect)) is not None
+        }
+        self.make: Callable[[Any], Any] = row_maker(result, columns) if columns else tuple
         self.types = [column.type.dialect_impl(dialect) for column in columns]
+        # None until the driver has said what it returns; empty if that is as it should be.
         self.readers: list[Process | None] | None = None
-        self.texts: dict[int, Text] = {}
+        self.texts: dict[tuple[int, int], Text] = {}
 
-    def fetch(self, work: Work, params: Mapping[str, Any]) -> Sequence[Any] | None:
-        """Claim, and return what the driver does; None if it has to be tried by SQLAlchemy.
+    def fetch(self, pooled: PoolProxiedConnection, params: Params) -> Sequence[Any]:
+        """Claim, and return what the driver does.
 
-        A statement that fails has claimed nothing, so it may be executed again, for all that
-        SQLAlchemy does about an error. If it took its connection with it, it cannot be.
+        Raises:
+            Failed: the driver has refused the statement.
+            DBAPIError: what was claimed cannot be read.
         """
-        driver: Any = work.connection.connection.driver_connection
+        driver: Any = pooled.driver_connection
         failure: Any = self.dialect.loaded_dbapi.Error
-        text, values = self._asked(params)
         cursor = driver.cursor()
         try:
             try:
-                cursor.execute(text, values)
-            except failure:
-                return None
+                cursor.execute(*self._asked(params))
+            except failure as error:
+                raise Failed from error
             try:
-                fetched: Sequence[Any] = cursor.fetchall()
+                return self._fetched(cursor)
             except failure as error:
                 # These rows are claimed already: they must not be followed by others.
                 raise DBAPIError.instance(
                     None, None, error, failure, dialect=self.dialect
                 ) from error
-            if self.readers is None:
-                self.readers = [
-                    type_.result_processor(self.dialect, what[1])
-                    for type_, what in zip(self.types, cursor.description, strict=False)
-                ]
-            return fetched
         finally:
             cursor.close()
 
-    def found(self, fetched: Sequence[Any]) -> Found:
-        """The keys and the rows of what the driver has returned."""
-        if any(self.readers or ()):
-            columns = zip(self.readers or (), zip(*fetched, strict=True), strict=False)
-            read = [values if reader is None else map(reader, values) for reader, values in columns]
-            fetched = list(zip(*read, strict=True))
-        make, key_of = self.make, self.key_of
-        return [(key_of(row), make(row)) for row in fetched]
+    def execute(self, cursor: Any, params: Params) -> Iterable[tuple[Any, ...]]:
+        """Execute by a cursor, and return what it does, if anything."""
+        cursor.execute(*self._asked(params))
+        return self._read(self._fetched(cursor)) if self.types else ()
 
-    def _asked(self, params: Mapping[str, Any]) -> tuple[str, Any]:
+    def found(self, parts: ClaimParts, fetched: Sequence[Any]) -> Found:
+        """The keys and the rows of what the driver has returned."""
+        make, key_of = self.make, parts.key_of
+        return [(key_of(row), make(row)) for row in self._read(fetched)]
+
+    def _fetched(self, cursor: Any) -> Sequence[Any]:
+        fetched: Sequence[Any] = cursor.fetchall()
+        if self.readers is None:
+            readers = [
+                type_.result_processor(self.dialect, what[1])
+                for type_, what in zip(self.types, cursor.description, strict=False)
+            ]
+            more = len(cursor.description) > len(self.types)
+            self.readers = readers if more or any(readers) else []
+        return fetched
+
+    def _read(self, fetched: Sequence[Any]) -> Iterable[tuple[Any, ...]]:
+        if not self.readers or not fetched:
+            return fetched
+        columns = zip(self.readers, zip(*fetched, strict=True), strict=False)
+        read = [values if reader is None else map(reader, values) for reader, values in columns]
+        return zip(*read, strict=True)
+
+    def _asked(self, params: Params) -> tuple[str, Any]:
         """The text and the parameters of one execution."""
-        limit = params[LIMIT]
-        if limit not in self.texts:
+        keys: Sequence[Any] = params.get(KEYS, ())
+        shape = (params.get(LIMIT, 0), len(keys))
+        if (known := self.texts.get(shape)) is None:
             if len(self.texts) >= MOST_TEXTS:
                 self.texts.clear()
-            self.texts[limit] = self._text(params)
-        known = self.texts[limit]
-        values = known.fixed.copy()
-        for name, process in known.ours:
+            known = self.texts[shape] = self._text(params)
+        text, fixed, ours, (names, writer), places = known
+        values = fixed.copy()
+        for name, process in ours:
             values[name] = params[name] if process is None else process(params[name])
-        return known.text, values if known.places is None else [values[n] for n in known.places]
+        if keys:
+            values.update(zip(names, map(writer, keys) if writer else keys, strict=True))
+        return text, values if places is None else [values[name] for name in places]
 
-    def _text(self, params: Mapping[str, Any]) -> Text:
+    def _text(self, params: Params) -> Text:
         state = self.compiled.construct_expanded_state({**self.fixed, **params})
-        processes: Any = state.processors
+        keys = state.parameter_expansion.get(KEYS, [])
+        writers = self.writers
         fixed = {
-            name: value if (process := processes.get(name)) is None else process(value)
+            name: value if (writer := writers.get(name)) is None else writer(value)
             for name, value in state.parameters.items()
-            if name not in OURS
+            if name not in OURS.union(keys)
         }
-        ours = [(name, processes.get(name)) for name in state.parameters if name in OURS]
-        return Text(state.statement, fixed, ours, state.positiontup)
+        ours = [(name, writers.get(name)) for name in state.parameters if name in OURS]
+        return Text(state.statement, fixed, ours, (keys, writers.get(KEYS)), state.positiontup)
+
+
+@dataclass(frozen=True)
+class OnDriver:
+    """A transaction of our own on a connection of the driver's own.
+
+    Attributes:
+        dialect: the database's.
+        pooled: the connection.
+        cursor: the driver's.
+        learned: the statements that can be executed.
+    """
+
+    dialect: Dialect
+    pooled: PoolProxiedConnection
+    cursor: Any
+    learned: Learned
+    own: bool = True
+    in_autocommit: bool = False
+
+    def rows(self, statement: Executable, params: Params | None = None) -> Sequence[Row[Any]]:
+        """Execute, and return the rows."""
+        direct = self._direct(statement)
+        return [direct.make(row) for row in direct.execute(self.cursor, params or {})]
+
+    def tuples(self, statement: Executable, params: Params | None = None) -> list[tuple[Any, ...]]:
+        """Execute, and return the rows as plain tuples."""
+        return list(self._direct(statement).execute(self.cursor, params or {}))
+
+    def write(self, statement: Executable, params: Params | None = None) -> None:
+        """Execute what returns no rows."""
+        self._direct(statement).execute(self.cursor, params or {})
+
+    def _direct(self, statement: Executable) -> Direct:
+        direct = self.learned.statements.get(statement)
+        if direct is None or not direct.fits:
+            raise Failed
+        return direct
+
+    def entities(self, statement: Executable, params: Params | None = None) -> Sequence[Any]:
+        """There is no session that could have any."""
+        raise Failed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Work):
+    """A transaction of our own, from whose statements is learned how to do without SQLAlchemy."""
+
+    learned: Learned
+
+    def rows(self, statement: Executable, params: Params | None = None) -> Sequence[Row[Any]]:
+        result = self.connection.execute(statement, params)
+        statements = self.learned.statements
+        if statement not in statements:
+            statements[statement] = None
+        elif statements[statement] is None:
+            columns = tuple(statement.selected_columns) if isinstance(statement, Select) else ()
+            statements[statement] = Direct(result, columns, self.dialect)
+        return result.all() if result.returns_rows else []
+
+    def write(self, statement: Executable, params: Params | None = None) -> None:
+        self.rows(statement, params)

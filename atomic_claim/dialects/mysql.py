@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
@@ -49,6 +51,7 @@ from atomic_claim.statement import (
 )
 
 from .base import (
+    Executes,
     Find,
     Found,
     Key,
@@ -64,6 +67,7 @@ from .base import (
     refuse_autocommit,
     require,
 )
+from .direct import Failed, Learned, Learning, OnDriver, learned_of
 from .second_look import GALERA, SESSION, SecondLook, Ways, second_look, turn_at
 
 NAMES = ("mysql", "mariadb")
@@ -129,8 +133,49 @@ class MySQL(Strategy):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if parts.job_table.exclusive_by is not None:
             return self._claim_in_turn(work, parts, params)
-        keys = self.lock(work, parts, params)
+        _check_engine(work.connection, parts.job_table.table)
+        # Of other drivers' cursors SQLAlchemy knows more than we do, and for a key of several
+        # columns the statements are made anew each time.
+        is_plain = work.dialect.driver == "pymysql" and len(parts.job_table.key) == 1
+        if not work.unheard or not is_plain or parts.spread:
+            return self._claim(work, parts, params)
+        learned = learned_of(parts, work.dialect)
+        found = self._claim(Learning(**vars(work), learned=learned), parts, params)
+        if learned.claim is None and any(learned.statements.values()):
+            learned.claim = partial(self._claim_directly, parts, work.dialect, learned)
+        return found
+
+    def _claim(self, work: Executes, parts: ClaimParts, params: Mapping[str, Any]) -> Found:
+        keys = _Search(self, work, self._prepared(parts, work), params[LIMIT]).keys()
         return mark_and_load(work, parts, keys, params, self.hints)
+
+    def _claim_directly(
+        self,
+        parts: ClaimParts,
+        dialect: Dialect,
+        learned: Learned,
+        pooled: PoolProxiedConnection,
+        params: Mapping[str, Any],
+    ) -> Found:
+        driver: Any = pooled.driver_connection
+        failure: Any = dialect.loaded_dbapi.Error
+        with driver.cursor() as cursor:
+            try:
+                found = self._claim(OnDriver(dialect, pooled, cursor, learned), parts, params)
+                driver.commit()
+            except (Failed, failure) as error:
+                # The server may have ended the transaction: nothing less can be done again.
+                with suppress(failure):
+                    driver.rollback()
+                raise Failed from error.__cause__ or error
+        return found
+
+    def directly(
+        self, dialect: Dialect, pooled: PoolProxiedConnection
+    ) -> AbstractContextManager[None] | None:
+        driver: Any = pooled.driver_connection
+        usual = not (driver.get_autocommit() or self.in_transaction(pooled))
+        return nullcontext() if usual else None
 
     def _claim_in_turn(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         _check_engine(work.connection, parts.job_table.table)
@@ -188,8 +233,8 @@ class MySQL(Strategy):
             return (ways.near, ways.running, lock, *marked)
         return (parts.candidates.select(), lock, *marked)
 
-    def _prepared(self, parts: ClaimParts, work: Work) -> _Statements:
-        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+    def _prepared(self, parts: ClaimParts, work: Executes) -> _Statements:
+        mariadb: bool = work.dialect.is_mariadb  # type: ignore[attr-defined]
         return parts.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
@@ -320,6 +365,7 @@ class _Statements:
         ]
         if self.asks_zone:
             self.session.append(SKEW)
+        self.asking = select(*self.session)
         self.candidates = parts.candidates.select().add_columns(*self.session)
         self.latest = [
             parts.candidates.only_keys(branch).with_for_update(skip_locked=True, of=self.lock_of)
@@ -365,7 +411,9 @@ class _Statements:
 class _Search:
     """One search for rows to claim; all that it finds, it has locked."""
 
-    def __init__(self, strategy: MySQL, work: Work, statements: _Statements, limit: int) -> None:
+    def __init__(
+        self, strategy: MySQL, work: Executes, statements: _Statements, limit: int
+    ) -> None:
         self.strategy = strategy
         self.work = work
         self.statements = statements
@@ -413,7 +461,7 @@ class _Search:
 
     def _read_candidates(self, reach: int) -> list[Key]:
         try:
-            rows = self.work.execute(self.statements.candidates, limits(reach)).all()
+            rows = self.work.tuples(self.statements.candidates, limits(reach))
         except DBAPIError as error:
             if self.strategy.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
                 raise ClaimError(SERIALIZABLE) from error
@@ -424,7 +472,7 @@ class _Search:
             return []
         width = len(self.statements.key)
         self._learn(rows[0][width:] if rows else self._ask())
-        return [tuple(row)[:width] for row in rows]
+        return [row[:width] for row in rows]
 
     def _learn(self, said: Sequence[Any]) -> None:
         """Take in what the session says of itself, and refuse what a claim cannot rest on."""
@@ -437,7 +485,8 @@ class _Search:
         self.may_fail = not said[1]
 
     def _ask(self) -> Sequence[Any]:
-        return self.work.execute(select(*self.statements.session)).one()
+        [said] = self.work.tuples(self.statements.asking)
+        return said
 
     def _lock(self, fresh: list[Key]) -> None:
         """Lock the first of the candidates, as many as are still wanted."""
@@ -447,7 +496,7 @@ class _Search:
             if self.may_fail:
                 self._lock_without_gaps(keys)
             else:
-                self._sort_out(self.work.execute(*self.statements.lock_all.of(keys)))
+                self._sort_out(self.work.rows(*self.statements.lock_all.of(keys)))
             return
         # READ COMMITTED lets go at once of what does not meet the WHERE; ours is over soon.
         window = fresh[: min(wanted + WINDOW, CHUNK)]
@@ -456,7 +505,7 @@ class _Search:
         else:
             window = window[:wanted]
             lock = self.statements.lock.of(window)
-        found = [tuple(row) for row in self.work.execute(*lock)]
+        found = self.work.tuples(*lock)
         self.taken.update(found)
         # What comes behind the last row that was wanted has not been looked at.
         enough = len(found) == wanted
@@ -499,7 +548,7 @@ class _Search:
 
     def _lock_unless_held(self, keys: list[Key]) -> bool:
         try:
-            rows = self.work.execute(*self.statements.lock_unless_held.of(keys))
+            rows = self.work.rows(*self.statements.lock_unless_held.of(keys))
         except DBAPIError as error:
             if self.strategy.code(error) not in HELD:
                 raise
@@ -525,7 +574,7 @@ class _Search:
         return [
             tuple(row)
             for latest in self.statements.latest
-            for row in self.work.execute(latest, limits(self.limit))
+            for row in self.work.rows(latest, limits(self.limit))
         ]
 
     def _some_are_gone(self) -> bool:
@@ -536,7 +585,7 @@ class _Search:
             found = [
                 row
                 for chunk in chunks(left, CHUNK)
-                for row in self.work.execute(*self.statements.lock_unless_held.of(chunk))
+                for row in self.work.rows(*self.statements.lock_unless_held.of(chunk))
             ]
         except DBAPIError as error:
             if self.strategy.code(error) not in HELD:
@@ -548,6 +597,7 @@ class _Search:
 class _SearchInTurn(_Search):
     """One search for rows whose exclusive keys have room."""
 
+    work: Work
     has_looked = False
     sees_committed = False
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
-    Connection,
     Dialect,
     Result,
     Select,
@@ -25,6 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, lazyload
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
@@ -34,12 +34,9 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
-from atomic_claim.exclusive import NEAR
 from atomic_claim.statement import (
-    LIMIT,
     MARGIN,
     ORDER,
-    REACH,
     ByKey,
     Candidates,
     ClaimParts,
@@ -65,7 +62,7 @@ from .base import (
     require,
     returned,
 )
-from .direct import direct_of, note
+from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -91,7 +88,11 @@ UTC_NAMES = frozenset(
     ]
 )
 # The isolation that a statement by itself has, if nobody says otherwise.
-PLAIN_LEVELS = {None, "READ COMMITTED"}
+PLAIN_LEVELS = {"READ COMMITTED"}
+# Of psycopg's transaction status.
+IDLE = 0
+EMPTY: Mapping[str, Any] = {}
+NOTHING_ANEW = {"populate_existing": False}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
@@ -146,23 +147,32 @@ class PostgreSQL(Strategy):
         return parts.prepare("at once", at_once)
 
     def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        given = params | table_name(work.connection, parts.job_table)
-        return self._claim(work, parts, {**given, REACH: params[LIMIT] + NEAR})
+        return self._claim(work, parts, params | table_name(work.connection, parts.job_table))
 
     def _claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if parts.entities and work.has_criteria:
             keys = self.lock(work, parts, params)
             return mark_and_load(work, parts, keys, params, self.hints)
         self._check_zone(work, parts)
-        direct = direct_of(work, parts)
-        if direct is not None and (fetched := direct.fetch(work, params)) is not None:
-            return direct.found(fetched)
         result = _executed(work, parts, params)
-        note(work, parts, result)
+        learn(work, parts, result, self._claim_directly)
         found = returned(parts, result)
         if not parts.spread:
             return found
         return load(work, parts, [key for key, _ in found], self.hints)
+
+    def _claim_directly(
+        self,
+        parts: ClaimParts,
+        direct: Direct,
+        pooled: PoolProxiedConnection,
+        params: Mapping[str, Any],
+    ) -> Found:
+        if self._has_naive(parts):
+            if (zone := _known_zone(pooled)) is None:
+                raise Failed
+            self._check_zone_name(parts, zone)
+        return direct.found(parts, direct.fetch(pooled, params))
 
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
@@ -177,11 +187,16 @@ class PostgreSQL(Strategy):
         refuse_autocommit(self, work, "a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
+    def _has_naive(self, parts: ClaimParts) -> bool:
+        return bool(parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)))
+
     def _check_zone(self, work: Work, parts: ClaimParts) -> None:
-        if parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)):
-            zone = _time_zone(work)
-            if zone.lower() not in UTC_NAMES:
-                self.refuse_naive(parts.job_table, repr(zone))
+        if self._has_naive(parts):
+            self._check_zone_name(parts, _time_zone(work))
+
+    def _check_zone_name(self, parts: ClaimParts, zone: str) -> None:
+        if zone.lower() not in UTC_NAMES:
+            self.refuse_naive(parts.job_table, repr(zone))
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         if parts.job_table.exclusive_by is not None:
@@ -212,15 +227,19 @@ class PostgreSQL(Strategy):
         work.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
-    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
+    def autocommit(
+        self, dialect: Dialect, pooled: PoolProxiedConnection
+    ) -> AbstractContextManager[None] | None:
         """Only psycopg is known here: what BEGIN would say it keeps in these attributes."""
-        driver: Any = connection.connection.driver_connection
-        if connection.dialect.driver != "psycopg" or connection.dialect.is_async:
+        if dialect.driver != "psycopg" or dialect.is_async:
+            return None
+        driver: Any = pooled.driver_connection
+        if driver.pgconn.transaction_status != IDLE:
             return None
         if (level := driver.isolation_level) is not None:
             # SQLAlchemy leaves the default level on a connection that was once in AUTOCOMMIT.
-            levels = {connection.default_isolation_level}.intersection(PLAIN_LEVELS)
-            if level.name.replace("_", " ") not in levels:
+            default = dialect.default_isolation_level
+            if default not in PLAIN_LEVELS or level.name != default.replace(" ", "_"):
                 return None
         if driver.read_only or driver.deferrable:
             return None
@@ -228,8 +247,8 @@ class PostgreSQL(Strategy):
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
-        if (connection := getattr(driver, "pgconn", None)) is not None:  # psycopg: IDLE is 0
-            return bool(connection.transaction_status != 0)
+        if (connection := getattr(driver, "pgconn", None)) is not None:  # psycopg
+            return bool(connection.transaction_status != IDLE)
         if hasattr(driver, "is_in_transaction"):  # asyncpg
             return bool(driver.is_in_transaction())
         status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg2
@@ -262,11 +281,16 @@ class _Autocommit(AbstractContextManager[None]):
 
 
 def _time_zone(work: Work) -> str:
-    """The session's time zone; psycopg knows it without asking the server."""
-    driver: Any = work.connection.connection.driver_connection
+    """The session's time zone."""
+    asking = text("SELECT current_setting('TimeZone')")
+    return _known_zone(work.connection.connection) or str(work.connection.scalar(asking))
+
+
+def _known_zone(pooled: PoolProxiedConnection) -> str | None:
+    """The session's time zone, where the driver knows it without asking the server."""
+    driver: Any = pooled.driver_connection
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
-    zone = status("TimeZone") if status is not None else None
-    return str(zone or work.connection.scalar(text("SELECT current_setting('TimeZone')")))
+    return (status("TimeZone") if status is not None else None) or None
 
 
 def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[Any]:
@@ -277,9 +301,15 @@ def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[A
     # Whoever chooses engines by the kind of statement has to see an UPDATE.
     if type(session).get_bind is not Session.get_bind:
         return work.execute(statement, params)
-    bind = session.get_bind(mapper=parts.job_table.mapper, clause=statement)
     reading = parts.prepare("from statement", _from_statement)
-    return session.execute(reading, params, bind_arguments={"bind": bind})
+    # Of nothing that the session has, or is about to have, there is anything to read anew.
+    has_none = next(iter(session), None) is None
+    return session.execute(
+        reading,
+        params,
+        execution_options=NOTHING_ANEW if has_none else EMPTY,
+        bind_arguments={"bind": work.connection},
+    )
 
 
 def _from_statement(parts: ClaimParts) -> Executable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -52,7 +53,7 @@ from .base import (
     returned,
     row_maker,
 )
-from .direct import direct_of, note
+from .direct import Direct, learn
 
 MARK = "/* claimable */"
 
@@ -94,16 +95,23 @@ class SQLite(Strategy):
         return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        parts = _in_turn(parts)
+        asked, parts = parts, _in_turn(parts)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
-        direct = direct_of(work, parts)
-        if direct is not None and (fetched := direct.fetch(work, params)) is not None:
-            return direct.found(_in_order(parts, fetched))
         [statement] = self.statements(parts)
         result = work.execute(cast("ClaimStatement", statement), params)
-        note(work, parts, result)
+        learn(work, asked, result, self._claim_directly)
         return returned(parts, result) if parts.single else _ordered(parts, result)
+
+    def _claim_directly(
+        self,
+        parts: ClaimParts,
+        direct: Direct,
+        pooled: PoolProxiedConnection,
+        params: Mapping[str, Any],
+    ) -> Found:
+        fetched = direct.fetch(pooled, params)
+        return direct.found(parts, _in_order(_in_turn(parts), fetched))
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         parts = _in_turn(parts)
@@ -156,9 +164,13 @@ class SQLite(Strategy):
         finally:
             work.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
 
-    def autocommit(self, connection: Connection) -> AbstractContextManager[None] | None:
-        driver: Any = connection.connection.driver_connection
+    def autocommit(
+        self, dialect: Dialect, pooled: PoolProxiedConnection
+    ) -> AbstractContextManager[None] | None:
+        driver: Any = pooled.driver_connection
         if not isinstance(driver, sqlite3.Connection) or not _is_legacy(driver):
+            return None
+        if driver.in_transaction:
             return None
         return nullcontext() if driver.isolation_level is None else _autocommit(driver)
 
