@@ -542,6 +542,17 @@ def test_autocommit_is_refused(database: Database) -> None:
     assert ids(claim_jobs(database.engine(), jobs)) == [1]
 
 
+@SERVERS
+def test_autocommit_is_refused_for_a_longer_lease(database: Database) -> None:
+    """A claim could take the key for free between the lock and the new lease."""
+    jobs = filled(database, [1, 1])
+    claim = claim_jobs(database.engine(), jobs, lease=LEASE)
+    engine = database.engine(isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection, pytest.raises(ClaimError, match="AUTOCOMMIT"):
+        extend_jobs(connection, claim)
+    assert extend_jobs(database.engine(), claim) == 1
+
+
 @INNODB
 def test_the_turn_is_given_back(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a claim, and after one that fails under way, the next does not wait."""

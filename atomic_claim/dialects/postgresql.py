@@ -220,6 +220,9 @@ class PostgreSQL(Strategy):
         if job_table.exclusive_by is not None:
             for chunk in chunks(keys, CHUNK):
                 wait_for_keys(work, job_table, chunk)
+            refuse_autocommit(
+                self, work, "the locks on the keys would be gone before the rows change"
+            )
         return self.change(work, job_table, keys, guard, values)
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
