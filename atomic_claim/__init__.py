@@ -13,11 +13,11 @@ from .errors import (
     PatchError,
     UnsupportedDialect,
 )
-from .heartbeat import keep_claims
 from .lease import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
 from .statement import ClaimStatement, claim_statement
 
 if typing.TYPE_CHECKING:
+    from .heartbeat import keep_claims
     from .patch import Patch, claim_reads, claims, lock_reads, patch_claims
 
 __all__ = [
@@ -49,10 +49,11 @@ if not typing.TYPE_CHECKING:
     # Type checkers would take any name for one of these.
 
     def __getattr__(name: str) -> typing.Any:
-        """Load what patches, and wrapt with it, when it is first asked for."""
+        """Load what keeps leases, or what patches and wrapt with it, when it is first asked for."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(importlib.import_module(".patch", __name__), name)
+        home = ".heartbeat" if name == "keep_claims" else ".patch"
+        found = getattr(importlib.import_module(home, __name__), name)
         globals()[name] = found
         return found
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import (
@@ -17,7 +16,6 @@ from sqlalchemy.exc import (
     InvalidRequestError,
     UnboundExecutionError,
 )
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import (
     NullPool,
     PoolProxiedConnection,
@@ -30,9 +28,18 @@ from sqlalchemy.util import await_only
 from .columns import JobTable
 from .dialects import STRATEGIES, Failed, Strategy, Work, is_watched, strategy_for
 from .errors import ClaimConflict, ClaimError
+from .orm import is_maker, is_scoped, is_session
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+    Bind = Session | scoped_session[Any] | Connection | Engine | sessionmaker[Any]
+    OwnBind = Engine | sessionmaker[Any]
+else:
+    # Annotations can be evaluated where the ORM is not loaded, too.
+    Bind = OwnBind = Any
 
 R = TypeVar("R")
-Bind = Session | scoped_session[Any] | Connection | Engine | sessionmaker[Any]
 Run = Callable[[Strategy, Work], R]
 IsSingle = Callable[[Strategy], bool]
 
@@ -76,9 +83,9 @@ def run_in(
         ClaimConflict: another transaction was in the way.
         ClaimError: the bind cannot be used.
     """
-    if isinstance(bind, scoped_session):
+    if is_scoped(bind):
         bind = bind.registry()
-    if isinstance(bind, Session):
+    if is_session(bind):
         strategy_for(_bind_of(bind, job_table).dialect)
         connection = _connection_of(bind, job_table)
         return _run_in_transaction(Work(bind, connection, own=False), run)
@@ -94,7 +101,7 @@ def run_in(
             tries,
             lambda: outages(bind, job_table) if recoverable else (),
         )
-    if isinstance(bind, sessionmaker):
+    if is_maker(bind):
         return _try_again(
             lambda lost: _run_by_sessionmaker(bind, job_table, run, single, resumed=lost),
             tries,
@@ -255,7 +262,7 @@ def _conflicts(strategy: Strategy) -> Iterator[None]:
         ) from error
 
 
-def outages(bind: Engine | sessionmaker[Any], job_table: JobTable) -> tuple[type[Exception], ...]:
+def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     """What may be raised where the database of a bind cannot be reached."""
     if isinstance(bind, Engine):
         return strategy_for(bind.dialect).outages(bind.dialect)
@@ -361,6 +368,8 @@ def sync_bind(bind: Any) -> Any:
 
 
 def _sync_maker(maker: Any) -> sessionmaker[Any]:
+    from sqlalchemy.orm import sessionmaker  # noqa: PLC0415 - loaded with the asynchronous one
+
     options = dict(maker.kw)
     if options.get("bind") is not None:
         options["bind"] = sync_bind(options["bind"])
@@ -372,6 +381,8 @@ def _sync_maker(maker: Any) -> sessionmaker[Any]:
 
 def patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
     """Run beside an event loop, with pauses that leave it to others."""
+    import asyncio  # noqa: PLC0415 - whoever runs beside an event loop has loaded it
+
     token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
     try:
         return function(*args, **options)

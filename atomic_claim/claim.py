@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import Engine, and_, bindparam, delete, select
+from sqlalchemy import Connection, Engine, and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.orm import Session, scoped_session, selectin_polymorphic, sessionmaker, undefer
 
 from .binds import Bind, Left, run_directly, run_in
 from .columns import JobTable, job_table_of
 from .dialects import Found, Strategy, Work, learned_of, load, strategy_for
 from .errors import ClaimError
-from .exclusive import CLAIMS_BY_KEY, NEAR
 from .statement import REACH, Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
@@ -163,17 +163,17 @@ def claim_jobs(
     """
     job_table = job_table_of(table, ordered=order_by is not None)
     ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
-    by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
+    by_session = not isinstance(bind, (Connection, Engine))
     parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
     token = new_token() if job_table.token is not None else None
 
     def run(strategy: Strategy, work: Work) -> Found:
         session = work.executor
-        if parts.entities and isinstance(session, Session) and not session.autoflush:
+        if parts.entities and not isinstance(session, Connection) and not session.autoflush:
             _refuse_unflushed(session, job_table)
         found = _won_before(strategy, work, parts, token) if work.resumed else []
         found = found or strategy.claim(work, parts, params)
-        if parts.entities and isinstance(session, Session) and work.own:
+        if parts.entities and not isinstance(session, Connection) and work.own:
             _load_fully(session, parts, found)
         return found
 
@@ -211,6 +211,8 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
     """
     if parts.job_table.exclusive_by is None or not isinstance(bind, Engine):
         return []
+    from .exclusive import NEAR, Habit  # noqa: PLC0415 - only exclusive keys need it
+
     habit = parts.prepare("habit", lambda _: Habit())
     if habit.pause > 0:
         habit.pause -= 1
@@ -220,7 +222,8 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
         if place < habit.first:
             continue
         wanted = ask.limit - len(found)
-        found += _claimed_by(bind, way, ask._replace(limit=wanted), token)
+        params = ask._replace(limit=wanted).parameters(token) | {REACH: wanted + NEAR}
+        found += _claimed_by(bind, way, params, token)
         if len(found) == ask.limit:
             habit.found(place)
             return found
@@ -228,9 +231,9 @@ def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) 
     return found
 
 
-def _claimed_by(bind: Engine, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
-    params = ask.parameters(token) | {REACH: ask.limit + NEAR}
-
+def _claimed_by(
+    bind: Engine, parts: ClaimParts, params: dict[str, Any], token: str | None
+) -> Found:
     def run(strategy: Strategy, work: Work) -> Found:
         found = _won_before(strategy, work, parts, token) if work.resumed else []
         return found or strategy.claim_at_once(work, parts, params)
@@ -257,28 +260,6 @@ def _claimed_directly(
     return run_directly(bind, lambda pooled: claim(pooled, params))
 
 
-@dataclass
-class Habit:
-    """How the claims by exclusive keys of one shape have been going.
-
-    Attributes:
-        pause: how many of them do not try to be one statement.
-        first: which way of searching they begin with.
-        left: how many of them do so before they try the first again.
-    """
-
-    pause: int = 0
-    first: int = 0
-    left: int = 0
-
-    def found(self, place: int) -> None:
-        """Begin with the way that has found enough, for a while."""
-        if place > self.first:
-            self.first, self.left = place, CLAIMS_BY_KEY
-        elif self.first and (left := self.left - 1) >= 0:
-            self.first, self.left = (place if left else 0), left
-
-
 def dequeue_jobs(
     bind: Any, table: Any, limit: int = 1, *, where: Any = None, order_by: Any = None
 ) -> Claim[Any]:
@@ -294,14 +275,14 @@ def dequeue_jobs(
             "claim_jobs(), and delete the row when its job is done"
         )
     ask = Ask(checked_limit(limit), where, order_by)
-    by_session = isinstance(bind, (Session, scoped_session, sessionmaker))
+    by_session = not isinstance(bind, (Connection, Engine))
     parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
 
     def run(strategy: Strategy, work: Work) -> Found:
         keys = strategy.lock(work, parts, ask.parameters(None), deletes=True)
         found = load(work, parts, keys, strategy.hints)
         session = work.executor
-        if parts.entities and isinstance(session, Session):
+        if parts.entities and not isinstance(session, Connection):
             if work.own:
                 _load_fully(session, parts, found)
             for _, entity in found:
@@ -349,6 +330,11 @@ def _load_fully(session: Session, parts: ClaimParts, found: Found) -> None:
         return
     mapper = parts.job_table.mapper
     assert mapper is not None
+    from sqlalchemy.orm import (  # noqa: PLC0415 - whoever has entities has loaded it
+        selectin_polymorphic,
+        undefer,
+    )
+
     options: list[Any] = [undefer("*")]
     if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:
         options.append(selectin_polymorphic(mapper.class_, subclasses))

@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Column, ColumnElement, Table, and_, false, literal, not_, or_, true
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import functions
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
 from sqlalchemy.types import Boolean, DateTime, Enum, Float, Integer, String, Uuid
@@ -29,6 +28,10 @@ from .conventions import (
 )
 from .elements import DatabaseNow, Declared
 from .errors import AmbiguousTable, ClaimError
+from .orm import is_mapper
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
 
 TOKEN_LENGTH = 32
 declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
@@ -200,7 +203,7 @@ class JobTable:
         """Read the names; ``ordered`` where the order comes from elsewhere."""
         mapper = _mapper_of(table)
         key = mapper if mapper is not None else table
-        if not isinstance(key, (Table, Mapper)):
+        if not (isinstance(key, Table) or is_mapper(key)):
             raise ClaimError(
                 f"{table!r} is not a table: pass a Table, a mapped class or a JobTable"
                 + (" (is the class mapped?)" if isinstance(table, type) else "")
@@ -646,7 +649,7 @@ def _mapper_of(given: Any) -> Mapper[Any] | None:
     if not isinstance(given, type):
         return None
     mapper: Any = sa_inspect(given, raiseerr=False)
-    return mapper if isinstance(mapper, Mapper) else None
+    return mapper if is_mapper(mapper) else None
 
 
 def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozenset[str]]:

@@ -70,6 +70,28 @@ Only = Callable[[Select[Any], ColumnElement[int]], Select[Any]]
 """Limits a SELECT, if it is to read anything."""
 
 
+@dataclass
+class Habit:
+    """How the claims by exclusive keys of one shape have been going.
+
+    Attributes:
+        pause: how many of them do not try to be one statement.
+        first: which way of searching they begin with.
+        left: how many of them do so before they try the first again.
+    """
+
+    pause: int = 0
+    first: int = 0
+    left: int = 0
+
+    def found(self, place: int) -> None:
+        """Begin with the way that has found enough, for a while."""
+        if place > self.first:
+            self.first, self.left = place, CLAIMS_BY_KEY
+        elif self.first and (left := self.left - 1) >= 0:
+            self.first, self.left = (place if left else 0), left
+
+
 @dataclass(frozen=True, eq=False)
 class Turns:
     """The pieces that find whose turn it is, made of the parts of a claim.

@@ -11,14 +11,14 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Float, literal
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.orm import sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from .binds import outages, run_in
+from .binds import OwnBind, outages, run_in
 from .claim import Key
 from .dialects import Strategy, Work
 from .errors import ClaimConflict, ClaimError, ClaimLost
 from .lease import Ended, Held, Owned, ended_here, extension, owned_rows
+from .orm import is_maker
 
 OnLost = Callable[[tuple[Key, ...]], Any]
 
@@ -59,7 +59,7 @@ class Keeper:
 
 @contextmanager
 def keep_claims(
-    bind: Engine | sessionmaker[Any],
+    bind: OwnBind,
     claim: Held,
     *,
     every: timedelta | None = None,
@@ -210,7 +210,7 @@ class Beat:
 
 def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
     """The heartbeat of a claim, if there is a claim that could be kept."""
-    if not isinstance(bind, (Engine, sessionmaker)):
+    if not (isinstance(bind, Engine) or is_maker(bind)):
         raise ClaimError(
             f"keep_claims needs an Engine or sessionmaker, for a connection of its own; {bind!r} "
             "is the caller's"

@@ -11,12 +11,23 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from sqlalchemy import ColumnElement, Row, and_, case, func, literal, not_, null, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    func,
+    literal,
+    not_,
+    null,
+    or_,
+    select,
+)
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.orm import Session
 from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
@@ -29,6 +40,9 @@ from .elements import DatabaseNow, Declared
 from .errors import ClaimError, ClaimLost
 from .statement import key_in
 from .tickets import job_table_of_ticket, keys_of_ticket
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 Held = Claim[Any] | Mapping[str, Any]
 Values = dict[Any, Any]
@@ -445,7 +459,7 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             rest = [key for key in owned.keys if key not in set(changed)]
             changed += owned.changed_before(work, rest, values)
-        if isinstance(work.executor, Session):
+        if not isinstance(work.executor, Connection):
             _expire(work.executor, owned.job_table, changed, values)
         return changed
 

@@ -25,7 +25,6 @@ from sqlalchemy import (
     select,
     union_all,
 )
-from sqlalchemy.orm import lazyload
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import (
     BindParameter,
@@ -297,6 +296,8 @@ class ClaimParts:
         returned = self.job_table.key if self.spread else (self.returned_table,)
         statement = ClaimStatement(self).values(self.values).returning(*returned)
         if self.entities and not self.spread:
+            from sqlalchemy.orm import lazyload  # noqa: PLC0415 - loaded with the mapped class
+
             # What is joined for a collection would multiply the rows of RETURNING.
             statement = statement.options(lazyload("*"))
         statement = statement.execution_options(synchronize_session=False, populate_existing=True)

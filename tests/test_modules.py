@@ -18,6 +18,7 @@ PACKAGE = Path(atomic_claim.__file__).parent
 ROOMS = [
     "errors",
     "files",
+    "orm",
     "elements",
     "conventions",
     "columns",

@@ -28,7 +28,6 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.dialects.postgresql import REGCLASS
-from sqlalchemy.orm import Session
 
 from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError, UnsupportedDialect
@@ -263,7 +262,7 @@ class InTurn:
 
         def undo(found: Found) -> Found:
             connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {SAVEPOINT}")
-            if isinstance(session, Session):
+            if not isinstance(session, Connection):
                 for _, item in found:
                     if self.turn.parts.entities:
                         session.expire(item)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -23,7 +23,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime
@@ -32,6 +31,9 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.statement import LIMIT, REACH, ByKey, ClaimParts, key_in
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
@@ -128,7 +130,8 @@ class Work:
     @property
     def has_criteria(self) -> bool:
         """Whether somebody may add conditions to the session's SELECTs, such as a tenant's."""
-        return isinstance(self.executor, Session) and bool(self.executor.dispatch.do_orm_execute)
+        session = self.executor
+        return not isinstance(session, Connection) and bool(session.dispatch.do_orm_execute)
 
     @property
     def in_autocommit(self) -> bool:

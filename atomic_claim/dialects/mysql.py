@@ -27,7 +27,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -662,7 +661,8 @@ class _SearchInTurn(_Search):
     def _unread(self) -> Connection | None:
         """The claim's own connection, if its transaction is ours and has no snapshot yet."""
         work = self.work
-        listened = isinstance(work.executor, Session) or work.connection.engine.dispatch.begin
+        by_session = not isinstance(work.executor, Connection)
+        listened = by_session or work.connection.engine.dispatch.begin
         is_fresh = work.own and self.sees_committed and not listened
         return work.connection if is_fresh else None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
+    Connection,
     Dialect,
     Result,
     Select,
@@ -23,7 +24,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session, lazyload
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -299,8 +299,10 @@ def _known_zone(pooled: PoolProxiedConnection) -> str | None:
 def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[Any]:
     """Execute the claim; of entities as a SELECT would be, which takes a session less time."""
     session, statement = work.executor, parts.statement
-    if parts.spread or not parts.entities or not isinstance(session, Session):
+    if parts.spread or not parts.entities or isinstance(session, Connection):
         return work.execute(statement, params)
+    from sqlalchemy.orm import Session  # noqa: PLC0415 - whoever has a session has loaded it
+
     # Whoever chooses engines by the kind of statement has to see an UPDATE.
     if type(session).get_bind is not Session.get_bind:
         return work.execute(statement, params)
@@ -316,6 +318,8 @@ def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[A
 
 
 def _from_statement(parts: ClaimParts) -> Executable:
+    from sqlalchemy.orm import lazyload  # noqa: PLC0415 - loaded with the mapped class
+
     # What is joined for a collection would multiply the rows of RETURNING.
     found = select(parts.returned_table).options(lazyload("*")).from_statement(parts.statement)
     return found.execution_options(populate_existing=True)
