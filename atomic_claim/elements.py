@@ -11,8 +11,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import TypeEngine
 
-from .errors import UnsupportedDialect
-
 
 class Declared(ColumnElement[Any]):
     """A value known when the table is declared, rendered as a literal by its type.
@@ -67,13 +65,3 @@ class DatabaseNow(ColumnElement[datetime]):
         self.clock = clock
         self.offset = offset
         self.floor = floor
-
-
-@compiles(DatabaseNow)
-def _now(_element: DatabaseNow, compiler: SQLCompiler, **_: Any) -> str:
-    if compiler.dialect.name != "default":
-        raise UnsupportedDialect(
-            f"the clock of {compiler.dialect.name!r} is not known to atomic_claim"
-        )
-    # str() of a clause, for a person to read.
-    return "CURRENT_TIMESTAMP"
