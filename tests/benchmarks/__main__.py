@@ -23,7 +23,7 @@ FIGURES = {
     "churn": "the last minute of a busy queue against the first",
     "features": "what a lease, a token and a heartbeat cost",
     "producers": "producers on MySQL and MariaDB beside many workers",
-    "import": "the time of import atomic_claim",
+    "import": "the time of importing atomic_claim",
 }
 LEAST_ROUNDS = 5
 
