@@ -191,10 +191,11 @@ class Beat:
         job_table, guard = self.owned.job_table, self.owned.lasting()
         with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
             free = strategy.unlocked(work, job_table, self.remaining, guard)
-            # Running and not locked: an end that the block had begun was rolled back.
-            self.ended.difference_update(free)
-            strategy.extend(work, job_table, free, guard, self.values)
-            return set(free) | self._standing(work, set(self.remaining).difference(free))
+            # SQLite locks nothing: the block may have ended some of them meanwhile.
+            ours = set(strategy.extend(work, job_table, free, guard, self.values))
+            # Running, and nobody else's: an end that the block had begun was rolled back.
+            self.ended.difference_update(ours)
+            return ours | self._standing(work, set(self.remaining).difference(ours))
 
     def _look(self, strategy: Strategy, work: Work) -> set[Key]:
         with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):

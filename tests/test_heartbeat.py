@@ -27,6 +27,7 @@ from atomic_claim import (
     keep_claims,
     release_jobs,
 )
+from atomic_claim.dialects.sqlite import SQLite
 from atomic_claim.heartbeat import prepared_beat
 from tests.counting import counted_jobs
 from tests.databases import Database
@@ -275,6 +276,28 @@ def test_what_the_block_has_freed_may_be_taken(database: Database) -> None:
         for _ in range(2):
             grows(engine, jobs, 2)
         keeper.check()
+
+
+@pytest.mark.databases("sqlite")
+def test_what_is_freed_while_leases_are_extended(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block releases a row between the heartbeat's look and its UPDATE, and another takes it."""
+    engine, jobs = made(database, 2)
+    claim = claim_jobs(engine, jobs, 2, lease=LEASE)
+    beat = prepared_beat(engine, claim, EVERY)
+    look = SQLite.unlocked
+
+    def then_release(*arguments: Any) -> Any:
+        found = look(*arguments)
+        monkeypatch.undo()
+        release_jobs(engine, claim[:1])
+        assert ids(claim_jobs(engine, jobs, lease=LEASE)) == [1]
+        return found
+
+    monkeypatch.setattr(SQLite, "unlocked", then_release)
+    assert [beat.once(), beat.once()] == [(), ()]
+    assert beat.keeper.lost == ()
 
 
 def test_an_end_that_is_rolled_back(database: Database) -> None:
