@@ -282,7 +282,7 @@ def test_what_the_block_has_freed_may_be_taken(database: Database) -> None:
 def test_what_is_freed_while_leases_are_extended(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The block releases a row between the heartbeat's look and its UPDATE, and another takes it."""
+    """The block releases a row between the heartbeat's look and its UPDATE; another takes it."""
     engine, jobs = made(database, 2)
     claim = claim_jobs(engine, jobs, 2, lease=LEASE)
     beat = prepared_beat(engine, claim, EVERY)
