@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.crew import Caller
+from tests.benchmarks.ground import Rows, fill, job_table
 from tests.benchmarks.measuring import Line, in_turns, percentile
+from tests.benchmarks.overhead import by_hand
+from tests.databases import Database
 
 OPTIONS: dict[str, Any] = {
     "figure": "overhead",
@@ -92,6 +96,20 @@ def test_targets() -> None:
     assert Line(**OPTIONS, ratios=ratios, least=0.81).reached is False
     assert Line(**OPTIONS, ratios=ratios, most=0.79).reached is False
     assert percentile(range(1, 101), 0.99) == 100
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_the_sequence_by_hand(database: Database) -> None:
+    """It claims as many as the library does, of more keys too than go into one statement."""
+    engine, jobs = database.engine(), job_table()
+    for limit in (1, 1500):
+        fill(engine, jobs, Rows(3 * limit))
+        with by_hand(engine, jobs, limit) as ways:
+            for claim in ways.values():
+                claim()
+        with engine.connect() as connection:
+            claimed = sa.select(sa.func.count()).where(jobs.table.c.processing == sa.true())
+            assert connection.scalar(claimed) == 3 * limit
 
 
 def test_a_worker_counts_what_reached_it() -> None:

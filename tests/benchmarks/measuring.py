@@ -95,6 +95,12 @@ def in_turns(
     return found
 
 
+def check_whole(found: Sequence[Any], limit: int) -> None:
+    """What was measured has to have been a whole claim."""
+    if len(found) != limit:
+        raise AssertionError(f"{len(found)} rows were claimed, expected {limit}")
+
+
 def percentile(times: Sequence[float], part: float) -> float:
     """The time that this part of all times does not exceed."""
     ordered = sorted(times)

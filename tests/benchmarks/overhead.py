@@ -6,17 +6,19 @@ import sqlite3
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import psycopg
 import pymysql
 import sqlalchemy as sa
+from pymysql.cursors import Cursor
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from atomic_claim import JobTable, aio, claim_jobs
 from tests.benchmarks.ground import Ground, Rows, fill, job_table
-from tests.benchmarks.measuring import Line, Way, in_turns, rates, ratios
+from tests.benchmarks.measuring import Line, Way, check_whole, in_turns, rates, ratios
 from tests.jobs import mapped
 from tests.statements import Sent, sent_by
 
@@ -39,7 +41,7 @@ def _measured(ground: Ground, name: str, limit: int, rounds: int) -> list[Line]:
     calls = max(3, JOBS_A_TURN.get(limit, 10 * limit) // limit)
     rows = Rows(limit * (calls + 2) + 1000)
     fill(engine, jobs, rows)
-    with _bare(engine, jobs, limit) as bare, _ours(engine, jobs, limit) as ours:
+    with by_hand(engine, jobs, limit) as bare, _ours(engine, jobs, limit) as ours:
         refill = _refilling(engine, jobs)
         found = in_turns({**bare, **ours}, rounds=rounds, calls=calls, before=refill)
     speed = {way: rates(turns) for way, turns in found.items()}
@@ -105,12 +107,12 @@ def _ours(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[dict[str, W
     with Session(engine) as session, _asynchronous(engine, jobs, entity, limit) as later:
 
         def by_session() -> None:
-            _check(claim_jobs(session, entity, limit), limit)
+            check_whole(claim_jobs(session, entity, limit), limit)
             session.commit()
 
         yield {
-            "engine": lambda: _check(claim_jobs(engine, jobs, limit), limit),
-            "sessionmaker, entities": lambda: _check(claim_jobs(maker, entity, limit), limit),
+            "engine": lambda: check_whole(claim_jobs(engine, jobs, limit), limit),
+            "sessionmaker, entities": lambda: check_whole(claim_jobs(maker, entity, limit), limit),
             "session, entities": by_session,
             **later,
         }
@@ -130,11 +132,11 @@ def _asynchronous(
         own = create_async_engine(url)
 
         async def by_engine() -> None:
-            _check(await aio.claim_jobs(own, jobs, limit), limit)
+            check_whole(await aio.claim_jobs(own, jobs, limit), limit)
 
         async def by_session() -> None:
             async with AsyncSession(own) as session:
-                _check(await aio.claim_jobs(session, entity, limit), limit)
+                check_whole(await aio.claim_jobs(session, entity, limit), limit)
                 await session.commit()
 
         yield {
@@ -144,25 +146,19 @@ def _asynchronous(
         runner.run(own.dispose())
 
 
-def _check(found: Sequence[Any], limit: int) -> None:
-    """What was measured has to have been a whole claim."""
-    if len(found) != limit:
-        raise AssertionError(f"{len(found)} rows were claimed, expected {limit}")
-
-
 def statements_of(engine: sa.Engine, jobs: JobTable, limit: int) -> list[Sent]:
     """What a claim sends, as it reaches the driver."""
     listening = sa.create_engine(engine.url)
     sent = sent_by(listening)
-    _check(claim_jobs(listening, jobs, limit), limit)
+    check_whole(claim_jobs(listening, jobs, limit), limit)
     sent.clear()
-    _check(claim_jobs(listening, jobs, limit), limit)
+    check_whole(claim_jobs(listening, jobs, limit), limit)
     listening.dispose()
     return list(sent)
 
 
 @contextmanager
-def _bare(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[Mapping[str, Way]]:
+def by_hand(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[Mapping[str, Way]]:
     """The very same text by the driver alone, on a connection that is kept."""
     sent = statements_of(engine, jobs, limit)
     makers = {"postgresql": _bare_postgresql, "sqlite": _bare_sqlite}
@@ -182,7 +178,7 @@ def _bare_postgresql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapp
         def claim(connection: Any, text: str, values: Any) -> None:
             with connection.cursor() as cursor:
                 cursor.execute(text, values)
-                _check(cursor.fetchall(), limit)
+                check_whole(cursor.fetchall(), limit)
 
         def in_transaction() -> None:
             claim(transaction, bound, values | {"bench_limit": limit})
@@ -202,7 +198,7 @@ def _bare_sqlite(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[
     connection = sqlite3.connect(url.database or "", isolation_level=None)
 
     def claim(text: str, values: Any) -> None:
-        _check(connection.execute(text, values).fetchall(), limit)
+        check_whole(connection.execute(text, values).fetchall(), limit)
 
     yield {
         "sqlite3, bound LIMIT": lambda: claim(bound, (limit, *values)),
@@ -213,8 +209,16 @@ def _bare_sqlite(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[
 
 @contextmanager
 def _bare_mysql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[str, Way]]:
-    """The sequence by hand: the candidates, their lock, the mark, and the rows."""
-    texts = [_of_keys(text) for text, _ in sent]
+    """The sequence by hand: the candidates, their locks, the marks, and the rows.
+
+    Locks, marks and rows take as many statements as the library sends, since it sends a great
+    many keys in several.
+    """
+    candidates, *others = sent
+    by_key = {
+        kind: [_of_keys(each) for each in others if _kind(each) == kind]
+        for kind in ("lock", "mark", "row")
+    }
     connection = pymysql.connect(
         host=url.host or "",
         port=url.port or 3306,
@@ -223,22 +227,35 @@ def _bare_mysql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[s
         database=url.database,
     )
 
+    def in_parts(cursor: Cursor, kind: str, keys: Sequence[Any]) -> list[Any]:
+        found, left = [], iter(keys)
+        for text, count in by_key[kind]:
+            cursor.execute(text, {"keys": list(islice(left, count))})
+            found += cursor.fetchall()
+        return found
+
     def claim() -> None:
         connection.begin()
         with connection.cursor() as cursor:
-            cursor.execute(texts[0])
-            keys = [row[0] for row in cursor.fetchall()]
-            cursor.execute(texts[1], {"keys": keys})
-            keys = [row[0] for row in cursor.fetchall()]
-            cursor.execute(texts[2], {"keys": keys})
-            cursor.execute(texts[3], {"keys": keys})
-            _check(cursor.fetchall(), limit)
+            cursor.execute(candidates.text)
+            seen = [row[0] for row in cursor.fetchall()]
+            keys = [row[0] for row in in_parts(cursor, "lock", seen)]
+            in_parts(cursor, "mark", keys)
+            check_whole(in_parts(cursor, "row", keys), limit)
         connection.commit()
 
     yield {"PyMySQL, the same sequence": claim}
     connection.close()
 
 
-def _of_keys(text: str) -> str:
-    """The text with its list of keys as one parameter, which PyMySQL expands."""
-    return re.sub(r"IN \(%\(.*?\)s\)", "IN %(keys)s", text, flags=re.DOTALL)
+def _kind(sent: Sent) -> str:
+    """What one of the statements that go by keys is for."""
+    if sent.text.startswith("UPDATE"):
+        return "mark"
+    return "lock" if "FOR UPDATE" in sent.text else "row"
+
+
+def _of_keys(sent: Sent) -> tuple[str, int]:
+    """The text with its list of keys as one parameter, which PyMySQL expands; how many they are."""
+    text = re.sub(r"IN \(%\(.*?\)s\)", "IN %(keys)s", sent.text, flags=re.DOTALL)
+    return text, len(sent.parameters)
