@@ -21,7 +21,7 @@ FIGURES = {
     "peers": "against kombu, procrastinate, pgqueuer, alchemical-queues (extra bench)",
     "growth": "one claim in tables of thousands and of millions of rows",
     "churn": "the last minute of a busy queue against the first",
-    "features": "what a lease, a token and a heartbeat cost",
+    "features": "what a lease, a token, a heartbeat and an exclusive key cost",
     "producers": "producers on MySQL and MariaDB beside many workers",
     "import": "the time of importing atomic_claim",
 }

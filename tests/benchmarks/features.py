@@ -1,4 +1,4 @@
-"""What a lease, a token, a worker's name and a heartbeat cost, beside a plain claim."""
+"""What leases, tokens, worker names, heartbeats and exclusive keys cost, beside a plain claim."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -8,12 +8,14 @@ import sqlalchemy as sa
 
 from atomic_claim import JobTable, claim_jobs, keep_claims
 from tests.benchmarks.ground import Ground, Rows, fill, job_table
-from tests.benchmarks.measuring import Line, in_turns, rates, ratios
+from tests.benchmarks.measuring import Line, check_whole, in_turns, rates, ratios
 
 FIGURE = "features"
 PLAIN = "a plain claim"
 LIMITS = (1, 100)
 JOBS_A_TURN = 3000
+KEYS = 10_000
+BUSY = {"none busy": 0, "a tenth busy": KEYS // 10}
 
 
 def measure(ground: Ground, *, rounds: int, limits: Sequence[int] = LIMITS) -> Iterator[list[Line]]:
@@ -21,12 +23,18 @@ def measure(ground: Ground, *, rounds: int, limits: Sequence[int] = LIMITS) -> I
     for name in ground.kinds():
         engine = ground.engine(name)
         for limit in limits:
-            yield _measured(engine, name, limit, rounds)
+            what, calls = f"limit {limit}", max(5, JOBS_A_TURN // limit // 10)
+            found = _measured(engine, limit, rounds=rounds, calls=calls)
+            yield _lines(found, f"{name}, {{}}, {what}")
+            for busy, running in BUSY.items():
+                found = _by_key(engine, limit, running, rounds=rounds, calls=calls)
+                yield _lines(found, f"{name}, {{}} of {KEYS:,}, {busy}, {what}")
 
 
-def _measured(engine: sa.Engine, name: str, limit: int, rounds: int) -> list[Line]:
+def _measured(
+    engine: sa.Engine, limit: int, *, rounds: int, calls: int
+) -> dict[str, list[list[float]]]:
     jobs, lease = job_table(lease=True), timedelta(minutes=5)
-    calls = max(5, JOBS_A_TURN // limit // 10)
     fill(engine, jobs, Rows(limit * (calls + 2)))
     table = jobs.table
     plain = _declared(table)
@@ -47,26 +55,50 @@ def _measured(engine: sa.Engine, name: str, limit: int, rounds: int) -> list[Lin
         ),
         "a lease and a heartbeat": kept,
     }
+    return in_turns(ways, rounds=rounds, calls=calls, before=_refilling(engine, jobs))
+
+
+def _by_key(
+    engine: sa.Engine, limit: int, running: int, *, rounds: int, calls: int
+) -> dict[str, list[list[float]]]:
+    """A claim by exclusive keys and a plain one, from a table where so many rows run already."""
+    jobs = job_table(lease=True, keys=True)
+    fill(engine, jobs, Rows(2 * KEYS, running=running, keys=KEYS))
+    plain, by_key = _declared(jobs.table), _declared(jobs.table, exclusive_by="customer_id")
+    ways: dict[str, Callable[[], object]] = {
+        PLAIN: lambda: check_whole(claim_jobs(engine, plain, limit), limit),
+        "an exclusive key": lambda: check_whole(claim_jobs(engine, by_key, limit), limit),
+    }
+    refill = _refilling(engine, jobs, running)
+    return in_turns(ways, rounds=rounds, calls=calls, before=refill)
+
+
+def _refilling(engine: sa.Engine, jobs: JobTable, kept: int = 0) -> Callable[[str], None]:
+    """Free every row again but the first ones, which run all the time."""
+    table = jobs.table
     free = table.update().values(
         processing=False, claim_token=None, lease_until=None, attempts=0, worker=None
     )
 
     def refill(_: str) -> None:
         with engine.begin() as connection:
-            connection.execute(free.where(table.c.processing == sa.true()))
+            connection.execute(free.where(table.c.processing == sa.true(), table.c.id > kept))
 
-    found = in_turns(ways, rounds=rounds, calls=calls, before=refill)
+    return refill
+
+
+def _lines(found: dict[str, list[list[float]]], name: str) -> list[Line]:
     speed = {way: rates(turns) for way, turns in found.items()}
     return [
         Line(
             FIGURE,
-            f"{name}, {way}, limit {limit}",
+            name.format(way),
             statistics.median(speed[way]),
             "claims/s",
             PLAIN,
             ratios(speed[way], speed[PLAIN]),
         )
-        for way in ways
+        for way in speed
         if way != PLAIN
     ]
 

@@ -110,8 +110,8 @@ class Ground:
         return self._stack.enter_context(made).url
 
 
-def job_table(name: str = "bench_jobs", *, lease: bool = False) -> JobTable:
-    """A job table, with all that a lease needs where it is asked for."""
+def job_table(name: str = "bench_jobs", *, lease: bool = False, keys: bool = False) -> JobTable:
+    """A job table, with all that a lease and exclusive keys need where they are asked for."""
     more = [
         Column("run_at", PRECISE),
         Column("worker", sa.String(40)),
@@ -127,6 +127,7 @@ def job_table(name: str = "bench_jobs", *, lease: bool = False) -> JobTable:
         Column("completed_at", PRECISE),
         Column("created_at", PRECISE, nullable=False),
         Column("payload", sa.String(50)),
+        *([Column("customer_id", sa.Integer)] if keys else []),
         *(more if lease else []),
     )
     roles: dict[str, Any] = {"state": "processing", "order": "created_at"}
@@ -139,6 +140,8 @@ def job_table(name: str = "bench_jobs", *, lease: bool = False) -> JobTable:
             "attempts": "attempts",
             "max_attempts": MOST_ATTEMPTS,
         }
+    if keys:
+        roles |= {"exclusive_by": "customer_id"}
     done = {"completed_at": sa.func.now()}
     return JobTable(table, done=done, naive_times="utc", **roles)
 
@@ -152,6 +155,8 @@ class Rows:
         not_due: so many more come first in the order, and are not due for a year.
         running: so many more run.
         spent: so many more have had all their attempts.
+        keys: so many customers the rows are of, one after the other. Of the running rows there is
+            one of every tenth of them, from the first on.
     """
 
     count: int
@@ -159,6 +164,7 @@ class Rows:
     not_due: int = 0
     running: int = 0
     spent: int = 0
+    keys: int = 1
 
     @property
     def all(self) -> int:
@@ -236,6 +242,8 @@ def _values(
         "created_at": _later(dialect, place),
         "payload": sa.literal("a payload of some length"),
     }
+    if jobs.exclusive_by is not None:
+        found["customer_id"] = sa.case((found["processing"], 10 * place), else_=place) % rows.keys
     if jobs.lease is None:
         return found
     year = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=365)
