@@ -3,7 +3,8 @@ import re
 import shlex
 import sqlite3
 from collections.abc import Iterator
-from datetime import UTC, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +16,9 @@ from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
 from sqlalchemy.exc import DBAPIError
 
 from atomic_claim import JobTable, claim_jobs
-from atomic_claim.cli.plans import unserved
-from atomic_claim.cli.texts import fresh_parts
+from atomic_claim.cli.indexes import needed_indexes
+from atomic_claim.cli.plans import explained, finding_statement, unserved
+from atomic_claim.cli.texts import dialect_of, fresh_parts
 from atomic_claim.columns import job_table_of
 from atomic_claim.statement import Ask
 from examples.migrations import tables
@@ -94,6 +96,23 @@ guarded_words = JobTable(
 )
 finished = tables.flagged
 deleted = JobTable(served, state="processing")
+rested = Table(
+    "rested",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("processing", Boolean, nullable=False),
+    Column("created_at", DateTime, nullable=False),
+    Column("run_at", DateTime),
+    Column("due_at", DateTime, nullable=False),
+    Column("due_text", sa.Text),
+    Column("attempts", Integer, nullable=False),
+    Column("tries", Integer),
+    Column("most", Integer),
+    Column("lease_until", DateTime),
+    Column("claim_token", String(32)),
+)
+WITH_LEASE: dict[str, Any] = {"lease": "lease_until", "token": "claim_token"}
+RETRIED: dict[str, Any] = {"due": "run_at", "attempts": "attempts", "max_attempts": 5}
 by_expression = JobTable(
     Table(
         "owned",
@@ -415,10 +434,92 @@ def test_how_indexes_are_built(command: Command) -> None:
     where = "processing = false AND completed_at IS NULL AND has_error IS NOT true"
     created = f"CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at) WHERE {where};\n"
     assert f"CREATE INDEX {created}" in ended.out
-    columns = "(processing, completed_at, created_at)"
+    columns = "(processing, completed_at, created_at, wait_until)"
     assert ended.out.count(f"{columns}, ALGORITHM=INPLACE, LOCK=NONE;\n") == 2
     where = "processing = 0 AND completed_at IS NULL AND has_error IS NOT 1"
     assert f"{columns} WHERE {where};" in ended.out
+
+
+def resting(**roles: Any) -> JobTable:
+    """The table of jobs that rest until they are due, or for ever."""
+    roles = {"order": "created_at", "naive_times": "utc", **roles}
+    return JobTable(rested, state="processing", **roles)
+
+
+@pytest.mark.parametrize(
+    ("roles", "postgresql", "others"),
+    [
+        # PostgreSQL compares in the index, and has to read the row for an OR.
+        (RETRIED, "created_at, attempts", "created_at, run_at, attempts"),
+        ({"due": "due_at"}, "created_at, due_at", "created_at, due_at"),
+        ({"attempts": "tries", "max_attempts": 5}, "created_at", "created_at, tries"),
+        (
+            {"attempts": "attempts", "max_attempts": "most"},
+            "created_at",
+            "created_at, most, attempts",
+        ),
+        # A column stands in an index once.
+        (
+            RETRIED | {"order": [rested.c.attempts.desc(), rested.c.run_at.desc(), "id"]},
+            "attempts DESC, run_at DESC, id",
+            "attempts DESC, run_at DESC, id",
+        ),
+        (WITH_LEASE, "created_at", "created_at"),
+    ],
+)
+def test_what_passes_rows_over_stands_behind_the_order(
+    roles: dict[str, Any], postgresql: str, others: str
+) -> None:
+    """Rows that are not due or have spent their attempts are told by the index, where it helps."""
+    [free, *_] = needed_indexes(resting(**roles))
+    assert free.definition(dialect_of("postgresql")).startswith(f"ON rested ({postgresql})")
+    for name in ("sqlite", "mysql"):
+        assert f"({', '.join(('processing', others))})" in free.definition(dialect_of(name))
+
+
+def test_long_texts_stand_in_no_index() -> None:
+    """A time that is a text of any length stays in its row, except on SQLite."""
+    jobs = resting(due="due_text", text_times="%Y-%m-%d", **WITH_LEASE)
+    [free, _] = needed_indexes(jobs)
+    assert "(created_at) WHERE" in free.definition(dialect_of("postgresql"))
+    assert "(processing, created_at)" in free.definition(dialect_of("mysql"))
+    assert "(processing, created_at, due_text)" in free.definition(dialect_of("sqlite"))
+
+
+def test_what_is_passed_over_is_not_read(database: Database) -> None:
+    """The index tells which rows are free, and an earlier version's index serves too."""
+    engine, jobs = database.engine(), resting(**RETRIED, **WITH_LEASE)
+    rested.create(engine)
+    row = {"processing": False, "created_at": START, "due_at": START, "attempts": 0}
+    later = {"run_at": datetime.now() + timedelta(days=365)}  # noqa: DTZ005 - far from any zone's
+    with engine.begin() as connection:
+        given = [row | (later if n > 50 else {"run_at": None}) for n in range(ROWS)]
+        connection.execute(rested.insert(), given)
+    for is_old in (True, False):
+        for needed in needed_indexes(jobs):
+            index = replace(needed, passing=()) if is_old else needed
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                if not is_old:
+                    connection.exec_driver_sql(index.drop(engine.dialect))
+                connection.exec_driver_sql(index.create(engine.dialect))
+        analyse(engine, rested)
+        assert missing(engine, jobs) == []
+        assert passes_over(engine, jobs) is not is_old
+
+
+def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
+    """Whether rows are passed over in the index, by the plan of a claim's search."""
+    ask = Ask(1, lease=LEASE)
+    parts = fresh_parts(jobs, ask)
+    with engine.connect() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+            connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
+        statement = finding_statement(connection, parts)
+        rows = explained(connection, statement, ask.parameters("0" * 32))
+    said = " ".join(str(dict(row)) for row in rows)
+    marks = r"'Index Cond': '\(attempts < 5\)'|COVERING INDEX|Using index(?! condition)"
+    return re.search(marks, said) is not None
 
 
 def test_what_cannot_be_in_an_index_is_left_out(command: Command) -> None:
@@ -447,6 +548,14 @@ def test_what_is_there_is_not_made_again(command: Command) -> None:
     ended = command("migration", *spec, "--dialect", "mysql")
     assert ended.err == "atomic-claim: nothing to migrate: the table declares it all\n"
     assert "CREATE INDEX CONCURRENTLY" in command("migration", *spec).out
+    # That of an earlier version has nothing behind the order.
+    jobs = JobTable(rested.to_metadata(sa.MetaData()), state="processing", order="id", due="due_at")
+    [free] = needed_indexes(jobs)
+    for columns in (("id",), ("id", "due_at")):
+        declared = sa.Index("declared", *(jobs.table.c[name] for name in ("processing", *columns)))
+        assert free.is_declared(dialect_of("mysql"))
+        jobs.table.indexes.discard(declared)
+    assert not free.is_declared(dialect_of("mysql"))
 
 
 def test_a_revision_goes_behind_the_newest(command: Command, tmp_path: Path) -> None:

@@ -5,12 +5,17 @@ two, and of a lease that has run out that the row runs. PostgreSQL puts these co
 partial index, in the words of the claim, since it serves no others. MySQL and MariaDB have no
 partial indexes, so that the columns that must equal something stand before the order. SQLite has
 both: before ANALYZE its planner goes by how many columns of an index are told.
+
+What changes from claim to claim, or may be declared anew, is no condition of an index: whether a
+row is due, and has attempts left. Where the database can tell by the index alone, the columns stand
+behind the order, so that such rows are passed over without being read from the table one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +42,8 @@ from atomic_claim.statement import OrderTerm
 INNODB = ("mysql", "mariadb")
 # PostgreSQL cuts off longer names, without a word.
 LONGEST_NAME = 63
+# Longer texts could make an index's rows too long, for no more than speed.
+LONGEST_BEHIND = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class NeededIndex:
         conditions: what is the same at every claim, and what an index can hold of it.
         leading: the columns that equal what a call passes as a parameter.
         order: what the rows are read in order of.
+        passing: what further has to be true of a row, else it is passed over.
     """
 
     reason: str
@@ -56,6 +64,7 @@ class NeededIndex:
     conditions: tuple[ColumnElement[bool], ...]
     leading: tuple[ColumnClause[Any], ...]
     order: tuple[ColumnElement[Any], ...]
+    passing: tuple[ColumnElement[bool], ...] = ()
 
     @property
     def name(self) -> str:
@@ -75,8 +84,7 @@ class NeededIndex:
     @property
     def chosen_by(self) -> frozenset[str]:
         """The names of all columns that the conditions speak of."""
-        named = [part for condition in self.conditions for part in visitors.iterate(condition)]
-        columns = [part for part in (*named, *self.leading) if isinstance(part, ColumnClause)]
+        columns = (*_columns_of(self.conditions), *self.leading)
         return frozenset(column.name for column in columns)
 
     def refusal(self, dialect: Dialect) -> str | None:
@@ -95,21 +103,34 @@ class NeededIndex:
 
     def definition(self, dialect: Dialect) -> str:
         """The index as it is, after ``CREATE INDEX name``."""
+        return self._defined(dialect, self._behind(dialect))
+
+    def _behind(self, dialect: Dialect) -> list[ColumnClause[Any]]:
+        """The columns that tell which rows are passed over, so that these need not be read."""
+        passing = self.passing
+        if dialect.name == "postgresql":
+            # It compares in the index, and reads the row for any other condition, as an OR.
+            passing = tuple(each for each in passing if isinstance(each, BinaryExpression))
+        found = _columns_of(passing)
+        return [c for c in found if dialect.name == "sqlite" or not _is_wide(c)]
+
+    def _defined(self, dialect: Dialect, behind: Iterable[ColumnClause[Any]]) -> str:
         quote = dialect.identifier_preparer.quote
         before, where = self.leading, ""
-        behind: tuple[ColumnClause[Any], ...] = ()
         if dialect.name != "postgresql":
             before = self.equal
         if dialect.name in INNODB:
             # Of several values no order comes; but so the rows need not be read to be passed over.
             names = self.chosen_by if not before else ()
-            behind = tuple(c for c in self.table.columns if c.name in names)
+            behind = [*(c for c in self.table.columns if c.name in names), *behind]
         elif self.conditions:
             where = f" WHERE {self._text(and_(*self.conditions), dialect)}"
+        order = [OrderTerm.of(term) for term in self.order]
+        ahead = {getattr(part, "name", None) for part in (*before, *(t.element for t in order))}
         terms = [
             *(quote(part.name) for part in before),
-            *(self._term(OrderTerm.of(term), dialect) for term in self.order),
-            *(quote(part.name) for part in behind),
+            *(self._term(term, dialect) for term in order),
+            *(quote(part.name) for part in behind if part.name not in ahead),
         ]
         table = dialect.identifier_preparer.format_table(self.table)
         return f"ON {table} ({', '.join(dict.fromkeys(terms))}){where}"
@@ -152,10 +173,13 @@ class NeededIndex:
         return f"DROP INDEX {'CONCURRENTLY ' if dialect.name == 'postgresql' else ''}{name}"
 
     def is_declared(self, dialect: Dialect) -> bool:
-        """Whether the table's declaration has the very same index already."""
-        wanted = _normal(self.definition(dialect))
+        """Whether the table's declaration has such an index already.
+
+        That of an earlier version, with no columns behind the order, will do.
+        """
+        wanted = [_normal(self.definition(dialect)), _normal(self._defined(dialect, ()))]
         return any(
-            wanted == _normal(str(CreateIndex(index).compile(dialect=dialect)).partition(" ON ")[2])
+            _normal(str(CreateIndex(index).compile(dialect=dialect)).partition(" ON ")[2]) in wanted
             for index in self.table.indexes
         )
 
@@ -168,19 +192,20 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
         lease: the name of a lease column that is about to be added.
     """
     table, order = job_table.table, job_table.order or job_table.key
-    found = [_needed("free", table, job_table.is_free, order)]
     own: Any = job_table.lease
     named: Any = own if own is not None else lease and column(lease)
+    is_due, is_unspent = job_table.is_due, job_table.is_unspent
+    found = [_needed("free", table, job_table.is_free, order, is_due)]
     if named is not None:
-        found.append(_needed("expired", table, job_table.is_running, (named,)))
+        found.append(_needed("expired", table, job_table.is_running, (named,), is_unspent))
     if job_table.unleased is not None:
         # The third reason's order is the time since which a row has been running.
         assert own is not None
         _, (since,) = job_table.reasons[2]
         running = and_(job_table.is_running, own.is_(None))
-        found.append(_needed("unleased", table, running, (since,)))
+        found.append(_needed("unleased", table, running, (since,), is_unspent))
     if (key := job_table.exclusive_by) is not None:
-        found.append(_needed("keys", table, job_table.is_free, (key, *order)))
+        found.append(_needed("keys", table, job_table.is_free, (key, *order), is_due))
         found.append(_needed("running", table, job_table.is_running, (key,)))
     return found
 
@@ -190,6 +215,7 @@ def _needed(
     table: Table,
     condition: ColumnElement[bool],
     order: Iterable[ColumnElement[Any]],
+    passing: tuple[ColumnElement[bool], ...] = (),
 ) -> NeededIndex:
     conjuncts = list(_conjuncts(condition))
     leading = [
@@ -198,7 +224,12 @@ def _needed(
         if not _is_immutable(each) and (found := _equal_column(each)) is not None
     ]
     immutable = tuple(each for each in conjuncts if _is_immutable(each))
-    return NeededIndex(reason, table, immutable, tuple(leading), tuple(order))
+    return NeededIndex(reason, table, immutable, tuple(leading), tuple(order), passing)
+
+
+def _columns_of(conditions: Iterable[ColumnElement[bool]]) -> list[ColumnClause[Any]]:
+    parts = (part for condition in conditions for part in visitors.iterate(condition))
+    return list(dict.fromkeys(part for part in parts if isinstance(part, ColumnClause)))
 
 
 def _conjuncts(condition: ColumnElement[bool]) -> Iterator[ColumnElement[bool]]:
@@ -230,6 +261,11 @@ def _equal_column(condition: ColumnElement[bool]) -> ColumnClause[Any] | None:
 
 def _is_column(element: Any) -> bool:
     return isinstance(element, ColumnClause)
+
+
+def _is_wide(element: Any) -> bool:
+    type_ = plain_type(element.type)
+    return isinstance(type_, String) and (type_.length or sys.maxsize) > LONGEST_BEHIND
 
 
 def _is_long_text(element: Any) -> bool:

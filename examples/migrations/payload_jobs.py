@@ -1,6 +1,6 @@
 """Make payload_jobs fit for its claims.
 
-Revision ID: 3db0e42aea42
+Revision ID: d72b5e8bdb64
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
 
 from alembic import op
 
-revision = "3db0e42aea42"
+revision = "d72b5e8bdb64"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -28,12 +28,13 @@ def upgrade() -> None:
     elif dialect in {"mysql", "mariadb"}:
         op.execute(
             "ALTER TABLE payload_jobs ADD INDEX payload_jobs_claim_free (processing, completed_at, "
-            "created_at), ALGORITHM=INPLACE, LOCK=NONE"
+            "created_at, wait_until), ALGORITHM=INPLACE, LOCK=NONE"
         )
     elif dialect == "sqlite":
         op.execute(
             "CREATE INDEX payload_jobs_claim_free ON payload_jobs (processing, completed_at, "
-            "created_at) WHERE processing = 0 AND completed_at IS NULL AND has_error IS NOT 1"
+            "created_at, wait_until) WHERE processing = 0 AND completed_at IS NULL AND has_error "
+            "IS NOT 1"
         )
 
 

@@ -1,6 +1,6 @@
 """Make status_jobs fit for its claims.
 
-Revision ID: d60e7b4696f1
+Revision ID: 03eba5453c45
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:status
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:status
 
 from alembic import op
 
-revision = "d60e7b4696f1"
+revision = "03eba5453c45"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -28,12 +28,12 @@ def upgrade() -> None:
     elif dialect in {"mysql", "mariadb"}:
         op.execute(
             "ALTER TABLE status_jobs ADD INDEX status_jobs_claim_free (status, priority DESC, "
-            "created_at), ALGORITHM=INPLACE, LOCK=NONE"
+            "created_at, run_at), ALGORITHM=INPLACE, LOCK=NONE"
         )
     elif dialect == "sqlite":
         op.execute(
             "CREATE INDEX status_jobs_claim_free ON status_jobs (status, priority DESC, "
-            "created_at) WHERE status = 'waiting'"
+            "created_at, run_at) WHERE status = 'waiting'"
         )
 
 
