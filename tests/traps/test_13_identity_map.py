@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -50,6 +51,21 @@ def test_a_loaded_entity_is_refreshed(database: Database, limit: int) -> None:
         assert claimed[0] is known
         assert sa_inspect(known).unloaded == set()
         assert (known.processing, known.note) == (True, "new")
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_pending_entity_is_flushed_and_refreshed(database: Database, limit: int) -> None:
+    """One that the claim itself has inserted has the state of its row too."""
+    engine, job, jobs = made(database)
+    with Session(engine) as session:
+        first = datetime(2020, 1, 1)  # noqa: DTZ001 - the column's own
+        added = job(id=9, created_at=first, note="mine", processing=False)
+        session.add(added)
+        claimed = claim_jobs(session, jobs, limit)
+        assert claimed[0] is added
+        assert (added.processing, added.note) == (True, "mine")
+        session.commit()
+    assert taken(engine, jobs.table) == [*range(1, limit), 9]
 
 
 def edit(_: Session, entity: Any) -> None:
