@@ -291,19 +291,21 @@ def test_constants_are_what_their_types_say(
     Without that the driver would be given 21 where the column holds 42, and nothing be found.
     """
     type_, value = CONSTANTS[constant]
-    engine, table = database.engine(), job_table(Column("a%b:c (d)", type_, key="extra"))
+    name = "a%b:c (d)"
+    engine, table = database.engine(), job_table(column := Column(name, type_))
     declared = JobTable(
         table,
-        free=(table.c.processing == sa.false()) & (table.c.extra == value),
+        free=(table.c.processing == sa.false()) & (column == value),
         claimed={"processing": True},
     )
-    fill(engine, table, 5 * limit, extra=value)
+    fill(engine, table, 5 * limit, **{name: value})
     claimed_before(engine, declared, limit)
     if constant != "decorated":
         # Python code of the user's own may fail to read a row, before it is committed.
         no_detour()
     for _ in range(3):
-        assert [job.extra for job in claim_jobs(engine, declared, limit)] == limit * [value]
+        found = claim_jobs(engine, declared, limit)
+        assert [job._mapping[column] for job in found] == limit * [value]
 
 
 def test_python_s_onupdate_is_called_every_time(database: Database) -> None:

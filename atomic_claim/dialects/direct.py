@@ -82,8 +82,9 @@ def learned_of(parts: ClaimParts, dialect: Dialect) -> Learned:
     """What is known of claiming these parts."""
     known: dict[Dialect, Learned] = parts.prepare("learned", lambda _: {})
     if (found := known.get(dialect)) is None:
-        if len(known) >= MOST_DIALECTS:
-            del known[next(iter(known))]
+        # Threads may be doing the same.
+        for oldest in list(known)[: len(known) - MOST_DIALECTS + 1]:
+            known.pop(oldest, None)
         found = known[dialect] = Learned()
     return found
 
@@ -160,7 +161,7 @@ class Direct:
         self.types = [column.type.dialect_impl(dialect) for column in columns]
         # None until the driver has said what it returns; empty if that is as it should be.
         self.readers: list[Process | None] | None = None
-        self.texts: dict[tuple[int, int], Text] = {}
+        self.texts: dict[tuple[int | None, int | None, int], Text] = {}
 
     def fetch(self, pooled: PoolProxiedConnection, params: Params) -> Sequence[Any]:
         """Claim, and return what the driver does.
@@ -218,7 +219,7 @@ class Direct:
     def _asked(self, params: Params) -> tuple[str, Any]:
         """The text and the parameters of one execution."""
         keys: Sequence[Any] = params.get(KEYS, ())
-        shape = (params.get(LIMIT, 0), len(keys))
+        shape = (params.get(LIMIT), params.get(REACH), len(keys))
         if (known := self.texts.get(shape)) is None:
             if len(self.texts) >= MOST_TEXTS:
                 self.texts.clear()
