@@ -204,6 +204,9 @@ class Turns:
         if self.lateral:
             rows = of_key.limit(self.most).correlate(keys).lateral("claim_first")
             return [select(*rows.columns).select_from(keys).join(rows, true())]
+        # An index without the key serves the claim order too, and MySQL would read the rows of all
+        # keys by it.
+        of_key = of_key.order_by(None).order_by(self.column, *self.parts.order)
         found: list[Select[Any]] = []
         for place in range(min(self.parts.job_table.max_per_key, MOST_FIRST)):
             row = of_key.limit(number(1)).offset(number(place)).correlate(keys)

@@ -244,6 +244,33 @@ def test_more_keys_than_are_walked(database: Database) -> None:
     assert ids(claim_jobs(engine, jobs, 3)) == [401, 402, 403]
 
 
+@INNODB
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_busy_key_costs_a_step(database: Database, most: int) -> None:
+    """Of the rows of a busy key ahead, and of those between the others, few are read."""
+    others = 200
+    customers: list[int | None] = [1] * 8000 + list(range(1000, 1000 + others)) * 2
+    jobs = filled(database, customers, max_per_key=most)
+    engine = database.engine()
+    with engine.connect() as connection:
+        connection.execute(sa.text("ANALYZE TABLE jobs")).all()
+    assert ids(claim_jobs(engine, jobs, most)) == list(range(1, most + 1))
+    # The first of these learns that the head of the queue is busy.
+    assert ids(claim_jobs(engine, jobs, 1)) == [8001]
+    before = rows_read(engine)
+    assert ids(claim_jobs(engine, jobs, 1)) == [8002]
+    read = rows_read(engine) - before
+    assert others < read < 16 * most * others
+
+
+def rows_read(engine: sa.Engine) -> int:
+    """How many rows the second connection has read, those of temporary tables included."""
+    _, looker = second_look.lookers[engine.dialect]
+    with looker.connect() as side:
+        counters = side.execute(sa.text("SHOW SESSION STATUS LIKE 'Handler_read%'"))
+        return sum(int(value) for _, value in counters)
+
+
 @SERVERS
 def test_an_open_claim_holds_its_key(database: Database) -> None:
     """Of a key with an uncommitted claim nobody gets a row; after a rollback the first one."""
