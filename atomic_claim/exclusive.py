@@ -35,6 +35,7 @@ from sqlalchemy import (
     CTE,
     Column,
     ColumnElement,
+    CompoundSelect,
     FromClause,
     Integer,
     Select,
@@ -184,8 +185,10 @@ class Turns:
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
         columns = [part for part in dict.fromkeys(named) if part is not self.column]
         found = select(*columns, self.column.label(KEY)).where(free).distinct()
-        some = found.limit(number(MOST_KEYS + 1)).subquery("claim_some_keys")
-        return select(some.columns[KEY].label(KEY)).cte(name)
+        most = number(MOST_KEYS + 1)
+        some = found.limit(most).subquery("claim_some_keys")
+        # Without a LIMIT of its own MySQL would read them once for each place that names them.
+        return select(some.columns[KEY].label(KEY)).limit(most).cte(name)
 
     def of_keys(self, name: str, keys: CTE, only: Only) -> CTE:
         """The first rows of each of these keys, those without a key, and those free otherwise."""
@@ -282,10 +285,12 @@ class Turns:
         key = self.column.label(KEY)
         return [branch.add_columns(key) for branch in self.parts.candidates.branches]
 
-    def _together(self, *branches: Select[Any]) -> Select[Any]:
-        if len(branches) == 1:
-            return branches[0]
-        return select(self.parts.candidates.together(*branches))
+    def _together(self, *branches: Select[Any]) -> Select[Any] | CompoundSelect[Any]:
+        """All that several SELECTs find: a UNION of its own, which MySQL reads once.
+
+        A SELECT from the UNION it would merge into each place that names it.
+        """
+        return branches[0] if len(branches) == 1 else self.parts.candidates.together(*branches)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from sqlalchemy import (
     Column,
     ColumnElement,
+    CompoundSelect,
     Index,
     Integer,
     Select,
@@ -34,7 +35,7 @@ from sqlalchemy.sql.elements import (
     True_,
     UnaryExpression,
 )
-from sqlalchemy.sql.selectable import FromClause, ScalarSelect, SelectBase, Subquery
+from sqlalchemy.sql.selectable import FromClause, ScalarSelect, SelectBase
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import JSON, Boolean, DateTime, Enum, Float, Numeric, TypeDecorator
 
@@ -170,14 +171,13 @@ class Candidates:
         """
         if len(self.branches) == 1:
             return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = self.ordered(self.together(*map(lock, self.branches)))
+        found = self.ordered(self.together(*map(lock, self.branches)).subquery("branches"))
         return (found if terms else self.only_keys(found)).limit(self.limit)
 
-    def together(self, *branches: Select[Any]) -> Subquery:
-        """One table of what several SELECTs find."""
+    def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
+        """All that several SELECTs find."""
         numbered = enumerate(branches, 1)
-        parts = [select(branch.subquery(f"branch_{place}")) for place, branch in numbered]
-        return union_all(*parts).subquery("branches")
+        return union_all(*(select(each.subquery(f"branch_{place}")) for place, each in numbered))
 
     def ordered(self, found: FromClause) -> Select[Any]:
         """Keys and terms of the order, in that order."""

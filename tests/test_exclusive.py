@@ -263,6 +263,20 @@ def test_a_busy_key_costs_a_step(database: Database, most: int) -> None:
     assert others < read < 16 * most * others
 
 
+@pytest.mark.databases("mysql")
+def test_rows_ahead_are_read_once(database: Database) -> None:
+    """What is passed over is not read again to count what was found."""
+    jobs = filled(database, [None] * 3000)
+    engine = database.engine()
+    last = sa.update(jobs.table).where(jobs.table.c.id == 3000).values(note="wanted")
+    with engine.begin() as connection:
+        connection.execute(last)
+    assert ids(claim_jobs(engine, jobs, 1)) == [1]
+    before = rows_read(engine)
+    assert ids(claim_jobs(engine, jobs, 1, where=jobs.table.c.note == "wanted")) == [3000]
+    assert rows_read(engine) - before < 4500
+
+
 def rows_read(engine: sa.Engine) -> int:
     """How many rows the second connection has read, those of temporary tables included."""
     _, looker = second_look.lookers[engine.dialect]

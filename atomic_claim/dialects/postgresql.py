@@ -348,7 +348,8 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
         return candidates.select(terms=terms, lock=lock)
     limit, reach = candidates.limit, candidates.reach
     branches = [branch.limit(reach) for branch in candidates.branches]
-    nearest = candidates.ordered(candidates.together(*branches)).cte(f"{prefix}nearest")
+    near = candidates.together(*branches).subquery("branches")
+    nearest = candidates.ordered(near).cte(f"{prefix}nearest")
     key = list(nearest.columns)[: len(nearest.columns) - len(candidates.order)]
 
     # One after the other, until there are enough: LATERAL leaves the planner no other way.
