@@ -155,7 +155,7 @@ class Direct:
         given = result.context.compiled_parameters[0]
         self.fixed = {name: value for name, value in given.items() if name not in OURS}
         self.writers = {
-            compiled.escaped_bind_names.get(name, name): writer
+            name: writer
             for name, bind in compiled.binds.items()
             if (writer := bind.type.dialect_impl(dialect).bind_processor(dialect)) is not None
         }
@@ -243,18 +243,21 @@ class Direct:
         given = {**self.fixed, **params}
         if self.takes_lists and KEYS in given:
             given[KEYS] = given[KEYS][:1]
-        state = self.compiled.construct_expanded_state(given)
+        state = self.compiled.construct_expanded_state(given, escape_names=False)
         keys, text = state.parameter_expansion.get(KEYS, []), state.statement
         if self.takes_lists and keys:
             text = text.replace(f"(%({keys[0]})s)", f"%({KEYS})s")
-        writers = self.writers
+        writers, places = self.writers, state.positiontup
+        escaped = self.compiled.escaped_bind_names if places is None else {}
         fixed = {
-            name: value if (writer := writers.get(name)) is None else writer(value)
+            escaped.get(name, name): value
+            if (writer := writers.get(name)) is None
+            else writer(value)
             for name, value in state.parameters.items()
             if name not in OURS.union(keys)
         }
         ours = [(name, writers.get(name)) for name in state.parameters if name in OURS]
-        return Text(text, fixed, ours, (keys, writers.get(KEYS)), state.positiontup)
+        return Text(text, fixed, ours, (keys, writers.get(KEYS)), places)
 
 
 @dataclass(frozen=True)
