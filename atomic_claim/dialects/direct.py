@@ -70,11 +70,13 @@ class Learned:
         claim: does it on a connection of the driver's own, or raises ``Failed``; None until it is
             known how.
         seen: whether SQLAlchemy has done it before.
+        fits: whether all statements that are known can be executed directly.
         statements: the statements it takes, as far as they are known.
     """
 
     claim: Callable[[PoolProxiedConnection, Params], Found] | None = None
     seen: bool = False
+    fits: bool = True
     statements: MutableMapping[Executable, Direct | None] = field(default_factory=WeakKeyDictionary)
 
 
@@ -315,7 +317,9 @@ class Learning(Work):
             statements[statement] = None
         elif statements[statement] is None:
             columns = tuple(statement.selected_columns) if isinstance(statement, Select) else ()
-            statements[statement] = Direct(result, columns, self.dialect)
+            statements[statement] = direct = Direct(result, columns, self.dialect)
+            self.learned.seen = True
+            self.learned.fits = self.learned.fits and direct.fits
         return result.all() if result.returns_rows else []
 
     def write(self, statement: Executable, params: Params | None = None) -> None:

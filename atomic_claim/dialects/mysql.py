@@ -140,7 +140,10 @@ class MySQL(Strategy):
             return self._claim(work, parts, params)
         learned = learned_of(parts, work.dialect)
         found = self._claim(Learning(**vars(work), learned=learned), parts, params)
-        if learned.claim is None and any(learned.statements.values()):
+        if not learned.fits:
+            # Else what it can do directly would be done twice, each time.
+            learned.claim = None
+        elif learned.seen and learned.claim is None:
             learned.claim = partial(self._claim_directly, parts, work.dialect, learned)
         return found
 
