@@ -24,7 +24,10 @@ from atomic_claim.cli.workload import Half, RunJob, Workload
 from atomic_claim.testing.database import CommandError, complaint, masked, parse_url
 from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
 from tests.databases import Database
+from tests.guides import GUIDES
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.once
 
 typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
@@ -36,7 +39,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @contextmanager
 def begun(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """The command while it runs, in a process group of its own, as a shell starts it."""
+    """Run the command during the block, in its own process group, as a shell does."""
     process = subprocess.Popen(
         [sys.executable, "-m", "atomic_claim", *arguments],
         cwd=REPOSITORY,
@@ -54,12 +57,12 @@ def begun(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def tables(database: Database) -> list[str]:
-    """The tables that are in the database."""
+    """Return the names of the tables in the database."""
     return sa.inspect(database.engine()).get_table_names()
 
 
 def table_in_use(database: Database) -> str:
-    """The demo's table, as soon as a job in it has been taken."""
+    """Wait until a job of the demo's table is taken, and return the table's name."""
     engine = database.engine(poolclass=NullPool)
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -72,7 +75,7 @@ def table_in_use(database: Database) -> str:
 
 
 def half(*jobs: int, count: int | None = None, name: str = "legacy loop") -> Half:
-    """What a loop did with two workers that ran these jobs in turn."""
+    """Build the result of a loop in which two workers ran these jobs in turn."""
     runs = [workload.Run(job, n % 2, n / 10, n / 10 + 0.05) for n, job in enumerate(jobs)]
     return Half(name, Workload(2, count or len(set(jobs)), 1), runs)
 
@@ -165,7 +168,7 @@ def test_exit_code_1_if_files_are_run_twice(
 def test_a_worker_that_cannot_claim_files(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What the system refuses a worker ends the demo with one line, and leaves nothing."""
+    """A system error in a worker ends the demo with one line, and no files are left behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setitem(file_workload.FILE_HALVES, "legacy loop", refused_loop)
     said = command("demo", "--files", "--jobs", "50").refused()
@@ -174,7 +177,7 @@ def test_a_worker_that_cannot_claim_files(
 
 
 def refused_loop(waiting: Path, *_: Any) -> None:
-    """A loop that the system refuses something."""
+    """Read a file that does not exist."""
     (waiting / "nowhere" / "at all").read_text(encoding="utf-8")
 
 
@@ -205,14 +208,13 @@ def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
 
 
 def words(text: str) -> list[str]:
-    """What a report says, without its figures."""
+    """Return the words of a report, with its figures replaced."""
     return re.sub(r"[\d,.]*\d", "0", text).split()
 
 
 def test_the_readme_shows_what_is_printed() -> None:
     """The README's run of the demo is one of this very demo, figures aside."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"atomic-claim demo\n(.*?)```", readme, re.DOTALL)
+    (shown,) = re.findall(r"atomic-claim demo\n(.*?)```", GUIDES["README"], re.DOTALL)
     assert words(real("demo").out) == words(shown)
 
 
@@ -274,7 +276,7 @@ def test_the_table_is_dropped_after_an_error(database: Database) -> None:
 
 
 def losing_loop(engine: sa.Engine, jobs: sa.Table, limit: int, run: RunJob) -> None:
-    """A loop that forgets what it claimed first."""
+    """Claim jobs and drop them, then run the loop on the rest."""
     claim_jobs(engine, jobs, limit)
     workload.claim_loop(engine, jobs, limit, run)
 
@@ -338,7 +340,7 @@ def test_absent_database(database: Database, command: Command) -> None:
 
 @contextmanager
 def powerless_user(database: Database) -> Iterator[sa.URL]:
-    """A user who may read, and nothing else."""
+    """Yield the URL of a user who has no privilege but to read."""
     name = f"reader_of_{database.url.database}"[:32]
     user, make, take = name, "ROLE", "REVOKE CREATE ON SCHEMA public FROM PUBLIC"
     password = f"LOGIN PASSWORD '{PASSWORD}'"
@@ -550,6 +552,6 @@ def test_workers_need_no_extra() -> None:
 
 
 def test_url_without_a_driver_error_is_a_command_error() -> None:
-    """What cannot be used is refused by the error that commands end with one line on."""
+    """An unusable URL raises the error that commands print as one line."""
     with pytest.raises(CommandError, match="no 'nonsuch'"):
         parse_url("nonsuch://h/jobs")

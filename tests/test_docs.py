@@ -1,4 +1,4 @@
-"""No command and no option without its help, nor missing in the README."""
+"""No command and no option without its help, nor missing in the guide."""
 
 import re
 from itertools import pairwise
@@ -6,28 +6,32 @@ from typing import Any
 
 import pytest
 
-from tests.commands import REPOSITORY, Command
+from tests.commands import Command
+from tests.guides import GUIDES
+
+pytestmark = pytest.mark.once
 
 typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 # The words of each command, without the names of its arguments, and its line.
 LINES = [
     (tuple(word for word in shown.split()[1:] if word.islower()), line)
-    for line, shown in re.findall(r"^(\| `(atomic-claim[^`]*)` \|.*)$", README, re.MULTILINE)
+    for line, shown in re.findall(
+        r"^(\| `(atomic-claim[^`]*)` \|.*)$", GUIDES["commands"], re.MULTILINE
+    )
 ]
 URL_VARIABLES = ["ATOMIC_CLAIM_URL", "DATABASE_URL"]
 
 
 def walked(words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The words of every command and of those below it, none for the program itself."""
+    """Return the words of every command and its subcommands; the program itself has none."""
     found = the_command(words)
     below = getattr(found, "commands", {})
     return [words, *(each for name in below for each in walked((*words, name)))]
 
 
 def the_command(words: tuple[str, ...]) -> Any:
-    """The command that these words stand for."""
+    """Return the command for these words."""
     from atomic_claim.cli.app import app  # noqa: PLC0415 - needs typer
 
     found: Any = typer.main.get_command(app)
@@ -37,14 +41,14 @@ def the_command(words: tuple[str, ...]) -> Any:
 
 
 def documented(words: tuple[str, ...]) -> str:
-    """The line of the README's table of commands that is about this one."""
+    """Return the line for this command in the guide's table of commands."""
     (line,) = (line for shown, line in LINES if shown == words)
     return line
 
 
 @pytest.mark.parametrize("words", walked(), ids=lambda words: " ".join(words) or "atomic-claim")
 def test_help(words: tuple[str, ...], command: Command) -> None:
-    """Every command, argument and option has its help, in 80 columns, and is in the README."""
+    """Every command, argument and option has its help, in 80 columns, and is in the guide."""
     found = the_command(words)
     assert found.help
     line = documented(words)
@@ -65,8 +69,8 @@ def test_help(words: tuple[str, ...], command: Command) -> None:
         assert all(before < after for before, after in pairwise(places))
 
 
-def test_the_readme_names_no_other() -> None:
-    """The README's table of commands has no command and no option that is not there."""
+def test_the_guide_names_no_other() -> None:
+    """The guide's table of commands has no command and no option that is not there."""
     assert sorted(shown for shown, _ in LINES) == sorted(walked())
     for words in walked():
         known = {name for option in the_command(words).params for name in option.opts}

@@ -1,7 +1,6 @@
 """The guard inside the database: what it refuses, what passes, and that nothing stays behind."""
 
 import multiprocessing
-import re
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,10 +34,10 @@ from atomic_claim import (
 from atomic_claim.guard import PAYLOAD, Guard, guard
 from tests.counting import PRECISE, counted_jobs
 from tests.databases import Database
+from tests.guides import blocks
 from tests.jobs import START, fill, ids, in_thread, job_table, mapped, rows, taken
 from tests.test_drain import connect, url_of
 from tests.test_lease import LEASE, expire
-from tests.test_readme import README
 from tests.test_tables import Status, composite, composite_rows, created, other_schema
 
 INNODB = ("mysql", "mariadb")
@@ -48,7 +47,7 @@ ENDED = "job id=1 of jobs is not free any more"
 
 
 def flagged(database: Database, *more: Any, **roles: Any) -> JobTable:
-    """A table as many have it; on MySQL and MariaDB with the worker that the guard needs there."""
+    """Declare a common table; on MySQL and MariaDB with the worker that the guard needs."""
     if database.name in INNODB and not any(c.name == "worker" for c in more):
         more = (*more, Column("worker", String(20)))
     table = job_table(Column("completed_at", DateTime), *more)
@@ -72,12 +71,12 @@ def guarded(engine: sa.Engine, jobs: JobTable, **options: Any) -> Guard:
 
 
 def name_of(jobs: JobTable, worker: str) -> str | None:
-    """The name that a claim of ours writes, where there is a column for it."""
+    """Return the worker name that our claim writes, or None if there is no column for it."""
     return None if jobs.worker is None else worker
 
 
 def refused(message: str) -> AbstractContextManager[Any]:
-    """An UPDATE that the database refuses with these words."""
+    """Expect the database to refuse an UPDATE with this message."""
     return pytest.raises(DBAPIError, match=f"atomic_claim: {message}")
 
 
@@ -90,7 +89,7 @@ class Legacy:
     name: str
 
     def find(self) -> int | None:
-        """The first job that is free."""
+        """Return the id of the first free job."""
         columns = self.jobs.table.c
         query = sa.select(columns.id).where(columns.processing == sa.false())
         query = query.where(columns.completed_at.is_(None)).order_by(columns.id).limit(1)
@@ -199,7 +198,7 @@ def test_a_claim_that_waited_sees_what_it_waited_for(
 
 @pytest.mark.databases("postgresql", "mysql", "mariadb")
 def test_a_claim_that_waited_for_a_rollback_succeeds(database: Database, pair: Pair) -> None:
-    """What was rolled back was no claim."""
+    """A mark that was rolled back does not count as a claim."""
     engine, a, b = pair
     guarded(engine, a.jobs)
     a.mark(1)
@@ -248,7 +247,7 @@ def test_an_upsert_is_an_update(pair: Pair) -> None:
 
 
 def test_a_freed_job_can_be_claimed_again(pair: Pair) -> None:
-    """Who gives a job back, or has a finished one run again, is not in the guard's way."""
+    """A job that is released, or reset after it was finished, can be claimed again."""
     engine, a, b = pair
     guarded(engine, a.jobs)
     a.mark(1)
@@ -286,12 +285,12 @@ def test_progress_that_rewrites_the_state(pair: Pair) -> None:
     with refused(RUNNING) as raised:
         a.update(1, processing=True, note="half")
     if engine.dialect.name == "postgresql":
-        (shown,) = re.findall(r"```text\n(atomic_claim: .*?)```", README, re.DOTALL)
+        (shown,) = blocks("guard", "text")
         assert str(raised.value.orig).startswith(shown)
 
 
 def with_worker(database: Database) -> tuple[sa.Engine, JobTable]:
-    """A table whose loops write the worker."""
+    """Create a guarded table whose loops write the worker."""
     engine, jobs = database.engine(), flagged(database, Column("worker", String(20)))
     fill(engine, jobs.table, 3)
     guarded(engine, jobs, full_rows=True)
@@ -341,7 +340,7 @@ def test_a_loop_that_does_not_know_the_worker_column(database: Database) -> None
 
 @pytest.mark.databases(*NOT_INNODB)
 def test_no_name_is_no_proof(database: Database) -> None:
-    """Who writes that no worker is known does not show that the token was written too."""
+    """An UPDATE that sets the worker to NULL does not prove that it wrote the token too."""
     engine, jobs = database.engine(), counted_jobs()
     fill(engine, jobs.table, 1)
     guarded(engine, jobs, full_rows=True)
@@ -432,12 +431,12 @@ def test_the_token_of_a_lease_tells_progress_from_a_claim(database: Database) ->
 
 
 def leased(_database: Database) -> JobTable:
-    """A table with everything that the end of a claim can use."""
+    """Build a table with every column that the end of a claim can use."""
     return counted_jobs()
 
 
 def bare(database: Database) -> JobTable:
-    """A table with neither lease nor token."""
+    """Build a table with neither lease nor token."""
     more = (Column("failed_at", DateTime), Column("run_at", DateTime))
     return flagged(database, *more, failed={"failed_at": sa.func.now()}, due="run_at")
 
@@ -569,7 +568,7 @@ def test_spent_and_unleased_rows(database: Database) -> None:
 
 
 def status_table(type_: Any) -> sa.Table:
-    """A table with a status."""
+    """Build a table with a status column."""
     return sa.Table(
         "jobs",
         sa.MetaData(),
@@ -697,7 +696,7 @@ def test_a_flag_that_is_null(database: Database, null_is_free: bool) -> None:
 
 
 def test_free_by_an_expression(database: Database) -> None:
-    """What is free may be said by an expression over the row's own columns."""
+    """An expression over the row's own columns can define which rows are free."""
     table = status_table(String(20))
     jobs = JobTable(
         table,
@@ -846,7 +845,7 @@ every_dialect = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALEC
 
 
 def declared(*more: Any, **roles: Any) -> JobTable:
-    """A table without a worker column."""
+    """Declare a table without a worker column."""
     table = job_table(Column("completed_at", DateTime), *more)
     return JobTable(table, state="processing", **{"done": {"completed_at": sa.func.now()}, **roles})
 
@@ -858,7 +857,7 @@ def test_mysql_needs_a_worker_column() -> None:
 
 
 def test_payloads_table_is_known_by_its_columns() -> None:
-    """What Payload's table is known by stands in what Payload itself makes."""
+    """The columns that identify Payload's table occur in the schema that Payload creates."""
     for path in (Path(__file__).parent / "payload").glob("*.sql"):
         assert all(name in path.read_text(encoding="utf-8") for name in PAYLOAD)
 
@@ -895,7 +894,7 @@ def test_an_end_must_be_known(dialect: sa.Dialect) -> None:
     ids=["text", "literal", "subquery", "another table", "parameter"],
 )
 def test_expressions_about_more_than_the_row(dialect: sa.Dialect, free: Any) -> None:
-    """What a trigger cannot ask of one row is refused with the reason."""
+    """A condition that a trigger cannot evaluate on one row is refused with the reason."""
     table = job_table(Column("worker", String(9)), Column("completed_at", DateTime))
     jobs = JobTable(
         table,
@@ -952,7 +951,7 @@ def catalogue(engine: sa.Engine) -> list[Any]:
 
 
 def without_numbers(found: list[Any], engine: sa.Engine) -> list[Any]:
-    """The catalogue without the pages of SQLite's file, which it uses again as it likes."""
+    """Return the catalogue without SQLite's page numbers, which SQLite reuses."""
     if engine.dialect.name != "sqlite":
         return found
     return [[(row.type, row.name, row.tbl_name, row.sql) for row in found[0]]]

@@ -1,4 +1,4 @@
-"""The story that the README tells of `examples/legacy_app` is what its commands print."""
+"""The story that the guide tells of `examples/legacy_app` is what its commands print."""
 
 import re
 import runpy
@@ -16,24 +16,26 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from tests.commands import REPOSITORY
+from tests.guides import GUIDES
+
+pytestmark = pytest.mark.once
 
 pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
 APP = REPOSITORY / "examples" / "legacy_app"
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-[STORY] = re.findall(r"^## From the bug to the proof\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+STORY = GUIDES["legacy_app"]
 SHOWN = re.findall(
     r"^\$ atomic-claim ((?:race|migration) [^\n]*)\n(.*?)^```", STORY, re.DOTALL | re.MULTILINE
 )
 
 
 def words(text: str) -> list[str]:
-    """What a report says, without its figures."""
+    """Return the words of a report, with its figures replaced."""
     return re.sub(r"[\d,.]*\d", "0", text).split()
 
 
 def run(app: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of ours in the application's folder."""
+    """Run a Python module in the application's folder."""
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=app, capture_output=True, text=True, check=False
     )
@@ -41,13 +43,13 @@ def run(app: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def app(tmp_path: Path) -> Path:
-    """The application, where it may leave files behind."""
+    """Copy the application to a folder where it may leave files behind."""
     return Path(shutil.copytree(APP, tmp_path / "app"))
 
 
 @pytest.mark.parametrize(("command", "shown"), SHOWN, ids=[command for command, _ in SHOWN])
-def test_the_readme_shows_what_is_printed(command: str, shown: str, app: Path) -> None:
-    """Each command prints the words that the README shows, and fails as it should."""
+def test_the_guide_shows_what_is_printed(command: str, shown: str, app: Path) -> None:
+    """Each command prints the words that the guide shows, and fails as it should."""
     done = run(app, "atomic_claim", *shlex.split(command))
     assert done.stderr == ""
     assert words(done.stdout) == words(shown)
@@ -61,7 +63,7 @@ def test_the_story_has_its_parts() -> None:
 
 
 def test_the_doctor_of_the_story(app: Path) -> None:
-    """It prints what the README shows, and nothing once what it says has been done."""
+    """It prints what the guide shows, and nothing once what it says has been done."""
     [shown] = re.findall(
         r"^\$ atomic-claim (doctor [^\n]*)\n(.*?)^```", STORY, re.DOTALL | re.MULTILINE
     )
@@ -79,8 +81,8 @@ def test_the_doctor_of_the_story(app: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_the_patches_are_those_of_the_readme() -> None:
-    """The table in the README is the application's, to the letter."""
+def test_the_patches_are_those_of_the_guide() -> None:
+    """The table in the guide is the application's, to the letter."""
     [shown] = re.findall(r"```toml\n(.*?)```", STORY, re.DOTALL)
     source = (APP / "pyproject.toml").read_text(encoding="utf-8")
     assert (

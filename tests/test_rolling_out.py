@@ -1,4 +1,4 @@
-"""The README's chapter on rolling out, step by step, on a table that is in use."""
+"""The guide's chapter on rolling out, step by step, on a table that is in use."""
 
 import re
 import textwrap
@@ -11,16 +11,16 @@ from sqlalchemy import Boolean, Column, DateTime, Integer, String
 
 from atomic_claim import Claim, JobTable, claim_jobs, complete_jobs
 from tests.databases import Database
+from tests.guides import GUIDES
 from tests.jobs import ids, taken
-from tests.test_readme import README
 
 LEASE = timedelta(minutes=5)
 LONG_AGO = datetime(2024, 1, 1)  # noqa: DTZ001 - the columns are without a zone
 
 
 def statements_of(heading: str) -> list[str]:
-    """The SQL that the README shows below a heading, statement by statement."""
-    _, _, chapter = README.partition(heading)
+    """Return the SQL statements that the guide shows below a heading."""
+    _, _, chapter = GUIDES["leases"].partition(heading)
     found = re.search(r"```sql\n(.*?)```", chapter, re.DOTALL)
     assert found is not None
     return [each.strip() for each in textwrap.dedent(found[1]).split(";") if each.strip()]
@@ -35,7 +35,7 @@ def run(engine: sa.Engine, *statements: str) -> None:
 
 @pytest.fixture
 def engine(database: Database) -> sa.Engine:
-    """A table from before leases: rows 1 and 2 run, 3 to 5 are free."""
+    """Create a table from before leases: rows 1 and 2 run, 3 to 5 are free."""
     engine = database.engine()
     table = sa.Table(
         "jobs",
@@ -58,7 +58,7 @@ def engine(database: Database) -> sa.Engine:
 
 
 def reflected(engine: sa.Engine) -> sa.Table:
-    """The table as the database has it now."""
+    """Reflect the table from the database."""
     return sa.Table("jobs", sa.MetaData(), autoload_with=engine)
 
 
@@ -99,7 +99,7 @@ def test_stuck_rows_come_back_after_an_age(engine: sa.Engine) -> None:
 
 
 def test_going_back(engine: sa.Engine) -> None:
-    """What our dead workers held is free again for code that knows no lease, and nothing else."""
+    """Rows leased by dead workers are free again for code without leases, and no other rows."""
     table = reflected(engine)
     claim = claim_jobs(engine, table, 3, lease=LEASE)
     complete_jobs(engine, claim[:1])

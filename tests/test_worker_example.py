@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from examples.worker import add, async_waker, jobs, waker
+from examples.worker.worker import add, async_waker, jobs, waker
 from tests.databases import Database
 from tests.jobs import in_thread
 
-WORKER = Path(__file__).parent.parent / "examples" / "worker.py"
+WORKER = Path(__file__).parent.parent / "examples" / "worker" / "worker.py"
 DRIVERS = {
     "sqlite": ["sqlite", "sqlite+aiosqlite"],
     "postgresql": ["postgresql+psycopg", "postgresql+asyncpg"],

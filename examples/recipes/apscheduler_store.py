@@ -18,7 +18,7 @@ BATCH = 5
 
 @lru_cache
 def jobs(table: sa.Table) -> JobTable:
-    """A job is free once it is due, which each call says of its own time."""
+    """Declare that a job is free while it has a run time; each call adds its own time limit."""
     return JobTable(
         table,
         free=table.c.next_run_time.is_not(None),
@@ -28,7 +28,7 @@ def jobs(table: sa.Table) -> JobTable:
 
 
 def patch() -> Patch:
-    """A few jobs at a time, so that the others find some, too."""
+    """Claim a few jobs per call, so that the other schedulers find some too."""
     return patch_claims(
         "apscheduler.jobstores.sqlalchemy:SQLAlchemyJobStore.get_due_jobs",
         lambda call: jobs(call.self.jobs_t),

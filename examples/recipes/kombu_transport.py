@@ -15,7 +15,7 @@ from atomic_claim import JobTable, Patch, patch_claims
 
 @lru_cache
 def messages(message_class: type[Any]) -> JobTable:
-    """A message is free while it is visible."""
+    """Declare that a message is free while it is visible."""
     return JobTable(
         message_class, state="visible", free=True, claimed=False, order=["timestamp", "id"]
     )

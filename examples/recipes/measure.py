@@ -1,4 +1,4 @@
-"""What the packages do with several workers, before and after.
+"""Measurement of the packages with several workers, before and after the patch.
 
     python -m examples.recipes.measure kombu postgresql+psycopg://user@host/database
     python -m examples.recipes.measure --runs 5 apscheduler sqlite:///jobs.sqlite postgresql+...
@@ -28,7 +28,7 @@ QUEUE = "work"
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured.
+    """Results of one measurement.
 
     Attributes:
         jobs: how many jobs there were.
@@ -69,7 +69,7 @@ TIMES: list[Column] = [
 
 
 def engine_of(url: str) -> sa.Engine:
-    """An engine whose SQLite waits for other writers."""
+    """Create an engine whose SQLite waits for other writers."""
     arguments = {"timeout": 60} if url.startswith("sqlite") else {}
     return sa.create_engine(url, connect_args=arguments)
 
@@ -91,7 +91,7 @@ def _channel(url: str) -> Any:
 
 
 def kombu_engines() -> dict[str, Any]:
-    """The engines that kombu keeps, with their makers of sessions."""
+    """Return the engines that kombu keeps, with their session factories."""
     from kombu.transport.sqlalchemy import Channel  # noqa: PLC0415
 
     return Channel._engines
@@ -151,7 +151,7 @@ def apso_work(url: str, took: list[float]) -> list[Any]:
 
 
 def tick(number: int) -> None:
-    """What the interval jobs do: who fired them is heard from the scheduler."""
+    """Do nothing; an event of the scheduler tells which worker ran the job."""
 
 
 def apscheduler_fill(url: str, count: int) -> None:
@@ -325,7 +325,7 @@ def table(name: str, urls: list[str], runs: int) -> str:
 
 
 def _cell(values: list[float], how: str) -> str:
-    """The median, and where they differ the least and the most."""
+    """Format the median, with the least and the greatest value if they differ."""
     least, middle, most = (
         format(each, how) for each in (min(values), statistics.median(values), max(values))
     )
@@ -333,7 +333,7 @@ def _cell(values: list[float], how: str) -> str:
 
 
 def server_of(url: str) -> str:
-    """The database's name and version."""
+    """Return the database's name and version."""
     engine = engine_of(url)
     with engine.connect() as connection:
         version = ".".join(map(str, connection.dialect.server_version_info or ()))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from examples import patches
+from examples.patching import patches
 from tests.databases import Database
 
 EXPECTED: dict[Callable[[sa.Engine], Any], Any] = {

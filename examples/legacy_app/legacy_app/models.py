@@ -7,11 +7,11 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class Base(DeclarativeBase):
-    """What all tables have in common."""
+    """Declarative base of all tables."""
 
 
 class Customer(Base):
-    """Somebody who gets mail."""
+    """A customer who gets mail."""
 
     __tablename__ = "customers"
 

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 @pytest.fixture
 def session():
-    """A database with seven mails for one customer."""
+    """Yield a session with seven mails for one customer."""
     engine = create_engine(os.environ.get("LEGACY_APP_URL", "sqlite://"))
     Base.metadata.create_all(engine)
     with Session(engine) as session:
@@ -23,7 +23,7 @@ def session():
 
 
 def test_a_claim_is_marked(session):
-    """Who claims gets as many as asked for, and nobody gets those again."""
+    """A claim returns at most the requested number of jobs, and none of them twice."""
     first = claim(session, 3)
     assert [job.processing for job in first] == [True, True, True]
     second = claim(session)

@@ -1,7 +1,7 @@
 """Legacy code of eight kinds, and the declarations that make it safe; nothing of it is edited.
 
-    python examples/patches.py postgresql+psycopg://user@host/database
-    python examples/patches.py sqlite:///jobs.sqlite
+    python examples/patching/patches.py postgresql+psycopg://user@host/database
+    python examples/patching/patches.py sqlite:///jobs.sqlite
 
 Each kind is a pair of functions: what the application has, and what patches it.
 """
@@ -101,7 +101,7 @@ def run_jobs(db: Session, limit: int = 10) -> list[int]:
 
 
 def patch_payload() -> Patch:
-    """A call without an id claims; one with an id goes to the original."""
+    """Patch the calls without an id; a call with one goes to the original."""
     return patch_claims(
         update_jobs,
         Job,
@@ -131,7 +131,7 @@ class FlaskJob(flask_db.Model):  # type: ignore[name-defined,misc]
 
 
 def next_flask_job() -> Any:
-    """The next job, by the application's own session."""
+    """Claim the next job with the application's own session."""
     job = FlaskJob.query.filter_by(processing=False).order_by(FlaskJob.id).first()
     if job is not None:
         job.processing = True
@@ -140,7 +140,7 @@ def next_flask_job() -> Any:
 
 
 def patch_flask() -> Patch:
-    """The session is the extension's; that the function commits is read from its source."""
+    """Patch with the extension's session; the source shows that the function commits."""
     return patch_claims(next_flask_job, FlaskJob, session=flask_db.session)
 
 
@@ -157,7 +157,7 @@ class Task(sqlmodel.SQLModel, table=True):
 
 
 def take_task(session: sqlmodel.Session) -> int | None:
-    """The next task's id."""
+    """Claim the next task and return its id."""
     task = session.exec(sqlmodel.select(Task).where(Task.status == "pending")).first()
     if task is None:
         return None
@@ -171,7 +171,7 @@ tasks = JobTable(Task, state="status", free="pending", claimed="running", done="
 
 
 def patch_sqlmodel() -> Patch:
-    """What the function returns is the id."""
+    """Patch a function that returns the id."""
     return patch_claims(take_task, tasks, returns="id")
 
 
@@ -186,7 +186,7 @@ class Jobs:
         self.batch = 2
 
     def due(self) -> Any:
-        """The jobs to run, read when the caller iterates."""
+        """Return a query for the jobs to run; it is executed when the caller iterates."""
         return self.session.query(Job).filter_by(processing=False).limit(self.batch)
 
     def mark(self, job: Job) -> None:
@@ -196,7 +196,7 @@ class Jobs:
 
 
 def patch_query() -> Patch:
-    """The find claims and commits, and the later mark writes the same once more."""
+    """Patch the find, which claims and commits; the later mark writes the same values again."""
     return patch_claims(Jobs.due, Job, session="self.session", limit="self.batch", commit=True)
 
 
@@ -204,7 +204,7 @@ def patch_query() -> Patch:
 
 
 async def claim_async(session: AsyncSession, limit: int) -> list[Job]:
-    """A batch of jobs."""
+    """Claim a batch of jobs."""
     query = sa.select(Job).where(Job.processing.is_(False)).order_by(Job.id).limit(limit)
     jobs = list((await session.scalars(query)).all())
     for job in jobs:
@@ -214,7 +214,7 @@ async def claim_async(session: AsyncSession, limit: int) -> list[Job]:
 
 
 def patch_async() -> Patch:
-    """A coroutine stays one."""
+    """Patch a coroutine function, which remains one."""
     return patch_claims(claim_async, Job, limit="limit")
 
 
@@ -233,7 +233,7 @@ def relay(session: Session, publish: Callable[[str], Any]) -> int:
 
 
 def patch_relay() -> Patch:
-    """It runs as it is, and its SELECT locks."""
+    """Lock the rows of the relay's SELECT; the relay runs as it is."""
     return lock_reads(relay, Event)
 
 
@@ -260,7 +260,7 @@ mail_table = JobTable(
 
 
 def patch_mails() -> Patch:
-    """It runs as it is, over mails that are claimed already."""
+    """Claim the mails that the function reads; the function runs as it is."""
     return claim_reads(send_all, mail_table, lease=timedelta(minutes=5))
 
 
@@ -268,7 +268,7 @@ def patch_mails() -> Patch:
 
 
 def claim_early(session: Session) -> Job | None:
-    """The next job."""
+    """Claim the next job."""
     job = session.query(Job).filter(Job.processing.is_(False)).order_by(Job.id).first()
     if job is not None:
         job.processing = True
@@ -281,7 +281,7 @@ imported_early = claim_early
 
 def patch_early() -> Patch:
     """One line for all of its names."""
-    return patch_claims("examples.patches:claim_early", Job)
+    return patch_claims("examples.patching.patches:claim_early", Job)
 
 
 def main(url: str) -> None:
@@ -306,12 +306,12 @@ def fill(engine: sa.Engine, table: Any, count: int, **values: Any) -> None:
 
 
 def ids(jobs: Any) -> list[int]:
-    """The jobs' ids."""
+    """Return the ids of the jobs."""
     return [job.id for job in jobs]
 
 
 def both(patch: Callable[[], AbstractContextManager[Patch]], call: Callable[[], Any]) -> Any:
-    """What three calls of a patched function give, and how many jobs that were."""
+    """Call a patched function three times; return the results and the number of claimed jobs."""
     with patch() as patched:
         return [call(), call(), call()], patched.claimed
 
@@ -347,7 +347,7 @@ def sqlmodel_tasks(engine: sa.Engine) -> Any:
 
 
 def query(engine: sa.Engine) -> Any:
-    """A Query that has become a list."""
+    """Run the example of a Query that becomes a list."""
     fill(engine, Job.__table__, 3)
     with Session(engine) as session:
         jobs = Jobs(session)
@@ -397,7 +397,7 @@ def mail_queue(engine: sa.Engine) -> Any:
 
 
 def early(engine: sa.Engine) -> Any:
-    """A name that was bound before the patch."""
+    """Run the example of a name that was bound before the patch."""
     fill(engine, Job.__table__, 2)
     with Session(engine) as session:
         found = both(patch_early, lambda: imported_early(session))

@@ -4,8 +4,8 @@ It claims with a lease, keeps the leases while it works, completes each job as i
 longer and longer while there is nothing to do (on PostgreSQL until a NOTIFY wakes it), and on
 SIGTERM or SIGINT finishes the job in hand and releases the rest.
 
-    python examples/worker.py postgresql+psycopg://user@host/database
-    python examples/worker.py --async sqlite+aiosqlite:///jobs.sqlite
+    python examples/worker/worker.py postgresql+psycopg://user@host/database
+    python examples/worker/worker.py --async sqlite+aiosqlite:///jobs.sqlite
 
 What it runs is `run_job`; everything else is meant to be kept.
 """
@@ -141,7 +141,7 @@ def waker(engine: sa.Engine, stopped: threading.Event) -> Iterator[Callable[[flo
 
 
 def add(engine: sa.Engine, payload: str) -> None:
-    """A producer: insert, and wake the workers when the insert is committed."""
+    """Insert a job and wake the workers when the insert is committed."""
     with engine.begin() as connection:
         connection.execute(jobs.insert().values(payload=payload))
         if engine.dialect.name == "postgresql":
@@ -166,7 +166,7 @@ def main(url: str) -> None:
 async def work_async(
     engine: AsyncEngine, stopped: asyncio.Event, wait: Callable[[float], Awaitable[None]]
 ) -> None:
-    """The same loop on an event loop; jobs of one batch run one after another."""
+    """Run the same loop with asyncio; the jobs of one batch run one after another."""
     pause = FIRST_PAUSE
     while not stopped.is_set():
         claim = await aio.claim_jobs(engine, job_table, BATCH, lease=LEASE, worker=WORKER)

@@ -1,0 +1,1 @@
+"""Legacy code of eight kinds, and what makes it safe."""
