@@ -194,7 +194,7 @@ async def _run(function: Callable[..., R], bind: Any, *args: Any, **options: Any
 
 
 def _checked(bind: Any) -> Any:
-    """What stands behind an asynchronous bind, if it is one."""
+    """Return the synchronous bind behind an asynchronous one; raise for any other object."""
     if not isinstance(bind, async_types()):
         raise ClaimError(
             f"{bind!r} is not an asynchronous bind: pass an AsyncSession, AsyncConnection, "

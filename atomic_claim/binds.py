@@ -263,7 +263,7 @@ def _conflicts(strategy: Strategy) -> Iterator[None]:
 
 
 def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
-    """What may be raised where the database of a bind cannot be reached."""
+    """Return the exceptions that are raised when a bind's database cannot be reached."""
     if isinstance(bind, Engine):
         return strategy_for(bind.dialect).outages(bind.dialect)
     with bind() as session:
@@ -297,7 +297,7 @@ def _try_again(
 
 
 def _is_outage(error: Exception, lost: bool) -> bool:
-    """Whether the connection is lost, or, once one was, no new one is to be had."""
+    """Check whether the error means a lost connection, or a failed reconnect after one."""
     if isinstance(error, DBAPIError):
         # Only a statement's error names a statement, a refusal to connect does not.
         return error.connection_invalidated or (lost and error.statement is None)
@@ -342,7 +342,7 @@ def _refuse_shared(strategy: Strategy, engine: Engine) -> None:
 
 
 def async_types() -> tuple[type[Any], ...]:
-    """The asynchronous binds; none where nobody has imported them yet."""
+    """Return the asynchronous bind classes, or an empty tuple if they are not imported."""
     module: Any = sys.modules.get("sqlalchemy.ext.asyncio")
     if module is None:
         return ()
@@ -356,7 +356,7 @@ def async_types() -> tuple[type[Any], ...]:
 
 
 def sync_bind(bind: Any) -> Any:
-    """What stands behind an asynchronous bind; a synchronous one is returned as it is."""
+    """Return the synchronous bind behind an asynchronous one, and any other bind unchanged."""
     if not isinstance(bind, async_types()):
         return bind
     if hasattr(bind, "registry"):

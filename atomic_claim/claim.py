@@ -58,7 +58,7 @@ class Claim(list[J]):
         return f"<Claim of {len(self)} from {self.table.table.fullname}: {list(self)!r}>"
 
     def ticket(self, job: J) -> dict[str, Any]:
-        """A handle on one job of this claim that survives JSON, processes and other queues.
+        """Return a JSON-serializable handle on one job, for other processes and queues.
 
         Args:
             job: one of the claim's entities or rows.
@@ -204,10 +204,10 @@ def claim_jobs(
 
 
 def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
-    """What an engine's claim by exclusive keys gets in one statement, if it can be sure of it.
+    """Claim by exclusive keys in single statements, which may find fewer rows than are free.
 
-    In vain where many transactions are committed at once, or there are too few jobs: then the next
-    claims do not try it.
+    After a claim that found too few rows, because many transactions were committed at once or
+    there were too few jobs, the next ``CLAIMS_PAUSED`` claims skip this.
     """
     if parts.job_table.exclusive_by is None or not isinstance(bind, Engine):
         return []
@@ -254,7 +254,7 @@ def _claimed_by(
 def _claimed_directly(
     bind: Any, parts: ClaimParts, params: dict[str, Any]
 ) -> tuple[Found | None, Left | None]:
-    """What an engine claims on the driver's connection, once it is known how."""
+    """Claim on the raw DBAPI connection, once the engine's direct claim has been learned."""
     if not isinstance(bind, Engine) or (claim := learned_of(parts, bind.dialect).claim) is None:
         return None, None
     return run_directly(bind, lambda pooled: claim(pooled, params))
@@ -303,7 +303,7 @@ def dequeue_jobs(
 
 
 def _won_before(strategy: Strategy, work: Work, parts: ClaimParts, token: str | None) -> Found:
-    """What an earlier try claimed whose reply was lost with the connection."""
+    """Load the rows that an earlier try claimed before its connection was lost."""
     job_table = parts.job_table
     ours = and_(job_table.token == token, job_table.is_running)
     keys = work.execute(select(*job_table.key).where(ours).order_by(*parts.order))

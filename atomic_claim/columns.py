@@ -334,7 +334,7 @@ class JobTable:
         return self.not_ended_in(())
 
     def not_ended_in(self, others: Collection[Column[Any]]) -> tuple[ColumnElement[bool], ...]:
-        """The same, by all columns but these and the state."""
+        """Return the ``not_ended`` conditions that do not use the columns in ``others``."""
         return tuple(
             _is_not(column, value)
             for mapping in (self.done, self.failed, self.withdrawn)
@@ -369,7 +369,7 @@ class JobTable:
         return tuple(found + ([self.lease] if self.lease is not None else []))
 
     def column(self, given: Any, role: str) -> Column[Any]:
-        """The table's column that a name, a column or a mapped attribute stands for."""
+        """Return the table's column for a name, a column or a mapped attribute."""
         table: Table = self.table
         if isinstance(given, str):
             given = self._named(given)
@@ -385,7 +385,7 @@ class JobTable:
         )
 
     def _named(self, name: str) -> Any:
-        """What a name stands for: a key, or else an attribute, or else a column's own name."""
+        """Resolve a name as a column's key, else as an attribute, else as a column's own name."""
         table: Table = self.table
         if name in table.columns:
             return table.columns[name]
@@ -400,7 +400,7 @@ class JobTable:
         *,
         floor: bool = False,
     ) -> ColumnElement[Any]:
-        """The database's clock in the form in which ``column`` holds times, plus seconds."""
+        """Return the database's time plus ``offset`` seconds, in the format of ``column``."""
         if isinstance(plain_type(column.type), DateTime):
             return DatabaseNow(column.type, self.naive_times or "unsaid", offset, floor=floor)
         if is_text(column) and self.text_times is not None:
@@ -412,7 +412,7 @@ class JobTable:
         )
 
     def values(self, given: Any, role: str) -> dict[Column[Any], Any]:
-        """A mapping given per call, by column; plain values become parameters."""
+        """Resolve the columns of a mapping given per call; plain values become parameters."""
         if not isinstance(given, Mapping):
             raise ClaimError(f"{role} is {given!r}; expected a mapping of columns to values")
         return {self.column(column, role): value for column, value in given.items()}
@@ -502,7 +502,7 @@ class JobTable:
             )
 
     def term(self, term: Any) -> ColumnElement[Any]:
-        """A term of an order, given as a name, a column, an attribute or an expression."""
+        """Return the ORDER BY term for a name, a column, an attribute or an expression."""
         if isinstance(term, str):
             return self.column(term, "order")
         if hasattr(term, "__clause_element__"):
@@ -541,7 +541,7 @@ class JobTable:
         self._set("released", self._read_released(free, mapping))
 
     def _read_released(self, free: Any, claimed: Values) -> dict[Column[Any], Any]:
-        """What undoes the mark of a claim; empty if that cannot be told from what was given."""
+        """Return the values that undo a claim's mark, or none if they cannot be inferred."""
         if self.released is not _UNSET:
             return self._mapping(self.released, "released")
         found: dict[Column[Any], Any] = {}
@@ -558,7 +558,7 @@ class JobTable:
         return found
 
     def _complete(self, state: Column[Any], free: Any, claimed: Any) -> tuple[Any, Any]:
-        """What a state column's type says of the values that were not given."""
+        """Infer missing values of ``free`` and ``claimed`` from the type of the state column."""
         if is_flag(state):
             marked = claimed
             if isinstance(claimed, Mapping):
@@ -636,7 +636,7 @@ class JobTable:
 
 
 def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
-    """The ``JobTable`` that a ``Table``, a mapped class or a ``JobTable`` stands for.
+    """Return the ``JobTable`` for a ``Table``, a mapped class or a ``JobTable``.
 
     ``ordered`` where the call says the order, so that the table's columns need not.
     """
@@ -679,7 +679,7 @@ def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnEleme
 
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
-    """True where the column does not bear the value; NULL does not bear it."""
+    """Build the condition that a column does not hold the value; it is true for NULL."""
     if isinstance(value, DatabaseNow) or not isinstance(value, ClauseElement):
         return column.is_(None)
     if isinstance(plain_type(column.type), Boolean) and value is not None:

@@ -1,4 +1,4 @@
-"""What conventionally named columns of a job table mean.
+"""Inference of a job table's columns from conventional names and types.
 
 Only names that mean one thing are read. ``priority`` has no natural direction and a status
 column of plain strings has no values that could be read from it, so both are problems to report,
@@ -202,7 +202,7 @@ NOW = Now()
 
 @dataclass
 class Reading:
-    """What was read from a table's columns: arguments of ``JobTable``, and what stands in doubt.
+    """The result of inference: arguments of ``JobTable``, and what remains ambiguous.
 
     Attributes:
         arguments: what is certain.
@@ -222,14 +222,14 @@ class Reading:
 
 
 def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """The type without the decorators around it."""
+    """Return the type beneath any ``TypeDecorator``."""
     while isinstance(type_, TypeDecorator):
         type_ = type_.impl_instance
     return type_
 
 
 def is_flag(column: Column[Any]) -> bool:
-    """Whether the column holds yes and no: a boolean, or an integer with such a default."""
+    """Check whether the column is a boolean, or an integer declared like one."""
     type_ = plain_type(column.type)
     if isinstance(type_, Boolean):
         return True
@@ -241,18 +241,18 @@ def is_flag(column: Column[Any]) -> bool:
 
 
 def is_time(column: Column[Any]) -> bool:
-    """Whether the column holds a point in time, be it as text."""
+    """Check whether the column can hold times: a ``DateTime``, or plain text."""
     return isinstance(plain_type(column.type), DateTime) or is_text(column)
 
 
 def is_text(column: Column[Any]) -> bool:
-    """Whether the column holds plain text."""
+    """Check whether the column holds plain text; an enum does not."""
     type_ = plain_type(column.type)
     return isinstance(type_, String) and not isinstance(type_, Enum)
 
 
 def time_format(columns: Iterable[Column[Any]]) -> str | None:
-    """The one ``strftime`` format in which SQLite's defaults of these text columns write times."""
+    """Return the ``strftime`` format that the text columns' SQLite defaults share, or None."""
     formats = {
         found
         for column in columns
@@ -445,5 +445,5 @@ def _read_role(reading: Reading, role: str, found: list[Column[Any]]) -> None:
 
 
 def _has_lease(column: Column[Any]) -> bool:
-    """Whether the column's table has a conventionally named lease."""
+    """Check whether the column's table has a conventionally named lease."""
     return any(c.name in LEASES for c in column.table.columns)

@@ -1,4 +1,4 @@
-"""What can go wrong, one class a reason.
+"""The package's exceptions, one class for each reason.
 
 .. code-block:: text
 

@@ -126,11 +126,11 @@ class Turns:
         return bindparam(REACH, 1, Integer(), literal_execute=True)
 
     def near(self, name: str, only: Only) -> CTE:
-        """The first rows in claim order, whatever their keys."""
+        """Build the CTE of the first rows in claim order, whatever their keys."""
         return self._together(*(only(branch, self.reach) for branch in self._branches)).cte(name)
 
     def passing(self, name: str, only: Only) -> CTE:
-        """The first rows in claim order whose keys are not at their limit."""
+        """Build the CTE of the first rows in claim order whose keys are below their limit."""
         first, *others = self._branches
         held = self.parts.job_table.is_held
         busy = select(self.column).where(self.column.is_not(None), held).group_by(self.column)
@@ -140,7 +140,7 @@ class Turns:
         return self._together(*(only(each, self.reach) for each in (first, *others))).cte(name)
 
     def keys(self, name: str, *conditions: ColumnElement[bool]) -> CTE:
-        """The keys that have free rows, in their order, as far as ``MOST_KEYS`` go; NULL ends them.
+        """Build the recursive CTE of the free rows' keys, up to ``MOST_KEYS``; a NULL ends it.
 
         Of a key not all rows are read, but the first entry in an index.
         """
@@ -161,7 +161,7 @@ class Turns:
         return keys.union_all(further)
 
     def heads(self, name: str, *conditions: ColumnElement[bool]) -> CTE:
-        """The first row of every key, key by key: one step in the index finds both.
+        """Build the recursive CTE of each key's first row; one index step finds key and row.
 
         For databases that have LATERAL, and for one row of a key. In place of an end, ``step``
         counts the keys, as far as ``MOST_KEYS`` go.
@@ -177,9 +177,10 @@ class Turns:
         return heads.union_all(following.where(step <= number(MOST_KEYS)))
 
     def distinct_keys(self, name: str) -> CTE:
-        """The same on MySQL and MariaDB, whose planners do not see a step into an index.
+        """Build the CTE of the free rows' keys with DISTINCT, for MySQL and MariaDB.
 
-        They do skip from key to key if what comes before it in the index is asked for, too.
+        Their planners do not use an index for the recursive step. They do skip from key to key if
+        the columns before it in the index are selected, too.
         """
         free = self.parts.job_table.is_free
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
@@ -191,7 +192,7 @@ class Turns:
         return select(some.columns[KEY].label(KEY)).limit(most).cte(name)
 
     def of_keys(self, name: str, keys: CTE, only: Only) -> CTE:
-        """The first rows of each of these keys, those without a key, and those free otherwise."""
+        """Build the CTE of each key's first rows, of rows without a key and of expired rows."""
         first, *others = self._branches
         unrestricted = only(first.where(self.column.is_(None)), self.reach)
         expired = [only(branch, self.reach) for branch in others]
@@ -217,7 +218,7 @@ class Turns:
         return found
 
     def _one_by_one(self, row: Select[Any], keys: CTE) -> Select[Any]:
-        """A row of each key, by a subquery for each of its columns."""
+        """Select one row for each key, with a scalar subquery for each column."""
         columns = list(row.selected_columns)[:-1]
         # The order may be that of the primary key, which need not be looked for twice.
         known = list({hash(_unlabelled(column)): column for column in columns}.values())
@@ -233,7 +234,7 @@ class Turns:
         return rows.where(values[0].is_not(None))
 
     def numbered(self, name: str, read: FromClause) -> CTE:
-        """What was read, with its place within its key, as far as the key may run so many."""
+        """Assign each row its place within its key, and keep the rows up to the key's limit."""
         key = read.columns[KEY]
         order = [*self.order(read), *self.ids(read)]
         place = func.row_number().over(partition_by=key, order_by=order).label(PLACE)
@@ -242,11 +243,11 @@ class Turns:
         return select(found).where(within).cte(name)
 
     def singled(self, read: FromClause) -> FromClause:
-        """What was read of keys with one row each: it has the first place."""
+        """Assign the place 1 to rows that were read one for each key."""
         return select(read, number(1).label(PLACE)).subquery("claim_singled")
 
     def may_run(self, found: FromClause) -> ColumnElement[bool]:
-        """True for a numbered row for which its key has room."""
+        """Build the condition that a numbered row's key has room for it."""
         job_table = self.parts.job_table
         key, place = found.columns[KEY], found.columns[PLACE]
         running = select(func.count()).select_from(job_table.table)
@@ -254,26 +255,26 @@ class Turns:
         return or_(key.is_(None), place + running.scalar_subquery() <= self.most)
 
     def key_is_in(self, keys: Any) -> ColumnElement[bool]:
-        """True for the rows whose primary key is among these."""
+        """Build the condition that a row's primary key is in ``keys``."""
         key: Any = self.parts.key_attributes
         return key[0].in_(keys) if len(key) == 1 else tuple_(*key).in_(keys)
 
     def ids(self, found: FromClause) -> list[ColumnElement[Any]]:
-        """The primary key of what was found."""
+        """Return the primary key columns of ``found``."""
         columns: list[ColumnElement[Any]] = list(found.columns)
         return columns[: len(self.parts.job_table.key)]
 
     def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
-        """The terms of the order of what was found."""
+        """Return the columns of ``found`` that hold the order terms."""
         return [found.columns[f"{ORDER}{place}"] for place, _ in enumerate(self.parts.order, 1)]
 
     def order(self, found: FromClause) -> list[ColumnElement[Any]]:
-        """What was found, in claim order."""
+        """Return the ORDER BY terms that put ``found`` in claim order."""
         terms = zip(self.parts.order, self.terms(found), strict=True)
         return [OrderTerm.of(term).applied(column) for term, column in terms]
 
     def described(self, rows: Select[Any], *, with_key: bool = False) -> Select[Any]:
-        """A SELECT of primary keys, with the terms of the order and the key beside them."""
+        """Add the order terms, and the exclusive key if asked for, to a SELECT of primary keys."""
         terms = [
             OrderTerm.of(term).element.label(f"{ORDER}{place}")
             for place, term in enumerate(self.parts.order, 1)
@@ -307,7 +308,7 @@ class Pool:
 
 
 def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
-    """The three ways in one; ``gated`` makes a SELECT read nothing unless something is true."""
+    """Combine the three searches in one statement; ``gated`` makes a SELECT conditional."""
     limit, reach = turns.limit, turns.reach
     near_read = turns.near("claim_near_read", limited)
     near = turns.numbered("claim_near", near_read)
@@ -334,12 +335,12 @@ def pool(turns: Turns, gated: Callable[[ColumnElement[bool]], Only]) -> Pool:
 
 
 def near_alone(turns: Turns) -> FromClause:
-    """The first way alone."""
+    """Build the first search alone."""
     return turns.numbered("claim_near", turns.near("claim_near_read", limited))
 
 
 def by_key_alone(turns: Turns) -> FromClause:
-    """The second way alone; nothing where there are too many keys for it."""
+    """Build the second search alone; it is empty if there are more than ``MOST_KEYS`` keys."""
     far, are_many = _by_key(turns, where_needed)
     return select(*far.columns).where(not_(are_many)).subquery("claim_pool")
 
@@ -349,19 +350,19 @@ def _unlabelled(column: Any) -> Any:
 
 
 def limited(rows: Select[Any], most: ColumnElement[int]) -> Select[Any]:
-    """The rows, in any case."""
+    """Limit the SELECT, without a condition."""
     return rows.limit(most)
 
 
 def where_needed(needed: ColumnElement[bool]) -> Only:
-    """The rows, if something is true: PostgreSQL looks at that before it reads anything."""
+    """Make a SELECT conditional: PostgreSQL evaluates ``needed`` before it reads any row."""
     return lambda rows, most: rows.where(needed).limit(most)
 
 
 def _by_key(
     turns: Turns, gated: Callable[[ColumnElement[bool]], Only], *needed: ColumnElement[bool]
 ) -> tuple[FromClause, ColumnElement[bool]]:
-    """The first rows of each key, numbered; and whether there are too many keys for that."""
+    """Build the numbered first rows of each key, and the condition that there are too many keys."""
     one_each = turns.parts.job_table.max_per_key == 1 and len(turns.parts.candidates.branches) == 1
     by_heads = turns.lateral and one_each
     keys = (turns.heads if by_heads else turns.keys)("claim_keys", *needed)
@@ -373,7 +374,7 @@ def _by_key(
 
 
 def number(value: int) -> ColumnElement[int]:
-    """A number in the statement's text."""
+    """Return the number as a literal in the statement's text."""
     return literal_column(str(value), Integer())
 
 

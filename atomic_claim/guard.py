@@ -75,7 +75,7 @@ NAMED: Final = "atomic_claim.named"
 
 @dataclass(frozen=True)
 class Guard:
-    """What puts the guard into the database, and what takes it out again without a trace.
+    """The statements that install the guard in the database, and those that remove it.
 
     A percent sign in the name of a table or a column is doubled where the dialect's driver asks
     for that, as ``exec_driver_sql`` needs it; values never contain one.
@@ -90,7 +90,7 @@ class Guard:
 
 
 def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
-    """The triggers that make the database refuse a second claim.
+    """Build the triggers that make the database refuse a second claim.
 
     An UPDATE that writes the mark of a claim is refused, with an error that names the job, where
     the row has ended or is otherwise not free (another worker claimed *and* finished it between
@@ -167,7 +167,7 @@ def _check_writers(job_table: JobTable, *, full_rows: bool) -> None:
 
 
 def _tells_apart(job_table: JobTable) -> bool:
-    """Whether a column shows that a running row is written by the one who runs it."""
+    """Check whether a worker or lease token column identifies the owner's UPDATEs."""
     leased = job_table.token is not None and job_table.lease is not None
     return job_table.worker is not None or leased
 
@@ -205,7 +205,7 @@ class _Rules:
         return tuple(column for column in claimed if column.name in read) or tuple(claimed)
 
     def is_marked(self, row: TableClause) -> ColumnElement[bool]:
-        """Whether a row bears the mark of a claim, whatever became of it."""
+        """Build the condition that a row has the mark of a claim, whether ended or not."""
         found = [(c, self.job_table.claimed[c]) for c in self.deciding]
         marks = [
             c.is_not(None) if isinstance(value, DatabaseNow) else c == value
@@ -215,13 +215,13 @@ class _Rules:
         return self.of(row, and_(*marks) if marks else not_(_sure(self.job_table.free)))
 
     def has_ended(self, row: TableClause) -> ColumnElement[bool]:
-        """Whether a row bears the mark of an end in another column than the state."""
+        """Build the condition that a column other than the state marks the row as ended."""
         ends = self.job_table.not_ended
         return not_(self.of(row, and_(*ends))) if ends else false()
 
     @cached_property
     def was_free(self) -> ColumnElement[bool]:
-        """Whether the old row waited. A state of NULL is no end, unless it was said to be one."""
+        """Build the condition that OLD was free; a NULL state is free unless declared otherwise."""
         job_table, free = self.job_table, self.job_table.free
         marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
         state = job_table.state
@@ -232,12 +232,12 @@ class _Rules:
 
     @cached_property
     def was_running(self) -> ColumnElement[bool]:
-        """Whether somebody had claimed the old row, and not ended it."""
+        """Build the condition that OLD was claimed and had not ended."""
         return and_(self.is_marked(self.old), not_(self.has_ended(self.old)))
 
     @cached_property
     def was_to_be_had_again(self) -> ColumnElement[bool]:
-        """Whether the old row's lease had run out, and the new row is its next claim's."""
+        """Build the condition that OLD's lease had expired and NEW is the next claim."""
         again = [and_(*conditions) for conditions, _ in self.job_table.reasons[1:]]
         if not again:
             return false()
@@ -250,7 +250,7 @@ class _Rules:
 
     @cached_property
     def changes_token(self) -> ColumnElement[bool]:
-        """Whether the UPDATE writes a token of its own, as every claim of this library does."""
+        """Build the condition that the UPDATE writes a new token, as this library's claims do."""
         if self.job_table.token is None:
             return false()
         new, old = self.both(self.job_table.token)
@@ -258,18 +258,18 @@ class _Rules:
 
     @cached_property
     def takes(self) -> ColumnElement[bool]:
-        """Whether the new row bears the mark of a claim, and the old one was not free."""
+        """Build the condition that NEW has the mark of a claim and OLD was not free."""
         return and_(self.is_marked(self.new), not_(self.was_free))
 
     @cached_property
     def is_excused(self) -> ColumnElement[bool]:
-        """Whether such an UPDATE ends the job, or takes it over after its lease."""
+        """Build the condition that such an UPDATE ends the job or reclaims an expired lease."""
         ends_it = and_(self.was_running, self.has_ended(self.new))
         return or_(ends_it, self.was_to_be_had_again)
 
     @cached_property
     def claims(self) -> ColumnElement[bool]:
-        """Whether the UPDATE, if it writes the state, claims what it must not have.
+        """Build the condition that the UPDATE, if it writes the state, makes a forbidden claim.
 
         That is to say: unless it is the progress of the one who runs the job.
         """
@@ -277,7 +277,7 @@ class _Rules:
 
     @cached_property
     def may_be_progress(self) -> ColumnElement[bool]:
-        """Whether the UPDATE leaves a claimed row claimed, and brings nothing back that ended."""
+        """Build the condition that a claimed row stays claimed and no ended row is reset."""
         undone = and_(self.has_ended(self.old), not_(self.has_ended(self.new)))
         return and_(self.is_marked(self.old), not_(undone))
 
@@ -296,7 +296,7 @@ class _Rules:
         return found
 
     def keeps(self, column: Column[Any] | None) -> ColumnElement[bool]:
-        """Whether the UPDATE leaves a column as it is, whatever its collation takes for equal."""
+        """Build the condition that the UPDATE leaves a column identical, whatever its collation."""
         if column is None:
             return true()
         new, old = self.both(column)
@@ -305,37 +305,37 @@ class _Rules:
         return new.is_not_distinct_from(old)
 
     def names_worker(self, row: TableClause) -> ColumnElement[bool]:
-        """Whether a row has a worker's name."""
+        """Build the condition that a row has a worker's name."""
         worker = self.job_table.worker
         assert worker is not None
         found = row.c[worker.name]
         return and_(found.is_not(None), found != "") if is_text(worker) else found.is_not(None)
 
     def message(self, what: str | None = None) -> ColumnElement[str]:
-        """What an error says: which job it is, and what is the matter."""
+        """Build the error message: the job's key and the reason."""
         found: ColumnElement[str] = literal("atomic_claim: job ", Text())
         for place, part in enumerate(self.key):
             found += literal(", " * (place > 0) + part.name + "=", Text()) + self.key_text(part)
         return found + literal(f" of {self.table.fullname} {what or ''}", Text())
 
     def short_message(self, what: str) -> ColumnElement[str]:
-        """The same, no longer than MySQL allows."""
+        """Build the error message, cut to MySQL's limit."""
         found: ColumnElement[str] = func.left(self.message(what), LONGEST_MESSAGE)
         return found
 
     def key_text(self, part: Column[Any]) -> ColumnElement[str]:
-        """A part of the job's key, as a person can read it."""
+        """Convert a column of the job's key to text, a binary one to hexadecimal."""
         old: Any = self.old.c[part.name]
         if not isinstance(plain_type(part.type), (LargeBinary, BINARY, VARBINARY)):
             return cast(old, Text())
         return func.encode(old, "hex") if self.dialect.name == "postgresql" else func.hex(old)
 
     def both(self, column: Column[Any]) -> tuple[ColumnElement[Any], ColumnElement[Any]]:
-        """A column of the new row, and of the old one."""
+        """Return a column of NEW and of OLD."""
         return self.new.c[column.name], self.old.c[column.name]
 
     def of(self, row: TableClause, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-        """A condition on the table as one on a trigger's row, and never NULL."""
+        """Translate a condition on the table to one on a trigger's row that is never NULL."""
 
         def replace(element: Any, **_: Any) -> Any:
             if not isinstance(element, ColumnClause):
@@ -351,7 +351,7 @@ class _Rules:
         return _sure(visitors.replacement_traverse(clause, {}, replace))
 
     def inexpressible(self, why: Any) -> ClaimError:
-        """The refusal of a condition that is about more than one row of the table."""
+        """Return the error for a condition that a trigger cannot evaluate on one row."""
         return ClaimError(
             f"what is free, claimed or ended in {self.table.fullname!r} cannot be said of one row "
             f"in a trigger: {why}. Use the table's own columns and constants alone in "
@@ -361,7 +361,7 @@ class _Rules:
     # --- as text
 
     def sql(self, clause: ColumnElement[Any]) -> str:
-        """A clause as text, with every value in it."""
+        """Compile a clause to SQL with literal values."""
         compiler: Any = _plain_compiler(self.dialect)
         try:
             return str(compiler(self.dialect, clause, compile_kwargs={"literal_binds": True}))
@@ -369,11 +369,11 @@ class _Rules:
             raise self.inexpressible(error) from error
 
     def quoted(self, name: str) -> str:
-        """A name as the database wants it."""
+        """Quote a name for this dialect."""
         return self.dialect.identifier_preparer.quote(name)
 
     def name(self, suffix: str = "") -> str:
-        """The name of a trigger or whatever else belongs to the guard of this table."""
+        """Return the quoted name of the guard's trigger or of another of its objects."""
         table_name, suffix = self.table.name, f"_claim_guard{suffix}"
         if len((table_name + suffix).encode()) > LONGEST_NAME:
             suffix = f"_{hashlib.sha256(table_name.encode()).hexdigest()[:8]}{suffix}"
@@ -404,7 +404,7 @@ class _Rules:
 
 
 def _postgresql(rules: _Rules) -> Guard:
-    """A function, and a trigger for each column whose writing means something.
+    """Build a function, and one trigger for each column that the guard watches.
 
     An UPDATE that writes the worker's column and leaves it as it is says whose it is, and is
     heard before the last trigger judges: triggers fire in the order of their names
@@ -459,7 +459,7 @@ def _postgresql_proof(suffix: str, holds: str) -> str:
 
 
 def _hint(rules: _Rules) -> str:
-    """What the one whose UPDATE was refused can do."""
+    """Return the hint for the author of a refused UPDATE."""
     state = ", ".join(c.name for c in rules.deciding)
     proofs = " or ".join(column.name for column, _ in rules.proofs)
     also = f", or together with {proofs} as the claim left it" if proofs else ""
@@ -533,14 +533,14 @@ def _sqlite_with_notes(rules: _Rules) -> Guard:
 
 
 def _sqlite_refusal(rules: _Rules) -> tuple[str, str]:
-    """What fails with a message of our own, and what would if it did not."""
+    """Return an expression that fails with our message, and a RAISE in case it does not."""
     what = case((rules.was_running, RUNNING), else_=ENDED)
     refusal = f"json_extract('{{}}', {rules.sql(rules.message() + what)})"
     return refusal, "RAISE(ABORT, 'atomic_claim: this claim is refused')"
 
 
 def _mysql(rules: _Rules) -> Guard:
-    """A trigger that sees every UPDATE of the table, and knows claims by the worker they write."""
+    """Build a trigger on every UPDATE of the table; the worker column identifies claims."""
     worker, token = rules.job_table.worker, rules.job_table.token
     assert worker is not None
     same = and_(rules.may_be_progress, rules.keeps(worker), rules.keeps(token))
@@ -578,13 +578,13 @@ WRITERS: Final[Mapping[str, Callable[[_Rules], Guard]]] = {
 
 
 def _row(name: str, table: Table) -> TableClause:
-    """A trigger's row, of the table's columns."""
+    """Build a trigger's row with the table's columns."""
     columns = [column(c.name, c.type) for c in table.columns]
     return sa_table(quoted_name(name, quote=False), *columns)
 
 
 def _sure(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """A condition for which NULL is false."""
+    """Wrap a condition so that NULL counts as false."""
     return func.coalesce(condition, false())
 
 
@@ -593,7 +593,7 @@ def _text(sql: str) -> str:
 
 
 def _plain_compiler(dialect: Dialect) -> Any:
-    """A compiler whose values hold no percent sign, which some drivers want doubled."""
+    """Return a compiler whose literals have no percent signs, which some drivers want doubled."""
     base: Any = dialect.statement_compiler
 
     class Plain(base):  # type: ignore[misc]

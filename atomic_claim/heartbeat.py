@@ -29,7 +29,7 @@ LONGEST_END = 1.0
 
 
 class Keeper:
-    """What a block learns of the leases that are kept for it."""
+    """A block's view of the leases that are kept for it."""
 
     def __init__(self, beat: Beat) -> None:
         self._beat = beat
@@ -129,7 +129,7 @@ class Beat:
 
     @property
     def is_over(self) -> bool:
-        """Whether the rows may be others' because none of the last beats got through."""
+        """Check whether no beat has succeeded for the length of the lease."""
         now = time.monotonic() if self.stopped is None else self.stopped
         return now - self.reached >= self.lease
 
@@ -162,7 +162,7 @@ class Beat:
         return self._keep(set())
 
     def outlasts(self) -> ColumnElement[bool]:
-        """True for a row whose lease is in no danger before the first beat."""
+        """Build the condition that a row's lease does not need extension before the first beat."""
         job_table, seconds = self.owned.job_table, literal(self.least, Float())
         condition: ColumnElement[bool] = job_table.lease > job_table.now(job_table.lease, seconds)
         return condition
@@ -175,7 +175,7 @@ class Beat:
         return lost
 
     def _run(self, run: Callable[[Strategy, Work], set[Key]]) -> set[Key] | None:
-        """What it finds, or None if it did not get through."""
+        """Run it and return the keys that it finds, or None if the attempt failed."""
         try:
             return run_in(self.bind, self.owned.job_table, run, single=lambda _: False, tries=1)
         except ClaimConflict:
@@ -202,7 +202,7 @@ class Beat:
             return self._standing(work, set(self.remaining))
 
     def _standing(self, work: Work, keys: set[Key]) -> set[Key]:
-        """Those that are ours as far as is committed: the block itself may have them locked."""
+        """Return the keys still owned by committed state: the block itself may lock the rows."""
         ours = set(self.owned.visible(work, tuple(keys), self.owned.lasting()))
         if rest := tuple(keys.difference(ours)):
             self.ended.update(self.owned.visible(work, rest, self.owned.is_ended()))
@@ -210,7 +210,7 @@ class Beat:
 
 
 def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
-    """The heartbeat of a claim, if there is a claim that could be kept."""
+    """Create the heartbeat of a claim, or raise if the claim has no lease to keep."""
     if not (isinstance(bind, Engine) or is_maker(bind)):
         raise ClaimError(
             f"keep_claims needs an Engine or sessionmaker, for a connection of its own; {bind!r} "

@@ -63,14 +63,14 @@ class Owned:
     lease: timedelta | None
 
     def guard(self) -> ColumnElement[bool]:
-        """True for a row that is still ours."""
+        """Build the condition that a row still belongs to this claim."""
         running = self.job_table.is_running
         if self.job_table.token is None:
             return running
         return and_(self.job_table.token == self.token, running)
 
     def lasting(self) -> ColumnElement[bool]:
-        """True for a row that is still ours and may be kept.
+        """Build the condition that a row still belongs to this claim and may be extended.
 
         Once its lease is over, a row with an exclusive key has given the key away.
         """
@@ -79,18 +79,18 @@ class Owned:
         return and_(self.guard(), self.job_table.is_held)
 
     def is_ended(self) -> ColumnElement[bool]:
-        """True for a row that was ours last, and that we have ended."""
+        """Build the condition that this claim was a row's last owner and has ended it."""
         return and_(self.job_table.token == self.token, not_(self.job_table.is_running))
 
     def changed_before(self, work: Work, keys: Sequence[Key], values: Values) -> list[Key]:
-        """Those that an earlier try ended like this, whose reply was lost with the connection."""
+        """Return the keys of rows that an earlier try ended before its connection was lost."""
         otherwise = self.job_table.not_ended_in(values)
         return self.visible(work, keys, self.is_ended(), *_marks(values), *otherwise)
 
     def visible(
         self, work: Work, keys: Sequence[Key], *conditions: ColumnElement[bool]
     ) -> list[Key]:
-        """Those of the rows that can be seen to meet the conditions."""
+        """Return the keys of the rows that meet the conditions, as this transaction sees them."""
         found: list[Key] = []
         for chunk in chunks(keys, CHUNK):
             query = select(*self.job_table.key).where(
@@ -275,14 +275,14 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
 
 
 def completion(job_table: JobTable) -> Values:
-    """What a completion writes."""
+    """Return the values that mark a row as done."""
     return _ending(job_table, job_table.done, "done")
 
 
 def failure(
     job_table: JobTable, *, retry: bool | timedelta, error: str | BaseException | None
 ) -> Values:
-    """What a failure writes, be it the last one or to be tried again."""
+    """Return the values that mark a row as failed or free it for another attempt."""
     if retry is False:
         values = _ending(job_table, job_table.failed, "failed")
     else:
@@ -295,7 +295,7 @@ def failure(
 
 
 def release(job_table: JobTable) -> Values:
-    """What giving a job back writes."""
+    """Return the values that free a row and do not count the attempt."""
     values = _freeing(job_table)
     if (attempts := job_table.attempts) is not None:
         values[attempts] = case((attempts > 0, attempts - 1), else_=0)
@@ -303,7 +303,7 @@ def release(job_table: JobTable) -> Values:
 
 
 def extension(job_table: JobTable, lease: timedelta | None) -> Values:
-    """What an extension writes."""
+    """Return the values that extend a row's lease, counted from now."""
     column = _needed(job_table, "lease", "extend_jobs")
     if lease is None:
         raise ClaimError(
@@ -316,7 +316,7 @@ def extension(job_table: JobTable, lease: timedelta | None) -> Values:
 
 
 def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
-    """The rows that a claim or a ticket speaks of, or some of them."""
+    """Return the rows of a claim or a ticket, or only those of ``jobs``."""
     if isinstance(claim, Claim):
         found = Owned(claim.table, claim.keys, claim.token, claim.lease)
     elif isinstance(claim, Mapping):
@@ -342,7 +342,7 @@ def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Own
 
 
 def _key_of(job_table: JobTable, job: Any, known: tuple[Key, ...]) -> Key:
-    """The key of an entity, a row or a key, if it is one of the claim's."""
+    """Return the key of an entity, a row or a key, or raise if it is not one of the claim's."""
     key: Any
     if isinstance(job, Row):
         names = [column.key for column in job_table.key]
@@ -375,7 +375,7 @@ def _needed(job_table: JobTable, role: str, what: str) -> Any:
 
 
 def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
-    """True for a row that bears what was written, as far as that can be known afterwards."""
+    """Yield conditions that a row holds the written values, as far as they can be compared."""
     for column, value in values.items():
         if value is None or isinstance(value, Null):
             yield column.is_(None)
@@ -386,7 +386,7 @@ def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
 
 
 def _written_by_all(job_table: JobTable) -> Values:
-    """What every end of a claim writes: the row is nobody's, and was touched now."""
+    """Return the values common to all outcomes: clear the lease, set the stamps."""
     values: Values = {column: job_table.now(column) for column in job_table.stamps}
     if job_table.lease is not None:
         values[job_table.lease] = null()
@@ -419,7 +419,7 @@ def _freeing(job_table: JobTable) -> Values:
 
 
 def _delay(job_table: JobTable, retry: bool | timedelta) -> ColumnElement[Any]:
-    """The pause before the next attempt, in seconds."""
+    """Return the delay before the next attempt, in seconds."""
     if isinstance(retry, timedelta):
         if retry < timedelta(0):
             raise ClaimError(f"retry is {retry!r}; expected a timedelta of at least zero")

@@ -1,4 +1,4 @@
-"""What is the ORM's, for those who have loaded it: that takes longer than loading all else here.
+"""Type checks for ORM objects that do not import ``sqlalchemy.orm``, which is slow to load.
 
 A session, a session factory or a mapped class can only come from who has imported
 ``sqlalchemy.orm``, so without that nothing is one. The package has it as an attribute only once its
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def is_session(given: object) -> TypeGuard[Session]:
-    """Whether it is a ``Session``."""
+    """Check whether the object is a ``Session``."""
     return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.Session)
 
 
 def is_scoped(given: object) -> TypeGuard[scoped_session[Any]]:
-    """Whether it is a ``scoped_session``."""
+    """Check whether the object is a ``scoped_session``."""
     return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.scoped_session)
 
 
 def is_maker(given: object) -> TypeGuard[sessionmaker[Any]]:
-    """Whether it is a ``sessionmaker``."""
+    """Check whether the object is a ``sessionmaker``."""
     return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.sessionmaker)
 
 
 def is_mapper(given: object) -> TypeGuard[Mapper[Any]]:
-    """Whether it is a mapped class's ``Mapper``."""
+    """Check whether the object is a mapped class's ``Mapper``."""
     return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.Mapper)

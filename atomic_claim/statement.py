@@ -58,17 +58,17 @@ T = TypeVar("T")
 
 
 def new_token() -> str:
-    """A fencing token: 128 random bits, made before anything is sent."""
+    """Generate a fencing token on the client: 128 random bits as hexadecimal digits."""
     return secrets.token_hex(16)
 
 
 def limits(limit: int) -> dict[str, Any]:
-    """The parameters that say how many rows are wanted, and how many looked at."""
+    """Return the parameters for how many rows to claim and how many to look at."""
     return {LIMIT: limit, REACH: limit + MARGIN}
 
 
 class Ask(NamedTuple):
-    """What one call of the claim asks for; see :func:`claim_statement`."""
+    """The arguments of one claim; see :func:`claim_statement`."""
 
     limit: int
     where: Any = None
@@ -78,7 +78,7 @@ class Ask(NamedTuple):
     lease: timedelta | None = None
 
     def parameters(self, token: str | None) -> dict[str, Any]:
-        """The parameters of one execution of the parts' statements."""
+        """Return the parameters for one execution of the parts' statements."""
         found: dict[str, Any] = limits(self.limit)
         if token is not None:
             found[TOKEN] = token
@@ -125,7 +125,7 @@ class ClaimStatement(Update):
 
     @property
     def candidates(self) -> Candidates:
-        """What is claimed, made of what the cache key knows."""
+        """Return the candidates, built from elements that are part of the cache key."""
         return Candidates(
             self.branches,
             self.order_terms,
@@ -188,7 +188,7 @@ class Candidates:
         )
 
     def only_keys(self, branch: Select[Any]) -> Select[Any]:
-        """A branch without the terms of the order among its columns."""
+        """Remove the order terms from the columns of a branch."""
         columns = list(branch.selected_columns)
         return branch.with_only_columns(*columns[: len(columns) - len(self.order)])
 
@@ -218,26 +218,26 @@ class ClaimParts:
     prepared: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self, name: str, make: Callable[[ClaimParts], T]) -> T:
-        """What ``make`` builds of these parts, built once."""
+        """Call ``make`` with these parts once, and return its cached result."""
         if name not in self.prepared:
             self.prepared[name] = make(self)
         return self.prepared[name]  # type: ignore[no-any-return]
 
     def narrowed(self, branch: Select[Any], rows: Select[Any]) -> ClaimParts:
-        """The parts of a claim of what one SELECT finds, of these rows."""
+        """Return the parts of a claim whose only candidates are those of ``branch``."""
         limit, reach = self.candidates.limit, self.candidates.reach
         found = Candidates((branch.limit(limit),), self.order, limit, reach, rows)
         return replace(self, candidates=found, prepared={})
 
     @property
     def spread(self) -> bool:
-        """Whether the mapped class has its columns in several tables."""
+        """Return True if the mapped class has its columns in several tables."""
         mapper = self.job_table.mapper
         return mapper is not None and len(mapper.tables) > 1
 
     @property
     def key_of(self) -> Callable[[Any], tuple[Any, ...]]:
-        """What reads the key of an entity or a row that the claim returned."""
+        """Return a function that reads the key from an entity or a row of the claim."""
         return self.prepare("key_of", _key_reader)
 
     @property
@@ -246,7 +246,7 @@ class ClaimParts:
         return _key_attributes(self.job_table)
 
     def source(self, *columns: Any) -> Select[Any]:
-        """A SELECT from the table, or from the mapped class with all its inheritance implies."""
+        """Select from the table, or from the mapped class with its inheritance criteria."""
         return _source(self.job_table, *columns)
 
     @property
@@ -263,7 +263,7 @@ class ClaimParts:
 
     @property
     def changes_key(self) -> bool:
-        """Whether the claim writes a column that a foreign key may point to."""
+        """Return True if the claim writes a column that a foreign key may reference."""
         table: Table = self.job_table.table
         unique = {
             column
@@ -275,7 +275,7 @@ class ClaimParts:
 
     @property
     def changes_order(self) -> bool:
-        """Whether the claim may write what the order is taken from."""
+        """Return True if the claim may write a column that its order depends on."""
         return any(
             isinstance(part, ScalarSelect) or (isinstance(part, Column) and part in self.values)
             for term in self.order
@@ -284,7 +284,7 @@ class ClaimParts:
 
     @property
     def returned_table(self) -> Any:
-        """What the one statement updates and returns: the mapped class, or its table."""
+        """Return the target of the one-statement claim: the mapped class, or its table."""
         return self.job_table.entity if self.entities and not self.spread else self.job_table.table
 
     @property
@@ -305,7 +305,7 @@ class ClaimParts:
 
     @property
     def may_be_unreadable(self) -> bool:
-        """Whether a stored value can be one that its type does not know, and cannot read."""
+        """Return True if a column's type may be unable to read a stored value."""
         return self.prepare("may be unreadable", _may_be_unreadable)
 
 
@@ -319,7 +319,7 @@ def claim_statement(
     worker: str | None = None,
     lease: timedelta | None = None,
 ) -> ClaimStatement:
-    """The claim as an SQLAlchemy construct, to execute or to read.
+    """Build the claim as an SQLAlchemy construct, to execute or to compile.
 
     ``session.scalars(claim_statement(Job, 10))`` claims where one statement can return the rows:
     PostgreSQL, in claim order, and SQLite, whose ``RETURNING`` promises no order. On MySQL and
@@ -362,7 +362,7 @@ def claim_statement(
 
 
 def checked_limit(limit: Any) -> int:
-    """The limit, if it is one."""
+    """Return the limit, or raise if it is not an ``int`` of at least 1."""
     if isinstance(limit, bool) or not isinstance(limit, int):
         raise TypeError(f"limit is {limit!r}; expected an int of at least 1")
     if limit < 1:
@@ -371,7 +371,7 @@ def checked_limit(limit: Any) -> int:
 
 
 def claim_parts(job_table: JobTable, ask: Ask, *, entities: bool) -> ClaimParts:
-    """The parts of a claim; kept with the ``JobTable`` where only parameters can differ."""
+    """Return a claim's parts, cached on the ``JobTable`` if only parameters can differ."""
     if ask.where is not None or ask.order_by is not None or ask.values is not None:
         return _build(job_table, ask, entities=entities)
     shape = (ask.limit == 1, ask.worker is not None, ask.lease is not None, entities)
@@ -383,7 +383,7 @@ def claim_parts(job_table: JobTable, ask: Ask, *, entities: bool) -> ClaimParts:
 
 
 def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
-    """True for the rows that have one of the keys.
+    """Build the condition that a row's key is one of ``keys``.
 
     Several columns are compared one by one: MariaDB reads the whole index for a list of tuples.
     """
@@ -412,7 +412,7 @@ class ByKey:
     def of(
         self, keys: Sequence[Sequence[Any]], params: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """The statement for these rows, and its parameters."""
+        """Return the statement for the rows with these keys, and its parameters."""
         given = dict(params or {})
         if self.statement is None:
             return self.build(key_in(self.key, keys)), given
@@ -422,7 +422,7 @@ class ByKey:
 def key_equals(
     key: Sequence[ColumnElement[Any]], others: Sequence[ColumnElement[Any]]
 ) -> ColumnElement[bool]:
-    """True where both have the same key."""
+    """Build the condition that two keys are equal, column by column."""
     return and_(*(column == other for column, other in zip(key, others, strict=True)))
 
 
@@ -447,7 +447,7 @@ class OrderTerm:
         return cls(term, descending, nulls_first)
 
     def applied(self, element: ColumnElement[Any]) -> ColumnElement[Any]:
-        """The same way to order something else."""
+        """Order another element in the same direction, with NULLs in the same place."""
         found: ColumnElement[Any] = element.desc() if self.descending else element.asc()
         if self.nulls_first is None:
             return found
@@ -461,7 +461,7 @@ class OrderTerm:
 
     @property
     def collates(self) -> bool:
-        """Whether what is compared may follow a collation that only the database knows."""
+        """Return True if the comparison may follow a collation that only the database knows."""
         return not (
             isinstance(self.element, Column)
             and isinstance(self.element.type, (Integer, Numeric, Float, Boolean, DateTime))
@@ -539,7 +539,7 @@ def _key_reader(parts: ClaimParts) -> Callable[[Any], tuple[Any, ...]]:
 
 
 def _checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column[Any], Any]:
-    """The call's own values; they may not undo the mark of the claim."""
+    """Return the call's own values, or raise if they undo the mark of the claim."""
     values = job_table.values(given, "values")
     if job_table.exclusive_by in values:
         raise ClaimError(
@@ -563,7 +563,7 @@ def _checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Colum
 
 
 def _is_mark(declared: Any, value: Any) -> bool:
-    """Whether a value of the call is what the claim writes anyway."""
+    """Check whether a value given by the call equals the mark that the claim writes."""
     if isinstance(value, ClauseElement) or isinstance(declared, DatabaseNow):
         return False
     if isinstance(declared, (True_, False_)):
@@ -620,7 +620,7 @@ def _build(job_table: JobTable, ask: Ask, *, entities: bool) -> ClaimParts:
 
 
 def _key_attributes(job_table: JobTable) -> tuple[Any, ...]:
-    """The key as the mapped class has it, so that its inheritance is part of the SELECT."""
+    """Return the key as the class maps it, so that the SELECT includes its inheritance."""
     mapper = job_table.mapper
     if mapper is None:
         return job_table.key
@@ -655,7 +655,7 @@ def _check_tables(job_table: JobTable, clauses: Iterable[Any]) -> None:
 
 
 def _outer_columns(clauses: Iterable[Any]) -> Iterator[ColumnClause[Any]]:
-    """The columns that stand in the clauses themselves, not in a subquery of theirs."""
+    """Yield the columns of the clauses themselves, without those of their subqueries."""
     for clause in clauses:
         element = clause.__clause_element__() if hasattr(clause, "__clause_element__") else clause
         if isinstance(element, SelectBase):

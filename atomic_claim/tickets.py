@@ -21,7 +21,7 @@ Key = tuple[Any, ...]
 def ticket_for(
     job_table: JobTable, keys: Sequence[Key], token: str | None, lease: timedelta | None
 ) -> dict[str, Any]:
-    """What names these rows and proves that they are claimed; it survives ``json``."""
+    """Build a JSON-serializable ticket that identifies the rows and holds the claim's token."""
     entity = job_table.entity
     return {
         "table": job_table.table.fullname,
@@ -34,7 +34,7 @@ def ticket_for(
 
 
 def job_table_of_ticket(ticket: Mapping[str, Any]) -> JobTable:
-    """The ``JobTable`` that the ticket's claim was made with, as this process knows it.
+    """Return this process's ``JobTable`` for the table and columns of a ticket.
 
     It is one that was declared or inferred here, or else is inferred from the mapped class, which
     is imported if need be.
@@ -54,7 +54,7 @@ def job_table_of_ticket(ticket: Mapping[str, Any]) -> JobTable:
 
 
 def keys_of_ticket(job_table: JobTable, ticket: Mapping[str, Any]) -> tuple[Key, ...]:
-    """The ticket's keys, in the types of the table's columns."""
+    """Return the ticket's keys, converted to the types of the table's columns."""
     return tuple(
         tuple(_read(column, part) for column, part in zip(job_table.key, key, strict=True))
         for key in _part(ticket, "keys")

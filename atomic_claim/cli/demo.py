@@ -84,7 +84,7 @@ Outcome = tuple[str, str | None, list[Half]]
 
 
 def _on_tables(url: str | None, workload: Workload) -> Outcome:
-    """What the database is, its URL as it may be shown if it was given, and the halves."""
+    """Run the demo on a table; return the database's title, its masked URL and the halves."""
     with chosen(url) as address:
         with connected(address) as engine, engine.connect() as connection:
             title = server_title(connection)
@@ -98,7 +98,7 @@ def _on_tables(url: str | None, workload: Workload) -> Outcome:
 
 
 def _on_files(_: str | None, workload: Workload) -> Outcome:
-    """The same of a directory queue, which has no URL."""
+    """Run the demo on a directory queue; return its title, None for the URL, and the halves."""
     names = list(FILE_HALVES)
     halves = with_progress(
         names, workload.jobs, lambda place, told: run_file_half(workload, names[place], told)

@@ -116,7 +116,7 @@ def doctor(
 
 @contextmanager
 def _server(url: str | None) -> Iterator[Engine]:
-    """An engine, whose complaints are one line."""
+    """Yield an engine; database errors become one-line command errors."""
     if url is None:
         raise CommandError(
             "which database? Give --url, or set ATOMIC_CLAIM_URL or DATABASE_URL to one such as "
@@ -147,7 +147,7 @@ def _plain(found: Examination) -> dict[str, Any]:
 
 
 def _show(console: Console, found: Examination) -> None:
-    """A table of all checks, and then what to do, statements in one line each to be copied."""
+    """Print a table of all checks, then the fixes, with one statement per line for copying."""
     numbers = [(found.number(Level.PROBLEM), "problem"), (found.number(Level.NOTE), "note")]
     said = ", ".join(count(number, noun) for number, noun in numbers if number) or "all is well"
     shown = Table(

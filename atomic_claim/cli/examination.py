@@ -37,7 +37,7 @@ ONLY_READ = {
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found.
+    """The result of all checks of one table.
 
     Attributes:
         server: the database's product and version.
@@ -53,7 +53,7 @@ class Examination:
 
     @property
     def ails(self) -> list[Finding]:
-        """What is not fine."""
+        """Return the findings that are not fine."""
         return [finding for finding in self.findings if finding.level is not Level.FINE]
 
     def number(self, level: Level) -> int:
@@ -63,7 +63,7 @@ class Examination:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """A connection that refuses to write, and gets nothing of what is reflected wrong said."""
+    """Yield a read-only connection, and suppress the warnings of reflection."""
     name = engine.dialect.name
     with warnings.catch_warnings():
         # What SQLAlchemy cannot reflect, such as an index on an expression, is looked at otherwise.
@@ -137,7 +137,7 @@ def examine(
 
 
 def target(connection: Connection, spec: str) -> tuple[Any, Table]:
-    """What ``--table`` stands for, and its table, which the database has.
+    """Resolve ``--table`` to the given object and its table, which must exist in the database.
 
     Raises:
         CommandError: it is no table, or the database has none of this name.

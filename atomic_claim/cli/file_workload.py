@@ -111,7 +111,7 @@ def run_file_half(workload: Workload, name: str, progress: Callable[[int], None]
 
 @contextmanager
 def _filled_folder(count: int) -> Iterator[Path]:
-    """A folder of jobs that is gone afterwards, whatever happens."""
+    """Yield a folder of jobs, and always remove it afterwards."""
     base: Path | None = None
     try:
         with deferred():

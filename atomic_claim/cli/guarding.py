@@ -28,7 +28,7 @@ def guard_step(
     *,
     full_rows: bool,
 ) -> Statements:
-    """The triggers that refuse a second claim.
+    """Build the migration step that creates the guard's triggers.
 
     Args:
         job_table: what the columns mean.
@@ -59,7 +59,7 @@ def guard_step(
 
 
 def _grown(job_table: JobTable, columns: Sequence[AddColumn], dialect: Dialect) -> JobTable:
-    """The table as it is after the migration; the application's own is left as it is."""
+    """Return a copy of the job table as it will be after the migration."""
     own: Table = job_table.table
     table = own.to_metadata(MetaData())
     for column in columns:

@@ -102,11 +102,11 @@ class NeededIndex:
         return None
 
     def definition(self, dialect: Dialect) -> str:
-        """The index as it is, after ``CREATE INDEX name``."""
+        """Render the index's definition, the part after ``CREATE INDEX name``."""
         return self._defined(dialect, self._behind(dialect))
 
     def _behind(self, dialect: Dialect) -> list[ColumnClause[Any]]:
-        """The columns that tell which rows are passed over, so that these need not be read."""
+        """Return the trailing columns that filter rows in the index without reading the table."""
         passing = self.passing
         if dialect.name == "postgresql":
             # It compares in the index, and reads the row for any other condition, as an OR.
@@ -148,7 +148,7 @@ class NeededIndex:
         return str(clause.compile(dialect=dialect, compile_kwargs=options))
 
     def create(self, dialect: Dialect, name: str | None = None) -> str:
-        """The statement that creates the index without stopping anybody's writing."""
+        """Render the statement that creates the index without blocking writes."""
         quote = dialect.identifier_preparer.quote
         name = quote(name or self.name)
         if dialect.name == "postgresql":
@@ -162,7 +162,7 @@ class NeededIndex:
         return f"CREATE INDEX {name} {self.definition(dialect)}"
 
     def drop(self, dialect: Dialect) -> str:
-        """The statement that takes the index away again, as gently."""
+        """Render the statement that drops the index without blocking writes."""
         quote = dialect.identifier_preparer.quote
         name = quote(self.name)
         table = dialect.identifier_preparer.format_table(self.table)
@@ -173,7 +173,7 @@ class NeededIndex:
         return f"DROP INDEX {'CONCURRENTLY ' if dialect.name == 'postgresql' else ''}{name}"
 
     def is_declared(self, dialect: Dialect) -> bool:
-        """Whether the table's declaration has such an index already.
+        """Check whether the table's declaration already contains such an index.
 
         That of an earlier version, with no columns behind the order, will do.
         """
@@ -185,7 +185,7 @@ class NeededIndex:
 
 
 def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[NeededIndex]:
-    """The indexes that serve a table's claims, one for each reason for which a row is free.
+    """Return the indexes that serve a table's claims, one for each reason why a row is free.
 
     Args:
         job_table: what the columns mean.
@@ -241,13 +241,13 @@ def _conjuncts(condition: ColumnElement[bool]) -> Iterator[ColumnElement[bool]]:
 
 
 def _is_immutable(condition: ColumnElement[bool]) -> bool:
-    """Whether the condition is the same at every claim, and its words too."""
+    """Check whether the condition and its SQL are the same for every claim."""
     changing = (BindParameter, DatabaseNow, functions.FunctionElement, SelectBase, TextClause)
     return not any(isinstance(part, changing) for part in visitors.iterate(condition))
 
 
 def _equal_column(condition: ColumnElement[bool]) -> ColumnClause[Any] | None:
-    """The column that the condition holds to one value, or to NULL."""
+    """Return the column that the condition compares with one value or with NULL, if any."""
     if not isinstance(condition, BinaryExpression) or not isinstance(condition.left, ColumnClause):
         return None
     if condition.operator is operators.eq and not any(

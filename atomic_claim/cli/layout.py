@@ -13,7 +13,7 @@ WIDTH = 92
 
 
 def laid_out(sql: str) -> str:
-    """The same statement with other white space."""
+    """Return the same statement with lines broken and indented for reading."""
     # Databases differ in what a backslash means in a string, and so where it ends.
     if "\\" in sql:
         return sql
@@ -46,7 +46,7 @@ def laid_out(sql: str) -> str:
 
 
 def _gaps(sql: str) -> list[bool]:
-    """Whether there is white space before each word."""
+    """Return for each token whether white space precedes it."""
     found: list[bool] = []
     gap = False
     for token in TOKENS.findall(sql):

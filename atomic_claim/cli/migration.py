@@ -148,7 +148,7 @@ def _columns(given: str) -> list[str]:
 
 
 def plain_sql(steps: Sequence[Operation], name: str) -> str:
-    """What is to be run on a database, and, as comments, what undoes it."""
+    """Render the statements of a migration, and those that undo it as comments."""
     lines = [f"-- {name}"]
     for step in steps:
         if statements := step.up(name):
@@ -160,7 +160,7 @@ def plain_sql(steps: Sequence[Operation], name: str) -> str:
 
 
 def _ended(statement: str, name: str) -> str:
-    """A statement as the database's own client takes it from a file."""
+    """Terminate a statement as the database's command-line client expects it in a file."""
     if name in INNODB and ";" in statement:
         # That client ends a statement at any semicolon, unless it is told of another end.
         return f"DELIMITER //\n{statement}//\nDELIMITER ;"
@@ -174,7 +174,7 @@ def revision_text(
     command: str,
     before: str | None,
 ) -> tuple[str, str]:
-    """An Alembic revision, and its identifier, which is the same for the same contents."""
+    """Render an Alembic revision; return it and its id, a hash of the contents."""
     up = "\n".join(_function("upgrade", steps, names, up=True))
     down = "\n".join(_function("downgrade", list(reversed(steps)), names, up=False))
     revision = hashlib.sha256(f"{before}{up}{down}".encode()).hexdigest()[:12]
@@ -196,7 +196,7 @@ def revision_text(
 def _function(
     name: str, steps: Sequence[Operation], names: Sequence[str], *, up: bool
 ) -> Iterator[str]:
-    """The lines of ``upgrade`` or ``downgrade``."""
+    """Yield the lines of ``upgrade`` or ``downgrade``."""
     yield f"def {name}() -> None:"
     yield f'    """{"Add what the claims need." if up else "Take it away again."}"""'
     body = [line for step in steps for line in _step(step, names, up=up)]
@@ -276,7 +276,7 @@ def _executed(statements: Sequence[str], depth: int, *, alone: bool) -> Iterator
 
 
 def _pieces(text: str, room: int) -> Iterator[str]:
-    """The text in pieces, cut behind spaces."""
+    """Split the text after spaces into pieces that fit into the room."""
     piece = ""
     for word in re.findall(r"\S*\s*", text):
         if piece and len(piece) + len(word) > room:
@@ -287,7 +287,7 @@ def _pieces(text: str, room: int) -> Iterator[str]:
 
 
 def _literal(text: str) -> str:
-    """A string as Python's formatters like it."""
+    """Return a string literal as Python's formatters write it."""
     found = json.dumps(text, ensure_ascii=False)
     return found if ast.literal_eval(found) == text else repr(text)
 
@@ -297,7 +297,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _head(folder: Path) -> str | None:
-    """The newest of the revisions in a folder; none if there are none yet."""
+    """Return the newest revision in a folder, or None if the folder has no revisions."""
     found: dict[str, set[str]] = {}
     for path in sorted(folder.glob("*.py")):
         assigned = dict(_assigned(path))
@@ -316,7 +316,7 @@ def _head(folder: Path) -> str | None:
 
 
 def _assigned(path: Path) -> Iterator[tuple[str, object]]:
-    """The constants that a file assigns at its top level."""
+    """Yield the constants that a file assigns at its top level."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError) as error:

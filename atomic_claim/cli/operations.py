@@ -1,4 +1,4 @@
-"""What a migration does, step by step, and undoes in the opposite order."""
+"""The steps of a migration, each with the statements that undo it."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Operation(Protocol):
     @property
     @abstractmethod
     def comment(self) -> str:
-        """What it is for, in one line."""
+        """Return one line that states the purpose."""
 
     @abstractmethod
     def up(self, name: str) -> Sequence[str]:
-        """The statements that do it on a database, by its dialect's name."""
+        """Return the statements that apply the operation on a dialect, given by name."""
 
     @abstractmethod
     def down(self, name: str) -> Sequence[str]:
-        """The statements that undo it."""
+        """Return the statements that undo the operation."""
 
     @abstractmethod
     def is_alone(self, name: str) -> bool:
-        """Whether the statements cannot be part of a transaction there."""
+        """Check whether the statements cannot run in a transaction on this dialect."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AddColumn:
 
     @property
     def comment(self) -> str:
-        """What it is for, in one line."""
+        """Return one line that states the column's purpose."""
         return {
             "lease": "Until when a claim holds: a dead worker's row comes back.",
             "token": "Whose claim it is: a late worker cannot overwrite its successor's result.",
@@ -65,7 +65,7 @@ class AddColumn:
         }[self.role]
 
     def up(self, name: str) -> Sequence[str]:
-        """The statement that adds it."""
+        """Return the statement that adds the column."""
         dialect = dialect_of(name)
         preparer = dialect.identifier_preparer
         type_ = dialect.type_compiler_instance.process(self.type_)
@@ -75,13 +75,13 @@ class AddColumn:
         return (f"ALTER TABLE {preparer.format_table(self.table)} ADD COLUMN {column}",)
 
     def down(self, name: str) -> Sequence[str]:
-        """The statement that drops it."""
+        """Return the statement that drops the column."""
         preparer = dialect_of(name).identifier_preparer
         table = preparer.format_table(self.table)
         return (f"ALTER TABLE {table} DROP COLUMN {preparer.quote(self.name)}",)
 
     def is_alone(self, name: str) -> bool:  # noqa: ARG002 - the same everywhere
-        """It is part of the migration's transaction."""
+        """Return False: the statement runs in the migration's transaction."""
         return False
 
 
@@ -102,22 +102,22 @@ class Statements:
     alone: Collection[str] = ()
 
     def up(self, name: str) -> Sequence[str]:
-        """The statements that do it on a database."""
+        """Return the statements that apply the operation on this dialect."""
         return self.does.get(name, ())
 
     def down(self, name: str) -> Sequence[str]:
-        """The statements that undo it."""
+        """Return the statements that undo the operation."""
         return self.undoes.get(name, ())
 
     def is_alone(self, name: str) -> bool:
-        """Whether they cannot be part of a transaction."""
+        """Check whether the statements cannot run in a transaction on this dialect."""
         return name in self.alone
 
 
 def operations(
     job_table: JobTable, add: Collection[str], dialects: Sequence[str]
 ) -> list[Operation]:
-    """What makes a table fit for its claims, in the order in which it is to be done.
+    """Return the operations that prepare a table for its claims, in order of execution.
 
     This is the place for further steps: columns, then indexes, then whatever rests on both.
 
@@ -189,7 +189,7 @@ def _index(needed: NeededIndex, names: Sequence[str]) -> Statements:
 
 
 def create_index(needed: NeededIndex, name: str) -> str:
-    """The statement that creates an index on a database, by its dialect's name."""
+    """Render the statement that creates an index on a dialect, given by name."""
     dialect = dialect_of(name)
     if name not in INNODB:
         return needed.create(dialect)

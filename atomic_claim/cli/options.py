@@ -1,4 +1,4 @@
-"""What the commands share: options, and how a command ends."""
+"""Options shared by all commands, and how a command ends."""
 
 from __future__ import annotations
 

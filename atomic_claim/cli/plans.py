@@ -75,7 +75,7 @@ class Known:
     descending: tuple[bool, ...] = ()
 
     def decides(self, order: tuple[Any, ...], names: frozenset[str]) -> frozenset[str]:
-        """Those of the columns whose conditions hold for all that is read in its order."""
+        """Return the columns whose conditions hold for every row read in this order."""
         first = OrderTerm.of(order[0]).element
         name = getattr(first, "name", None)
         before = self.columns[: self.columns.index(name)] if name in self.columns else self.columns
@@ -84,7 +84,7 @@ class Known:
 
 
 def explained(connection: Connection, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
-    """The rows of a statement's EXPLAIN, with its parameters as they would be sent."""
+    """Return the rows of a statement's EXPLAIN, run with the parameters as a claim sends them."""
     sent, parameters = as_sent(connection, statement, given)
     words = EXPLAIN[_product(connection)] + sent
     return list(connection.exec_driver_sql(words, parameters).mappings())
@@ -93,7 +93,7 @@ def explained(connection: Connection, statement: Executable, given: Mapping[str,
 def as_sent(
     connection: Connection, statement: Executable, given: Mapping[str, Any]
 ) -> tuple[str, Any]:
-    """A statement's text and its parameters as the driver gets them."""
+    """Return a statement's SQL and parameters as the driver receives them."""
     plain, keys = for_keys(statement)
     compiled: Any = plain.compile(dialect=connection.dialect)
     state = compiled.construct_expanded_state({**given, **keys})
@@ -121,7 +121,7 @@ def _product(connection: Connection) -> str:
 
 
 def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
-    """The statement of a claim that looks for the jobs: on most databases all of it.
+    """Return the claim's statement that searches for jobs, on most databases its only one.
 
     PostgreSQL explains what the user may run, and no more; to one who may only read it explains
     the claim's SELECT of candidates.
@@ -179,7 +179,7 @@ def _of_postgresql(node: dict[str, Any], table: Table, *, sorts: bool = False) -
 
 
 def _of_sqlite(rows: list[Any], table: Table) -> Iterator[Access]:
-    """A tree, in which what is sorted stands beside what is read."""
+    """Read SQLite's plan, a tree where a sort is a sibling of the scan that it sorts."""
     for row in rows:
         found = re.match(rf"(?:SCAN|SEARCH) {re.escape(table.name)}\b", row["detail"])
         if found is None and not row["detail"].startswith("MULTI-INDEX OR"):
@@ -200,7 +200,7 @@ def _of_innodb(rows: list[Any], table: Table) -> Iterator[Access]:
 
 
 def known_indexes(connection: Connection, table: Table) -> dict[str, Known]:
-    """The indexes that the database has on a table, and can use."""
+    """Return the usable indexes of a table in the database, by name."""
     if connection.dialect.name in INNODB:
         return _known_to_innodb(connection, table)
     found: dict[str, Known] = {}
@@ -243,7 +243,7 @@ class Unserved:
 
 
 def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserved]:
-    """What of a claim no index serves, by the plan of its very statement.
+    """Return the parts of a claim that no index serves, by the plan of its own statement.
 
     An index serves if the rows are read by it in their order, and if it decides on the columns
     that say whether a row is free and done. Failed rows, of which there are few, may be passed
@@ -270,7 +270,7 @@ def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserv
 
 
 def _leads(needed: NeededIndex, index: Known) -> bool:
-    """Whether an index leads from key to key, which the plan of the first way does not show."""
+    """Check whether an index serves the search by exclusive key, which EXPLAIN does not show."""
     order = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
     equal = {column.name for column in needed.equal}
     ahead = set(index.columns[: len(equal)]) == equal
@@ -285,7 +285,7 @@ def _leads(needed: NeededIndex, index: Known) -> bool:
 
 
 def fits(needed: NeededIndex, index: Known) -> bool:
-    """Whether an index of MySQL's or MariaDB's is the one that is needed."""
+    """Check whether an index of MySQL or MariaDB matches the needed one."""
     equal = [column.name for column in needed.equal]
     terms = [OrderTerm.of(term) for term in needed.order]
     order = [(getattr(term.element, "name", None), term.descending) for term in terms]

@@ -242,7 +242,7 @@ def _workload(race: Race) -> Workload:
 
 
 def _half(race: Race) -> Half:
-    """What the picture shows: the time of a call is shared by its jobs."""
+    """Convert a race for the picture; a call's duration is divided among its jobs."""
     runs = []
     for call in race.calls:
         each = (call.end - call.begin) / len(call.keys)

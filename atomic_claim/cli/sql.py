@@ -54,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Sequenced:
-    """What one call runs.
+    """The statements of one call.
 
     Attributes:
         call: the call.
@@ -98,7 +98,7 @@ def sql(
 
 
 def chosen_dialects(given: Sequence[str] | None, url: str | None) -> Sequence[str]:
-    """The databases that are meant by ``--dialect``, or else by the URL, or else all."""
+    """Return the dialects given by ``--dialect``, else the URL's, else all."""
     if not given:
         if url is None:
             return DIALECTS
@@ -120,7 +120,7 @@ def show_sql(console: Console, text: str) -> None:
 
 
 def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Sequenced]:
-    """What each call runs on a database.
+    """Yield the statements of each call on a database.
 
     Raises:
         CommandError: the table cannot be claimed from on this database.

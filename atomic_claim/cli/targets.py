@@ -1,4 +1,4 @@
-"""What a command is pointed at: ``MODULE:NAME``, or a table by its name in the database."""
+"""The table that a command works on: ``MODULE:NAME``, or a table's name in the database."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TableOption = Annotated[
 
 
 def load_job_table(spec: str) -> JobTable:
-    """The ``JobTable`` that ``--table MODULE:NAME`` stands for.
+    """Load the ``JobTable`` given by ``--table MODULE:NAME``.
 
     Raises:
         CommandError: it cannot be imported, is no table, or cannot be read with certainty.
@@ -38,7 +38,7 @@ def load_job_table(spec: str) -> JobTable:
 
 
 def reflect(connection: Connection, given: str) -> Table:
-    """The table of this name, with what the database says of it.
+    """Reflect the table of this name from the database.
 
     Raises:
         CommandError: there is none.

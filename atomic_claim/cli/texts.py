@@ -16,7 +16,7 @@ PREFIX = "atomic_claim_"
 
 
 def dialect_of(name: str) -> Dialect:
-    """A dialect that is to be read by people: its parameters are ``:named``, it has no driver."""
+    """Create a dialect without a driver whose SQL is readable: its parameters are ``:named``."""
     # psycopg2's dialect, unlike psycopg's, adds no cast to every parameter.
     url = "postgresql+psycopg2://" if name == "postgresql" else f"{name}://"
     make: Any = make_url(url).get_dialect()
@@ -25,14 +25,14 @@ def dialect_of(name: str) -> Dialect:
 
 
 def fresh_parts(job_table: JobTable, ask: Ask, *, entities: bool = False) -> ClaimParts:
-    """The parts of a claim with the limit that is asked for, rather than that of the first one."""
+    """Build the parts of a claim without the cache, which keeps the first claim's limit."""
     # With conditions, if only none, they are not taken from those that are kept.
     asked = Ask(ask.limit, (), None, None, ask.worker, ask.lease)
     return claim_parts(job_table, asked, entities=entities)
 
 
 def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:
-    """A statement for one row whose key is a parameter, and that parameter."""
+    """Return the statement for one row whose key is a parameter, and that parameter."""
     if not isinstance(statement, ByKey):
         return statement, {}
     if statement.statement is not None:
@@ -44,7 +44,7 @@ def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:
 def rendered(
     statement: Executable | ByKey, dialect: Dialect, given: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """A statement's text with what must be literals in it, and the parameters that are left.
+    """Render a statement's SQL with its literals; return it and the remaining parameters.
 
     The key of one row stands for all: as ``:keys``, or as its columns' names.
     """

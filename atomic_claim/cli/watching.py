@@ -51,7 +51,7 @@ class Look:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """What people are shown."""
+        """Return the displayed values of a row."""
         oldest = "-" if self.oldest_waiting is None else age(self.oldest_waiting)
         rate = "-" if self.claims_per_second is None else f"{self.claims_per_second:,.1f}"
         numbers = (f"{number:,}" for number in (self.waiting, self.later, self.running))
@@ -87,7 +87,7 @@ def watch(engine: Engine, spec: str, interval: float, number: int | None, *, as_
 
 
 def paced(seen: Iterator[Look], interval: float, number: int | None) -> Iterator[Look]:
-    """So many looks, each so many seconds after the one before."""
+    """Yield a number of looks, or looks without end, at a fixed interval in seconds."""
     due = time.monotonic()
     for place in count() if number is None else range(number):
         if place:
@@ -135,7 +135,7 @@ def _number(condition: ColumnElement[bool]) -> ColumnElement[int]:
 
 
 def _claims(job_table: JobTable) -> ColumnElement[int]:
-    """What grows by one with each claim: the attempts, or else the rows that are not free."""
+    """Build the sum that each claim increments: the attempts, else the rows that are not free."""
     if job_table.attempts is not None:
         return func.sum(func.coalesce(job_table.attempts, 0))
     return _number(not_(_sure(job_table.is_free)))

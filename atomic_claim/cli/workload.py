@@ -91,7 +91,7 @@ def _count(count: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Half:
-    """What one of the two loops did, counted from the record of the work."""
+    """The runs of one of the two loops, counted from the record of the work."""
 
     name: str
     workload: Workload
@@ -128,12 +128,12 @@ class Half:
 
     @property
     def exact(self) -> bool:
-        """Whether every job was run exactly once."""
+        """Check whether every job was run exactly once."""
         return not self.doubled and not self.lost
 
 
 def job_table(name: str) -> Table:
-    """The demo's job table, as an application has one."""
+    """Define the demo's job table as an application would."""
     return Table(
         name,
         MetaData(),
@@ -215,7 +215,7 @@ def run_half(name: str, url: URL, workload: Workload, progress: Callable[[int], 
 
 @contextmanager
 def _filled_table(url: URL, count: int) -> Iterator[Table]:
-    """A table of jobs that is gone afterwards, whatever happens."""
+    """Yield a table of jobs, and always drop it afterwards."""
     jobs = job_table(f"atomic_claim_demo_{secrets.token_hex(6)}")
     engine = make_engine(url)
     made = False
@@ -281,7 +281,7 @@ def _drop(engine: Engine, jobs: Table) -> None:
 
 @dataclass(frozen=True)
 class Duty(ABC):
-    """What every worker process is to do; it is sent there.
+    """The task of every worker process, sent to it by the parent.
 
     Attributes:
         limit: how many jobs a worker takes at a time.
@@ -295,7 +295,7 @@ class Duty(ABC):
 
     @abstractmethod
     def complaint(self, what: str, error: BaseException) -> CommandError:
-        """What failed and why, in one line that tells no secret."""
+        """Return a one-line error that says what failed and why, without secrets."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class TableDuty(Duty):
 
     @contextmanager
     def begun(self) -> Iterator[Callable[[RunJob], None]]:
-        """A connection that has been made once."""
+        """Connect once, then yield the function that does the work."""
         engine = make_engine(self.url)
         try:
             engine.connect().close()
@@ -365,7 +365,7 @@ def race(duty: Duty, workload: Workload, progress: Callable[[int], None]) -> lis
 
 
 def _answers(pipes: dict[Pipe, int], duty: Duty, tell: Callable[[], None]) -> dict[Pipe, Any]:
-    """The next answer of every worker."""
+    """Return the next answer of every worker."""
     answers: dict[Pipe, Any] = {}
     while missing := [pipe for pipe in pipes if pipe not in answers]:
         for pipe in wait(missing, timeout=0.1):
@@ -383,13 +383,13 @@ def _answers(pipes: dict[Pipe, int], duty: Duty, tell: Callable[[], None]) -> di
 
 
 class Failure(NamedTuple):
-    """What a worker answers that cannot go on."""
+    """The answer of a worker that failed."""
 
     text: str
 
 
 def _work(worker: int, duty: Duty, pipe: Pipe, reached: Any) -> None:
-    """What a worker process does: connect, wait for all others, work, and hand in the record."""
+    """Run a worker process: connect, wait for the start, work and send the record."""
     # perf_counter is the same clock in all processes (docs.python.org/3/library/time.html).
     record: list[tuple[int, float, float]] = []
 

@@ -39,7 +39,7 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def strategy_for(dialect: Dialect) -> Strategy:
-    """The strategy of a dialect, or ``UnsupportedDialect``."""
+    """Return the strategy for a dialect, or raise ``UnsupportedDialect``."""
     if (strategy := STRATEGIES.get(dialect.name)) is None:
         strategy = _loaded(dialect.name)
     if strategy is None:
@@ -52,7 +52,7 @@ def strategy_for(dialect: Dialect) -> Strategy:
 
 
 def _loaded(name: str) -> Strategy | None:
-    """The strategy of a dialect of this name, if there is one."""
+    """Load and register the strategy for a dialect's name, or return None if there is none."""
     found: Strategy
     match name:
         case "postgresql" | "cockroachdb" | "yugabytedb":

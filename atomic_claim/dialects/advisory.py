@@ -86,7 +86,7 @@ def key_lock(job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[bool
 def key_numbers(
     job_table: JobTable, key: ColumnElement[Any]
 ) -> tuple[ColumnElement[int], ColumnElement[int]]:
-    """The two numbers of a key's lock."""
+    """Return the two integers that identify a key's advisory lock."""
     name = bindparam(TABLE, job_table.table.name, type_=Text(), literal_execute=True)
     table = cast(cast(cast(name, Text()), REGCLASS()), Integer())
     return table, func.hashtext(func.lower(cast(key, Text())))
@@ -113,12 +113,12 @@ def require_locks(dialect: Dialect) -> None:
 
 
 def table_name(connection: Connection, job_table: JobTable) -> dict[str, str]:
-    """The parameter by which a key's lock knows its table."""
+    """Return the parameter that identifies the table in the advisory locks of its keys."""
     return {TABLE: effective_name(connection, job_table.table)}
 
 
 def _locking(turns: Turns, found: FromClause) -> Select[Any]:
-    """The SELECT that locks the keys of candidates, one after the other until there are enough."""
+    """Build the SELECT that locks the candidates' keys in claim order, up to the limit."""
     ordered = select(found).order_by(*turns.order(found)).subquery("claim_ordered")
     key = ordered.columns[KEY]
     # In this order: what has no room must not be locked.
@@ -149,7 +149,7 @@ def at_once(parts: ClaimParts) -> tuple[ClaimParts, ClaimParts]:
 
 
 def _at_once(turns: Turns, candidates: FromClause) -> ClaimParts:
-    """A claim that gets nothing if it cannot tell that its look is young enough.
+    """Build a one-statement claim that returns no rows if its snapshot may be out of date.
 
     Its snapshot is older than the locks on the keys. So once it has the locks, it asks of every
     transaction that its snapshot does not see whether it has been committed since: those that
@@ -185,7 +185,7 @@ def _literals(values: Iterable[str]) -> list[ColumnElement[str]]:
 
 
 def _chosen(parts: ClaimParts) -> ClaimParts:
-    """The claim of rows whose keys are locked, as far as these have room now."""
+    """Build the claim of rows whose keys are locked, within the room that each key has left."""
     turns = Turns(parts)
     free = parts.candidates.rows.where(turns.key_is_in(bindparam(KEYS, expanding=True)))
     given = turns.described(free, with_key=True).subquery("claim_given")
@@ -249,7 +249,11 @@ class InTurn:
 
     @contextmanager
     def _savepoint(self) -> Iterator[Callable[[Found], Found]]:
-        """Gives what undoes a try: the caller's transaction may go on, and hold locks, for long."""
+        """Yield a function that undoes a try, by a savepoint in the caller's transaction.
+
+        Without it the locks of a failed try would last as long as that transaction. In a
+        transaction of our own the function does nothing.
+        """
         if self.work.own:
             yield lambda found: found
             return

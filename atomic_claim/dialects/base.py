@@ -1,4 +1,4 @@
-"""What a database's strategy has to answer, and what it is given to work with."""
+"""The interface that a database's strategy implements, and the objects passed to it."""
 
 from __future__ import annotations
 
@@ -129,13 +129,13 @@ class Work:
 
     @property
     def has_criteria(self) -> bool:
-        """Whether somebody may add conditions to the session's SELECTs, such as a tenant's."""
+        """Return True if the session has ``do_orm_execute`` listeners, which may add criteria."""
         session = self.executor
         return not isinstance(session, Connection) and bool(session.dispatch.do_orm_execute)
 
     @property
     def in_autocommit(self) -> bool:
-        """Whether the driver commits every statement by itself; asked of the driver."""
+        """Ask the driver whether it commits every statement by itself."""
         dbapi_connection = self.connection.connection.dbapi_connection
         assert dbapi_connection is not None
         return self.connection.dialect.detect_autocommit_setting(dbapi_connection)
@@ -183,7 +183,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def is_single(self, parts: ClaimParts) -> bool:
-        """Whether the claim is one statement here, atomic without a transaction around it."""
+        """Check whether the claim is a single statement, atomic without a transaction."""
 
     @abstractmethod
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
@@ -212,11 +212,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
-        """The SELECT such that whatever it returns is locked, and what others hold is skipped."""
+        """Return the SELECT that locks the rows it returns and skips rows locked elsewhere."""
 
     @abstractmethod
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
-        """What :meth:`claim` executes, one after the other, where nobody is in its way.
+        """Return the statements of :meth:`claim` in execution order, as run without contention.
 
         For people to read, and for EXPLAIN.
         """
@@ -250,12 +250,12 @@ class Strategy(ABC):
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
     ) -> Sequence[ByKey]:
-        """What :meth:`change` executes, one after the other."""
+        """Return the statements of :meth:`change` in execution order."""
         statement = update(job_table.table).values(dict(values)).returning(*job_table.key)
         return (ByKey(job_table.key, lambda is_one: statement.where(is_one, guard)),)
 
     def changes_at_once(self, keys: Sequence[Key]) -> bool:
-        """Whether :meth:`change` is one statement for so many keys."""
+        """Check whether :meth:`change` takes a single statement for these keys."""
         return len(keys) <= CHUNK
 
     def unlocked(
@@ -298,22 +298,22 @@ class Strategy(ABC):
 
     @abstractmethod
     def in_transaction(self, pooled: Pooled) -> bool:
-        """Whether a transaction is open on the driver's connection; asked of the driver."""
+        """Ask the driver whether a transaction is open on its connection."""
 
     @abstractmethod
     def is_conflict(self, error: DBAPIError) -> bool:
-        """Whether the database asks for the transaction to be tried again."""
+        """Check whether the error is one for which the database asks to retry the transaction."""
 
     def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
-        """What may be raised where the database cannot be reached."""
+        """Return the exceptions that are raised when the database cannot be reached."""
         return (DBAPIError, OSError)
 
     def is_naive(self, type_: DateTime) -> bool:
-        """Whether a time column of this type has no zone here."""
+        """Check whether a time column of this type has no time zone on this database."""
         return not type_.timezone
 
     def naive_columns(self, job_table: JobTable) -> list[str]:
-        """The names of the columns of which nobody said what times without a zone mean."""
+        """Return the names of naive datetime columns, or none if ``naive_times`` is declared."""
         if job_table.naive_times is not None:
             return []
         return [
@@ -332,12 +332,12 @@ class Strategy(ABC):
         )
 
     def cure(self) -> str:
-        """What the owner of a transaction can do about a conflict."""
+        """Return the advice that a conflict's message gives to the owner of the transaction."""
         return "roll back, and claim again in a new transaction"
 
 
 def effective_name(connection: Connection, table: Table) -> str:
-    """A table's name as this connection's statements have it, with the schema that it maps to."""
+    """Return a table's quoted name, with the schema to which this connection translates it."""
     schema = connection.schema_for_object(table)
     quote = connection.dialect.identifier_preparer.quote
     return ".".join(quote(part) for part in (schema, table.name) if part)
@@ -371,7 +371,7 @@ def _dotted(version: Iterable[Any]) -> str:
 
 
 def returned(parts: ClaimParts, result: Result[Any]) -> Found:
-    """What the claim statement returned, with its keys, in the order in which it came."""
+    """Pair the rows or entities of the claim statement with their keys, in result order."""
     if parts.spread:
         return [(tuple(row), None) for row in result]
     items = result.scalars().all() if parts.entities else result.all()
@@ -380,13 +380,13 @@ def returned(parts: ClaimParts, result: Result[Any]) -> Found:
 
 
 def row_maker(result: Result[Any], columns: Sequence[Any]) -> Callable[[Iterable[Any]], Row[Any]]:
-    """What makes rows, with all the ways to get at these columns that the result's own have."""
+    """Return a function that makes rows with the same column access as the result's own rows."""
     names = list(result.keys())[: len(columns)]
     return result_tuple(names, [(column, column.key) for column in columns])
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
-    """The statement with a hint for each dialect; the others render nothing of it."""
+    """Add a hint for each dialect to the statement; other dialects do not render it."""
     for dialect_name, hint in hints.items():
         with_hint = statement.with_hint(selectable=table, text=hint, dialect_name=dialect_name)
         statement = cast("Statement", with_hint)
@@ -409,7 +409,7 @@ def mark_and_load(
 
 
 def marking_by_key(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
-    """The statement that writes the claim."""
+    """Return the UPDATE that writes the claim, for rows given by key."""
     name = "marking, hinted" if hints else "marking"
     return parts.prepare(name, partial(_marking, hints=hints))
 
@@ -422,7 +422,7 @@ def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
 
 
 def load(work: Executes, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str, str]) -> Found:
-    """The rows or entities with these keys, complete and as they are now, in this order.
+    """Load the rows or entities with these keys: complete, current and in this order.
 
     A plain read comes first: it sees what this transaction wrote itself, whatever its snapshot.
     A row of another table of a mapped class may be newer than the snapshot, so what is missing
@@ -440,7 +440,7 @@ def load(work: Executes, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[
 
 
 def reading_by_key(parts: ClaimParts, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
-    """The statement that reads what was claimed."""
+    """Return the SELECT that reads the claimed rows or entities by key."""
     name = f"reading{', locked' if lock else ''}{', hinted' if hints else ''}"
     return parts.prepare(name, partial(_reading, lock=lock, hints=hints))
 
@@ -454,7 +454,7 @@ def _reading(parts: ClaimParts, lock: bool, hints: Mapping[str, str]) -> ByKey:
 
 
 def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The keys in runs of at most ``size``: databases limit the parameters of a statement."""
+    """Yield the keys in chunks of at most ``size``: databases limit a statement's parameters."""
     for start in range(0, len(keys), size):
         yield keys[start : start + size]
 

@@ -33,7 +33,7 @@ Params = Mapping[str, Any]
 
 
 def is_watched(engine: Engine) -> bool:
-    """Whether anybody hears of an engine's statements, or has options for them."""
+    """Check whether an engine is subclassed or has listeners, execution options or logging."""
     # https://docs.sqlalchemy.org/en/20/core/events.html, but for two phases and savepoints.
     of_engine, of_dialect = engine.dispatch, engine.dialect.dispatch
     return bool(
@@ -64,7 +64,7 @@ class Failed(Exception):
 
 @dataclass
 class Learned:
-    """What is known of claiming some parts on a dialect's driver.
+    """The direct claim of some parts on a dialect's driver, as far as it has been learned.
 
     Attributes:
         claim: does it on a connection of the driver's own, or raises ``Failed``; None until it is
@@ -81,7 +81,7 @@ class Learned:
 
 
 def learned_of(parts: ClaimParts, dialect: Dialect) -> Learned:
-    """What is known of claiming these parts."""
+    """Return the ``Learned`` of these parts for a dialect, and create it if it is missing."""
     known: dict[Dialect, Learned] = parts.prepare("learned", lambda _: {})
     if (found := known.get(dialect)) is None:
         # Threads may be doing the same.
@@ -198,7 +198,7 @@ class Direct:
         return self._read(self._fetched(cursor)) if self.types else ()
 
     def found(self, parts: ClaimParts, fetched: Sequence[Any]) -> Found:
-        """The keys and the rows of what the driver has returned."""
+        """Convert the driver's rows to SQLAlchemy rows, each with its key."""
         make, key_of = self.make, parts.key_of
         return [(key_of(row), make(row)) for row in self._read(fetched)]
 
@@ -221,7 +221,7 @@ class Direct:
         return zip(*read, strict=True)
 
     def _asked(self, params: Params) -> tuple[str, Any]:
-        """The text and the parameters of one execution."""
+        """Return the SQL text and the driver's parameters for one execution."""
         keys: Sequence[Any] = params.get(KEYS, ())
         count = min(len(keys), 1) if self.takes_lists else len(keys)
         shape = (params.get(LIMIT), params.get(REACH), count)

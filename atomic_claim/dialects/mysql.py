@@ -202,9 +202,9 @@ class MySQL(Strategy):
         return _Search(self, work, self._prepared(parts, work), params[LIMIT]).keys()
 
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
-        """The keys are searched for as a claim does it; then the SELECT reads them, locked.
+        """Lock the keys by a claim's search, and return the SELECT restricted to these keys.
 
-        It asks for its rows again, and now sees the latest, whatever the transaction's snapshot.
+        The SELECT then sees the latest rows, whatever the transaction's snapshot.
         """
         asked = find.statement.params(dict(find.params)) if find.params else find.statement
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
@@ -227,7 +227,7 @@ class MySQL(Strategy):
         return found.with_for_update(of=find.place) if of_known else found
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
-        """The candidates' SELECT without what it asks of the session."""
+        """Return the claim's statements, with no session variables in the candidates' SELECT."""
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
         lock = _Statements(self, parts, mariadb=False).lock
         if parts.job_table.exclusive_by is not None:
@@ -267,7 +267,7 @@ class MySQL(Strategy):
         guard: ColumnElement[bool],
         values: Mapping[Any, Any],
     ) -> list[Key]:
-        """The rows are waited for before the turn, in which nobody may wait for long."""
+        """Lock the rows before taking the named lock, which must not be held during long waits."""
         if job_table.exclusive_by is None:
             return self.change(work, job_table, keys, guard, values)
         hold, _ = self.changes(job_table, guard, values)
@@ -311,7 +311,7 @@ class MySQL(Strategy):
         return self.code(error) in CONFLICTS
 
     def code(self, error: DBAPIError) -> Any:
-        """The server's error number."""
+        """Return the server's error number, or None if there is none."""
         return error.orig.args[0] if error.orig is not None and error.orig.args else None
 
 
@@ -344,7 +344,7 @@ def _set_session(work: Work, settings: Mapping[str, int]) -> None:
 
 
 def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
-    """True for every row, and to be told only by reading it, not by an index over the key."""
+    """Build an always-true condition that is evaluated on the row, not on an index of the key."""
     for column in job_table.table.columns:
         if not column.primary_key:
             return func.coalesce(func.length(column), 0) >= 0
@@ -670,7 +670,7 @@ class _SearchInTurn(_Search):
         return work.connection if is_fresh else None
 
     def _ended_here(self, keys: Iterable[Key]) -> set[Key]:
-        """Those of the rows that the caller's own transaction has ended: nobody else holds them."""
+        """Return the keys of rows that the caller's own transaction has ended."""
         found: set[Key] = set()
         for key in keys:
             if not self.may_fail:
@@ -687,12 +687,12 @@ class _SearchInTurn(_Search):
 
 
 def _ascends(keys: Sequence[Key]) -> bool:
-    """Whether the claim's order is that of the key, compared as the database does it."""
+    """Check whether claim order is also the order of the keys in the database."""
     return _are_numbers(keys) and list(keys) == sorted(keys)
 
 
 def _are_numbers(keys: Sequence[Key]) -> bool:
-    """Whether Python compares the keys as the database does."""
+    """Check whether all keys are single integers, which compare alike in Python and SQL."""
     return all(len(key) == 1 and isinstance(key[0], int) for key in keys)
 
 

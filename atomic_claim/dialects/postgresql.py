@@ -177,7 +177,7 @@ class PostgreSQL(Strategy):
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
-        """A row that is to be deleted is locked FOR UPDATE: else its DELETE waits for children."""
+        """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
         self._check_zone(work, parts)
         make = partial(_locked_candidates, deletes=deletes)
         locked = parts.prepare(f"locked {deletes}", make)
@@ -216,7 +216,7 @@ class PostgreSQL(Strategy):
         guard: ColumnElement[bool],
         values: Mapping[Any, Any],
     ) -> list[Key]:
-        """The lock comes first: the clock is that of the statement's beginning."""
+        """Lock the exclusive keys first, since the UPDATE reads the clock at its start."""
         if job_table.exclusive_by is not None:
             for chunk in chunks(keys, CHUNK):
                 wait_for_keys(work, job_table, chunk)
@@ -284,13 +284,13 @@ class _Autocommit(AbstractContextManager[None]):
 
 
 def _time_zone(work: Work) -> str:
-    """The session's time zone."""
+    """Return the session's time zone, from the driver or else from the server."""
     asking = text("SELECT current_setting('TimeZone')")
     return _known_zone(work.connection.connection) or str(work.connection.scalar(asking))
 
 
 def _known_zone(pooled: PoolProxiedConnection) -> str | None:
-    """The session's time zone, where the driver knows it without asking the server."""
+    """Return the session's time zone if the driver tracks it, or None."""
     driver: Any = pooled.driver_connection
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
     return (status("TimeZone") if status is not None else None) or None
@@ -342,7 +342,7 @@ def _locked_candidates(parts: ClaimParts, deletes: bool) -> Select[Any]:
 
 
 def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any]:
-    """The candidates, of which no more are locked than are returned."""
+    """Build the SELECT of the candidates that locks no more rows than it returns."""
     prefix = "claim_"
     if len(candidates.branches) == 1:
         return candidates.select(terms=terms, lock=lock)
@@ -377,7 +377,7 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
 
 
 def _of_one(candidates: Candidates) -> Candidates:
-    """The same with its limits in the text from the start, not put there at every execution."""
+    """Return the candidates of a claim of one row, with limits that are compiled as literals."""
     limit, reach = (Declared(number, Integer()) for number in (1, 1 + MARGIN))
     first, *others = candidates.branches
     branches = (first.limit(limit), *(branch.limit(reach) for branch in others))

@@ -98,7 +98,7 @@ class Ways:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What one way of searching has found.
+    """The result of one search for candidates.
 
     Attributes:
         seen: how many rows or keys were read.
@@ -130,7 +130,7 @@ class SecondLook:
     def running_beside(
         self, keys: Sequence[Key], fresh: Connection | None = None
     ) -> dict[Key, set[Key]]:
-        """The rows that run beside each of these, with its key.
+        """Return the running rows that share an exclusive key with each candidate.
 
         ``fresh`` is a connection whose snapshot is yet to be taken, if there is one.
 
@@ -159,7 +159,7 @@ class SecondLook:
                 found[tuple(row[:width])].add(tuple(row[width:]))
 
     def ending(self, keys: set[Key]) -> set[Key]:
-        """Those of the running rows that somebody is about to end."""
+        """Return the running rows that an uncommitted transaction has ended."""
         found = set(keys)
         for chunk in chunks(list(keys), CHUNK):
             found -= {tuple(row) for row in self.side.execute(*self.ways.held.of(chunk))}
@@ -176,7 +176,7 @@ SESSION: tuple[ColumnElement[Any], ...] = (
 
 @contextmanager
 def second_look(work: Work, ways: Ways, database: str, zone: str) -> Iterator[SecondLook]:
-    """A second connection that speaks of the same tables and times as the first."""
+    """Open a second connection with the database, time zone and schema map of the first."""
     with _looker(work.connection).connect() as side:
         if side.info.get("atomic_claim") != (database, zone):
             quoted = side.dialect.identifier_preparer.quote_identifier(database)
@@ -221,7 +221,7 @@ def turn_at(
 
 
 def _looker(connection: Connection) -> Engine:
-    """An engine for the same database whose connections see what is uncommitted."""
+    """Return an engine for the same database whose connections are READ UNCOMMITTED."""
     dialect = connection.dialect
     pid, engine = lookers.get(dialect, (0, None))
     if engine is None or pid != os.getpid():

@@ -141,7 +141,7 @@ class SQLite(Strategy):
         refuse_autocommit(self, work, "another claim could come between this one's statements")
 
     def commit(self, connection: Connection) -> None:
-        """A COMMIT that finds the file busy leaves the transaction open.
+        """Commit, and roll back if the file is busy: a failed COMMIT leaves the transaction open.
 
         SQLAlchemy takes it for ended, and would give the connection back to the pool as it is.
         """
@@ -192,7 +192,7 @@ class SQLite(Strategy):
 
 
 def _in_turn(parts: ClaimParts) -> ClaimParts:
-    """The parts as they are, or with candidates whose exclusive keys have room."""
+    """Return the parts, restricted to keys with room if the table has exclusive keys."""
     if parts.job_table.exclusive_by is None or "turn" in parts.prepared:
         return parts
     return parts.prepare("in turn", _with_turns)
@@ -211,15 +211,15 @@ def _with_turns(parts: ClaimParts) -> ClaimParts:
 
 
 def _lock(job_table: JobTable) -> Update:
-    """What takes the write lock, and changes nothing."""
+    """Build the UPDATE that takes the write lock and changes no row."""
     key = job_table.key[0]
     return update(job_table.table).values({key: key}).where(false())
 
 
 def _is_legacy(driver: Any) -> bool:
-    """Whether there is no transaction but what was begun.
+    """Check whether the driver uses sqlite3's legacy transaction control.
 
-    From Python 3.12 on ``autocommit=False`` keeps one open at all times.
+    From Python 3.12 on ``autocommit=False`` keeps a transaction open at all times.
     """
     legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
     return bool(getattr(driver, "autocommit", legacy) == legacy)
@@ -249,7 +249,7 @@ def _terms(parts: ClaimParts) -> list[OrderTerm]:
 
 
 def _with_terms(parts: ClaimParts) -> ClaimStatement:
-    """The claim with the terms of its order behind what it returns, as they are stored."""
+    """Return the claim statement with the stored values of its order terms as last columns."""
     stored = [
         type_coerce(term.element, NullType()).label(f"{ORDER}{place}")
         for place, term in enumerate(_terms(parts), 1)
@@ -258,7 +258,7 @@ def _with_terms(parts: ClaimParts) -> ClaimStatement:
 
 
 def _ordered(parts: ClaimParts, result: Result[Any]) -> Found:
-    """What was returned, with its keys, in order."""
+    """Return the claimed rows or entities with their keys, in claim order."""
     rows = _in_order(parts, result.all())
     if parts.entities:
         items = [row[0] for row in rows]
@@ -271,7 +271,7 @@ def _ordered(parts: ClaimParts, result: Result[Any]) -> Found:
 
 
 def _in_order(parts: ClaimParts, rows: Sequence[Any]) -> list[Any]:
-    """The rows in the order that SQLite gives to the stored values at their end."""
+    """Sort the rows by the order terms at their end, as SQLite compares stored values."""
     found = list(rows)
     if parts.single:
         return found

@@ -22,7 +22,7 @@ def claiming(
     key: Key | None = None,
     layout: str = "plain",
 ) -> Callable[[int], list[T]]:
-    """A function of a limit that claims files and gives what a legacy function gave.
+    """Return a function of a limit that claims files and returns what the legacy function returned.
 
     It is what a patch puts in the place of a function that lists a folder, copies and unlinks. The
     rest of the legacy code may go on as it is: it reads the path, and unlinks it at the end, which

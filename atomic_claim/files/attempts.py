@@ -16,7 +16,7 @@ FOLDER = ".attempts"
 
 
 def identity(name: str, found: os.stat_result) -> str:
-    """What tells this file from another of the same name, or of the same inode later."""
+    """Return an id that differs from those of other files with the same name or a reused inode."""
     digest = blake2b(os.fsencode(name), digest_size=8).hexdigest()
     return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{digest}"
 

@@ -100,7 +100,7 @@ def claim_files(
 
 
 def _passed_over(batch: Batch) -> frozenset[str]:
-    """The names in the waiting folder that lead to folders of the queue itself."""
+    """Return the names in the waiting folder that contain folders of the queue itself."""
     below = os.path.join(batch.waiting, "")
     own = (batch.processing, os.path.join(os.path.dirname(batch.processing), "failed"))
     return frozenset(
@@ -109,7 +109,7 @@ def _passed_over(batch: Batch) -> frozenset[str]:
 
 
 class Batch:
-    """What one call claims; given back if it ends by an exception, such as Ctrl-C.
+    """The files that one call claims; they are released if it raises, even KeyboardInterrupt.
 
     Args:
         waiting: the full path of the waiting folder.
@@ -198,7 +198,7 @@ class Batch:
         return ClaimedFile(Path(path), name, attempt, self._worker, Path(self.waiting))
 
     def _recounted(self, file: ClaimedFile, attempt: int) -> ClaimedFile | None:
-        """The file under the attempt that it is; None if it was recovered already."""
+        """Move the file to its real attempt's folder; return None if it was already recovered."""
         try:
             path = os.path.join(self._folder(attempt), file.name)
             os.rename(file.path, path)
@@ -240,7 +240,7 @@ class Batch:
 
 
 def _refusal(path: str, found: os.stat_result, *, at: str) -> ClaimError:
-    """What is said of what is no file: at the path once, and somewhere else by now."""
+    """Return the error for an entry at a path that is no file; ``at`` is its present path."""
     what, cure = "neither a file nor a folder", "move it out of the waiting folder"
     if stat.S_ISDIR(found.st_mode):
         what = "a folder"

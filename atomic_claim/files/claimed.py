@@ -25,23 +25,23 @@ def new_id() -> str:
 
 
 def claim_folder(attempt: int, id_: str) -> str:
-    """The name of a claim's folder."""
+    """Return the name of a claim's folder."""
     return f"{attempt}-{id_}"
 
 
 def attempt_of(folder: str) -> int | None:
-    """The attempt in the name of a claim's folder; None if it is another folder's."""
+    """Parse the attempt from the name of a claim's folder, or return None for other folders."""
     found = CLAIM.fullmatch(folder)
     return None if found is None else int(found[1])
 
 
 def full_path(path: StrPath) -> str:
-    """The path from the root, so that it stays right when the process changes its folder."""
+    """Return the absolute path, which stays valid when the process changes its directory."""
     return os.path.abspath(os.fsdecode(path))
 
 
 def checked_name(name: object, what: str) -> str:
-    """A name that can stand in a folder and is not hidden there."""
+    """Return the name, or raise if it is no valid file name or begins with a dot."""
     if not isinstance(name, str):
         raise ClaimError(f"{what} is {name!r}; expected a str")
     if not name or os.path.split(name)[1] != name or "\0" in name:
@@ -80,7 +80,7 @@ class ClaimedFile:
 
     @classmethod
     def at(cls, path: StrPath, waiting: StrPath) -> ClaimedFile:
-        """The claim that a claimed path stands for, for whoever was given no more than that.
+        """Create the claim for a claimed file's path, for code that received only the path.
 
         Args:
             path: a :attr:`path`.
@@ -108,7 +108,7 @@ class ClaimedFile:
         return self.path.parents[DEPTH - 1]
 
     def read_bytes(self) -> bytes:
-        """The job's content.
+        """Return the job's content.
 
         Raises:
             ClaimLost: it was recovered, or has ended.
@@ -122,7 +122,7 @@ class ClaimedFile:
             raise refused(f"read {str(self.path)!r}", error) from error
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """The job's content as text, its line ends as they are.
+        """Return the job's content as text, without translating line ends.
 
         Raises:
             ClaimLost: it was recovered, or has ended.
@@ -133,7 +133,7 @@ class ClaimedFile:
 
 
 def lost(files: list[ClaimedFile], asked: int) -> ClaimLost:
-    """What is said of files that are no longer where their claim put them."""
+    """Return the error for files that are no longer where their claim moved them."""
     paths = [str(file.path) for file in files]
     others = f". The other {asked - len(files)} were changed" if asked > len(files) else ""
     return ClaimLost(

@@ -187,7 +187,7 @@ def _renamed(path: str, target: str) -> bool:
 
 
 def _to_be_forgotten(file: ClaimedFile) -> os.stat_result | None:
-    """What the markers of the spent attempts are named after, if there can be any."""
+    """Return the stat that names the markers of earlier attempts, or None for a first attempt."""
     return os.lstat(file.path) if file.attempt > 1 else None
 
 

@@ -15,7 +15,7 @@ Key = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """What a kind of directory queue lays down.
+    """The rules of one kind of directory queue.
 
     Attributes:
         name: what callers say.
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def layout_of(name: str) -> Layout:
-    """The layout of this name."""
+    """Return the layout of this name."""
     if name not in LAYOUTS:
         raise ClaimError(f"layout is {name!r}; expected one of {sorted(LAYOUTS)}")
     return LAYOUTS[name]

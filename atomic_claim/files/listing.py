@@ -47,7 +47,7 @@ class Ask:
         return re.compile(fnmatch.translate(self.pattern))
 
     def matches(self, name: str) -> bool:
-        """Whether the name is that of a job: hidden files may be half-written."""
+        """Check whether the name is a job's; hidden files may be incomplete."""
         return (
             not name.startswith(".")
             and name.endswith(self.layout.suffix)
@@ -55,7 +55,7 @@ class Ask:
         )
 
     def entry(self, name: str) -> Any:
-        """What is sorted; equal keys are ordered by name."""
+        """Return the sort key of a name; equal keys are ordered by name."""
         key = self.key or self.layout.key
         return name if key is None else (key(name), name)
 
@@ -74,12 +74,12 @@ class Listing:
 
     @property
     def stale(self) -> bool:
-        """Whether the folder has to be read again before the next claim."""
+        """Check whether the folder must be read again before the next claim."""
         age = time.monotonic() - self.made
         return self.seen <= SMALL or age > max(SECONDS, READINGS * self.seconds)
 
     def pop(self) -> str | None:
-        """The next name; None if this listing is used up."""
+        """Remove and return the next name, or return None if none is left."""
         with self.lock:
             if not self.entries:
                 return None
@@ -98,7 +98,7 @@ _lock = threading.Lock()
 
 
 def names(ask: Ask) -> Iterator[str]:
-    """The waiting names in order, as one call of the claim goes through them.
+    """Yield the waiting names in order for one call of the claim.
 
     Raises:
         ClaimError: the folder cannot be read.

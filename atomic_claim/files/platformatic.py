@@ -1,4 +1,4 @@
-"""What is known of the folders of platformatic's job-queue, FileStorage 0.5.
+"""The folders of platformatic's job-queue, FileStorage 0.5.
 
 Read in ``@platformatic/job-queue`` 0.5.0 (``src/storage/file.ts``, ``consumer.ts``, ``reaper.ts``)
 and in ``fast-write-atomic`` 0.4:
@@ -33,7 +33,7 @@ FIRST = "000000000000-"
 
 
 def place(name: str) -> float:
-    """The number before the first ``-``, by which their consumers order; names without come last.
+    """Return the number before the first ``-``, which orders the names, or infinity without one.
 
     Equal numbers are ordered by name (by their consumers not at all).
     """
@@ -52,7 +52,7 @@ def refuse_theirs(processing: str, worker: str) -> None:
 
 
 def left_by_theirs(processing: str, worker: str, before: int) -> Iterator[tuple[str, str]]:
-    """The jobs that a consumer of theirs took and that its reaper will never return.
+    """Yield the jobs that a platformatic consumer took and that its reaper will never return.
 
     They are those that it moved before the time given, by the file system's clock, without ever
     writing that it has them: it died in between.

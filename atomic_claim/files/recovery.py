@@ -1,4 +1,4 @@
-"""What a dead worker left, made to wait again."""
+"""Recovery: return the files of dead workers to the waiting folder."""
 
 from __future__ import annotations
 

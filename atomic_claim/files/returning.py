@@ -154,7 +154,7 @@ def remove_empty(folders: Iterable[str]) -> None:
 
 
 def staged_files(processing: str) -> Iterator[tuple[str, str]]:
-    """What is on its way back: the name of its claim's folder, and its own."""
+    """Yield the claim's folder and the name of each file that is being returned."""
     folder = os.path.join(processing, FOLDER)
     for claim in names_in(folder):
         if attempt_of(claim) is not None:
@@ -163,7 +163,7 @@ def staged_files(processing: str) -> Iterator[tuple[str, str]]:
 
 
 def names_in(folder: str) -> list[str]:
-    """The names in a folder, in order; none if it is not there, or is no folder."""
+    """Return the sorted names in a folder, or an empty list if there is no such folder."""
     try:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -248,7 +248,7 @@ def _finish(old: str, name: str, processing: str, waiting: str, before: int) -> 
 
 
 def _has_other_name(found: os.stat_result, name: str, processing: str, waiting: str) -> bool:
-    """Whether the file waits, or is claimed, already."""
+    """Check whether the same file is already waiting or claimed."""
     if found.st_nlink == 1:
         return False
 
@@ -270,7 +270,7 @@ def _has_other_name(found: os.stat_result, name: str, processing: str, waiting: 
 
 
 def _freshly_found(path: str) -> os.stat_result:
-    """What is at the path, by opening it: over NFS that asks the server (nfs(5), close-to-open)."""
+    """Return the file's stat after opening it: NFS then asks the server (nfs(5), close-to-open)."""
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except PermissionError:
@@ -282,7 +282,7 @@ def _freshly_found(path: str) -> os.stat_result:
 
 
 def taken_again(file: ClaimedFile) -> ClaimError:
-    """What is said of a file whose name waits again."""
+    """Return the error for a file whose name is already in use in the waiting folder."""
     return ClaimError(
         f"cannot return {str(file.path)!r}: another job waits as "
         f"{os.path.join(file.waiting, file.name)!r}. It stays claimed: release it once that one "

@@ -40,7 +40,7 @@ class NoReplaceUnknownError(Exception):
 def refused(
     doing: str, error: OSError, *, kept: str = "The job is left where it was"
 ) -> ClaimError:
-    """What the caller is told when the system refuses a call.
+    """Return the error for a failed system call.
 
     Args:
         doing: what could not be done, with its path, as it follows "cannot".
@@ -55,7 +55,7 @@ def refused(
 
 
 def _missing_folder(error: OSError) -> str | None:
-    """The uppermost folder that is not there."""
+    """Return the topmost missing folder of the error's paths, or None."""
     for path in (error.filename, error.filename2):
         missing, above = None, os.path.dirname(path) if isinstance(path, str) else ""
         while above and not os.path.lexists(above):
@@ -66,7 +66,7 @@ def _missing_folder(error: OSError) -> str | None:
 
 
 def _found_renameat2() -> Any:
-    """The C library's function: Linux, glibc from 2.28 and musl from 1.2.5."""
+    """Return the C library's function, or None: Linux, glibc from 2.28 and musl from 1.2.5."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -120,7 +120,7 @@ def rename_new(source: str, target: str) -> None:
 
 
 def found_at(path: str) -> os.stat_result | None:
-    """What is at a path, a symbolic link itself if it is one; None if nothing is."""
+    """Return the stat at a path, without following a symbolic link, or None if nothing exists."""
     try:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -128,7 +128,7 @@ def found_at(path: str) -> os.stat_result | None:
 
 
 def is_same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
-    """Whether both are names of one file."""
+    """Check whether both describe the same file."""
     return one is not None and other is not None and os.path.samestat(one, other)
 
 

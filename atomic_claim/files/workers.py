@@ -1,4 +1,4 @@
-"""Who claims, and the sign of life that tells a slow worker from a dead one."""
+"""Worker names, and the heartbeat that tells a slow worker from a dead one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRIES = 10
 
 
 class _Own:
-    """What tells this process from all others, also from one that had its number before."""
+    """A token that tells this process from others, even from one with the same pid before."""
 
     token = new_id()[:8]
 
@@ -31,13 +31,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def own_name() -> str:
-    """A name that only this process has, where the caller gives none."""
+    """Return a worker name unique to this process, for callers that give none."""
     host = socket.gethostname().replace(os.sep, "_").lstrip(".")[:64]
     return f"{host}-{os.getpid()}-{_Own.token}"
 
 
 def worker_name(worker: str | None) -> str:
-    """The worker's name, which is the name of a folder."""
+    """Return the worker's name, which is also its folder's name."""
     return own_name() if worker is None else checked_name(worker, "worker")
 
 
@@ -93,7 +93,7 @@ def last_beat(processing: str, worker: str) -> int:
 
 
 def clock(processing: str) -> int:
-    """The file system's time, in nanoseconds: on NFS the server's, whatever this machine's is."""
+    """Return the file system's time in nanoseconds, on NFS the server's and not this machine's."""
     probe = os.path.join(processing, f".clock-{new_id()}")
     try:
         os.close(os.open(probe, MAKE | os.O_EXCL, 0o666))

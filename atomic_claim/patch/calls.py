@@ -1,4 +1,4 @@
-"""What a patched call was given, and how the options of a patch are read from it."""
+"""The arguments of a patched call, and how a patch's options are read from it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Call:
 def bound_call(
     signature: inspect.Signature, instance: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Call | None:
-    """The call, or None if the arguments do not fit the signature."""
+    """Bind the arguments, or return None if they do not fit the signature."""
     given = args if instance is None else (instance, *args)
     try:
         bound = signature.bind(*given, **kwargs)

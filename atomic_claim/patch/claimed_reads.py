@@ -113,7 +113,7 @@ def claim_reads(
 def _leased(
     job_table: JobTable, lease: timedelta | None, at_most_once: bool
 ) -> tuple[JobTable, timedelta | None]:
-    """The table and the lease to claim with, if a crash can be survived or was agreed to."""
+    """Return the table and lease to claim with, or raise if a crash would lose jobs unnoticed."""
     name = job_table.table.fullname
     only_state = not job_table.done and not job_table.failed
     columns = {"lease": job_table.lease, "token": job_table.token}
@@ -220,7 +220,7 @@ class ClaimWatch(Watch):
         connection: Connection,  # noqa: ARG002 - locks are a connection's, claims are not
         statement: Update | Delete | None,
     ) -> Update | Delete | None:
-        """What is claimed may be changed by any transaction.
+        """Allow changes of claimed rows by any transaction; rewrite the conditions on the state.
 
         An UPDATE that asks whether the row is still free, which it was until we claimed it, gets
         what the claim left of it.
@@ -238,10 +238,10 @@ class ClaimWatch(Watch):
         )
 
     def marked(self, rows: int) -> None:
-        """What was claimed is counted already."""
+        """Do nothing: claimed rows are already counted."""
 
     def ended(self, connection: Connection) -> None:
-        """What is claimed stays so."""
+        """Do nothing: a claim outlasts the transaction."""
 
     def close(self) -> None:
         """Free what is still marked as claimed; what cannot be reached is left to its lease."""
@@ -255,7 +255,7 @@ class ClaimWatch(Watch):
 
 
 class _Search:
-    """What a SELECT asks for: of the state, of other columns of the table, and of other tables."""
+    """The conditions of a SELECT: on the state, on the table's other columns and other tables."""
 
     def __init__(self, state: list[Any], others: list[Any]) -> None:
         self.state = state
@@ -267,7 +267,7 @@ class _Search:
         return cls(*_parted(conjuncts(find.statement), find.place, written))
 
     def where(self, find: Find) -> list[Any]:
-        """The same as conditions of a claim."""
+        """Return the SELECT's conditions as conditions of a claim."""
         table = find.job_table.table
         own = [baked(adapted(each, find.place, table), find.params) for each in self.state]
         if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
@@ -283,7 +283,7 @@ class _Search:
         return [*own, found.select().where(*same).exists()]
 
     def order(self, find: Find) -> list[Any] | None:
-        """The SELECT's order, if it is one of the table's own columns."""
+        """Return the SELECT's order if it uses only the table's own columns, else None."""
         terms = order_terms(find.statement)
         if not terms or not all(speaks_only_of(term, find.place) for term in terms):
             return None
@@ -293,7 +293,7 @@ class _Search:
 def _parted(
     conditions: Iterable[Any], place: FromClause, written: set[str]
 ) -> tuple[list[Any], list[Any]]:
-    """The conditions on columns of a table that a claim writes, and all others."""
+    """Split the conditions into those on columns that a claim writes and all others."""
     state: list[Any] = []
     others: list[Any] = []
     for condition in filters.conjuncts_of(conditions):
@@ -303,7 +303,7 @@ def _parted(
 
 
 def _looks_up(find: Find) -> bool:
-    """Whether the SELECT names its rows by their primary key, as ``session.get()`` does."""
+    """Check whether the SELECT looks its rows up by primary key, as ``session.get()`` does."""
     named = set(_compared(find))
     return {column.key for column in find.job_table.key} <= named
 

@@ -40,7 +40,7 @@ BINDS = (Session, scoped_session, Connection, Engine, sessionmaker)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Options:
-    """What ``patch_claims`` was given beside the target."""
+    """The arguments of ``patch_claims`` other than the target."""
 
     table: Any = None
     session: Any = None
@@ -226,7 +226,7 @@ def claims(
 
 
 def prepared(options: Options, patch: Patch, target: Target) -> Run:
-    """What runs in place of the target, once its options are found to fit."""
+    """Check the options and return the function that runs in place of the target."""
     claiming: Replacing
     if options.directory is None:
         if options.table is None:
@@ -267,7 +267,7 @@ def _file_claiming(options: Options, patch: Patch, target: Target) -> Replacing:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What one call asks for."""
+    """The arguments of one claim, read from a call."""
 
     bind: Any
     limit: int
@@ -316,7 +316,7 @@ class Claiming(Replacing):
         return found or Habit(commits=False, when_empty=False)
 
     def _job_table(self, given: Any) -> JobTable:
-        """The table of a call, read once."""
+        """Return the job table of a call, cached by the given table."""
         if given not in self._tables:
             self._tables[given] = stateless(given) if self.delete else job_table_of(given)
         return self._tables[given]
@@ -364,13 +364,13 @@ class Claiming(Replacing):
 
     @contextmanager
     def claimed(self, call: Call) -> Iterator[list[Any]]:
-        """What a call of a function claims, for as long as its session is open."""
+        """Claim for a call of a function; yield the jobs while its session is open."""
         with _opened(_made(self.session.read(call))) as bind:
             yield self._claim(call, self._synchronous(bind))
 
     @asynccontextmanager
     async def claimed_async(self, call: Call) -> AsyncIterator[list[Any]]:
-        """What a call of a coroutine claims, for as long as its session is open."""
+        """Claim for a call of a coroutine; yield the jobs while its session is open."""
         given = _made(self.session.read(call))
         if inspect.isawaitable(given):
             given = await given
@@ -442,7 +442,7 @@ class Claiming(Replacing):
 
 
 def _versioned(job_table: JobTable, values: Any) -> Any:
-    """The values, and the next version of a row whose mapper counts them, as a flush writes it."""
+    """Add the increment of the mapper's version column to the values, as a flush would."""
     mapper = job_table.mapper
     column = None if mapper is None else mapper.version_id_col
     if mapper is None or not isinstance(column, Column) or column.table is not job_table.table:
@@ -454,7 +454,7 @@ def _versioned(job_table: JobTable, values: Any) -> Any:
 
 
 def _is_table(given: Any) -> bool:
-    """Whether it is the table, and not what reads it from a call."""
+    """Check whether it is a mapped class rather than a function that reads one from a call."""
     return isinstance(given, type)
 
 
@@ -463,13 +463,13 @@ def _is_bind(given: Any) -> bool:
 
 
 def _made(given: Any) -> Any:
-    """What a method that a path leads to makes; anything else is what it is."""
+    """Call a method that a path leads to and return its result; return other objects unchanged."""
     return given() if inspect.isroutine(given) else given
 
 
 @contextmanager
 def _opened(given: Any) -> Iterator[Any]:
-    """What the session is, if need be out of a context manager that makes it."""
+    """Yield the session, entering a context manager that creates it."""
     if isinstance(given, AbstractContextManager) and not _is_bind(given):
         with given as bind:
             yield bind
@@ -478,7 +478,7 @@ def _opened(given: Any) -> Iterator[Any]:
 
 
 def _leaving_unlocked(bind: Any, job_table: JobTable) -> Callable[[], None]:
-    """What makes a claim that finds nothing lock nothing, as the SELECT of the original did.
+    """Return a function that releases SQLite's write lock after an empty claim.
 
     On SQLite an UPDATE takes the database's only write lock, be it of no row, and the caller of a
     function that found nothing has no reason to end the transaction.

@@ -54,7 +54,7 @@ class Entry:
 
 
 def find_file(folder: Path) -> Path | None:
-    """The ``pyproject.toml`` with patches that is nearest above a folder."""
+    """Return the nearest ``pyproject.toml`` with patches in a folder or its parents."""
     for each in (folder, *folder.parents):
         path = each / "pyproject.toml"
         if path.is_file() and _section(_parsed(path)) is not None:
@@ -63,7 +63,7 @@ def find_file(folder: Path) -> Path | None:
 
 
 def read_file(path: Path) -> list[Entry]:
-    """The patches of a file, checked as far as can be without importing anything.
+    """Read the patches of a file, validated as far as possible without importing anything.
 
     .. code-block:: toml
 
@@ -167,7 +167,7 @@ def _check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None
 
 
 def _option(name: str, value: Any) -> Any:
-    """An option as a call would have it: objects in place of their names."""
+    """Convert an option to what a call would pass: objects in place of their names."""
     is_name = isinstance(value, str) and name not in TEXTS and REFERENCE.fullmatch(value)
     if not is_name:
         return value

@@ -30,7 +30,7 @@ LISTS = (list, tuple, set, frozenset)
 
 
 def conditions(job_table: JobTable, given: Any) -> list[ColumnElement[bool]]:
-    """A filter as a list of expressions, all of which must hold.
+    """Convert a filter to a list of expressions that must all hold.
 
     Args:
         job_table: whose columns a dictionary names.
@@ -79,7 +79,7 @@ def _named(job_table: JobTable, name: Any, value: Any) -> list[ColumnElement[boo
 def beside_the_lease(
     job_table: JobTable, given: Iterable[ColumnElement[bool]]
 ) -> list[ColumnElement[bool]]:
-    """The conditions, such that a row whose lease ran out meets them as it is.
+    """Relax the conditions so that a row with an expired lease meets those on the state.
 
     A legacy filter asks for what is free (``status = 'pending'``), which a dead worker's row no
     longer bears; what it asks of other columns stands.
@@ -94,7 +94,7 @@ def beside_the_lease(
 
 
 def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
-    """The conditions with every AND among them taken apart."""
+    """Yield the conditions with every AND split into its parts."""
     for condition in given:
         if getattr(getattr(condition, "operator", None), "__name__", "") == "and_":
             yield from conjuncts_of(condition.get_children())  # type: ignore[arg-type]
@@ -103,14 +103,14 @@ def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement
 
 
 def written(job_table: JobTable) -> set[str]:
-    """The names of the columns that a claim writes."""
+    """Return the names of the columns that a claim writes."""
     columns = [*job_table.claimed, *job_table.stamps, job_table.worker, job_table.token]
     columns += [job_table.lease, job_table.attempts]
     return {column.name for column in columns if column is not None}
 
 
 def speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
-    """Whether a condition asks something of columns with these names."""
+    """Check whether a condition uses columns with these names."""
     return any(
         isinstance(part, ColumnClause) and part.name in names
         for part in visitors.iterate(condition)
@@ -118,7 +118,7 @@ def speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
 
 
 def order(job_table: JobTable, given: Any) -> list[ColumnElement[Any]] | None:
-    """A sort as terms: an expression, a column's name with ``-`` before it for descending.
+    """Convert a sort to terms: expressions, or column names with ``-`` for descending.
 
     Several are a list, or names with commas between them.
 
@@ -148,7 +148,7 @@ def _term(job_table: JobTable, given: Any) -> ColumnElement[Any]:
 
 
 def lease(given: Any) -> timedelta | None:
-    """A lease, given as such or in seconds."""
+    """Convert a lease from a timedelta or seconds."""
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         return timedelta(seconds=given)
     if given is not None and not isinstance(given, timedelta):

@@ -50,12 +50,12 @@ class FileClaiming(Replacing):
 
     @contextmanager
     def claimed(self, call: Call) -> Iterator[list[ClaimedFile]]:
-        """What a call of a function claims."""
+        """Claim files for a call of a function and yield them."""
         yield self._claim(call)
 
     @asynccontextmanager
     async def claimed_async(self, call: Call) -> AsyncIterator[list[ClaimedFile]]:
-        """What a call of a coroutine claims."""
+        """Claim files for a call of a coroutine and yield them."""
         yield await asyncio.to_thread(self._claim, call)
 
     def _claim(self, call: Call) -> list[ClaimedFile]:

@@ -1,4 +1,4 @@
-"""Whether a legacy function commits by itself, and how it yields, read from its own source."""
+"""A legacy function's own commits and yields, read from its source."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def yields_of(function: Callable[..., Any]) -> Yields:
 
 
 def source_of(function: Callable[..., Any]) -> ast.Module | None:
-    """The source of a function, if it can be had."""
+    """Return the parsed source of a function, or None if it is unavailable."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -112,7 +112,7 @@ def _has(above: ast.AST, wanted: list[Any]) -> bool:
 
 
 def _is_innermost(loop: ast.AST, yields: list[Any]) -> bool:
-    """Whether a loop has a yield that no loop within it has."""
+    """Check whether a loop has a yield that no loop inside it has."""
     inner = [n for n in ast.walk(loop) if isinstance(n, LOOPS) and n is not loop]
     return any(_has(loop, [node]) and not any(_has(n, [node]) for n in inner) for node in yields)
 
@@ -124,7 +124,7 @@ def _never_ends(loop: ast.While) -> bool:
 
 
 def _marked_in(node: ast.AST) -> int:
-    """The line in which a job's attribute is set or a statement executed here; 0 is none."""
+    """Return the line that sets a job's attribute or executes a statement here, or 0."""
     if isinstance(node, ast.Attribute):
         is_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
         return node.lineno if isinstance(node.ctx, ast.Store) and not is_own else 0
@@ -135,14 +135,14 @@ def _marked_in(node: ast.AST) -> int:
 
 @dataclass(frozen=True)
 class _Helpers:
-    """What a function calls, as far as it is its own."""
+    """The functions of its own package that a function calls."""
 
     function: Callable[..., Any]
     sessions: frozenset[str]
     depth: int
 
     def commit(self, call: ast.Call) -> bool:
-        """Whether a call is one of a helper that commits."""
+        """Check whether a call is to a helper that commits."""
         helper = self._called(call) if self.depth else None
         if not isinstance(helper, FunctionType):
             return False
@@ -168,7 +168,7 @@ class _Helpers:
 
 
 def _owner(function: Callable[..., Any]) -> type[Any] | None:
-    """The class that a method is defined in."""
+    """Return the class that defines a method, or None."""
     found: Any = sys.modules.get(function.__module__)
     for part in function.__qualname__.split(".")[:-1]:
         found = getattr(found, part, None)
@@ -183,7 +183,7 @@ class _Commit:
     above: tuple[tuple[ast.AST, str], ...]
 
     def when_empty(self, leaves: int) -> bool:
-        """Whether it is reached without a job; ``leaves`` is the line of the first return."""
+        """Check whether it runs without a job; ``leaves`` is the line of the first return."""
         branches = [(node, branch) for node, branch in self.above]
         if any(branch in {"finalbody", "with"} for _, branch in branches):
             return True
@@ -198,7 +198,7 @@ class _Commit:
 def _commits(
     node: ast.AST, above: tuple[tuple[ast.AST, str], ...], helpers: _Helpers
 ) -> Iterator[tuple[int, tuple[tuple[ast.AST, str], ...]]]:
-    """The commits below a node, with what they stand in."""
+    """Yield the commits below a node, each with its enclosing nodes."""
     if isinstance(node, ast.Call) and ("commit" in _name(node.func) or helpers.commit(node)):
         yield node.lineno, above
     if isinstance(node, ast.With | ast.AsyncWith):
@@ -219,14 +219,14 @@ def _name(node: ast.AST) -> str:
 
 
 def _may_not_run(node: ast.AST) -> bool:
-    """Whether it is a loop whose body is not run where there is nothing."""
+    """Check whether the node is a loop whose body is skipped if nothing is found."""
     if isinstance(node, ast.While):
         return not isinstance(node.test, ast.Constant)
     return isinstance(node, ast.For | ast.AsyncFor)
 
 
 def _says_nothing(test: ast.expr) -> bool:
-    """Whether a condition is that nothing was found: ``not job``, ``job is None``."""
+    """Check whether a condition tests that nothing was found: ``not job``, ``job is None``."""
     if isinstance(test, ast.UnaryOp):
         return isinstance(test.op, ast.Not)
     return isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is)

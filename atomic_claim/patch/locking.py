@@ -122,4 +122,4 @@ class LockWatch(Watch):
         """Locks need no care."""
 
     def close(self) -> None:
-        """The transaction is the function's own."""
+        """Do nothing: the transaction belongs to the function."""

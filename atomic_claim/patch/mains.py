@@ -21,7 +21,7 @@ waiting: list[Ready] = []
 
 
 def main_name() -> str:
-    """What the main module would be called if it were imported; empty if that is not known."""
+    """Return the name to import the main module by, or "" if it is unknown."""
     first = sys.argv[0] if sys.argv else ""
     if first == "-c":
         return os.environ.get(VARIABLE, "")
@@ -40,13 +40,13 @@ def main_name() -> str:
 
 
 def is_main(name: str) -> bool:
-    """Whether a module of this name is the main one."""
+    """Check whether a module of this name is the main module."""
     known = main_name()
     return name in MAINS or (bool(known) and name in {known, f"{known}.__main__"})
 
 
 def loaded_module(name: str) -> ModuleType | None:
-    """The module of this name, be it the main one, if it is loaded."""
+    """Return the loaded module of this name, even if it is the main module, or None."""
     if (found := sys.modules.get(name)) is not None:
         return found
     if not is_main(name):

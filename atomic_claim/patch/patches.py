@@ -73,7 +73,7 @@ class Patch:
 
     @property
     def is_installed(self) -> bool:
-        """Whether the target is patched; not yet while its module is not imported."""
+        """Check whether the target is patched; False until its module is imported."""
         return bool(self._installed)
 
     def undo(self) -> None:
@@ -172,7 +172,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
 
 
 def guarded(patch: Patch, run: Run) -> Run:
-    """What runs while the patch is active, and the original when it is not any more."""
+    """Return a function that runs the patch while it is active and the original afterwards."""
 
     def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not patch.is_active:

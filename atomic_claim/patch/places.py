@@ -20,7 +20,7 @@ class Attribute:
     name: str
 
     def get(self) -> Any:
-        """What is held there, or ``MISSING``."""
+        """Return the value held there, or ``MISSING``."""
         if isinstance(self.owner, type) or not hasattr(self.owner, "__dict__"):
             return vars(self.owner).get(self.name, MISSING)
         if _is_proxy(self.owner):
@@ -45,7 +45,7 @@ class Cell:
     cell: CellType
 
     def get(self) -> Any:
-        """What is held there, or ``MISSING``."""
+        """Return the value held there, or ``MISSING``."""
         try:
             return self.cell.cell_contents
         except ValueError:
@@ -61,14 +61,14 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Getter:
-    """What a property reads by; the property itself is replaced, and comes back as it was."""
+    """The getter of a property; the property is replaced, and the original restored on undo."""
 
     owner: type[Any]
     name: str
     original: property
 
     def get(self) -> Any:
-        """What is held there, or ``MISSING``."""
+        """Return the value held there, or ``MISSING``."""
         found = vars(self.owner).get(self.name)
         return found.fget if isinstance(found, property) else MISSING
 
@@ -92,7 +92,7 @@ def _is_proxy(value: Any) -> bool:
 
 
 def inner_of(value: Any, name: str) -> Callable[..., Any] | None:
-    """What a decorator was applied to; None if this is no decorated function.
+    """Return the function that a decorator wraps, or None if this is no decorated function.
 
     It is told by ``__wrapped__``, or else, where a decorator keeps nothing of what it decorates,
     by the name of a function in its closure or among its attributes.
@@ -111,7 +111,7 @@ def inner_of(value: Any, name: str) -> Callable[..., Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """The function in a static, a class or a bound method, or in a property."""
+    """Return the function in a static, class or bound method, or in a property."""
     if type(value) in {staticmethod, classmethod, MethodType}:
         return value.__func__
     return value.fget if type(value) is property else value

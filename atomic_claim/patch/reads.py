@@ -66,7 +66,7 @@ class Watch(ABC):
     def read(
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Select[Any] | None:
-        """What is executed in place of a SELECT; None is the SELECT itself."""
+        """Return the SELECT to execute in place of a statement, or None to keep it."""
 
     @abstractmethod
     def mark(
@@ -79,11 +79,11 @@ class Watch(ABC):
 
     @abstractmethod
     def marked(self, rows: int) -> None:
-        """So many rows of the table were changed."""
+        """Count the rows of the table that a statement changed."""
 
     @abstractmethod
     def ended(self, connection: Connection) -> None:
-        """The connection's transaction is about to end."""
+        """React before the connection's transaction ends."""
 
     @abstractmethod
     def tick(self) -> None:
@@ -91,7 +91,7 @@ class Watch(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """The call is over."""
+        """Clean up after the call."""
 
 
 watches: ContextVar[tuple[Watch, ...]] = ContextVar("atomic_claim_watches", default=())
@@ -109,7 +109,7 @@ def unwatched() -> Iterator[None]:
 
 
 def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
-    """What runs in place of a function whose reads are watched; it runs the function itself."""
+    """Return a function that runs the patched function and watches its reads."""
     listeners.begin()
     patch.at_undo(listeners.end)
 
@@ -225,7 +225,7 @@ class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
 
 
 def _read_already(result: Any, patch: Patch) -> Any:
-    """What the function returned, unless it is yet to read."""
+    """Return the function's result, or raise if it reads after the call."""
     if isinstance(result, (Query, SelectBase)) or inspect.isgenerator(result):
         raise PatchError(
             f"{patch.target} returned a {type(result).__name__}, which reads when the call is "

@@ -1,4 +1,4 @@
-"""What every patch that replaces a function reads from a call, and makes of what was claimed."""
+"""Shared by patches that replace a function: read the call, and convert the claimed jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = 2**31 - 1
 
 
 class Replacing(ABC):
-    """What stands in place of one function.
+    """The base of the replacements of one function.
 
     Args:
         patch: what counts.
@@ -106,11 +106,11 @@ class Replacing(ABC):
 
     @abstractmethod
     def claimed(self, call: Call) -> AbstractContextManager[list[Any]]:
-        """What a call of a function claims, while it can be read."""
+        """Claim for a call of a function; yield the jobs while they can be read."""
 
     @abstractmethod
     def claimed_async(self, call: Call) -> AbstractAsyncContextManager[list[Any]]:
-        """What a call of a coroutine claims, while it can be read."""
+        """Claim for a call of a coroutine; yield the jobs while they can be read."""
 
     def run(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -165,7 +165,7 @@ class Replacing(ABC):
                 break
 
     def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """The call, if it claims; what does not fit the signature is the original's to refuse."""
+        """Bind the call, or return None if it does not claim or the signature does not fit."""
         call = bound_call(self.target.signature, instance, args, kwargs)
         if call is None or not self.when.read(call):
             self.patch.count(passed_through=1)
@@ -182,7 +182,7 @@ class Replacing(ABC):
         return ALL if limit is None else limit
 
     def _part(self, call: Call, claim: list[Any]) -> Iterable[Any]:
-        """What a generator yields of one claim; as a context manager once, be it nothing."""
+        """Return what a generator yields for one claim; a context manager always yields once."""
         answer = self._answer(call, claim)
         if self.target.is_context:
             return [answer]
@@ -191,7 +191,7 @@ class Replacing(ABC):
         return answer  # type: ignore[no-any-return]
 
     def _answer(self, call: Call, claim: list[Any]) -> Any:
-        """What the function returns, or raises."""
+        """Return the function's result, or raise its exception."""
         if claim:
             return self.returns(claim[0] if self.single else claim, call)
         empty = self.empty.read(call)
@@ -205,7 +205,7 @@ class Replacing(ABC):
 
 
 def is_text(given: Any) -> bool:
-    """Whether a string is meant as it is."""
+    """Check whether the option is a literal string."""
     return isinstance(given, str)
 
 
@@ -214,7 +214,7 @@ def _is_count(given: Any) -> bool:
 
 
 def _is_answer(given: Any) -> bool:
-    """Whether it is what is returned or raised, and not what makes it."""
+    """Check whether it is the value to return or raise rather than a function that makes it."""
     return isinstance(given, (str, BaseException)) or (
         isinstance(given, type) and issubclass(given, BaseException)
     )

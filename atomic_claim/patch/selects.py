@@ -1,4 +1,4 @@
-"""Somebody else's SELECT, taken apart: does it find jobs, and can what it finds be locked."""
+"""Analysis of a legacy SELECT: whether it finds jobs, and whether its rows can be locked."""
 
 # SQLAlchemy lets a SELECT be built by public names and not be asked what it was built of.
 # ruff: noqa: SLF001
@@ -71,7 +71,7 @@ AGGREGATES = frozenset(
 
 
 def mentions(statement: Any, table: Table) -> bool:
-    """Whether a statement speaks of the table, wherever in it."""
+    """Check whether any part of a statement uses the table."""
     return any(
         isinstance(element, TableClause) and _is(element, table)
         for element in visitors.iterate(statement)
@@ -79,12 +79,12 @@ def mentions(statement: Any, table: Table) -> bool:
 
 
 def names(sql: str, table: Table) -> bool:
-    """Whether raw SQL names the table."""
+    """Check whether raw SQL names the table."""
     return re.search(rf"(?<![\w$]){re.escape(table.name)}(?![\w$])", sql, re.IGNORECASE) is not None
 
 
 def is_read(sql: str) -> bool:
-    """Whether raw SQL is no plain INSERT, UPDATE or DELETE, which finds nothing for Python."""
+    """Check whether raw SQL returns rows, as no plain INSERT, UPDATE or DELETE does."""
     plain = re.sub(r"(?s)^(\s|--[^\n]*\n|/\*.*?\*/)*", "", sql).upper()
     return not plain.startswith(("INSERT", "UPDATE", "DELETE", "REPLACE")) or "RETURNING" in plain
 
@@ -92,7 +92,7 @@ def is_read(sql: str) -> bool:
 def find_of(
     job_table: JobTable, statement: Any, params: Mapping[str, Any], target: str
 ) -> Find | None:
-    """The SELECT as one that finds jobs; None if it does not speak of the table.
+    """Analyze the SELECT as one that finds jobs; return None if it does not use the table.
 
     Raises:
         PatchError: it speaks of the table, and cannot be locked.
@@ -154,7 +154,7 @@ class _Refusal:
 
 
 def _is(element: Any, other: Any) -> bool:
-    """Whether they are the same table; the ORM's copies with annotations say so by ``==``."""
+    """Check whether both are the same table; the ORM's annotated copies compare by ``==``."""
     return element is other or bool(element == other)
 
 
@@ -196,7 +196,7 @@ def _limit(statement: Select[Any], params: Mapping[str, Any], refuse: _Refusal) 
 
 
 def speaks_only_of(condition: Any, place: FromClause) -> bool:
-    """Whether all columns of a condition are those of one table or alias."""
+    """Check whether a condition uses only columns of one table or alias."""
     return all(
         element.table is not None and _is(element.table, place)
         for element in visitors.iterate(condition)
@@ -205,7 +205,7 @@ def speaks_only_of(condition: Any, place: FromClause) -> bool:
 
 
 def adapted(clause: Any, place: FromClause, table: Table) -> Any:
-    """A clause about an alias as one about its table."""
+    """Rewrite a clause on an alias to one on its table."""
     if _is(place, table):
         return clause
     # The ORM's annotations keep the columns of an aliased class from being replaced.
@@ -221,7 +221,7 @@ def adapted(clause: Any, place: FromClause, table: Table) -> Any:
 
 
 def baked(clause: Any, params: Mapping[str, Any]) -> Any:
-    """A clause with the values of the parameters that are passed with its statement."""
+    """Insert the values of the parameters passed with the statement into a clause."""
     if not params:
         return clause
 
@@ -235,24 +235,24 @@ def baked(clause: Any, params: Mapping[str, Any]) -> Any:
 
 
 def conjuncts(statement: Select[Any] | Update | Delete) -> tuple[Any, ...]:
-    """The conditions of a statement, all of which must hold."""
+    """Return the conditions of a statement that must all hold."""
     return statement._where_criteria
 
 
 def order_terms(statement: Select[Any]) -> tuple[Any, ...]:
-    """What a SELECT orders by."""
+    """Return the ORDER BY terms of a SELECT."""
     return tuple(statement._order_by_clauses)
 
 
 def with_criteria(statement: Update | Delete, *conditions: Any) -> Update | Delete:
-    """The UPDATE or DELETE with other conditions."""
+    """Return the UPDATE or DELETE with other conditions."""
     found = statement.where()
     found._where_criteria = conditions
     return found
 
 
 def with_conditions(statement: Select[Any], *conditions: Any) -> Select[Any]:
-    """The SELECT with other conditions, and without a limit."""
+    """Return the SELECT with other conditions and without a limit."""
     found = statement.limit(None).offset(None)
     found._where_criteria = ()
     return found.where(*conditions)

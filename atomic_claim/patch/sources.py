@@ -1,4 +1,4 @@
-"""What a module will define, read from its source before anybody imports it."""
+"""The names that a module will define, read from its source before it is imported."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _check(source: Path, module: str, path: str) -> None:
 
 
 def _defined(body: Iterable[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that statements define, with the statement; ``*`` is any."""
+    """Yield the names that statements define, with the statement; ``*`` stands for any name."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node

@@ -1,4 +1,4 @@
-"""What ``atomic-claim run`` has every Python process of a program begin with."""
+"""The startup hook that ``atomic-claim run`` adds to every Python process of a program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNUSABLE = 2
 
 
 def environment(path: Path, given: dict[str, str]) -> dict[str, str]:
-    """The environment of a program that is to be patched from a file."""
+    """Return the environment for a program that is to be patched from a file."""
     others = [part for part in given.get("PYTHONPATH", "").split(os.pathsep) if part]
     return {
         **given,

@@ -18,7 +18,7 @@ from .mains import loaded_module
 
 
 def stateless(table: Any) -> JobTable:
-    """A ``JobTable`` of a table whose jobs are taken by deleting them.
+    """Create a ``JobTable`` for jobs that a claim deletes.
 
     What can be read of its columns (when a job is due, what comes first, and even a state) holds.
 
@@ -39,7 +39,7 @@ def stateless(table: Any) -> JobTable:
 
 
 def keyed(table: Any, **known: Any) -> JobTable:
-    """A ``JobTable`` to which every row is free, whoever has it."""
+    """Create a ``JobTable`` for which every row is free, even a claimed one."""
     if isinstance(table, JobTable):
         table = table.entity or table.table
     key = next(iter(_table_of(table).primary_key.columns), None)
@@ -47,7 +47,7 @@ def keyed(table: Any, **known: Any) -> JobTable:
 
 
 def leased_only(job_table: JobTable) -> JobTable:
-    """The table such that a claim writes nothing but the lease, and the state says what is done."""
+    """Return a ``JobTable`` whose claims write only the lease; the state marks finished jobs."""
     if job_table.exclusive_by is not None:
         raise PatchError(
             f"{job_table!r} has exclusive keys, and a find under a lease frees a row's key as soon "
@@ -94,7 +94,7 @@ class Later:
 
 
 def table_of(given: Any) -> Any:
-    """The table that was given, or that was named.
+    """Resolve a table that is given by itself or by name.
 
     Raises:
         PatchError: there is nothing of that name.
@@ -114,7 +114,7 @@ def table_of(given: Any) -> Any:
 
 
 def referred(name: str) -> Any:
-    """What ``"module:name"`` stands for, imported if need be.
+    """Return the object that ``"module:name"`` names; import the module if necessary.
 
     Raises:
         PatchError: there is nothing of that name.

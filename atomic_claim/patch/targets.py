@@ -1,4 +1,4 @@
-"""What a patch is aimed at: found, checked, and named, before anything is replaced."""
+"""The target of a patch: found, validated and named before anything is replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTEXTS = {decorator(iter).__code__ for decorator in _DECORATORS}
 
 
 class PatchWrapper(FunctionWrapper[..., Any]):
-    """What stands in place of a patched function."""
+    """A wrapper that stands in place of a patched function."""
 
     def __init__(self, wrapped: Any, wrapper: Any, patch: Any) -> None:
         super().__init__(wrapped, wrapper)
@@ -71,7 +71,7 @@ class Target:
 
 
 def parts_of(given: str) -> tuple[str, str]:
-    """The module and the path of ``"module:Class.method"``."""
+    """Split ``"module:Class.method"`` into the module and the path."""
     module, colon, path = given.partition(":")
     names = [*module.split("."), *path.split(".")]
     if not colon or not all(name.isidentifier() for name in names):
@@ -83,7 +83,7 @@ def parts_of(given: str) -> tuple[str, str]:
 
 
 def named_target(module: ModuleType, path: str) -> Target:
-    """The target at a path in a module that is loaded.
+    """Return the target at a path in a loaded module.
 
     Raises:
         PatchError: it is not there, is patched already, or cannot be patched.
@@ -97,13 +97,13 @@ def named_target(module: ModuleType, path: str) -> Target:
 
 
 def is_defined(module: ModuleType, path: str) -> bool:
-    """Whether there is something at a path, by now, in a module that is being loaded."""
+    """Check whether a module that is being loaded already defines the path."""
     found = _stored(module, path)
     return found is not None
 
 
 def object_target(given: Any) -> Target:
-    """The target that a function or method is.
+    """Return the target for a function or method.
 
     Raises:
         PatchError: nothing is known that holds it, or as for :func:`named_target`.
@@ -168,7 +168,7 @@ def _title(given: Any) -> str:
 
 
 def _lookup(owner: Any, name: str) -> Any:
-    """What is stored under a name, without binding it."""
+    """Return the attribute stored under a name without binding it."""
     if isinstance(owner, type):
         for each in owner.__mro__:
             if name in vars(each):
@@ -211,7 +211,7 @@ def _target(name: str, owner: Any, last: str) -> Target:
 
 
 def _innermost(name: str, stored: Any, root: Attribute, last: str) -> tuple[Any, list[Place], bool]:
-    """The function inside all decorators, so that these go on working around the claim.
+    """Return the function inside all decorators, which then keep working around the claim.
 
     With it, where it is held, and whether a decorator makes a context manager of it.
     """
@@ -235,7 +235,7 @@ def _innermost(name: str, stored: Any, root: Attribute, last: str) -> tuple[Any,
 
 
 def _is_effective(place: Place) -> bool:
-    """Whether what is put there is what will be called."""
+    """Check whether a function stored at this place is the one that is called."""
     if not isinstance(place, Attribute) or place.name != "__wrapped__":
         return True
     owner = place.owner
@@ -273,7 +273,7 @@ def _overriding(owner: type[Any], name: str) -> Iterator[type[Any]]:
 
 
 def _bindings(function: Any) -> list[Attribute]:
-    """The modules' names for a function, as left by ``from module import function``."""
+    """Return the module attributes that ``from module import function`` bound to a function."""
     return [
         Attribute(module, name)
         for module in list(sys.modules.values())
@@ -284,7 +284,7 @@ def _bindings(function: Any) -> list[Attribute]:
 
 
 def loaded(function: Any) -> Target:
-    """The target that a function is while it is being decorated; held by nobody yet."""
+    """Return the target for a function that is being decorated and is not stored anywhere yet."""
     name = _title(plain(function))
     _refuse_patched(function, name)
     if isinstance(function, type) or not callable(plain(function)):

@@ -47,7 +47,7 @@ KINDS_WITHOUT_NAMES = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_K
 
 @dataclass(frozen=True)
 class Offer:
-    """What a function can be given.
+    """The values that a function can receive as arguments.
 
     Attributes:
         engine: the database of the race.
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def takes_limit(self) -> bool:
-        """Whether it is told how many jobs it may hand out."""
+        """Check whether the function receives the maximum number of jobs."""
         own = any(role == "limit" for _, role in self.roles)
         return own or (self.of is not None and self.of.takes_limit)
 
@@ -180,7 +180,7 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
 
 
 def _needs_object(function: Any, owner: Any) -> bool:
-    """Whether it is a method that is called on an object of its class."""
+    """Check whether the function is a method that needs an instance of its class."""
     if not isinstance(owner, type):
         return False
     stored = inspect.getattr_static(owner, getattr(function, "__name__", ""), None)

@@ -43,7 +43,7 @@ class CommandError(Exception):
 
 
 def parse_url(given: str) -> URL:
-    """The URL as given, with a driver that is installed.
+    """Parse the URL, with a driver that is installed.
 
     ``postgres://`` is understood, an asynchronous driver is replaced, and where the URL names no
     driver and SQLAlchemy's default is missing, another is taken.
@@ -111,7 +111,7 @@ def _missing(url: URL, error: ImportError) -> CommandError:
 
 @contextmanager
 def chosen(given: str | None) -> Iterator[URL]:
-    """The database at the URL, or a new one in a temporary file.
+    """Yield the URL of the given database, or of a new one in a temporary file.
 
     Raises:
         CommandError: it is no URL, or its database or driver cannot be used.
@@ -126,12 +126,12 @@ def chosen(given: str | None) -> Iterator[URL]:
 
 
 def masked(url: URL) -> str:
-    """The URL as it may be shown: without a password, and without options."""
+    """Render the URL without its password and options."""
     return url.set(query={}).render_as_string(hide_password=True)
 
 
 def make_engine(url: URL) -> Engine:
-    """An engine that does not wait for ever for a host that does not answer."""
+    """Create an engine with a connect timeout for hosts that do not answer."""
     name = TIMEOUT_ARGUMENTS.get(url.get_driver_name())
     arguments = {name: TIMEOUT} if name is not None and name not in url.query else {}
     return create_engine(url, connect_args=arguments)
@@ -139,7 +139,7 @@ def make_engine(url: URL) -> Engine:
 
 @contextmanager
 def connected(url: URL) -> Iterator[Engine]:
-    """An engine whose server has answered, and is known to claim atomically.
+    """Yield an engine whose server responds and is known to claim atomically.
 
     Raises:
         CommandError: there is no such server or database, or it is too old.
@@ -183,12 +183,12 @@ def _check_name(url: URL) -> None:
 
 
 def complaint(what: str, error: BaseException, url: URL) -> CommandError:
-    """What failed and why, in one line that tells no secret of the URL."""
+    """Return a one-line error that says what failed and why, without the URL's secrets."""
     return CommandError(without_secrets(f"{what}: {one_line(error)}", url))
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line; of a driver's error what the driver says."""
+    """Return an error's message in one line, for a driver's error the driver's message."""
     found: Any = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     # PostgreSQL's drivers add the line of the statement, and MySQL's give a number before the text.
     said = getattr(getattr(found, "diag", None), "message_primary", None)
@@ -201,7 +201,7 @@ def one_line(error: BaseException) -> str:
 
 
 def without_secrets(text: str, url: URL) -> str:
-    """The text with *** in place of the URL's secrets, in whatever form they are in it."""
+    """Replace the URL's secrets in the text by ***, in every form in which they occur."""
     for secret in sorted(set(_secrets(url)), key=len, reverse=True):
         pattern = re.escape(secret)
         if len(secret) < SUBSTRING:
@@ -225,7 +225,7 @@ def _listed(values: str | Iterable[str]) -> list[str]:
 
 
 def server_title(connection: Connection) -> str:
-    """The database's product and version, such as ``PostgreSQL 15.20``."""
+    """Return the database's product and version, such as ``PostgreSQL 15.20``."""
     dialect = connection.dialect
     name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
     # What comes after the third number is the packager's.

@@ -41,7 +41,7 @@ class Reader:
         ]
 
     def keys(self, found: Any) -> tuple[Key, ...]:
-        """The jobs in the order in which they were handed out; none for nothing.
+        """Return the keys of the jobs in the order in which they were handed out.
 
         Raises:
             CommandError: no primary key can be found in it.
@@ -120,7 +120,7 @@ class Reader:
 
 
 def _attribute(mapper: Any, column: Any) -> str | None:
-    """What a mapped class calls a column."""
+    """Return a mapped class's attribute name for a column, or None."""
     if not isinstance(mapper, Mapper) or not isinstance(column.table, Table):
         return None
     found = mapper.get_property_by_column(column)

@@ -1,4 +1,4 @@
-"""What the workers of a race see of each other: so they meet before their first write.
+"""The meeting of a race's workers: each waits for the others before its first write.
 
 A race that shows itself only now and then proves nothing by its absence. All workers have found
 their jobs before the first of them marks its own, so that a function which finds and then marks
@@ -58,7 +58,7 @@ class Board:
 
     @classmethod
     def of(cls, workers: int, context: Any) -> Board:
-        """A board for so many workers."""
+        """Create a board for a number of workers."""
         return cls(
             doing=context.RawArray(c_int, workers),
             since=context.RawArray(c_double, workers),
@@ -75,7 +75,7 @@ class Board:
         self.calling[worker] = 0.0
 
     def all_idle(self) -> bool:
-        """Whether nobody has got anything lately."""
+        """Check whether every worker's last call returned nothing."""
         return all(self.idle)
 
     def _is_awaited(self, worker: int) -> bool:
@@ -119,14 +119,14 @@ class Meeting:
         event.listen(Engine, "handle_error", self._failed)
 
     def call_begins(self) -> None:
-        """A call of the target begins."""
+        """Record that a call of the target begins."""
         self.waited = 0.0
         self._board.calling[self._worker] = time.perf_counter()
         if self._board.doing[self._worker] == STARTING:
             self._board.doing[self._worker] = AT_WORK
 
     def call_ends(self) -> None:
-        """It has ended: whoever had nothing to write is past the meeting."""
+        """Record that the call has ended; the others no longer wait for this worker."""
         self._board.calling[self._worker] = 0.0
         self._board.doing[self._worker] = PAST
 

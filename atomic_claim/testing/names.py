@@ -1,4 +1,4 @@
-"""What ``MODULE:NAME`` stands for."""
+"""Import objects by ``MODULE:NAME``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .database import CommandError
 
 
 def load(spec: str, option: str) -> Any:
-    """What ``MODULE:NAME`` stands for; a module in the current directory is found too.
+    """Load the object that ``MODULE:NAME`` names, also from the current directory.
 
     Args:
         spec: the module and the name in it, which may have dots.
@@ -25,7 +25,7 @@ def load(spec: str, option: str) -> Any:
 
 
 def owner_and_object(spec: str, option: str) -> tuple[Any, Any]:
-    """The same, and before it the module or class that holds it; see :func:`load`."""
+    """Load an object as :func:`load` does; return its module or class, and the object."""
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
         raise CommandError(
@@ -62,7 +62,7 @@ def _imported(name: str, said: str) -> Any:
 
 
 def where(error: BaseException) -> str:
-    """What went wrong, and in which line of the user's."""
+    """Describe an error and the line in the user's code that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__} at {last.filename}:{last.lineno}: {said}"

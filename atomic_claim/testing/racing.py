@@ -180,7 +180,7 @@ def _run(
 
 
 def _check_result(found: Race, team: Team, *, existing: bool) -> None:
-    """A race in which nobody got one of its jobs says nothing.
+    """Raise if no worker received a job, since such a race proves nothing.
 
     Raises:
         CommandError: there was no job.

@@ -1,4 +1,4 @@
-"""What a race showed, counted from what its workers recorded."""
+"""The result of a race, counted from the records of its workers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Race:
-    """What a race showed.
+    """The result of a race.
 
     Attributes:
         target: the function, as ``"module:function"``.
@@ -141,7 +141,7 @@ class Race:
 
     @property
     def exact(self) -> bool:
-        """Whether every job was handed out once, no call gave too many, and none is stuck."""
+        """Check that each job was handed out once, no call gave too many and no job is stuck."""
         return not (self.duplicates or self.lost or self.over_limit or self.stuck)
 
     @property

@@ -55,7 +55,7 @@ PLAIN = (bool, int, float, str, bytes, type(None))
 
 @dataclass(frozen=True)
 class JobColumns:
-    """What is known of a job table's columns, so that its rows are free and due.
+    """The known meaning of a job table's columns, used to make free and due rows.
 
     Attributes:
         free: what the columns hold in a free row.
@@ -69,7 +69,7 @@ class JobColumns:
 
 
 def job_columns(given: Any) -> JobColumns:
-    """What a table, a mapped class or a ``JobTable`` says of its columns, or their names do."""
+    """Read the columns' meaning from a ``JobTable``, a mapped class or a table, else by name."""
     tables, kind = tables_of(given), _discriminator(given)
     try:
         found = job_table_of(given)
@@ -85,7 +85,7 @@ def job_columns(given: Any) -> JobColumns:
 
 
 def _by_name(tables: Iterable[Table], kind: dict[Column[Any], Any]) -> JobColumns:
-    """The same of a table that cannot be read with certainty, by the columns that can."""
+    """Infer what the column names reveal of a table that cannot be read with certainty."""
     times: list[Column[Any]] = []
     counts: list[Column[Any]] = []
     for table in tables:
@@ -97,7 +97,7 @@ def _by_name(tables: Iterable[Table], kind: dict[Column[Any], Any]) -> JobColumn
 
 
 def _discriminator(given: Any) -> dict[Column[Any], Any]:
-    """What a row of a mapped class's own says it is, where classes share a table."""
+    """Return the discriminator's value for a class that shares its table with others."""
     mapper: Any = sa_inspect(given.entity if isinstance(given, JobTable) else given, raiseerr=False)
     if not isinstance(mapper, Mapper) or not isinstance(mapper.polymorphic_on, Column):
         return {}
@@ -105,7 +105,7 @@ def _discriminator(given: Any) -> dict[Column[Any], Any]:
 
 
 def _plain(value: Any) -> tuple[bool, Any]:
-    """Whether a declared value is known here, and it."""
+    """Return whether a declared value is known in Python, and the value."""
     if isinstance(value, Declared):
         return True, value.value
     name = getattr(value, "__visit_name__", None)
@@ -135,7 +135,7 @@ class Maker:
         self._begin = datetime.now(UTC).replace(microsecond=0) - timedelta(days=1)
 
     def row(self, place: int, given: Mapping[str, Any]) -> Row:
-        """The row with a number, counted from 0; what is given goes before what is made.
+        """Build the row with this number, counted from 0; given values override generated ones.
 
         Raises:
             CommandError: nothing is known that a column would take.
@@ -149,7 +149,7 @@ class Maker:
         return made
 
     def _value(self, column: Column[Any], place: int) -> tuple[bool, Any]:
-        """Whether a value is to be given, and it."""
+        """Return whether the column needs a value, and the value."""
         if column in self.parents:
             values = self.parents[column]
             return True, values[place % len(values)]
@@ -201,7 +201,7 @@ def _naive(time: datetime) -> datetime:
 
 
 def _enum_value(type_: Any) -> Any:
-    """The value that reads like a free job's, or the first."""
+    """Return the enum value named like a free state, or the first."""
     if type_.enum_class is not None:
         members = dict(type_.enum_class.__members__)
     else:
@@ -236,7 +236,7 @@ MAKERS: list[tuple[Any, Make]] = [
 
 
 def _is_filled(column: Column[Any]) -> bool:
-    """Whether the database or SQLAlchemy gives a value where none is given."""
+    """Check whether the database or SQLAlchemy fills the column if no value is given."""
     return (
         column.default is not None
         or column.server_default is not None
@@ -247,7 +247,7 @@ def _is_filled(column: Column[Any]) -> bool:
 
 
 def _is_constant(column: Column[Any]) -> bool:
-    """Whether that value is the same in every row, as far as is known."""
+    """Check whether the column's default is known to be the same in every row."""
     return bool(getattr(column.default, "is_scalar", False))
 
 
@@ -265,12 +265,12 @@ def _unique_columns(table: Table) -> Iterator[Column[Any]]:
 
 
 def needs_parent_each(column: Column[Any]) -> bool:
-    """Whether every row needs a parent of its own there."""
+    """Check whether every row needs a different parent in this column."""
     return isinstance(column.table, Table) and column in set(_unique_columns(column.table))
 
 
 def required(constraint: ForeignKeyConstraint) -> bool:
-    """Whether rows need a parent by this foreign key."""
+    """Check whether rows need a parent for this foreign key."""
     return not any(column.nullable for column in constraint.columns)
 
 
@@ -278,7 +278,7 @@ Factory = Callable[..., Any]
 
 
 def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
-    """What a user's factory gives for each row, by its columns' keys.
+    """Call a user's factory for each row; return the values by column key.
 
     Args:
         factory: called with the row's number, from 1, it returns a dictionary or a mapped object;
@@ -330,7 +330,7 @@ def _values(given: Any) -> dict[str, Any] | None:
 
 
 def tables_of(given: Any) -> list[Table]:
-    """The tables whose rows are the jobs: several where classes are joined.
+    """Return the tables that hold the jobs, several for joined table inheritance.
 
     Raises:
         CommandError: it is no table.

@@ -44,7 +44,7 @@ MANY = 1000
 
 @dataclass(frozen=True)
 class Jobs:
-    """What the workers are let loose on.
+    """The jobs that the workers of a race compete for.
 
     Attributes:
         keys: the primary keys of the rows, as text.
@@ -59,7 +59,7 @@ class Jobs:
 def filled(
     engine: Engine, given: Any, count: int, *, factory: Factory | None, existing: bool
 ) -> Iterator[Jobs]:
-    """The table with so many free rows, and the parents that they need; undone afterwards.
+    """Create the table with a number of free rows and their parents; undo it afterwards.
 
     Args:
         engine: the database.
@@ -102,7 +102,7 @@ def _there(engine: Engine, tables: Iterable[Table]) -> list[Table]:
 
 
 def _with_parents(tables: Sequence[Table]) -> list[Table]:
-    """The tables and all that their foreign keys need, parents first."""
+    """Return the tables and all that their foreign keys refer to, parents first."""
     found = list(tables)
     for table in found:
         for key in table.foreign_keys:
@@ -272,21 +272,21 @@ class _Filling:
         return found
 
     def _referenced(self, table: Table) -> list[Column[Any]]:
-        """The columns besides the primary key's that others of these tables refer to."""
+        """Return the columns outside the primary key that these tables' foreign keys refer to."""
         tables = _with_parents(self._jobs)
         found = {key.column for each in tables for key in each.foreign_keys}
         return [c for c in table.columns if c in found and not c.primary_key]
 
     @staticmethod
     def _highest(connection: Connection, table: Table) -> int:
-        """The highest number in the table, or how many rows it has."""
+        """Return the highest number in the primary key, or else the number of rows."""
         numbers = [c for c in table.primary_key.columns if isinstance(c.type, Integer)]
         query = select(func.max(numbers[0]) if numbers else func.count()).select_from(table)
         return int(connection.scalar(query) or 0)
 
 
 def _alike(rows: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The rows in groups that name the same columns, as one INSERT has to."""
+    """Group the rows by the columns that they name, as one INSERT requires."""
     groups: dict[frozenset[str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(frozenset(row), []).append(row)

@@ -170,12 +170,12 @@ class Team:
         return max(0.0, self._board.met.value - self._start) if self._board.met.value else 0.0
 
     def last_error(self) -> str | None:
-        """What a worker's target raised when it handed out nothing, without the URL's secrets."""
+        """Return an error of a target that handed out nothing, without the URL's secrets."""
         errors = [done.last_error for done in self.done.values() if done.last_error]
         return without_secrets(errors[0], self.setting.duty.url) if errors else None
 
     def _heard(self, pipes: set[Pipe], deadline: float) -> list[Pipe]:
-        """The pipes in which something is to be read by now."""
+        """Return the pipes that have data to read, or raise after the deadline."""
         if time.perf_counter() > deadline:
             raise CommandError(self._late())
         return [pipe for pipe in wait(pipes, LOOK_EVERY) if isinstance(pipe, Pipe)]

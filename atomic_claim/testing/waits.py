@@ -30,7 +30,7 @@ class Waits(Protocol):
         """Look at the server, if it is time."""
 
     def total(self) -> float | None:
-        """The seconds of all workers together, or None if the database does not tell."""
+        """Return the seconds of all workers together, or None if the database reports none."""
 
 
 class _Watched:
@@ -67,7 +67,7 @@ class Sampled(_Watched):
         self._last = now
 
     def total(self) -> float | None:
-        """What was added up."""
+        """Return the accumulated seconds, or None if a query failed."""
         return None if self._refused else self._total
 
 
@@ -82,7 +82,7 @@ class Counted(_Watched):
         """There is nothing to do in between."""
 
     def total(self) -> float | None:
-        """The difference since the beginning."""
+        """Return the seconds since the beginning, or None if a query failed."""
         end = None if self._refused else self._ask(text(COUNTER))
         return None if end is None else (int(end[1]) - int(self._begin[1])) / 1000
 
@@ -94,12 +94,12 @@ class Told:
         """There is nothing to do."""
 
     def total(self) -> float | None:
-        """The workers tell."""
+        """Return None: the workers measure their waits themselves."""
         return None
 
 
 def waits_of(connection: Connection) -> Waits:
-    """What tells of the waits on this database, which begins to count now."""
+    """Return the measurement of lock waits for this database, which starts now."""
     name = connection.dialect.name
     if name == "sqlite":
         return Told()
@@ -131,7 +131,7 @@ class FileLocks:
         event.listen(Engine, "engine_connect", self._next)
 
     def finish(self) -> None:
-        """A call has ended, and with it whatever ended its transaction."""
+        """Record the end of the call's transaction."""
         self._next()
 
     def _before(self, *_: Any) -> None:
@@ -147,7 +147,7 @@ class FileLocks:
         self._ending = True
 
     def _next(self, *_: Any) -> None:
-        """The transaction that was ending has ended by now."""
+        """Record that the ending transaction has ended."""
         if self._ending and self._since is not None:
             self.held.append((self._since, time.perf_counter()))
             self._since = None
@@ -179,5 +179,5 @@ def waited(locks: Sequence[tuple[Sequence[Span], Sequence[Span]]], since: float)
 
 
 def watching(engine: Engine) -> Connection:
-    """A connection whose every statement sees the server as it is then."""
+    """Open an autocommit connection: each of its statements sees the server's present state."""
     return engine.connect().execution_options(isolation_level="AUTOCOMMIT")

@@ -1,4 +1,4 @@
-"""What a worker process of a race does: call the target until there is nothing left, and say so."""
+"""A worker process of a race: calls the target until no job is left, and reports the results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LIMIT = 10
 
 @dataclass(frozen=True)
 class Duty:
-    """What every worker is to do; it is sent there.
+    """The task of every worker, sent to it by the parent.
 
     Attributes:
         target: the function, as ``MODULE:NAME``.
@@ -107,7 +107,7 @@ class Failure(NamedTuple):
 
 
 def work(worker: int, duty: Duty, pipe: Pipe, life: Pipe, board: Board, *, victim: bool) -> None:
-    """A worker process, from its beginning to its end.
+    """Run a worker process from start to exit.
 
     Args:
         worker: which one it is, from 0.
@@ -234,7 +234,7 @@ class _Loop:
             time.sleep(IDLE_PAUSE)
 
     def _keys(self) -> tuple[Key, ...] | None:
-        """What a call handed out, or None if it is to be made again."""
+        """Return the keys that a call handed out, or None if the call must be repeated."""
         try:
             keys = self.take()
         except CONFLICTS as error:
@@ -252,7 +252,7 @@ class _Loop:
         return keys
 
     def _failed(self, error: Exception) -> None:
-        """A deadlock, a busy file, a refusal of the database's: begin anew, but not for ever."""
+        """Pause before a retry after a deadlock or other conflict, and raise if it persists."""
         self.conflicts += 1
         self.in_a_row += 1
         now = time.perf_counter()

@@ -23,7 +23,7 @@ NEW_KEY = {
 
 
 def key(patient: Patient) -> Iterator[Finding]:
-    """Whether the rows can be told apart."""
+    """Check that the primary key exists and equals the declared one."""
     inspector = inspect(patient.connection)
     own = inspector.get_pk_constraint(patient.table.name, schema=patient.table.schema)
     names = own["constrained_columns"]
@@ -60,7 +60,7 @@ def _without_key(patient: Patient, declared: list[str]) -> Finding:
 
 
 def columns(patient: Patient) -> Iterator[Finding]:
-    """Whether the database has the columns that the declaration has."""
+    """Check that the database has every declared column."""
     inspector = inspect(patient.connection)
     known = inspector.get_columns(patient.table.name, schema=patient.table.schema)
     names = {column["name"] for column in known}
@@ -83,7 +83,7 @@ def _added(patient: Patient, column: Column[Any]) -> str:
 
 
 def read(given: Any) -> tuple[JobTable | None, Finding]:
-    """What the columns mean, if that can be told, and the finding that says so."""
+    """Infer the columns' meaning; return the job table, or None, and a finding that explains it."""
     try:
         job_table = job_table_of(given)
     except ClaimError as error:
@@ -134,7 +134,7 @@ def _columns_in(clause: Any) -> Iterator[Column[Any]]:
 
 
 def _unread(job_table: JobTable) -> list[str]:
-    """The columns that mean nothing to a claim."""
+    """Return the columns without a meaning for claims."""
     marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
     used = {column.name for mark in marks for column in mark}
     used |= {c.name for term in (job_table.free, *job_table.order) for c in _columns_in(term)}

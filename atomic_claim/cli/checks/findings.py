@@ -1,4 +1,4 @@
-"""What a check is given, and what it answers."""
+"""The inputs of a check, and the findings that it yields."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check has found.
+    """The result of one check.
 
     Attributes:
         check: what was looked at.
@@ -80,7 +80,7 @@ class Patient:
         return self.dialect.identifier_preparer.quote(name)
 
     def text(self, clause: ColumnElement[Any]) -> str:
-        """An expression on the table's columns as SQL, its values in it."""
+        """Compile an expression on the table's columns to SQL with literal values."""
         options = {"include_table": False, "literal_binds": True}
         return str(clause.compile(dialect=self.dialect, compile_kwargs=options))
 
@@ -103,12 +103,12 @@ JobCheck = Callable[[Reading], Iterator[Finding]]
 
 
 def count(number: int, noun: str = "row") -> str:
-    """A number and its noun."""
+    """Format a number with its noun in the singular or plural."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def age(seconds: float) -> str:
-    """A time span for people, in its largest unit."""
+    """Format a time span in its largest unit."""
     for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= size:
             return count(int(seconds // size), unit)

@@ -1,4 +1,4 @@
-"""What is particular to MySQL and MariaDB."""
+"""Checks specific to MySQL and MariaDB."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VARIABLES = {"mysql": "transaction_isolation", "mariadb": "tx_isolation"}
 
 
 def checks(patient: Patient) -> Iterator[Finding]:
-    """What is asked of the session and of the table."""
+    """Check the session's isolation level and the table's storage engine."""
     yield _isolation(patient)
     yield from _engine(patient)
 
@@ -70,7 +70,7 @@ def _engine(patient: Patient) -> Iterator[Finding]:
 
 
 def clock(reading: Reading) -> Iterator[Finding]:
-    """Whether times without a zone mean what the claim compares them with."""
+    """Report naive datetime columns if the session's time zone is not UTC."""
     connection = reading.patient.connection
     names = strategy_for(connection.dialect).naive_columns(reading.job_table)
     skew = int(connection.scalar(select(SKEW)) or 0) if names else 0
@@ -79,7 +79,7 @@ def clock(reading: Reading) -> Iterator[Finding]:
 
 
 def naive_times(names: list[str], zone: str) -> Finding:
-    """What is said of times without a zone in a session that is not in UTC."""
+    """Return the finding for naive datetime columns in a session whose time zone is not UTC."""
     return Finding(
         "time zone",
         Level.PROBLEM,

@@ -49,7 +49,7 @@ ANALYZE = {"mysql": "ANALYZE TABLE", "mariadb": "ANALYZE TABLE"}
 
 
 def claim_of(job_table: JobTable) -> tuple[ClaimParts, Ask]:
-    """The claim that is explained, and what it asks for."""
+    """Build the claim to explain and its options."""
     leased = job_table.lease is not None and job_table.token is not None
     ask = Ask(
         LIMIT,
@@ -60,7 +60,7 @@ def claim_of(job_table: JobTable) -> tuple[ClaimParts, Ask]:
 
 
 def statement_of(reading: Reading) -> str:
-    """The text that is explained, as the driver gets it."""
+    """Return the SQL of the explained statement as the driver receives it."""
     parts, ask = claim_of(reading.job_table)
     connection = reading.patient.connection
     statement = finding_statement(connection, parts)
@@ -68,7 +68,7 @@ def statement_of(reading: Reading) -> str:
 
 
 def plan(reading: Reading) -> Iterator[Finding]:
-    """Whether indexes serve the claim, by EXPLAIN of its own statement with its parameters."""
+    """Check by EXPLAIN of the claim's own statement that indexes serve it."""
     connection = reading.patient.connection
     parts, ask = claim_of(reading.job_table)
     now = accesses(connection, parts, ask, as_it_is=True)
@@ -87,7 +87,7 @@ def plan(reading: Reading) -> Iterator[Finding]:
 
 
 def _fitting(reading: Reading, known: Mapping[str, Known]) -> Iterator[str]:
-    """The indexes that are there and needed."""
+    """Yield the names of the existing indexes that match a needed one."""
     for needed in needed_indexes(reading.job_table):
         yield from (name for name, index in known.items() if fits(needed, index))
 
@@ -112,7 +112,7 @@ def _unserved(
 
 
 def _telling(now: Sequence[Access]) -> Sequence[Access]:
-    """Those that look for jobs, rather than read those that were found by their key."""
+    """Select the accesses that search for jobs, without the lookups by primary key."""
     sorting = [access for access in now if access.sorts]
     looking = [a for a in now if "PRIMARY" not in a.how and not str(a.index).endswith("_pkey")]
     return sorting or looking or now
@@ -126,7 +126,7 @@ def _described(patient: Patient, access: Access) -> str:
 
 
 def _near(needed: NeededIndex, known: Mapping[str, Known]) -> list[str]:
-    """The indexes that are about the same columns, as they are."""
+    """Describe the existing indexes on the same columns as the needed one."""
     names = set(needed.chosen_by)
     first = OrderTerm.of(needed.order[0]).element
     if isinstance(first, ColumnClause):
@@ -142,7 +142,7 @@ def _near(needed: NeededIndex, known: Mapping[str, Known]) -> list[str]:
 def _cure(
     patient: Patient, needed: NeededIndex, known: Mapping[str, Known]
 ) -> tuple[str, tuple[str, ...]]:
-    """What has the index there, and the planner know of it."""
+    """Return the advice and the statements that create and analyze the needed index."""
     dialect = patient.dialect
     if (refusal := needed.refusal(dialect)) is not None:
         return refusal, ()
@@ -171,7 +171,7 @@ def _must_be_analysed(patient: Patient, known: Mapping[str, Known]) -> bool:
 
 
 def _is_whole(patient: Patient, needed: NeededIndex, index: Known) -> bool:
-    """Whether the index that is there is, as far as can be told, the one that is needed."""
+    """Check whether the existing index of that name is valid and matches the needed one."""
     if patient.product == "postgresql" and not _is_valid(patient.connection, patient, needed):
         return False
     terms = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
@@ -182,12 +182,12 @@ def _is_whole(patient: Patient, needed: NeededIndex, index: Known) -> bool:
 
 
 def _plain(condition: str) -> str:
-    """A condition without what a database adds to it as it was written."""
+    """Normalize a condition: drop the casts, parentheses and spaces that databases add."""
     return re.sub(r"::(?:character varying|\w+)|[()\s]", "", condition.lower())
 
 
 def _is_valid(connection: Connection, patient: Patient, needed: NeededIndex) -> bool:
-    """Whether CREATE INDEX CONCURRENTLY came to its end."""
+    """Check whether CREATE INDEX CONCURRENTLY has completed."""
     schema = f"{patient.quoted(patient.table.schema)}." if patient.table.schema else ""
     asked = text("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(:name)")
     found = connection.scalar(asked, {"name": schema + patient.quoted(needed.name)})

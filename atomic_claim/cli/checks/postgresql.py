@@ -1,4 +1,4 @@
-"""What is particular to PostgreSQL."""
+"""Checks specific to PostgreSQL."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNANALYSED = 2**20
 
 
 def checks(patient: Patient) -> Iterator[Finding]:
-    """What is asked of the session, of the table and of what else goes on."""
+    """Check the session, the table and other sessions' transactions and lock waits."""
     yield _isolation(patient)
     yield _dead_rows(patient)
     yield from _bloat(patient)
@@ -130,7 +130,7 @@ def _size(size: float) -> str:
 
 
 def _transactions(patient: Patient) -> Iterator[Finding]:
-    """Those whose snapshot is so old that VACUUM has to keep what died since."""
+    """Report transactions whose old snapshot prevents VACUUM from removing dead rows."""
     query = """
         SELECT pid, COALESCE(NULLIF(application_name, ''), usename), state,
             EXTRACT(EPOCH FROM clock_timestamp() - xact_start)
@@ -162,7 +162,7 @@ def _transactions(patient: Patient) -> Iterator[Finding]:
 
 
 def _sees_others(patient: Patient) -> bool:
-    """Whether the server shows what the sessions of other users do."""
+    """Check whether the user may see the activity of other users' sessions."""
     # There since PostgreSQL 10.
     roles = "SELECT oid FROM pg_roles WHERE rolname = 'pg_read_all_stats'"
     [found] = _rows(patient, f"SELECT pg_has_role(({roles}), 'USAGE')")
@@ -203,7 +203,7 @@ def _lock_waits(patient: Patient) -> Iterator[Finding]:
 
 
 def clock(reading: Reading) -> Iterator[Finding]:
-    """Whether times without a zone mean what the claim compares them with."""
+    """Report naive datetime columns if the session's time zone is not UTC."""
     connection = reading.patient.connection
     names = strategy_for(connection.dialect).naive_columns(reading.job_table)
     zone = str(connection.scalar(text("SELECT current_setting('TimeZone')")))
@@ -212,7 +212,7 @@ def clock(reading: Reading) -> Iterator[Finding]:
 
 
 def pooling(engine: Engine) -> Iterator[Finding]:
-    """Whether every transaction may get another session, as of PgBouncer's transaction pooling.
+    """Report a pooler that assigns server sessions per transaction, such as PgBouncer.
 
     No connection tells. But of two that are open at once, both to the server, neither has the
     other's process, and none its own process changed.
@@ -235,7 +235,7 @@ def pooling(engine: Engine) -> Iterator[Finding]:
 
 
 def _process(connection: Connection) -> int:
-    """The server's process in a transaction that is over with the answer."""
+    """Return the server process id of a transaction, and end the transaction."""
     found = connection.scalar(text("SELECT pg_backend_pid()"))
     connection.rollback()
     return int(found or 0)

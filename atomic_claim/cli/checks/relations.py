@@ -42,7 +42,7 @@ def foreign_keys(patient: Patient) -> Iterator[Finding]:
 def _is_indexed(
     inspector: Inspector, child: str, schema: str | None, columns: Sequence[str]
 ) -> bool:
-    """Whether an index begins with these columns."""
+    """Check whether an index begins with these columns."""
     key = inspector.get_pk_constraint(child, schema=schema)["constrained_columns"]
     found: list[Sequence[Any]] = [key]
     for index in inspector.get_indexes(child, schema=schema):

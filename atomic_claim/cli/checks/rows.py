@@ -1,4 +1,4 @@
-"""What is in the rows: NULLs that a condition passes over, and jobs that look stuck."""
+"""Checks of the rows: NULLs that a condition skips, and jobs that appear stuck."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
 
 
 def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
-    """Whether somebody said what NULL in the column means."""
+    """Check whether the declaration assigns NULL in the column a meaning."""
     marks = (job_table.released, job_table.done, job_table.failed, job_table.withdrawn)
     if any(mark.get(column, ...) is None for mark in marks):
         return True
@@ -169,7 +169,7 @@ def stuck(reading: Reading) -> Iterator[Finding]:
 
 
 def is_marked(job_table: JobTable) -> ColumnElement[bool]:
-    """True for a row whose state is that of a claimed one, whatever else a claim of ours writes."""
+    """Build the condition that a row's state is claimed, ignoring the claim's other columns."""
     state = job_table.state
     if state is None:
         return job_table.is_running
@@ -179,7 +179,7 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
-    """The time of a row's claim, or the nearest to it, and whether it is that."""
+    """Return the column closest to a row's claim time, and whether it is exactly that time."""
     written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseNow)]
     if written or job_table.stamps:
         return [*written, *job_table.stamps][0], True
@@ -190,7 +190,7 @@ def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
 
 
 def is_clock(job_table: JobTable, column: Any) -> bool:
-    """Whether a column is one whose times can be compared with the database's clock."""
+    """Check whether a column's times can be compared with the database's clock."""
     if not isinstance(column, Column):
         return False
     if is_text(column):
@@ -248,7 +248,7 @@ def age_of_oldest(
 def seconds_since_oldest(
     reading: Reading, since: Column[Any], condition: ColumnElement[bool]
 ) -> float | None:
-    """The same in seconds; None if there is no such row."""
+    """Return the age of the earliest time in seconds, or None if no row matches."""
     job_table = reading.job_table
     oldest = func.min(since, type_=since.type)
     statement = select(oldest, job_table.now(since)).select_from(job_table.table).where(condition)
@@ -259,7 +259,7 @@ def seconds_since_oldest(
 
 
 def _as_time(value: Any) -> datetime | None:
-    """A time as it is stored, be it as text, in UTC if it has a zone."""
+    """Convert a stored time, or its text, to a naive datetime, in UTC if it has a zone."""
     if isinstance(value, str):
         value = datetime.fromisoformat(value)
     if isinstance(value, datetime) and value.tzinfo is not None:

@@ -1,4 +1,4 @@
-"""What is particular to SQLite."""
+"""Checks specific to SQLite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEAST_TIMEOUT = 1000
 
 
 def checks(patient: Patient) -> Iterator[Finding]:
-    """What is asked of a SQLite file, and of the driver's connection."""
+    """Check the database file and the driver's connection."""
     yield _journal(patient)
     yield _timeout(patient)
     yield _transactions(patient)
