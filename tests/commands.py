@@ -23,7 +23,7 @@ class Ended:
     err: str
 
     def refused(self) -> str:
-        """The one line of a command that could not do what it was asked for."""
+        """Return the one error line of a command that failed, after checking its form."""
         assert self.code == 2, self
         assert not self.out
         assert self.err.startswith("atomic-claim: "), self
@@ -37,7 +37,7 @@ Command = Callable[..., Ended]
 
 
 def real(*arguments: str, **options: Any) -> Ended:
-    """The command in a process of its own."""
+    """Run the command in a subprocess."""
     done = subprocess.run(
         [sys.executable, "-m", "atomic_claim", *arguments],
         cwd=REPOSITORY,
@@ -50,7 +50,7 @@ def real(*arguments: str, **options: Any) -> Ended:
 
 
 def address(database: Database) -> str:
-    """What is given as --url; of SQLite a file that is there."""
+    """Return the value for --url; on SQLite create the file first."""
     if isinstance(database, SQLiteDatabase):
         database.path.touch()
     return database.url.render_as_string(hide_password=False)

@@ -45,7 +45,7 @@ TRIGGERS["mariadb"] = TRIGGERS["mysql"]
 
 
 def counted_jobs(*more: Any) -> JobTable:
-    """The usual job table with all that a lease needs, and no end to the attempts."""
+    """Build the usual job table with all lease columns and no limit on the attempts."""
     table = job_table(
         Column("done_at", DateTime),
         Column("failed_at", DateTime),
@@ -80,7 +80,7 @@ def counted_jobs(*more: Any) -> JobTable:
 
 
 def make_counted(engine: sa.Engine, count: int) -> JobTable:
-    """A table with that many free jobs, and with the trigger that counts."""
+    """Create a table with `count` free jobs and the trigger that counts completions."""
     jobs = counted_jobs()
     fill(engine, jobs.table, count)
     with engine.begin() as connection:

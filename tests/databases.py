@@ -232,7 +232,7 @@ class MariaDBDatabase(InnoDBDatabase):
             cls._last_read = time.monotonic()
 
     def _counted_waiters(self) -> int:
-        """The same where nobody else is on the server: InnoDB's own counter is always new."""
+        """Count lock waiters on a private server, where InnoDB's own counter is current."""
         tables = """
             SELECT count(*) FROM information_schema.processlist
             WHERE db = :database AND state LIKE 'Waiting for % lock'

@@ -19,7 +19,7 @@ MEMORY = Path("/dev/shm")  # noqa: S108 - folders in it get unpredictable names
 
 @contextmanager
 def in_memory(otherwise: Path) -> Iterator[Path]:
-    """A folder of a file system in memory, or another where there is none."""
+    """Yield a folder on an in-memory file system, or `otherwise` if there is none."""
     if not os.access(MEMORY, os.W_OK):
         yield otherwise
         return
@@ -89,7 +89,7 @@ class FileQueue:
         os.utime(self.processing / worker / HEARTBEAT, (then, then))
 
     def waits(self) -> list[str]:
-        """The names that wait, hidden ones aside."""
+        """Return the names of the waiting files, without hidden ones."""
         return sorted(p.name for p in self.waiting.iterdir() if not p.name.startswith("."))
 
     def places(self) -> dict[str, list[str]]:

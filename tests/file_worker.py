@@ -1,4 +1,4 @@
-"""What processes do in the tests of directory queues; imported before any of them is forked."""
+"""Worker functions for the tests of directory queues, imported before any process is forked."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ OPERATIONS: dict[str, Callable[[FileQueue, ClaimedFile], Any]] = {
 
 
 def staged(base: Path) -> tuple[FileQueue, ClaimedFile]:
-    """A queue whose job ``a`` is claimed for the second time, while ``b`` waits, once tried."""
+    """Create a queue: ``a`` is claimed for the second time, ``b`` waits after one attempt."""
     queue = FileQueue.make(base)
     queue.put("a", "b")
     queue.claim(2, "dead")
@@ -74,7 +74,7 @@ def drain(base: Path, record: Path, limit: int) -> None:
 
 
 def legacy_drain(base: Path, record: Path, limit: int) -> None:
-    """The same by reading, writing a copy and unlinking, as directory queues are often written."""
+    """Drain a queue by read, copy and unlink, as directory queues are often written."""
     queue = FileQueue(base)
     while names := sorted(os.listdir(queue.waiting))[:limit]:
         for name in names:
@@ -90,7 +90,7 @@ def legacy_drain(base: Path, record: Path, limit: int) -> None:
 
 
 def strict_legacy_drain(base: Path, record: Path, limit: int) -> None:
-    """The same, but a job whose source is gone at the unlink is left to whoever took it."""
+    """Drain by read, copy and unlink, but skip a job whose source is gone at the unlink."""
     queue = FileQueue(base)
     while names := sorted(os.listdir(queue.waiting))[:limit]:
         for name in names:

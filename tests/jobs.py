@@ -23,7 +23,7 @@ START = datetime(2024, 1, 1)  # noqa: DTZ001 - the columns are without a zone
 
 
 def job_table(*more: Any, name: str = "jobs", processing: Any = None, **options: Any) -> sa.Table:
-    """A boolean job table in created order, with further columns and indexes."""
+    """Build a boolean job table in created order, with further columns and indexes."""
     return sa.Table(
         name,
         sa.MetaData(),
@@ -55,12 +55,12 @@ def fill(engine: sa.Engine, table: sa.Table, count: int, **values: Any) -> None:
 
 
 def ids(claimed: Any) -> list[int]:
-    """The ids of claimed rows or entities, in their order."""
+    """Return the ids of claimed rows or entities, in their order."""
     return [job.id for job in claimed]
 
 
 def taken(engine: sa.Engine, table: sa.Table) -> list[int]:
-    """The ids of the rows that are marked as claimed, as everybody can see them."""
+    """Return the ids of the rows that are marked as claimed in committed data."""
     with engine.connect() as connection:
         query = sa.select(table.c.id).where(table.c.processing == sa.true()).order_by(table.c.id)
         return list(connection.scalars(query))
@@ -90,12 +90,12 @@ def hurried() -> Iterator[None]:
 
 
 def mapped(table: sa.Table) -> Any:
-    """A class mapped to the table."""
+    """Return a class mapped to the table."""
     return registry().map_imperatively(type("Job", (), {}), table).class_
 
 
 def code_of(error: BaseException) -> Any:
-    """The database's code of an error: PostgreSQL's SQLSTATE, MySQL's number, SQLite's words."""
+    """Return an error's code: PostgreSQL's SQLSTATE, MySQL's number, SQLite's message."""
     original = getattr(error, "orig", None) or error
     number = original.args[0]
     return number if isinstance(number, int) else getattr(original, "sqlstate", number)
@@ -119,3 +119,13 @@ def in_thread(run: Callable[[], T]) -> Iterator[Future[T]]:
     finally:
         thread.join(60)
         assert not thread.is_alive(), "the thread beside the test never ended"
+
+
+def soon(run: Callable[[], T], *, seconds: float = 30) -> T:
+    """Return the result of something that must not wait for what the test itself holds.
+
+    Raises:
+        TimeoutError: it is still running after that time, far longer than it can take.
+    """
+    with in_thread(run) as running:
+        return running.result(timeout=seconds)

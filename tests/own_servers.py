@@ -51,7 +51,7 @@ class OwnServer:
         self._process = workspace._servers[-1]
 
     def database(self) -> ServerDatabase:
-        """An empty database on it."""
+        """Create an empty database on this server."""
         return KINDS[self.name][1](self._server)
 
     def stop(self) -> None:
@@ -64,7 +64,7 @@ class OwnServer:
         self._process.wait_until(self._answers)
 
     def backends(self, database: ServerDatabase) -> list[int]:
-        """The numbers of the connections to a database."""
+        """Return the server's ids of the connections to a database."""
         if self.name == "postgresql":
             query = "SELECT pid FROM pg_stat_activity WHERE datname = :name"
         else:
@@ -95,7 +95,7 @@ class OwnServer:
 
 @contextmanager
 def own_server(name: str) -> Iterator[OwnServer]:
-    """A server of one's own until the block ends, or a skipped test."""
+    """Yield a private server that runs until the block ends, or skip the test."""
     reason = ""
     with Workspace() as workspace, pytest.MonkeyPatch.context() as environment:
         # A server that somebody named in the environment is not ours to kill.
@@ -110,7 +110,7 @@ def own_server(name: str) -> Iterator[OwnServer]:
 
 
 def backend_of(driver: Any) -> int:
-    """The number by which the server knows a driver's connection, without asking the server."""
+    """Return the server's id of a driver connection, without a query."""
     if hasattr(driver, "thread_id"):  # PyMySQL
         return int(driver.thread_id())
     return int(driver.info.backend_pid)

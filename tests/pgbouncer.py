@@ -35,7 +35,7 @@ def programs() -> Programs:
 
 @contextmanager
 def pgbouncer(database: Database, workspace: Workspace, mode: str) -> Iterator[sa.URL]:
-    """The database's address through a pooler, or a skipped test.
+    """Yield the database's URL through a pooler, or skip the test.
 
     Args:
         database: one on PostgreSQL.

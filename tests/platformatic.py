@@ -34,7 +34,7 @@ class FileStorage:
         return int(found[0]) if found else float("nan")
 
     def _write(self, path: Path, content: bytes) -> None:
-        """What fast-write-atomic does: a hidden name in the same folder, then a rename."""
+        """Write a hidden file in the same folder and rename it, as fast-write-atomic does."""
         temporary = path.with_name(f".{os.getpid()}.{next(self._temporary)}")
         number = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.write(number, content)
@@ -72,7 +72,7 @@ class FileStorage:
         self._write(self.base / "jobs" / f"{job}.state", state.encode())
 
     def state(self, job: str) -> str:
-        """What has become of it; nothing if it was cancelled."""
+        """Return the state of a job, or an empty string if it was cancelled."""
         try:
             return (self.base / "jobs" / f"{job}.state").read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -92,12 +92,12 @@ class FileStorage:
         self._write(self.base / "workers" / f"{worker}.worker", b"99999999999999")
 
     def unregister(self, worker: str) -> None:
-        """What ``stop()`` does: the whole folder goes."""
+        """Remove the worker and its whole folder, as ``stop()`` does."""
         (self.base / "workers" / f"{worker}.worker").unlink(missing_ok=True)
         shutil.rmtree(self.base / "processing" / worker, ignore_errors=True)
 
     def reap(self) -> list[str]:
-        """What the reaper does when it starts, of jobs whose time is over."""
+        """Requeue the jobs whose time is over, as the reaper does when it starts."""
         found = []
         for name in os.listdir(self.base / "workers"):
             worker = name.replace(".worker", "")
@@ -116,7 +116,7 @@ class FileStorage:
                 yield folder / name
 
     def consume(self, worker: str, record: Path, *, idle: int = 3) -> None:
-        """What a consumer does, until it has found nothing several times."""
+        """Consume jobs until several reads have found the queue empty."""
         while idle:
             if (job := self.dequeue(worker)) is None:
                 idle -= 1

@@ -27,7 +27,7 @@ class ProgramError(Exception):
 
 @dataclass(frozen=True)
 class Account:
-    """Who a server runs as: the tests' own user, or somebody without rights where that is root."""
+    """User account of a server: the tests' own, or an unprivileged one if the tests run as root."""
 
     entry: pwd.struct_passwd | None
 
@@ -42,7 +42,7 @@ class Account:
         return cls(pwd.getpwnam("nobody"))
 
     def options(self) -> dict[str, Any]:
-        """The arguments that make `subprocess` start a program as this user."""
+        """Return the arguments that make `subprocess` start a program as this user."""
         if self.entry is None:
             return {}
         return {"user": self.entry.pw_uid, "group": self.entry.pw_gid, "extra_groups": []}
@@ -224,7 +224,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _base_folder() -> Path:
-    """The folder in memory, if there is one with room in it, else the one for temporary files.
+    """Return the in-memory folder if it exists and has room, else the one for temporary files.
 
     ext4 takes a quarter of a second for PostgreSQL's 300 files of a new database where as many have
     just been deleted: it looks for inodes that have not been used for some seconds.

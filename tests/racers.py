@@ -19,7 +19,7 @@ from tests.jobs import job_table
 
 
 class Base(DeclarativeBase):
-    """What all tables have in common."""
+    """Declarative base of all tables."""
 
 
 class State(enum.Enum):
@@ -31,14 +31,14 @@ class State(enum.Enum):
 
 
 class Country(Base):
-    """What accounts need."""
+    """Country of an account."""
 
     __tablename__ = "countries"
     code: Mapped[str] = mapped_column(String(2), primary_key=True)
 
 
 class Account(Base):
-    """What letters need, one each."""
+    """Account of a letter; each letter needs its own."""
 
     __tablename__ = "accounts"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -137,25 +137,25 @@ def forgetful(engine: sa.Engine) -> Any:
 
 
 def one_by_one(make_session: sessionmaker[Session]) -> int:
-    """A key, or an exception where there is none."""
+    """Claim one job and return its key; raise if there is none."""
     with make_session.begin() as session:
         (job,) = claim_jobs(session, jobs, 1)
         return int(job.id)
 
 
 def endless(connection: sa.Connection, limit: int) -> Any:
-    """Marks nothing."""
+    """Return free jobs without marking them."""
     return connection.execute(sa.select(jobs.c.id).limit(limit)).scalars()
 
 
 def never_ending(connection: sa.Connection) -> Iterator[Any]:
-    """A generator that has no end."""
+    """Yield the keys of jobs without end."""
     while True:
         yield from connection.execute(sa.select(jobs.c.id).limit(1)).scalars()
 
 
 def blocked(engine: sa.Engine) -> None:
-    """Takes a lock in one worker, and never gives it back; notes who it is."""
+    """Lock the rows in one worker and never release them; record the process ids."""
     note = os.environ.get("RACERS_FOLDER")
     if note is not None:
         (Path(note) / f"{os.getpid()}-{os.getppid()}").touch()
@@ -201,22 +201,22 @@ def telling() -> None:
 
 
 def leaving() -> None:
-    """Ends its process."""
+    """End the process."""
     raise SystemExit(7)
 
 
 def blind(connection: sa.Connection) -> Any:
-    """Finds nothing."""
+    """Find no jobs."""
     return connection.execute(sa.select(jobs.c.id).where(jobs.c.note == "nonsuch")).scalars()
 
 
 def mute(engine: sa.Engine) -> Any:
-    """Returns what is no job."""
+    """Claim jobs, but return objects that are not jobs."""
     return [object() for _ in claim_jobs(engine, jobs, 5)]
 
 
 def mistaken(engine: sa.Engine) -> Any:
-    """Returns what is no key."""
+    """Claim jobs, but return strings that are not keys."""
     return [f"job {job.id}" for job in claim_jobs(engine, jobs, 5)]
 
 
@@ -231,7 +231,7 @@ def strange(session: Session, tenant: str) -> Any:
 
 
 def for_the_north(target: Any, session: Session) -> Any:
-    """Calls such a function."""
+    """Call a function that needs a tenant."""
     return target(session, "north")
 
 
@@ -258,12 +258,12 @@ class Repository:
 
 
 def sized(number: int) -> dict[str, Any]:
-    """What a row of the checked table needs."""
+    """Return the values that a row of the checked table needs."""
     return {"size": 3 + number % 7}
 
 
 def all_sized(count: int) -> list[dict[str, Any]]:
-    """The same, all at once."""
+    """Return the values of all rows of the checked table in one list."""
     return [{"size": 3 + number % 7} for number in range(count)]
 
 

@@ -62,7 +62,7 @@ class Programs:
 
     @cached_property
     def version(self) -> str:
-        """What the server says of its version; nothing if it does not run."""
+        """Return the server's version output, or an empty string if it does not run."""
         done = subprocess.run(
             [*self.words, "--version"], check=False, capture_output=True, text=True
         )
@@ -103,7 +103,7 @@ class DatabaseServer(ABC):
 
     @cached_property
     def _programs(self) -> Programs | None:
-        """What is here already, without fetching anything."""
+        """Return the installed programs without downloading any."""
         return self._find()
 
     def describe(self) -> str:
@@ -138,12 +138,12 @@ class DatabaseServer(ABC):
 
     @property
     def is_private(self) -> bool:
-        """Whether the server is the tests' own."""
+        """Return True if the server belongs to the tests, not to the environment."""
         return not os.environ.get(self.variable)
 
     @property
     def started(self) -> bool:
-        """Whether a test has already asked for the server, and got it."""
+        """Return True if a test has already started the server."""
         return "admin" in self.__dict__
 
     @cached_property
@@ -249,7 +249,7 @@ class PostgreSQL(DatabaseServer):
 
 
 class _InnoDB(DatabaseServer):
-    """What MySQL and MariaDB have in common."""
+    """Common base of MySQL and MariaDB."""
 
     OPTIONS: ClassVar[list[str]] = [
         "--bind-address=127.0.0.1",
@@ -327,7 +327,7 @@ class _InnoDB(DatabaseServer):
 
     @abstractmethod
     def _initializing(self, programs: Programs) -> tuple[str, str]:
-        """The option that makes the server fill its data folder, and what it then has to read."""
+        """Return the option that initializes the data folder, and the script for its input."""
 
 
 def _found(programs: Programs, pattern: str) -> Path:

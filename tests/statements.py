@@ -1,4 +1,4 @@
-"""What is compiled and sent for an engine, and how PostgreSQL would run it."""
+"""Recording of compiled and sent statements, and the plans that PostgreSQL makes for them."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ class Sent(NamedTuple):
 
 
 def sent_by(engine: sa.Engine) -> list[Sent]:
-    """A list that grows by every statement that the engine sends from now on."""
+    """Return a list that collects each statement that the engine sends from now on."""
     sent: list[Sent] = []
 
     @sa.event.listens_for(engine, "before_cursor_execute")
@@ -24,7 +24,7 @@ def sent_by(engine: sa.Engine) -> list[Sent]:
 
 
 def compiled_by(engine: sa.Engine) -> list[Any]:
-    """A list that grows by every statement that the engine's dialect compiles from now on."""
+    """Return a list that collects each statement that the engine compiles from now on."""
     compiled: list[Any] = []
     dialect: Any = engine.dialect
     plain: Any = dialect.statement_compiler

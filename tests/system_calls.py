@@ -62,20 +62,20 @@ def before_each(before: Before) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
-    """The calls made in the block, with their arguments."""
+    """Record the system calls made in the block, with their arguments."""
     calls: list[tuple[str, tuple[Any, ...]]] = []
     with before_each(lambda name, args: calls.append((name, args))):
         yield calls
 
 
 def no_renameat2(*_: Any) -> None:
-    """What NFS, and every system but Linux, says to ``RENAME_NOREPLACE``."""
+    """Raise EINVAL, as NFS and every system but Linux do for ``RENAME_NOREPLACE``."""
     raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 @contextmanager
 def without_renameat2(*, absent: bool = True) -> Iterator[None]:
-    """A file system that cannot rename without overwriting, if it is to be absent."""
+    """Simulate a file system that cannot rename without overwriting, if `absent`."""
     with pytest.MonkeyPatch.context() as patch:
         if absent:
             patch.setattr(system, "renameat2", no_renameat2)
@@ -152,7 +152,7 @@ def every_kill(work: Callable[[], Any]) -> Iterator[int]:
 
 
 class Actor:
-    """Somebody whose work goes on a given number of system calls at a time.
+    """A thread whose work advances by a given number of system calls at a time.
 
     Args:
         work: what is done, in a thread of its own.

@@ -1,4 +1,4 @@
-"""What bad input gets: an error that names the value and the cure, before anything is written."""
+"""Errors for bad input: each names the value and the fix, and nothing is written before it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.jobs import BINDS, START, bound, fill, ids, job_table, mapped, rows
 
 
 def a_table() -> Table:
-    """A job table, with another one beside it."""
+    """Build a job table, with another table in its metadata."""
     table = job_table(Column("locked_at", DateTime), Column("data", sa.JSON))
     Table(
         "steps", table.metadata, Column("id", Integer, primary_key=True), Column("job_id", Integer)
@@ -27,7 +27,7 @@ def a_table() -> Table:
 
 
 def of_steps(table: Table) -> Table:
-    """The table beside it."""
+    """Return the other table of the metadata."""
     return table.metadata.tables["steps"]
 
 
@@ -166,7 +166,7 @@ def test_a_sessionmaker_on_a_connection(database: Database) -> None:
 
 
 def test_an_asynchronous_engine(database: Database) -> None:
-    """What belongs to asyncio is sent to its own module."""
+    """An asynchronous engine is refused with a reference to `atomic_claim.aio`."""
     engine, table = filled(database)
     asynchronous = create_async_engine("sqlite+aiosqlite://")
     with refused(engine, table, ClaimError, "is not a bind", "AsyncEngine", "atomic_claim.aio"):
@@ -404,7 +404,7 @@ def test_declarations(declaration: str) -> None:
 
 
 def without_transactions() -> Table:
-    """A job table of an engine that has neither row locks nor transactions."""
+    """Build a job table for an engine that has neither row locks nor transactions."""
     return job_table(mysql_engine="MyISAM", mariadb_engine="MyISAM")
 
 

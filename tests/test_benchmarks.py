@@ -15,6 +15,8 @@ from tests.benchmarks.measuring import Line, in_turns, percentile
 from tests.benchmarks.overhead import by_hand
 from tests.databases import Database
 
+pytestmark = pytest.mark.once
+
 OPTIONS: dict[str, Any] = {
     "figure": "overhead",
     "name": "engine",

@@ -1,4 +1,4 @@
-"""What claim_jobs returns, writes and leaves alone."""
+"""Tests of the rows that claim_jobs returns, writes and leaves unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -50,7 +50,7 @@ class Job(Base):
 
 
 class Step(Base):
-    """What a job has several of."""
+    """One of the several steps of a job."""
 
     __tablename__ = "steps"
 
@@ -68,7 +68,7 @@ TABLES = {
 
 
 def filled(database: Database, count: int = 4) -> sa.Engine:
-    """An engine to free jobs."""
+    """Create an engine and a table with free jobs."""
     engine = database.engine()
     table: Any = Job.__table__
     fill(engine, table, count, note="n", payload="p", secret="s")
@@ -191,7 +191,7 @@ def test_nothing_to_claim(database: Database, kind: str) -> None:
 
 
 def with_roles(*more: Any) -> sa.Table:
-    """A job table that holds who claimed what, by which token, and how often."""
+    """Build a job table with columns for the worker, the token and the attempts."""
     return job_table(
         Column("worker", String(20)),
         Column("claim_token", String(32)),
@@ -201,7 +201,7 @@ def with_roles(*more: Any) -> sa.Table:
 
 
 def stored(engine: sa.Engine, table: sa.Table, *names: str) -> list[tuple[Any, ...]]:
-    """These columns of all rows in the order of their ids, as everybody sees them."""
+    """Return the committed values of these columns for all rows, in the order of their ids."""
     with engine.connect() as connection:
         query = sa.select(*(table.c[name] for name in names)).order_by(table.c.id)
         return [tuple(row) for row in connection.execute(query)]
@@ -502,7 +502,7 @@ def test_thousands_in_one_claim(database: Database, kind: str) -> None:
 
 
 def test_thousands_in_an_order_that_only_the_database_knows(database: Database) -> None:
-    """So does one whose order follows a collation, with rows that come back chunk by chunk."""
+    """A claim of 5,000 rows that come back in chunks keeps an order that follows a collation."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 3000, note="b")
     fill(engine, table, 3000, first=3001, note="a")
@@ -638,7 +638,7 @@ def test_what_is_not_due_is_not_claimed(database: Database) -> None:
 
 
 def roles_of(table: sa.Table) -> dict[str, Any]:
-    """A boolean state and a due time without a zone, which is in UTC."""
+    """Declare a boolean state and a due time without a zone, which is in UTC."""
     return {"state": "processing", "due": table.c.run_at, "order": "id", "naive_times": "utc"}
 
 
@@ -661,7 +661,7 @@ def test_without_an_order_the_key_decides(database: Database) -> None:
 
 @pytest.mark.databases("postgresql")
 def test_a_session_that_sends_reads_elsewhere(database: Database) -> None:
-    """What claims is an UPDATE to whoever chooses the engine for it."""
+    """A session's `get_bind` receives a claim as an UPDATE."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 3)
     reader = engine.execution_options(postgresql_readonly=True)

@@ -32,7 +32,7 @@ by_rows_and_entities = pytest.mark.parametrize("kind", ["engine", "session"])
 
 
 def made(database: Database, kind: str, count: int = 60) -> tuple[sa.Engine, JobTable]:
-    """An engine, and a table of more free jobs than will be claimed."""
+    """Create an engine, and a table with more free jobs than will be claimed."""
     engine = database.engine()
     if database.name == "sqlite":
         sa.event.listen(engine, "connect", hasten)
@@ -115,7 +115,7 @@ def test_equal_declarations_share_their_text(database: Database, kind: str) -> N
 
 @one_statement
 def test_the_construct_is_compiled_once(database: Database) -> None:
-    """So does a construct that is made anew for every execution."""
+    """A construct that is created for every execution is compiled only once."""
     engine, jobs = made(database, "session")
     compiled = compiled_by(engine)
     with Session(engine) as session:

@@ -30,7 +30,7 @@ class NotDirect(Exception):
 
 @pytest.fixture
 def no_detour(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function after whose call SQLAlchemy executes nothing any more."""
+    """Return a function that makes SQLAlchemy refuse all further `execute` calls."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise NotDirect
@@ -45,7 +45,7 @@ def claimed_before(engine: sa.Engine, table: Any, limit: int, **options: Any) ->
 
 
 def typed_table() -> sa.Table:
-    """A job table of many types, one column called differently in Python."""
+    """Build a job table of many types, with one column whose key differs from its name."""
     return job_table(
         Column("given name", String(20), key="given"),
         Column("price", sa.Numeric(10, 2)),
@@ -105,7 +105,7 @@ def test_a_listener_has_sqlalchemy_execute(database: Database, no_detour: Any) -
 
 @pytest.mark.parametrize("event", ["before_cursor_execute", "after_cursor_execute", "commit"])
 def test_a_late_listener_hears_of_the_next_claim(database: Database, event: str) -> None:
-    """Whoever begins to listen after many claims hears of every one from then on."""
+    """A listener that is added after many claims is called for each later one."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 9)
     claimed_before(engine, table, 1)
@@ -197,7 +197,7 @@ def test_more_limits_than_are_remembered(
 
 
 def test_an_error_is_sqlalchemy_s(database: Database) -> None:
-    """What the database refuses is raised as SQLAlchemy raises it, and can go on afterwards."""
+    """A database error is raised as SQLAlchemy's, and the engine can be used afterwards."""
     engine = database.engine(pool_size=1, max_overflow=0)
     table = job_table(sa.Index("one", "note", unique=True), Column("note_too", Integer))
     declared = JobTable(
@@ -369,7 +369,7 @@ def interrupted() -> Iterator[None]:
 @pytest.mark.usefixtures("interrupted")
 @pytest.mark.databases("postgresql", "mysql", "mariadb")
 def test_an_interrupt_spoils_the_connection(database: Database) -> None:
-    """Nobody gets a connection on which a reply may be outstanding."""
+    """A connection on which a reply may be outstanding is never reused."""
     engine, other = database.engine(pool_size=1, max_overflow=0), database.engine()
     table = job_table()
     fill(engine, table, 9)

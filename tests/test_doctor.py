@@ -47,7 +47,7 @@ SCANS = {
 
 
 def flags(*more: Any, **options: Any) -> Table:
-    """A table with a flag for running jobs and one for failed ones."""
+    """Build a table with a flag for running jobs and one for failed ones."""
     ended = (Column("completed_at", DateTime), Column("has_error", Boolean))
     return job_table(*ended, *more, **options)
 
@@ -137,7 +137,7 @@ class Mail(Job):
 def doctor(
     command: Command, database: Database, *words: str, table: str = "jobs", **options: str
 ) -> Ended:
-    """What the doctor says of a table, on InnoDB at the level that a healthy one is read at."""
+    """Run the doctor on a table; on InnoDB at READ COMMITTED, which it reports as healthy."""
     if database.name in INNODB:
         options = {"init_command": COMMITTED, **options}
     url = database.url.update_query_dict(options).render_as_string(hide_password=False)
@@ -147,7 +147,7 @@ def doctor(
 def ails(
     command: Command, database: Database, *words: str, table: str = "jobs", **options: str
 ) -> dict[str, dict[str, Any]]:
-    """What ails the table, by the check that found it."""
+    """Return the doctor's findings on the table by the name of the check."""
     ended = doctor(command, database, "--json", *words, table=table, **options)
     assert not ended.err
     said = json.loads(ended.out)
@@ -167,12 +167,12 @@ def execute(database: Database, statements: Sequence[str]) -> None:
 
 
 def printed(text: str) -> list[str]:
-    """The statements that a person would copy from the screen."""
+    """Return the SQL statements that a user would copy from the screen."""
     return [line.removesuffix(";") for line in text.splitlines() if re.match(r"[A-Z]+ .*;$", line)]
 
 
 def filled(database: Database, table: Table = jobs, count: int = 50, **values: Any) -> sa.Engine:
-    """A table of jobs that wait since now, without an index but what it declares."""
+    """Create a table of waiting jobs with no indexes but those it declares."""
     engine = database.engine()
     table.create(engine)
     now = datetime.now(UTC).replace(tzinfo=None)
@@ -189,7 +189,7 @@ def filled(database: Database, table: Table = jobs, count: int = 50, **values: A
 
 
 def healthy(database: Database, table: Any = jobs, count: int = 50, **values: Any) -> sa.Engine:
-    """The same, with its indexes."""
+    """Create a table of waiting jobs with the indexes that it needs."""
     engine = filled(database, job_table_of(table).table, count, **values)
     name = "mariadb" if database.name == "mariadb" else engine.dialect.name
     execute(database, [create_index(each, name) for each in needed_indexes(job_table_of(table))])
@@ -270,13 +270,13 @@ def test_an_index_of_an_earlier_version(
 
 
 def words(statement: str) -> str:
-    """A statement without its limit, and without what InnoDB's asks of the session beside."""
+    """Return a statement without its limit and without InnoDB's session variables."""
     plain = re.sub(r", @@\w+(, @@?\w+|, 0)?(?=[ \n]+FROM)", "", statement)
     return " ".join(re.sub(r"LIMIT \d+", "LIMIT n", plain).split())
 
 
 def test_the_plan_is_that_of_the_claim(database: Database, command: Command) -> None:
-    """What is explained is what the claim executes; declared otherwise, it is another statement."""
+    """The explained statement is the one that the claim executes, for each declaration."""
     engine = healthy(database)
     hour = timedelta(hours=1)
     texts = {}
@@ -349,7 +349,7 @@ def test_sqlite_has_to_be_told_what_an_index_is_worth(database: Database, comman
 
 @pytest.mark.databases("postgresql")
 def test_an_index_that_was_never_finished(database: Database, command: Command) -> None:
-    """What CREATE INDEX CONCURRENTLY left behind has to go before it is made anew."""
+    """An index that CREATE INDEX CONCURRENTLY left invalid is dropped before it is rebuilt."""
     engine = healthy(database)
     with engine.begin() as connection:
         connection.exec_driver_sql(
@@ -366,7 +366,7 @@ def test_an_index_that_was_never_finished(database: Database, command: Command) 
 
 
 def test_rows_with_null(database: Database, command: Command) -> None:
-    """Those that a NULL hides from every claim are counted, and those that it hides from others."""
+    """Rows with a NULL are counted if it hides them from every claim or from other queries."""
     table = flags(processing=Column("processing", Boolean))
     engine = healthy(database, table)
     with engine.begin() as connection:
@@ -386,7 +386,7 @@ def test_rows_with_null(database: Database, command: Command) -> None:
 
 
 def test_rows_that_look_stuck(database: Database, command: Command) -> None:
-    """Those that were claimed long ago are counted, with the age of the oldest."""
+    """Rows that were claimed long ago are counted, with the age of the oldest."""
     engine = healthy(database, stamped)
     now = datetime.now(UTC).replace(tzinfo=None)
     with engine.begin() as connection:
@@ -447,7 +447,7 @@ def test_foreign_keys_onto_the_table(database: Database, command: Command) -> No
 
 @pytest.mark.databases("mysql", "mariadb")
 def test_a_childs_insert_has_claims_pass_its_job_over(database: Database) -> None:
-    """What the doctor says of foreign keys is so."""
+    """A claim skips a job while an INSERT of its child is uncommitted, as the doctor reports."""
     engine = healthy(database)
     with engine.begin() as connection:
         connection.exec_driver_sql(
@@ -502,7 +502,7 @@ def test_columns_that_the_database_lacks(database: Database, command: Command) -
 
 @pytest.mark.databases("sqlite")
 def test_columns_that_cannot_be_read(database: Database, command: Command) -> None:
-    """What is in doubt, and what to write, is a finding; the rest is looked at all the same."""
+    """An ambiguous column is a finding with its declaration; the other checks still run."""
     filled(database, statuses, status="new")
     found = ails(command, database, timeout="0.2")
     assert list(found) == ["meaning of the columns", "busy timeout"]
@@ -512,7 +512,7 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
 
 @pytest.mark.databases("sqlite")
 def test_a_claim_that_is_refused(database: Database, command: Command) -> None:
-    """What every call would be refused for is found beforehand."""
+    """A declaration that every claim would refuse is found beforehand."""
     healthy(database)
     finding = ails(command, database, table="tests.test_doctor:stamped_text")["claim"]
     assert "jobs.note is String" in finding["found"]
@@ -630,7 +630,7 @@ def test_old_transactions(database: Database, command: Command) -> None:
 
 @pytest.mark.databases("postgresql")
 def test_lock_waits(database: Database, command: Command) -> None:
-    """Who waits for a row of the table, and for whom, who is ended by the cure."""
+    """A session that waits for a row is shown with the blocking one, which the fix ends."""
     engine = healthy(database)
     mark = jobs.update().where(jobs.c.id == 1).values(processing=True)
 
@@ -747,7 +747,7 @@ def test_busy_timeout(database: Database, command: Command) -> None:
 
 @pytest.mark.databases("sqlite")
 def test_transaction_mode(database: Database, command: Command) -> None:
-    """What sqlite3 begins by itself, and when, is told."""
+    """The report says which transactions sqlite3 begins by itself, and when."""
     healthy(database)
     said = doctor(command, database, "--json").out
     assert "sqlite3's legacy mode: BEGIN before an INSERT, UPDATE" in said
@@ -765,7 +765,7 @@ def test_its_connection_cannot_write(database: Database) -> None:
 
 @contextmanager
 def reader(database: Database) -> Iterator[str]:
-    """The address of somebody who may only read the table."""
+    """Yield the URL of a user who may only read the table."""
     if database.name == "sqlite":
         # A file that cannot be opened for writing.
         yield f"sqlite:///file:{database.url.database}?mode=ro&uri=true"

@@ -48,7 +48,7 @@ INNODB = pytest.mark.databases("mysql", "mariadb")
 
 
 def keyed_table(**options: Any) -> JobTable:
-    """A table of jobs for customers, one at a time for each."""
+    """Build a table of jobs that run one at a time for each customer."""
     table = sa.Table(
         "jobs",
         sa.MetaData(),
@@ -89,7 +89,7 @@ def filled(database: Database, customers: list[int | None], **options: Any) -> J
 
 
 def quick(database: Database) -> sa.Engine:
-    """An engine that on SQLite does not wait for the lock."""
+    """Create an engine that does not wait for the lock on SQLite."""
     return database.engine(
         **({"connect_args": {"timeout": 0}} if database.name == "sqlite" else {})
     )
@@ -106,7 +106,7 @@ def expire(engine: sa.Engine, jobs: JobTable, number: int) -> None:
 
 @contextmanager
 def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """A transaction that the test ends, or else is rolled back."""
+    """Yield a connection whose transaction is rolled back unless the test ends it."""
     connection = engine.connect()
     try:
         yield connection
@@ -115,7 +115,7 @@ def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 
 def claimed_beside(database: Database, engine: sa.Engine, jobs: JobTable, limit: int) -> list[int]:
-    """What another worker gets beside an open transaction that has written: nothing on SQLite."""
+    """Claim as another worker beside an open transaction that has written; none on SQLite."""
     if database.name != "sqlite":
         return ids(claim_jobs(engine, jobs, limit))
     with pytest.raises(ClaimConflict), engine.connect() as connection:
@@ -180,7 +180,7 @@ def test_entities(database: Database) -> None:
 
 
 def keyed_table_of(entity: Any) -> JobTable:
-    """The same declaration for a mapped class."""
+    """Build the same declaration for a mapped class."""
     return JobTable(
         entity,
         state="state",
@@ -265,7 +265,7 @@ def test_a_busy_key_costs_a_step(database: Database, most: int) -> None:
 
 @pytest.mark.databases("mysql")
 def test_rows_ahead_are_read_once(database: Database) -> None:
-    """What is passed over is not read again to count what was found."""
+    """Rows that the claim passes over are not read again to count the found rows."""
     jobs = filled(database, [None] * 3000)
     engine = database.engine()
     last = sa.update(jobs.table).where(jobs.table.c.id == 3000).values(note="wanted")
@@ -383,7 +383,7 @@ def test_a_dirty_look_alone_believes_an_end_that_is_rolled_back(
 
 @pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
 def test_complete_and_claim_the_next_in_one_transaction(database: Database, level: str) -> None:
-    """What the caller's own transaction has ended or given back does not run."""
+    """A job that the caller's own transaction has ended or released no longer runs."""
     if level == "REPEATABLE READ" and database.name in {"postgresql", "sqlite"}:
         level = "READ COMMITTED"
     jobs = filled(database, [1, 1, 1, 2])
@@ -404,7 +404,7 @@ def test_complete_and_claim_the_next_in_one_transaction(database: Database, leve
 def held_up(
     database: Database, jobs: JobTable, found: list[list[int]], by: str = "engine"
 ) -> Iterator[None]:
-    """A claim of one job whose search has its snapshot, and waits while the block runs."""
+    """Hold up a claim of one job after its snapshot until the block ends."""
     engine = database.engine()
     with engine.begin() as connection:
         connection.execute(
@@ -434,7 +434,7 @@ def held_up(
 
 
 def running(engine: sa.Engine, jobs: JobTable) -> list[int]:
-    """The rows that run."""
+    """Return the ids of the running rows."""
     with engine.connect() as connection:
         query = sa.select(jobs.table.c.id).where(jobs.table.c.state == "running")
         return sorted(connection.scalars(query))
@@ -488,7 +488,7 @@ def insert_and_claim_an_earlier_row(engine: sa.Engine, jobs: JobTable) -> None:
 
 
 def chosen_without_a_look(parts: Any) -> Any:
-    """The claim of rows whose keys are locked, as the search saw them."""
+    """Build the claim of rows with locked keys from the search's snapshot."""
     key = parts.job_table.key[0]
     branch = parts.candidates.branches[0].where(key.in_(sa.bindparam(KEYS, expanding=True)))
     return replace(parts, candidates=replace(parts.candidates, branches=(branch,)), prepared={})
@@ -638,7 +638,7 @@ def test_a_node_of_a_cluster_is_refused(
 
 @INNODB
 def test_the_second_connections_end_with_the_engine(database: Database) -> None:
-    """What a claim has opened beside the engine is closed when the engine is."""
+    """Connections that a claim opened beside the engine are closed with the engine."""
     jobs = filled(database, [1])
     engine = database.engine()
     claim_jobs(engine, jobs)
@@ -758,7 +758,7 @@ WORKERS = 8
 
 @dataclass
 class Audit:
-    """What the workers of a drain saw, in the order of a table that they write themselves."""
+    """A table in which the workers of a drain record their runs, in order."""
 
     table: sa.Table
 
@@ -873,7 +873,7 @@ def forbid_a_second_running(engine: sa.Engine, database: Database) -> None:
 
 
 def assert_in_order(engine: sa.Engine, audit: sa.Table) -> None:
-    """The rows of each key began in the order of the claim."""
+    """Assert that the rows of each key began in the order of the claim."""
     begun = defaultdict[int, list[int]](list)
     with engine.connect() as connection:
         query = sa.select(audit.c.customer, audit.c.job).where(audit.c.begins)

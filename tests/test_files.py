@@ -33,20 +33,22 @@ from tests.system_calls import (
     without_renameat2,
 )
 
+pytestmark = pytest.mark.once
+
 LONGEST = "x" * 251 + ".job"
 AWKWARD = ["two\nlines", "sp ace", "-dash", "uml\N{LATIN SMALL LETTER A WITH DIAERESIS}ut", LONGEST]
 
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Iterator[FileQueue]:
-    """An empty queue."""
+    """Yield an empty queue."""
     with in_memory(tmp_path) as folder:
         yield FileQueue.make(folder / "queue")
 
 
 @pytest.fixture(params=["renameat2", "link"])
 def either(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A file system that renames without overwriting, and one that does not."""
+    """Provide a file system that renames without overwriting, then one that cannot."""
     with without_renameat2(absent=request.param == "link"):
         yield request.param
 
@@ -368,7 +370,7 @@ def test_a_job_put_between_look_and_link_is_not_overwritten(queue: FileQueue) ->
 
 
 def test_a_living_worker_keeps_its_jobs(queue: FileQueue) -> None:
-    """What counts is the worker's sign of life, however old its job is."""
+    """A worker that gives a sign of life keeps its job, however old the job is."""
     queue.put("a", "b")
     old, other = queue.one("w1"), queue.one("w2")
     os.utime(old.path, (1, 1))
@@ -524,7 +526,7 @@ def test_an_age_as_timedelta(queue: FileQueue) -> None:
 
 
 def test_a_job_is_never_seen_half(queue: FileQueue, either: str) -> None:
-    """Whoever looks between any two calls of a put sees nothing, or all of it."""
+    """A reader between any two calls of a put sees nothing or the whole job."""
     content = "0123456789" * 10_000
     seen: list[str] = []
 
@@ -578,7 +580,7 @@ def test_put_flushes_file_and_folder(queue: FileQueue, durable: bool) -> None:
 
 @pytest.mark.parametrize("data", [b"x", bytearray(b"x"), memoryview(b"x"), "x"])
 def test_put_takes_bytes_and_text(queue: FileQueue, data: bytes | str) -> None:
-    """What is bytes, or text, is written as it is."""
+    """Bytes and text are written unchanged."""
     assert put_file(queue.waiting, "a", data) == queue.waiting / "a"
     assert queue.one().read_bytes() == b"x"
 
@@ -606,7 +608,7 @@ def test_names_that_cannot_be_a_jobs(queue: FileQueue, name: object) -> None:
 
 @pytest.mark.parametrize("worker", ["", "..", "a/b", ".w", "x" * 256])
 def test_workers_whose_name_is_no_folders(queue: FileQueue, worker: str) -> None:
-    """So is a worker's name."""
+    """A worker name that leaves the folder, is hidden or too long is refused."""
     queue.put("a")
     with pytest.raises(ClaimError, match="worker is"):
         queue.claim(1, worker)
@@ -660,7 +662,7 @@ def test_a_folder_below_the_waiting_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "link out", "link in", "pipe"])
 def test_what_is_no_file_is_refused_at_its_turn(queue: FileQueue, kind: str) -> None:
-    """What is no file is named, and left, once it is the next; what comes before is claimed."""
+    """An entry that is no file is named and left once it is next; earlier jobs are claimed."""
     queue.put("a", "c")
     outside = queue.base.parent / "outside"
     outside.write_text("secret", encoding="utf-8")
@@ -1038,7 +1040,7 @@ def test_a_process_has_a_worker_of_its_own(queue: FileQueue) -> None:
 
 
 def test_the_way_back_is_not_claimed_from(queue: FileQueue) -> None:
-    """What is between link and unlink is found by nobody's claim."""
+    """No claim finds a job that is between link and unlink."""
     queue.put("a")
     file = queue.one()
     seen = []

@@ -13,6 +13,8 @@ from atomic_claim.files import ClaimedFile, claim_files, complete_files, fail_fi
 from tests.file_queue import FileQueue, in_memory
 from tests.system_calls import Actor, before_each, recorded, stepwise, without_renameat2
 
+pytestmark = pytest.mark.once
+
 ENDS: dict[str, Callable[..., Any]] = {
     "complete": complete_files,
     "release": release_files,
@@ -24,14 +26,14 @@ SOME = (1, 2, 3, 5, 8, 13, None)
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory if there is one: thousands of small queues are made in it."""
+    """Yield an in-memory folder if there is one: the tests make thousands of small queues."""
     with in_memory(tmp_path) as folder:
         yield folder
 
 
 @pytest.fixture(params=["renameat2", "link"])
 def either(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A file system that renames without overwriting, and one that does not."""
+    """Provide a file system that renames without overwriting, then one that cannot."""
     with without_renameat2(absent=request.param == "link"):
         yield request.param
 
@@ -69,7 +71,7 @@ class Case:
 @pytest.mark.parametrize("other", ["claim", "recover"])
 @pytest.mark.parametrize("one", ["claim", "complete", "release", "fail", "recover"])
 def test_each_job_is_in_one_place(memory: Path, either: str, one: str, other: str) -> None:
-    """Whoever stops before whichever call, however far the other comes: one owner a job."""
+    """Each job has one owner, wherever one worker stops and however far the other proceeds."""
     last = Case(memory / "alone").count(one)
     for before in range(last):
         for during in SOME:

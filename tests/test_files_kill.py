@@ -25,7 +25,10 @@ from tests.system_calls import (
     without_renameat2,
 )
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows"),
+]
 
 JOBS, WORKERS = 10_000, 8
 LEGACY_JOBS = 2_000
@@ -40,14 +43,14 @@ if os.name != "nt":
 
 @pytest.fixture
 def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory if there is one: hundreds of small queues are made in it."""
+    """Yield an in-memory folder if there is one: the tests make hundreds of small queues."""
     with in_memory(tmp_path) as folder:
         yield folder
 
 
 @pytest.fixture(params=["renameat2", "link"])
 def either(request: pytest.FixtureRequest) -> Iterator[str]:
-    """A file system that renames without overwriting, and one that does not."""
+    """Provide a file system that renames without overwriting, then one that cannot."""
     with without_renameat2(absent=request.param == "link"):
         yield request.param
 
@@ -121,7 +124,7 @@ def test_a_recovery_killed_after_a_kill(memory: Path, operation: str, either: st
 
 
 def killed_between_link_and_unlink(base: Path) -> tuple[FileQueue, Path]:
-    """A queue whose job ``a`` waits, and has a second name, where it was on its way back."""
+    """Create a queue whose job ``a`` waits and has a second name, left by a killed release."""
     queue = FileQueue.make(base)
     queue.put("a")
     file = queue.one("w1")
@@ -150,7 +153,7 @@ def test_a_claim_removes_the_second_name(memory: Path) -> None:
 
 
 def test_a_recovery_removes_the_second_name(memory: Path) -> None:
-    """So does any recovery, however long others are allowed to be silent."""
+    """Any recovery removes the second name, however long workers are allowed to be silent."""
     with without_renameat2():
         queue, left = killed_between_link_and_unlink(memory)
         assert queue.recover(3600) == ["a"]
@@ -237,7 +240,7 @@ def test_a_copy_and_an_unlink_leave_two(memory: Path) -> None:
 
 
 def test_a_put_killed_anywhere_waits_whole_or_not_at_all(memory: Path, either: str) -> None:
-    """What a killed writer leaves is hidden, and the name is free for another try."""
+    """A file left by a killed writer is hidden, and its name is free for another try."""
     content = "x" * 200
     for place in range(50):
         queue = FileQueue.make(memory / str(place))

@@ -27,6 +27,8 @@ from tests.file_worker import platformatic_drain
 from tests.platformatic import FileStorage
 from tests.system_calls import Actor, killed_before, stepwise, without_renameat2
 
+pytestmark = pytest.mark.once
+
 JOBS = 1500
 SCRIPT = Path(__file__).with_name("platformatic.mjs")
 # The folder of an installed @platformatic/job-queue 0.5.
@@ -35,7 +37,7 @@ PACKAGE = os.environ.get("ATOMIC_CLAIM_TEST_PLATFORMATIC", "")
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[FileStorage]:
-    """The folders of a queue of theirs."""
+    """Yield the folders of a platformatic queue."""
     with in_memory(tmp_path) as folder:
         yield FileStorage(folder / "base")
 
@@ -54,7 +56,7 @@ def recover(storage: FileStorage, older_than: float = 0) -> list[str]:
 
 
 def waits(storage: FileStorage) -> list[str]:
-    """The names that wait."""
+    """Return the names of the waiting jobs."""
     return sorted(name for name in os.listdir(storage.base / "queue") if name[0] != ".")
 
 
@@ -158,7 +160,7 @@ def test_what_their_reaper_never_returns_is_recovered(storage: FileStorage) -> N
 
 @pytest.mark.parametrize("link", [False, True], ids=["renameat2", "link"])
 def test_a_recovery_of_theirs_killed_anywhere(storage: FileStorage, link: bool) -> None:
-    """What a killed recovery had begun to return of theirs waits once after the next one."""
+    """A platformatic job whose recovery was killed waits once after the next recovery."""
     with without_renameat2(absent=link):
         for place in range(50):
             storage.enqueue(f"a{place}")
@@ -203,7 +205,7 @@ def test_an_idle_consumers_folder_stays(storage: FileStorage) -> None:
 
 
 def test_our_own_jobs_are_recovered_as_ever(storage: FileStorage) -> None:
-    """What a dead Python worker had waits again under its own number, the attempt counted."""
+    """A dead Python worker's job waits again under its own number, with the attempt counted."""
     storage.enqueue("a")
     claim(storage)
     assert recover(storage) == ["000000000001-a.msg"]
@@ -242,7 +244,7 @@ def test_their_consumers_and_ours_drain_one_queue(storage: FileStorage) -> None:
 
 @pytest.fixture
 def package() -> str:
-    """The folder of the real package, or a skipped test."""
+    """Return the folder of the real package, or skip the test."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed")
     if not PACKAGE:
@@ -256,7 +258,7 @@ def package() -> str:
 
 
 def node(package: str, *words: object) -> list[str]:
-    """The command that plays one part of theirs."""
+    """Build the command that runs one role of the platformatic package."""
     return ["node", str(SCRIPT), package, *map(str, words)]
 
 

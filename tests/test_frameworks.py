@@ -53,7 +53,7 @@ class OtherFlaskJob(FLASK.Model):
 
 @pytest.fixture
 def application(database: Database) -> Iterator[Flask]:
-    """An application with three jobs in its database, and three in its other one, SQLite."""
+    """Yield an application with three jobs in its database and three in its SQLite bind."""
     application = Flask("application")
     application.config |= {
         "SQLALCHEMY_DATABASE_URI": database.url,
@@ -139,12 +139,12 @@ def test_sqlmodel(database: Database, limit: int) -> None:
 
 
 def by_mapper(job: Any, _: sa.Table, engine: sa.Engine) -> dict[Any, sa.Engine]:
-    """A session's binds by class."""
+    """Return a session's binds by class."""
     return {job: engine}
 
 
 def by_table(_: Any, table: sa.Table, engine: sa.Engine) -> dict[Any, sa.Engine]:
-    """A session's binds by table."""
+    """Return a session's binds by table."""
     return {table: engine}
 
 
@@ -225,7 +225,7 @@ def add_criteria(state: ORMExecuteState) -> None:
 
 
 def add_criteria_to_selects(state: ORMExecuteState) -> None:
-    """The same to the letter: for SELECT only."""
+    """Add global WHERE criteria to SELECT only, exactly as SQLAlchemy documents it."""
     if state.is_select:
         add_criteria(state)
 

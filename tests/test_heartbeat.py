@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -31,7 +31,7 @@ from atomic_claim.dialects.sqlite import SQLite
 from atomic_claim.heartbeat import prepared_beat
 from tests.counting import counted_jobs
 from tests.databases import Database
-from tests.jobs import fill, ids, in_thread
+from tests.jobs import fill, ids, in_thread, soon
 from tests.own_servers import own_server
 from tests.test_aio import DRIVERS
 from tests.test_lease import LEASE, PAST, mapped, row
@@ -42,20 +42,20 @@ ON_SERVERS = ("postgresql", "mysql", "mariadb")
 
 
 def made(database: Database, count: int) -> tuple[sa.Engine, JobTable]:
-    """An engine and that many free jobs."""
+    """Create an engine and a table with `count` free jobs."""
     engine, jobs = database.engine(), counted_jobs()
     fill(engine, jobs.table, count)
     return engine, jobs
 
 
 def threads() -> list[threading.Thread]:
-    """The threads that keep leases now."""
+    """Return the threads that extend leases now."""
     return [thread for thread in threading.enumerate() if "keep_claims" in thread.name]
 
 
 @contextmanager
 def beats(engine: sa.Engine) -> Iterator[list[str]]:
-    """The updates that are tried through an engine while the block runs."""
+    """Record the updates that are tried through an engine during the block."""
     seen: list[str] = []
 
     def note(*arguments: Any) -> None:
@@ -70,7 +70,7 @@ def beats(engine: sa.Engine) -> Iterator[list[str]]:
 
 
 def knocks(engine: sa.Engine) -> list[Any]:
-    """The connections that an engine tries to make from now on."""
+    """Return a list that collects the connections that an engine tries from now on."""
     tried: list[Any] = []
     sa.event.listen(engine, "do_connect", lambda *arguments: tried.append(arguments))
     return tried
@@ -163,7 +163,7 @@ def test_a_claim_must_be_committed(database: Database) -> None:
 
 
 def test_a_lease_that_is_almost_over(database: Database) -> None:
-    """What was claimed a while ago is extended before the block begins, not a period later."""
+    """A lease that is almost over is extended before the block begins, not a period later."""
     engine, jobs = made(database, 1)
     claim = claim_jobs(engine, jobs, lease=LEASE)
     with engine.begin() as connection:
@@ -180,14 +180,13 @@ def test_an_uncommitted_completion_is_passed_over(database: Database) -> None:
     """A row that the block has completed is not waited for, nor lost; the others are extended."""
     engine, jobs = made(database, 2)
     claim = claim_jobs(engine, jobs, 2, lease=LEASE)
-    with engine.connect() as connection:
-        with keep_claims(engine, claim, every=EVERY) as keeper:
-            complete_jobs(connection, claim[:1])
-            for _ in range(3):
-                grows(engine, jobs, 2)
-            assert keeper.lost == ()
-            ended = time.monotonic()
-        assert time.monotonic() - ended < 2
+    with engine.connect() as connection, ExitStack() as keeping:
+        keeper = keeping.enter_context(keep_claims(engine, claim, every=EVERY))
+        complete_jobs(connection, claim[:1])
+        for _ in range(3):
+            grows(engine, jobs, 2)
+        assert keeper.lost == ()
+        soon(keeping.close)
         connection.commit()
     assert row(engine, jobs, 1).done_at is not None
 
@@ -219,9 +218,7 @@ def test_a_beat_does_not_wait_long(database: Database) -> None:
     beat = prepared_beat(engine, claim, timedelta(seconds=100))
     with engine.connect() as connection:
         complete_jobs(connection, claim)
-        began = time.monotonic()
-        assert beat.once() == ()
-        assert time.monotonic() - began < 5
+        assert soon(beat.once) == ()
         connection.rollback()
 
 
@@ -229,10 +226,13 @@ def test_the_end_comes_at_once(database: Database) -> None:
     """The end of the block does not wait for the next beat, nor do exceptions."""
     engine, jobs = made(database, 1)
     claim = claim_jobs(engine, jobs, lease=LEASE)
-    began = time.monotonic()
-    with pytest.raises(ZeroDivisionError), keep_claims(engine, claim):
-        raise ZeroDivisionError
-    assert time.monotonic() - began < 5
+
+    def fail() -> None:
+        with keep_claims(engine, claim):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        soon(fail)
     assert threads() == []
 
 
@@ -314,7 +314,7 @@ def test_an_end_that_is_rolled_back(database: Database) -> None:
 
 
 def test_after_the_block(database: Database) -> None:
-    """What the keeper says is of the block; that leases run out later does not change it."""
+    """A keeper reports on its block only; a lease that expires later does not change it."""
     engine, jobs = made(database, 2)
     lease = timedelta(seconds=0.5)
     claim = claim_jobs(engine, jobs, 2, lease=lease)
@@ -422,7 +422,6 @@ def test_a_table_lock_is_not_waited_for(database: Database) -> None:
     beat = prepared_beat(engine, claim, timedelta(seconds=1))
     with engine.connect() as connection:
         connection.execute(sa.text(lock))
-        began = time.monotonic()
         with in_thread(beat.once) as beating:
             try:
                 assert beating.result(timeout=20) == ()
@@ -430,7 +429,6 @@ def test_a_table_lock_is_not_waited_for(database: Database) -> None:
                 if database.name != "postgresql":
                     connection.execute(sa.text("UNLOCK TABLES"))
                 connection.rollback()
-        assert time.monotonic() - began < 5
     before = row(engine, jobs, 1).lease_until
     assert beat.once() == ()
     assert row(engine, jobs, 1).lease_until > before

@@ -1,4 +1,4 @@
-"""What is read from a table's columns by their names, and what is refused in place of a guess."""
+"""Inference of roles from the columns' names, and errors in place of guesses."""
 
 import enum
 import gc
@@ -25,17 +25,17 @@ PAYLOAD = Path(__file__).parent / "payload"
 
 
 def table_of(*columns: Column[Any], **options: Any) -> Table:
-    """A table with a key and these columns."""
+    """Build a table with a key and these columns."""
     return Table("jobs", MetaData(), Column("id", Integer, primary_key=True), *columns, **options)
 
 
 def processing() -> Column[Any]:
-    """The state of most tables here."""
+    """Build the state column of most tables here."""
     return Column("processing", Boolean, nullable=False)
 
 
 def refusal(table: Any) -> str:
-    """The message with which a table is refused, which names every column."""
+    """Return the message of the error that refuses a table, which names every column."""
     with pytest.raises(AmbiguousTable) as raised:
         JobTable.infer(table)
     message = str(raised.value)
@@ -149,7 +149,7 @@ def test_a_status_beside_ends() -> None:
 
 
 def test_a_token_alone_is_no_fence() -> None:
-    """What is called "token" alone is as often a credential, and is left alone."""
+    """A column named just "token" is often a credential, and is not taken for a role."""
     assert JobTable.infer(table_of(processing(), Column("token", String(50)))).token is None
 
 
@@ -550,7 +550,7 @@ def test_payload_is_claimed_by_inference_alone(payload: sa.Engine, limit: int) -
 @on_payloads_databases
 @pytest.mark.parametrize("kind", [Session, sessionmaker], ids=["session", "sessionmaker"])
 def test_payload_as_classes(payload: sa.Engine, kind: Any) -> None:
-    """So are they as entities of classes that SQLAlchemy makes of the database."""
+    """Payload's jobs are also claimed as entities of classes that SQLAlchemy reflects."""
     base = automap_base()
     base.prepare(autoload_with=payload)
     bind = kind(payload)

@@ -82,7 +82,7 @@ def filled(database: Database) -> sa.Engine:
 
 
 def running(engine: sa.Engine) -> list[int]:
-    """The ids of what is marked, by the base's table."""
+    """Return the ids of the marked rows, read from the base's table."""
     with engine.connect() as connection:
         query = sa.select(Job.id).where(Job.processing).order_by(Job.id.desc())
         return list(connection.scalars(query))

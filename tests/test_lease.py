@@ -1,4 +1,4 @@
-"""What becomes of claimed jobs: leases, fencing, and the four ways in which a claim ends."""
+"""Leases, fencing, and the four ways in which a claim ends."""
 
 import json
 from datetime import timedelta
@@ -29,7 +29,7 @@ PAST = timedelta(hours=-1)
 
 
 def leased_table() -> JobTable:
-    """The usual job table with every column that the end of a claim can use."""
+    """Build the usual job table with every column that the end of a claim can use."""
     table = job_table(
         Column("done_at", DateTime),
         Column("failed_at", DateTime),
@@ -57,14 +57,14 @@ def leased_table() -> JobTable:
 
 
 def made(database: Database, count: int = 3) -> tuple[sa.Engine, JobTable]:
-    """An engine and that many free jobs."""
+    """Create an engine and a table with `count` free jobs."""
     engine, jobs = database.engine(), leased_table()
     fill(engine, jobs.table, count)
     return engine, jobs
 
 
 def row(engine: sa.Engine, jobs: JobTable, number: int) -> Any:
-    """A row as everybody can see it."""
+    """Return the committed state of a row."""
     with engine.connect() as connection:
         return connection.execute(sa.select(jobs.table).where(jobs.table.c.id == number)).one()
 
@@ -234,7 +234,7 @@ def test_a_ticket_survives_json(database: Database) -> None:
 
 
 def mapped(jobs: JobTable) -> tuple[type[Any], JobTable]:
-    """A class mapped to the table, and what its columns mean."""
+    """Map a class to the table and declare its columns."""
 
     class Job:
         id: int

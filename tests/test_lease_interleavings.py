@@ -47,7 +47,7 @@ CALLS: Final[dict[str, Callable[[Any, Claim[Any]], int]]] = {
 
 
 def quick_engine(database: Database) -> sa.Engine:
-    """An engine that neither waits for locks nor for the disk on SQLite."""
+    """Create an engine that waits neither for locks nor for the disk on SQLite."""
     if database.name != "sqlite":
         return database.engine()
     engine = database.engine(connect_args={"timeout": 0})
@@ -95,20 +95,20 @@ def attempt(call: str, bind: Any, claim: Claim[Any]) -> bool:
 
 
 def owners(engine: sa.Engine, claims: Iterable[Claim[Any]]) -> list[str | None]:
-    """The tokens of the claims that own their row, by what the database lets them do."""
+    """Return the tokens of the claims that own their row, that is, can extend it."""
     return [claim.token for claim in claims if claim and attempt("extend", engine, claim)]
 
 
 @dataclass
 class Model:
-    """What a row ought to be, as a person would say it."""
+    """A model of the expected state of a row."""
 
     owner: str | None = None
     expired: bool = False
     ended: str | None = None
 
     def step(self, step: str) -> bool:
-        """What becomes of the row by a step, and whether the step succeeds."""
+        """Apply a step to the row and return True if the step succeeds."""
         if step == EXPIRY:
             matters = self.owner is not None and not self.ended and not self.expired
             self.expired = self.expired or matters
@@ -131,7 +131,7 @@ class Model:
 
 
 def orders_by_engine() -> list[Order]:
-    """The orders of two workers each of whose steps is a transaction of its own."""
+    """Return the orders of two workers whose steps are transactions of their own."""
     found: list[Order] = []
     for mine, other in itertools.product(ENDS, ("complete", "release")):
         for first in (("a claim", f"a {mine}"), ("a claim", "a extend", f"a {mine}")):
@@ -140,7 +140,7 @@ def orders_by_engine() -> list[Order]:
 
 
 def time_matters(order: Order) -> bool:
-    """Whether there is a lease to run out where time passes; else another order is the same."""
+    """Return True if a lease expires wherever time passes; if not, the order is redundant."""
     model = Model()
     return all(model.step(step) or step != EXPIRY for step in order)
 
@@ -226,7 +226,7 @@ class Stage:
         return bool(self.claims.get(worker)) and attempt(call, bind, self.claims[worker])
 
     def locks_what_it_refuses(self, call: str) -> bool:
-        """Whether a refused call keeps a lock: SQLite's of the file, or InnoDB's of the row."""
+        """Return True if a refused call keeps a lock: SQLite's file lock or InnoDB's row lock."""
         if self.database.name == "sqlite":
             return call == "claim" or bool(self.claims.get("a"))
         return self.database.name != "postgresql" and call == "complete"
@@ -260,7 +260,7 @@ class Stage:
         return self.call(self.engine, "b", call)
 
     def is_settled(self, future: Future[bool]) -> bool:
-        """Whether the second worker is through with its call, or waits for a lock."""
+        """Return True if the second worker's call has ended or waits for a lock."""
         may_wait = self.holds and self.database.name != "sqlite"
         return future.done() or (may_wait and self.database.lock_waiters() > 0)
 
@@ -291,7 +291,7 @@ class Stage:
 
 
 def orders_by_session() -> list[Order]:
-    """The orders of a worker with two transactions, each kept or undone, and one by engine."""
+    """Return the orders of two transactions, kept or rolled back, and a worker by engine."""
     found: list[Order] = []
     for first, second in itertools.product(("commit", "rollback"), repeat=2):
         steps = ("a claim", f"a {first}", "a complete", f"a {second}")

@@ -4,10 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 
 import pytest
@@ -21,9 +21,10 @@ from tests.jobs import ids
 from tests.waiting import wait_until
 from tests.worker import complete_when_told, drain
 
-WORKERS, JOBS = 6, 2000
+WORKERS, JOBS = 6, 1000
 LEASE = timedelta(seconds=2)
-BETWEEN_KILLS = 0.2
+# How many jobs are completed between two kills.
+BETWEEN_KILLS = 40
 
 # A new process is there at once, and has nothing of the tests' own connections.
 context = multiprocessing.get_context("forkserver")
@@ -58,14 +59,13 @@ def test_killed_workers_lose_nothing(database: Database) -> None:
             worker.start()
             workers.append(worker)
 
+        def at_most(left: int) -> bool:
+            return undone(engine, jobs) <= left
+
         for _ in range(WORKERS):
             start()
-        deadline = time.monotonic() + 120
-        next_kill = time.monotonic() + BETWEEN_KILLS
-        while undone(engine, jobs):
-            assert time.monotonic() < deadline, f"{undone(engine, jobs)} jobs are stuck"
-            time.sleep(max(0, next_kill - time.monotonic()))
-            next_kill += BETWEEN_KILLS
+        for left in range(JOBS - BETWEEN_KILLS, 0, -BETWEEN_KILLS):
+            wait_until(partial(at_most, left), seconds=120)
             victim = chance.choice(workers)
             victim.kill()
             victim.join()
@@ -75,7 +75,7 @@ def test_killed_workers_lose_nothing(database: Database) -> None:
             victim.close()
             start()
         for worker in workers:
-            worker.join(30)
+            worker.join(120)
         assert [worker.exitcode for worker in workers] == [0] * WORKERS
     done = completions(engine)
     assert sorted(number for number, _ in done) == list(range(1, JOBS + 1))

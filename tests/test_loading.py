@@ -1,4 +1,4 @@
-"""What is loaded, and when: each test is a fresh interpreter, to which nobody has done anything."""
+"""Tests of the modules that are loaded, and when, each in a fresh interpreter."""
 
 import json
 import subprocess
@@ -104,7 +104,7 @@ CONSTRUCTS = {
 
 
 def run(*parts: str, arguments: tuple[str, ...] = ()) -> str:
-    """What a program says that is made of these parts, each indented as it likes."""
+    """Run a program that is joined from these parts, each dedented, and return its output."""
     program = "\n".join(map(dedent, parts))
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, *arguments],
@@ -244,7 +244,7 @@ def test_a_half_imported_orm_is_not_looked_at(tmp_path: object) -> None:
 
 
 def compiled(name: str) -> str:
-    """A program's line that makes a dialect of a name, and says what a construct is there."""
+    """Build the lines of a program that create a dialect of a name."""
     module = MODULES.get(name, name)
     return f"""
         from sqlalchemy.dialects import {module} as module

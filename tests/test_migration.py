@@ -128,7 +128,7 @@ by_expression = JobTable(
 
 
 def example(name: str) -> ModuleType:
-    """A revision of the examples."""
+    """Import a revision of the examples."""
     return import_module(f"examples.migrations.{name}")
 
 
@@ -141,7 +141,7 @@ def migrate(engine: sa.Engine, revision: ModuleType, direction: str) -> None:
 
 
 def schema_of(engine: sa.Engine, table: Table) -> tuple[list[str], list[str]]:
-    """The columns and indexes that the database has."""
+    """Return the names of the columns and indexes in the database."""
     inspector = sa.inspect(engine)
     columns = [column["name"] for column in inspector.get_columns(table.name)]
     return columns, sorted(str(index["name"]) for index in inspector.get_indexes(table.name))
@@ -164,7 +164,7 @@ def fill(engine: sa.Engine, job_table: JobTable) -> None:
 
 
 def plain(values: Any) -> dict[str, Any]:
-    """What is written to columns, as a program would give it."""
+    """Convert the values that are written to columns to plain Python values."""
     found = {}
     for column, value in values.items():
         if isinstance(value, (sa.sql.elements.True_, sa.sql.elements.False_)):
@@ -193,7 +193,7 @@ def missing(engine: sa.Engine, given: Any) -> list[str]:
 
 
 def after(engine: sa.Engine, given: Any) -> Any:
-    """The table with the columns that a migration added, as an application declares it anew."""
+    """Declare the table with the columns that a migration added, as an application does."""
     table: Table = job_table_of(given).table
     reflected = Table(table.name, sa.MetaData(), autoload_with=engine)
     added = [column for column in reflected.columns if column.name not in table.columns]
@@ -229,7 +229,7 @@ def test_the_examples_up_down_and_up(database: Database, name: str) -> None:
 def test_the_examples_are_what_the_command_writes(
     command: Command, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has to believe the examples: the command in their docstring makes them."""
+    """Each example equals the output of the command in its docstring."""
     monkeypatch.chdir(REPOSITORY)
     path = REPOSITORY / "examples" / "migrations" / f"{name}.py"
     text = path.read_text(encoding="utf-8")
@@ -280,7 +280,7 @@ def run(engine: sa.Engine, script: str) -> None:
 
 
 def statements(script: str) -> Iterator[str]:
-    """The statements of a script as the databases' own clients take them apart.
+    """Split a script into statements as the databases' own clients do.
 
     A string between dollars is one to psql, sqlite3 knows where a trigger ends, and mysql goes by
     DELIMITER.
@@ -324,7 +324,7 @@ def test_awkward_names_and_values(database: Database, command: Command, tmp_path
 
 
 def second_claim(engine: sa.Engine, given: Any) -> None:
-    """What two workers do that have found the same job, without looking at it again."""
+    """Mark one job from two workers that both found it and do not check it again."""
     job_table = job_table_of(given)
     table: Table = job_table.table
     mark = table.update().where(table.c.id == 1).values(plain(job_table.claimed))
@@ -337,7 +337,7 @@ REFUSED = r"atomic_claim: job id=1 of .* is running already"
 
 
 def revision_at(path: Path) -> ModuleType:
-    """The revision in a file."""
+    """Execute the revision in a file and return it as a module."""
     namespace = ModuleType("revision")
     exec(path.read_text(encoding="utf-8"), namespace.__dict__)  # noqa: S102 - our own text
     return namespace
@@ -441,7 +441,7 @@ def test_how_indexes_are_built(command: Command) -> None:
 
 
 def resting(**roles: Any) -> JobTable:
-    """The table of jobs that rest until they are due, or for ever."""
+    """Declare the table of jobs that rest until they are due, or forever."""
     roles = {"order": "created_at", "naive_times": "utc", **roles}
     return JobTable(rested, state="processing", **roles)
 
@@ -508,7 +508,7 @@ def test_what_is_passed_over_is_not_read(database: Database) -> None:
 
 
 def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
-    """Whether rows are passed over in the index, by the plan of a claim's search."""
+    """Return True if the plan of a claim's search skips rows within the index."""
     ask = Ask(1, lease=LEASE)
     parts = fresh_parts(jobs, ask)
     with engine.connect() as connection:
@@ -523,7 +523,7 @@ def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
 
 
 def test_what_cannot_be_in_an_index_is_left_out(command: Command) -> None:
-    """What equals a parameter becomes a leading column, and what else changes is left out."""
+    """A term compared with a parameter leads the index; other varying terms are left out."""
     spec = ("--table", "tests.test_migration:by_expression", "--sql", "--json", "--dialect")
     for name in ("postgresql", "sqlite", "mysql"):
         found = json.loads(command("migration", *spec, name).out)["sql"][name]

@@ -13,6 +13,8 @@ import pytest
 import atomic_claim
 from atomic_claim import aio
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(atomic_claim.__file__).parent
 # From the ground up: each imports only from those before it. A package counts as one room.
 ROOMS = [
@@ -60,7 +62,7 @@ MODULES = module_names()
 
 
 def imported(source: str, package: str) -> set[str]:
-    """The full names of all that a module of this package imports, wherever in it."""
+    """Return the full names of all imports in a module of this package, at any depth."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -73,14 +75,14 @@ def imported(source: str, package: str) -> set[str]:
 
 
 def imports_of(name: str) -> set[str]:
-    """The full names of all that a module imports."""
+    """Return the full names of everything that a module imports."""
     path = MODULES[name]
     package = ".".join(["atomic_claim", *path.relative_to(PACKAGE).parts[:-1]])
     return imported(path.read_text(encoding="utf-8"), package)
 
 
 def own_module(full_name: str) -> str | None:
-    """The module of the package in which an imported name is; None if it is another's."""
+    """Return the package's module that defines an imported name, or None if it is external."""
     first, *parts = full_name.split(".")
     if first != "atomic_claim":
         return None
@@ -90,7 +92,7 @@ def own_module(full_name: str) -> str | None:
 
 
 def room(name: str) -> str:
-    """The room that a module is in."""
+    """Return the room that a module is in."""
     return name.partition(".")[0]
 
 
@@ -155,7 +157,7 @@ def test_sqlite3_is_imported_by_its_dialect_alone() -> None:
 
 
 def public_names(module: ModuleType) -> list[str]:
-    """The names that a module offers, modules aside."""
+    """Return the public names of a module, except modules."""
     return sorted(
         name
         for name in dir(module)
@@ -181,7 +183,7 @@ def test_the_asynchronous_names_are_the_same() -> None:
 
 
 def loaded_by(statement: str) -> set[str]:
-    """The first names of the modules that a statement loads in a fresh interpreter."""
+    """Return the top-level modules that a statement loads in a fresh interpreter."""
     program = (
         f"import sys; before = set(sys.modules); {statement}; "
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"

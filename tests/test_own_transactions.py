@@ -33,7 +33,7 @@ limited = pytest.mark.parametrize("limit", [1, 10])
 
 @contextmanager
 def commands(engine: sa.Engine) -> Iterator[list[str]]:
-    """The first word of every command that the server has run on the engine's one connection."""
+    """Record the first word of each command that the server runs on the sole connection."""
     with engine.connect() as connection:
         driver: Any = connection.connection.driver_connection
     found: list[str] = []
@@ -109,7 +109,7 @@ def test_the_caller_s_transactions_begin_and_commit(database: Database) -> None:
 @by_both
 @pytest.mark.databases("sqlite", "postgresql", "mysql", "mariadb")
 def test_the_connection_is_given_back_as_it_was(database: Database, own: Own) -> None:
-    """Whether a claim succeeds or fails, the next user of its connection can roll back."""
+    """The next user of a claim's connection can roll back, after a success and a failure."""
     engine = database.engine(pool_size=1, max_overflow=0)
     table = job_table(Column("place", sa.Integer, unique=True))
     fill(engine, table, 4)
@@ -292,7 +292,7 @@ def test_the_isolation_level_of_execution_options(database: Database) -> None:
 @by_both
 @pytest.mark.databases("postgresql")
 def test_the_isolation_level_of_the_driver(database: Database, own: Own) -> None:
-    """So does a level that a `connect` listener gives to psycopg, and the server's own default."""
+    """A level that a `connect` listener sets on psycopg holds, as does the server's default."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 4)
     listening = database.engine()

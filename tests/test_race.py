@@ -23,18 +23,20 @@ from tests.databases import Database
 from tests.racers import Base, Letter, Repository, jobs
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.once
+
 WORKERS = 4
 LIMIT = 10
 JOBS = "tests.racers:jobs"
 
 
 def small(target: str, **options: Any) -> Race:
-    """A race on the plain job table, as small as will do."""
+    """Run a race on the plain job table, as small as possible."""
     return race(f"tests.racers:{target}", **{"table": JOBS, "jobs": 60, "workers": 3, **options})
 
 
 def tables(database: Database) -> list[str]:
-    """The tables that are in the database."""
+    """Return the names of the tables in the database."""
     return sa.inspect(database.engine()).get_table_names()
 
 
@@ -129,7 +131,7 @@ def test_an_existing_table(database: Database) -> None:
 
 
 def test_a_check_needs_a_factory() -> None:
-    """What cannot be read of a constraint is said, and a factory helps."""
+    """A constraint that cannot be interpreted is named in the error, and a factory helps."""
     options: Any = {"table": "tests.racers:checked", "jobs": 12, "workers": 2}
     with pytest.raises(RaceError, match=r"has the CHECK size BETWEEN 3 AND 9.*--factory"):
         race("tests.racers:claim_checked", **options)
@@ -265,7 +267,7 @@ def test_the_table_is_printed(command: Command) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether there is no such process any more."""
+    """Return True if the process no longer exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -276,7 +278,7 @@ def gone(pid: int) -> bool:
 
 
 def test_workers_die_with_their_parent(tmp_path: Path) -> None:
-    """Whoever kills the command, by whatever signal, has no worker left behind."""
+    """No worker is left behind when the command is killed, even by SIGKILL."""
     process = subprocess.Popen(
         [sys.executable, "-m", "atomic_claim", "race", "tests.racers:blocked", "--table", JOBS],
         cwd=REPOSITORY,
@@ -356,7 +358,7 @@ class TestWhatItIsGiven:
 
     @pytest.mark.parametrize("parameters", ["x", "session, tenant", "x: 'AsyncSession'"])
     def test_unknown(self, parameters: str) -> None:
-        """What cannot be told is said, with a way out."""
+        """An argument that cannot be inferred is an error that mentions `--call`."""
         names: Any = {}
         exec(f"def claim({parameters}): pass", names)  # noqa: S102 - made above
         with pytest.raises(RaceError, match="--call"):
@@ -389,7 +391,7 @@ class TestWhatItReturns:
         assert Reader(jobs, 50).keys(found) == tuple((str(key),) for key in keys)
 
     def test_rows_and_entities(self) -> None:
-        """What SQLAlchemy gives, attached, expired, detached or with others beside it."""
+        """Keys are read from rows and from attached, expired or detached entities."""
         engine = sa.create_engine("sqlite://")
         Base.metadata.create_all(engine)
         reader = Reader(Letter, 50)
@@ -426,13 +428,13 @@ class TestWhatItReturns:
 
     @pytest.mark.parametrize("found", [True, [object()], [None], {"key": 7}, 7.5])
     def test_no_job(self, found: Any) -> None:
-        """What is no job is quoted."""
+        """A result that is no job is quoted in the error."""
         with pytest.raises(RaceError, match=re.escape("no primary key (id)")):
             Reader(jobs, 50).keys(found)
 
 
 def letter(number: int) -> dict[str, Any]:
-    """A row of letters."""
+    """Return the values of a letter."""
     return {
         "id": number, "account_id": number, "state": racers.State.WAITING, "kind": "parcel",
         "number": number, "code": str(number), "ref": racers.uuid.uuid4(), "body": {}, "price": 1,

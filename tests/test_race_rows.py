@@ -18,7 +18,7 @@ from tests.databases import Database
 
 
 class Base(DeclarativeBase):
-    """What all tables have in common."""
+    """Declarative base of all tables."""
 
 
 class Task(Base):
@@ -49,7 +49,7 @@ def made(
     factory: Factory | None = None,
     existing: bool = False,
 ) -> Iterator[Jobs]:
-    """The table, filled, with the foreign keys of SQLite being looked at."""
+    """Yield the filled table; SQLite checks the foreign keys."""
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", lambda c, _: c.execute("PRAGMA foreign_keys = ON"))
     with filled(engine, given, count, factory=factory, existing=existing) as jobs:
@@ -58,7 +58,7 @@ def made(
 
 @pytest.fixture
 def engine() -> Iterator[sa.Engine]:
-    """A database in memory."""
+    """Yield an engine for an in-memory database."""
     engine = sa.create_engine("sqlite://")
     yield engine
     engine.dispose()
@@ -137,7 +137,7 @@ def test_rows_are_free_and_due(engine: sa.Engine) -> None:
 
 
 def columns(*more: Any) -> Table:
-    """A table with these columns."""
+    """Build a table with these columns."""
     return Table("jobs", MetaData(), Column("id", Integer, primary_key=True), *more)
 
 
@@ -167,7 +167,7 @@ class Odd(sa.types.UserDefinedType[Any]):
     ],
 )
 def test_what_cannot_be_filled(engine: sa.Engine, table: Callable[[], Table], said: str) -> None:
-    """What is in the way is named, and nothing is left."""
+    """The obstacle to filling the table is named, and no table is left behind."""
     with pytest.raises(RaceError, match=said), made(engine, table(), 10):
         pass
     assert sa.inspect(engine).get_table_names() == []

@@ -19,6 +19,8 @@ from tests.databases import KINDS, Database
 from tests.processes import Account, Workspace, free_port
 from tests.servers import IGNORE_INSTALLED, DatabaseServer, MySQL, PostgreSQL, Unavailable
 
+pytestmark = pytest.mark.once
+
 REPOSITORY = Path(__file__).parent.parent
 STANDARD_PORTS = {3306, 5432, 33060}
 TEST_COMMAND = (
@@ -328,5 +330,5 @@ def test_debian_archive_is_the_machines_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["README.md", ".ci/run"])
 def test_ci_runs_the_command_of_the_readme(file: str) -> None:
-    """What the README tells to run is what CI runs, to the letter."""
+    """CI runs exactly the test command that the README gives."""
     assert TEST_COMMAND in (REPOSITORY / file).read_text(encoding="utf-8")

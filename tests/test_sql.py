@@ -29,7 +29,7 @@ LEASE = timedelta(minutes=5)
 
 
 def leased(*key: Any) -> JobTable:
-    """A table with everything that a job table can have, the newest job first."""
+    """Declare a table with every role that a job table can have, the newest job first."""
     table = job_table(
         *key,
         Column("run_at", DateTime(timezone=True)),
@@ -60,7 +60,7 @@ keyless = sa.Table("keyless", sa.MetaData(), Column("processing", sa.Boolean))
 
 
 def words(text: str) -> str:
-    """A statement without its parameters' names, its white space and its limits."""
+    """Return a statement without its parameters' names, its white space and its limits."""
     text = re.sub(r"%\(\w+\)s(::\w+)?|(?<![:\w]):[a-z]\w*|%s|\?", "?", text.replace("%%", "%"))
     text = re.sub(r"\(\?(, \?)+\)", "(?)", text)
     text = re.sub(r"LIMIT \d+", "LIMIT n", text)
@@ -68,7 +68,7 @@ def words(text: str) -> str:
 
 
 def shown(command: Command, table: str, *options: str) -> list[dict[str, Any]]:
-    """What `sql --json` says of one dialect."""
+    """Return the calls that `sql --json` prints for one dialect."""
     ended = command("sql", "--table", f"tests.test_sql:{table}", "--json", *options)
     assert (ended.code, ended.err) == (0, "")
     [calls] = json.loads(ended.out)["dialects"].values()

@@ -32,7 +32,7 @@ def claim_by(engine: sa.Engine, kind: str, table: Any, limit: int, **arguments: 
 
 
 def created(database: Database, table: sa.Table, values: list[dict[str, Any]]) -> sa.Engine:
-    """An engine to the table with these rows."""
+    """Create the table with these rows and return the engine."""
     engine = database.engine()
     table.metadata.create_all(engine)
     with engine.begin() as connection:
@@ -44,7 +44,7 @@ def created(database: Database, table: sa.Table, values: list[dict[str, Any]]) -
 
 
 def composite() -> Table:
-    """A table with a key of two columns, and an order that is not the key's."""
+    """Build a table with a key of two columns, and an order that is not the key's."""
     return Table(
         "jobs",
         MetaData(),
@@ -85,16 +85,16 @@ def test_a_key_of_several_columns(database: Database, kind: str, entities: bool)
 
 @pytest.mark.parametrize("order", [None, "region"], ids=["by time", "by text"])
 def test_many_keys_of_several_columns(database: Database, order: str | None) -> None:
-    """A claim of 1,200 such rows is more than one condition of ORs may hold."""
+    """A claim of 1,050 such rows is more than one condition of ORs may hold."""
     table = composite()
-    engine = created(database, table, composite_rows(1500))
-    claimed = claim_jobs(engine, table, 1200, order_by=order and [order, "number"])
-    expected = [("eu" if number % 2 else "us", number) for number in range(1500, 300, -1)]
+    engine = created(database, table, composite_rows(1100))
+    claimed = claim_jobs(engine, table, 1050, order_by=order and [order, "number"])
+    expected = [("eu" if number % 2 else "us", number) for number in range(1100, 50, -1)]
     if order:
-        everything = sorted(("eu" if n % 2 else "us", n) for n in range(1, 1501))
-        expected = everything[:1200]
+        everything = sorted(("eu" if n % 2 else "us", n) for n in range(1, 1101))
+        expected = everything[:1050]
     assert list(claimed.keys) == expected
-    assert len(claim_jobs(engine, table, 1200)) == 300
+    assert len(claim_jobs(engine, table, 1050)) == 50
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_attributes_that_differ_from_columns(database: Database, kind: str) -> N
 
 @contextmanager
 def other_schema(database: Database) -> Iterator[tuple[sa.Engine, str]]:
-    """A schema beside the default one, and an engine that reaches it."""
+    """Yield an engine and the name of a schema beside the default one."""
     name = f"Other {uuid4().hex[:12]}"
     engine = database.engine()
     if database.name == "sqlite":

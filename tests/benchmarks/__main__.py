@@ -76,7 +76,7 @@ def _measured(figure: str, ground: Ground, options: argparse.Namespace) -> Itera
 
 
 def _own(figure: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The options of a figure of its own, of those that were given."""
+    """Return the given options that apply to this figure."""
     given = {
         "overhead": {"limits": options.limits},
         "legacy": {"workers": options.workers, "seconds": options.seconds},
@@ -150,7 +150,7 @@ def _words(known: Sequence[str]) -> Callable[[str], Sequence[str]]:
 
 
 def _named_url(given: str) -> tuple[str, str]:
-    """A URL, by the kind of database that it leads to."""
+    """Return the kind of database that a URL names, and the URL."""
     name = given.partition(":")[0].partition("+")[0]
     if name not in NAMES:
         raise ValueError(f"--url {name}: expected one of {', '.join(NAMES)}")

@@ -18,7 +18,7 @@ _processes = multiprocessing.get_context("spawn")
 
 @dataclass
 class Share:
-    """What one process did.
+    """Results of one worker process.
 
     Attributes:
         jobs: what it claimed, one by one.
@@ -81,7 +81,7 @@ class Caller:
 
 
 def name_of(error: BaseException) -> str:
-    """An error's name, and its number if the database gave it one."""
+    """Return an error's name, with its number or SQLSTATE if the database gave one."""
     original = getattr(error, "orig", None) or getattr(error.__cause__, "orig", None) or error
     number = original.args[0] if original.args else ""
     code = number if isinstance(number, int) else getattr(original, "sqlstate", None)
@@ -108,7 +108,7 @@ class Task:
 
 
 class Crew:
-    """So many processes, until the block ends."""
+    """A group of worker processes that lasts until the block ends."""
 
     def __init__(self, size: int) -> None:
         self._pipes = []
@@ -183,5 +183,5 @@ def doubled(shares: Sequence[Share]) -> int:
 
 
 def errors(shares: Sequence[Share]) -> Counter[str]:
-    """What went wrong, by name."""
+    """Sum up the errors of all processes by name."""
     return sum((share.errors for share in shares), Counter())

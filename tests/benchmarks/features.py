@@ -1,4 +1,4 @@
-"""What leases, tokens, worker names, heartbeats and exclusive keys cost, beside a plain claim."""
+"""Cost of leases, tokens, worker names, heartbeats and exclusive keys against a plain claim."""
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +61,7 @@ def _measured(
 def _by_key(
     engine: sa.Engine, limit: int, running: int, *, rounds: int, calls: int
 ) -> dict[str, list[list[float]]]:
-    """A claim by exclusive keys and a plain one, from a table where so many rows run already."""
+    """Time claims with and without an exclusive key while `running` rows are running."""
     jobs = job_table(lease=True, keys=True)
     fill(engine, jobs, Rows(2 * KEYS, running=running, keys=KEYS))
     plain, by_key = _declared(jobs.table), _declared(jobs.table, exclusive_by="customer_id")

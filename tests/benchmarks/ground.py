@@ -76,23 +76,23 @@ class Ground:
         self._stack.close()
 
     def kinds(self, *possible: str) -> list[str]:
-        """Those of the kinds that are to be measured."""
+        """Return the possible kinds that are to be measured."""
         return [name for name in possible or NAMES if not self.only or name in self.only]
 
     def url(self, name: str) -> sa.URL:
-        """The address of a database of this kind."""
+        """Return the URL of a database of this kind, which is created on first use."""
         if name not in self._found:
             self._found[name] = self._made(name)
         return self._found[name]
 
     def engine(self, name: str, **options: Any) -> sa.Engine:
-        """An engine on it, disposed of at the end."""
+        """Create an engine for a kind of database and dispose of it at the end."""
         made = sa.create_engine(self.url(name), **options)
         self._stack.callback(made.dispose)
         return made
 
     def version(self, name: str) -> str:
-        """What the database says of itself."""
+        """Return the kind and the version of the database."""
         query = "SELECT sqlite_version()" if name == "sqlite" else "SELECT version()"
         with self.engine(name).connect() as connection:
             return f"{name} {connection.exec_driver_sql(query).scalar_one()}".split(" on ")[0]
@@ -111,7 +111,7 @@ class Ground:
 
 
 def job_table(name: str = "bench_jobs", *, lease: bool = False, keys: bool = False) -> JobTable:
-    """A job table, with all that a lease and exclusive keys need where they are asked for."""
+    """Build a job table, with the columns for a lease and for exclusive keys if requested."""
     more = [
         Column("run_at", PRECISE),
         Column("worker", sa.String(40)),
@@ -209,7 +209,7 @@ def add_indexes(engine: sa.Engine, jobs: JobTable) -> None:
 
 @contextmanager
 def numbers(engine: sa.Engine) -> Iterator[tuple[Any, Any]]:
-    """A table of the numbers to a thousand, twice."""
+    """Yield two aliases of a table that holds the numbers below 1,000."""
     table = sa.Table(
         "bench_numbers",
         sa.MetaData(),
@@ -228,7 +228,7 @@ def numbers(engine: sa.Engine) -> Iterator[tuple[Any, Any]]:
 def _values(
     dialect: sa.Dialect, jobs: JobTable, rows: Rows, digits: tuple[Any, Any], first: int
 ) -> dict[str, Any]:
-    """What each column of a row is, by the row's place in the order."""
+    """Build the expression of each column from the row's place in the order."""
     thousands, ones = digits
     place = first + thousands.c.n * THOUSAND + ones.c.n
     due, running = rows.not_due, rows.not_due + rows.running
@@ -259,7 +259,7 @@ def _values(
 
 
 def _later(dialect: sa.Dialect, place: Any) -> Any:
-    """So many seconds after the start, as the column stores it."""
+    """Build the time `place` seconds after the start, in the form the column stores."""
     if dialect.name == "postgresql":
         return sa.literal(START, sa.DateTime) + place * sa.text("interval '1 second'")
     if dialect.name == "sqlite":

@@ -30,7 +30,7 @@ MOST = 1.3
 def measure(
     ground: Ground, *, rounds: int, sizes: Sequence[int] = SIZES, calls: int = 100
 ) -> Iterator[list[Line]]:
-    """The p50 and p99 of one claim, by the table's size; the tables stand side by side."""
+    """Measure the p50 and p99 of one claim by table size, with all tables side by side."""
     if min(sizes) * FREE // 100 < (wanted := rounds * (calls + 2) + max(HOLDERS)):
         raise ValueError(
             f"--rows {min(sizes)}: {FREE} % of them are free, and {wanted} are claimed from; "
@@ -61,7 +61,7 @@ def _compared(
     calls: int,
     most: float | None = None,
 ) -> list[Line]:
-    """A claim from each of these tables, in turns; the first is what the others are compared to."""
+    """Time claims from these tables in turns, and compare each table with the first one."""
     made = {}
     for place, (label, (rows, lease)) in enumerate(tables.items()):
         made[label] = job_table(f"bench_growth_{place}", lease=lease)
@@ -97,7 +97,7 @@ def _lines(found: dict[str, list[list[float]]], what: str, most: float | None) -
 
 
 def _beside_holders(engine: sa.Engine, name: str, size: int, rounds: int, calls: int) -> list[Line]:
-    """A claim while so many other workers hold a claim each, in transactions that are open."""
+    """Time a claim while other workers hold one claim each in open transactions."""
     jobs = job_table("bench_growth_0", lease=True)
     fill(engine, jobs, Rows(size, FREE))
     with ExitStack() as stack:

@@ -22,7 +22,7 @@ PROGRAM = "import time; t = time.perf_counter(); {}; print(time.perf_counter() -
 
 
 def measure(*, rounds: int) -> Iterator[list[Line]]:
-    """The seconds of both imports, each in fresh processes, in turns."""
+    """Measure the imports of the library and of SQLAlchemy in fresh processes, in turns."""
     found: dict[str, list[float]] = {name: [] for name in STATEMENTS}
     with tempfile.TemporaryDirectory() as folder:
         # Both from bytecode, as they are once installed, whatever was set for this process.

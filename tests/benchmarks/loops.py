@@ -21,7 +21,7 @@ IDLE = 0.02
 
 
 def engine_of(url: str) -> sa.Engine:
-    """An engine of one connection."""
+    """Create an engine with a single connection."""
     made = sa.make_url(url)
     arguments = {"timeout": 60} if made.drivername.startswith("sqlite") else {}
     return sa.create_engine(
@@ -87,7 +87,7 @@ def by_article_form(url: str, limit: int) -> Caller:
 
 
 def by_psycopg(url: str, limit: int, literal: str) -> Caller:
-    """The claim's own text by psycopg, in autocommit, its limit bound."""
+    """Run the claim's own SQL with psycopg in autocommit, with the limit as a parameter."""
     plain = sa.make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
     connection = psycopg.connect(plain, autocommit=True)
     bound = literal.replace(f"LIMIT {limit}", "LIMIT %(bench_limit)s")
@@ -114,7 +114,7 @@ def by_engine_and_complete(url: str, limit: int, name: str, work: float = 0) -> 
 
 
 def by_inserting(url: str, count: int, name: str, pause: float = 0) -> Caller:
-    """A producer: so many new jobs a transaction, and a pause between two of them."""
+    """Insert `count` new jobs per transaction, with a pause between two transactions."""
     engine, jobs = engine_of(url), job_table(name, lease=True)
     new = [
         {"processing": False, "created_at": START, "payload": "new", "attempts": 0}

@@ -48,14 +48,14 @@ class Line:
 
     @property
     def reached(self) -> bool | None:
-        """Whether it is as it should be; None where nothing was asked."""
+        """Return True if the figure meets its target, or None if it has no target."""
         if self.least is None and self.most is None:
             return None
         enough = self.least is None or self.ratio >= self.least
         return enough and (self.most is None or self.ratio <= self.most)
 
     def as_json(self) -> dict[str, Any]:
-        """The figure with everything that is derived."""
+        """Return the figure together with its derived values."""
         return asdict(self) | {
             "ratio": self.ratio,
             "spread": self.spread,
@@ -70,7 +70,7 @@ def in_turns(
     calls: int,
     before: Callable[[str], None] = lambda _: None,
 ) -> dict[str, list[list[float]]]:
-    """The seconds of every call, by way and round.
+    """Measure the seconds of every call, by way and round.
 
     Args:
         ways: what is called, by name.
@@ -96,19 +96,19 @@ def in_turns(
 
 
 def check_whole(found: Sequence[Any], limit: int) -> None:
-    """What was measured has to have been a whole claim."""
+    """Raise if the measured claim did not return exactly `limit` rows."""
     if len(found) != limit:
         raise AssertionError(f"{len(found)} rows were claimed, expected {limit}")
 
 
 def percentile(times: Sequence[float], part: float) -> float:
-    """The time that this part of all times does not exceed."""
+    """Return the time that this fraction of all times does not exceed."""
     ordered = sorted(times)
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
 
 
 def rates(turns: Sequence[Sequence[float]]) -> list[float]:
-    """Calls per second, by round."""
+    """Return the calls per second of each round."""
     return [len(times) / sum(times) for times in turns]
 
 

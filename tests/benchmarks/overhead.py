@@ -1,4 +1,4 @@
-"""What the library adds to its own SQL: the same text by the bare driver, and by ``claim_jobs``."""
+"""Overhead of ``claim_jobs`` over the same SQL run by the bare driver."""
 
 import asyncio
 import re
@@ -120,7 +120,7 @@ def _ours(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[dict[str, W
 
 
 def _by_the_orm(session: Session, jobs: JobTable, entity: JobTable, limit: int) -> dict[str, Way]:
-    """The same text, its entities loaded and its commit made by SQLAlchemy alone.
+    """Run the same SQL with SQLAlchemy alone, which loads the entities and commits.
 
     What that takes nobody who hands out entities can save.
     """
@@ -144,7 +144,7 @@ def _by_the_orm(session: Session, jobs: JobTable, entity: JobTable, limit: int) 
 def _asynchronous(
     engine: sa.Engine, jobs: JobTable, entity: JobTable, limit: int
 ) -> Iterator[dict[str, Way]]:
-    """The same by asyncio, each call awaited on a loop that is kept."""
+    """Yield the asyncio variants of a claim, each awaited on one long-lived event loop."""
     drivers = {"postgresql": "postgresql+psycopg", "sqlite": "sqlite+aiosqlite"}
     if engine.dialect.name not in drivers:
         yield {}
@@ -169,7 +169,7 @@ def _asynchronous(
 
 
 def statements_of(engine: sa.Engine, jobs: JobTable, limit: int) -> list[Sent]:
-    """What a claim sends, as it reaches the driver."""
+    """Return the statements of a claim as they reach the driver."""
     listening = sa.create_engine(engine.url)
     sent = sent_by(listening)
     check_whole(claim_jobs(listening, jobs, limit), limit)
@@ -181,7 +181,7 @@ def statements_of(engine: sa.Engine, jobs: JobTable, limit: int) -> list[Sent]:
 
 @contextmanager
 def by_hand(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[Mapping[str, Way]]:
-    """The very same text by the driver alone, on a connection that is kept."""
+    """Yield ways to run the same SQL with the driver alone, on one open connection."""
     sent = statements_of(engine, jobs, limit)
     makers = {"postgresql": _bare_postgresql, "sqlite": _bare_sqlite}
     make = makers.get(engine.dialect.name, _bare_mysql)
@@ -231,7 +231,7 @@ def _bare_sqlite(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[
 
 @contextmanager
 def _bare_mysql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[str, Way]]:
-    """The sequence by hand: the candidates, their locks, the marks, and the rows.
+    """Yield ways to run the sequence by hand: the candidates, their locks, the marks, the rows.
 
     Locks, marks and rows take as many statements as the library sends, since it sends a great
     many keys in several.
@@ -271,13 +271,13 @@ def _bare_mysql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[s
 
 
 def _kind(sent: Sent) -> str:
-    """What one of the statements that go by keys is for."""
+    """Return the purpose of a statement that selects by key: lock, mark or row."""
     if sent.text.startswith("UPDATE"):
         return "mark"
     return "lock" if "FOR UPDATE" in sent.text else "row"
 
 
 def _of_keys(sent: Sent) -> tuple[str, int]:
-    """The text with its list of keys as one parameter, which PyMySQL expands; how many they are."""
+    """Return the SQL with its keys as one parameter for PyMySQL to expand, and their number."""
     text = re.sub(r"IN \(%\(.*?\)s\)", "IN %(keys)s", sent.text, flags=re.DOTALL)
     return text, len(sent.parameters)

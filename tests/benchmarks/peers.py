@@ -241,7 +241,7 @@ def procrastinate_enqueue(url: str) -> None:
 
 
 def open_procrastinate(url: str, _: int) -> Awaiter:
-    """What its worker calls for every job: ``JobManager.fetch_job``."""
+    """Call ``JobManager.fetch_job``, as Procrastinate's worker does for every job."""
     runner, app = asyncio.Runner(), _procrastinate(url)
 
     async def begin() -> int:
@@ -282,7 +282,7 @@ def pgqueuer_enqueue(url: str) -> None:
 
 
 def open_pgqueuer(url: str, limit: int) -> Awaiter:
-    """What its queue manager calls for every batch: ``Queries.dequeue``."""
+    """Call ``Queries.dequeue``, as PgQueuer's queue manager does for every batch."""
     from pgqueuer.ports.repository import EntrypointExecutionParameter  # noqa: PLC0415
 
     runner, manager = asyncio.Runner(), uuid4()

@@ -20,7 +20,7 @@ WORKS = {0.05: True, 0.005: False}
 
 
 def measure(ground: Ground, *, rounds: int, seconds: float = 60) -> Iterator[list[Line]]:
-    """The p99 of an INSERT with the workers against that without, and what errors workers saw.
+    """Compare the p99 of an INSERT with and without workers, and count the workers' errors.
 
     Also against that with the same workers at another table: what is left then is what they do to
     the producers by their locks, not by the machine's two cores. ``seconds`` is how long the

@@ -28,7 +28,7 @@ STYLE: Any = {
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """Describe the machine and the versions behind the figures."""
     return (
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
         f"{platform.python_version()}, SQLAlchemy {sa.__version__}"
@@ -61,7 +61,7 @@ def show(console: Console, title: str, lines: Sequence[Line]) -> None:
 
 
 def target(line: Line) -> str:
-    """What was asked of a figure."""
+    """Format the target of a figure."""
     if line.least is not None:
         return f"≥ {line.least:g}"
     return "" if line.most is None else f"≤ {line.most:g}"

@@ -18,12 +18,12 @@ WAITING = sa.select(Job).where(Job.state == "waiting").order_by(Job.place)
 
 
 def find(session: Session) -> Job | None:
-    """The next job, found by a helper."""
+    """Find the next job."""
     return session.scalars(WAITING.limit(1)).first()
 
 
 def save(session: Session, job: Job) -> None:
-    """A helper that marks and commits."""
+    """Mark the job and commit."""
     job.state = "running"
     session.commit()
 
@@ -37,7 +37,7 @@ def stream(session: Session) -> Iterator[Job]:
 
 
 def stream_batch(session: Session, size: int) -> Iterator[Job]:
-    """A batch, each job of which is committed before it is yielded."""
+    """Yield the jobs of a batch, each after its own commit."""
     for job in session.scalars(WAITING.limit(size)).all():
         job.state = "running"
         session.commit()
@@ -64,7 +64,7 @@ def stream_whole(session: Session) -> Iterator[Job]:
 
 
 def stream_forever(session: Session) -> Iterator[Job]:
-    """Waits for more, for ever."""
+    """Yield jobs forever, and look again when none is waiting."""
     while True:
         job = find(session)
         if job is not None:
@@ -96,7 +96,7 @@ def whole_job(session: Session) -> Iterator[Job | None]:
 
 @asynccontextmanager
 async def whole_job_async(session: AsyncSession) -> AsyncIterator[Job | None]:
-    """The same as a coroutine has it."""
+    """Yield one job and end it with the asynchronous context."""
     job = await session.scalar(WAITING.limit(1))
     yield job
     if job is not None:
@@ -113,7 +113,7 @@ async def stream_async(session: AsyncSession) -> AsyncIterator[Job]:
 
 
 def claim_of(session: Session, queue: str) -> int | None:
-    """The id of a queue's next job."""
+    """Claim the next job of a queue and return its id."""
     job = session.scalars(WAITING.where(Job.queue == queue).limit(1)).first()
     if job is None:
         return None
@@ -132,7 +132,7 @@ class Claimer:
         self.size = size
 
     def __call__(self, session: Session) -> list[Job]:
-        """A batch."""
+        """Claim a batch."""
         jobs = list(session.scalars(WAITING.limit(self.size)))
         for job in jobs:
             job.state = "running"
@@ -147,7 +147,7 @@ class AsyncClaimer:
     """An object whose call is a coroutine."""
 
     async def __call__(self, session: AsyncSession) -> Job | None:
-        """The next job."""
+        """Claim the next job."""
         job: Job | None = await session.scalar(WAITING.limit(1))
         if job is not None:
             job.state = "running"
@@ -160,7 +160,7 @@ async_claimer = AsyncClaimer()
 
 @contextmanager
 def transaction(session: Session) -> Iterator[None]:
-    """A helper that commits in the end."""
+    """Commit at the end of the block."""
     yield
     session.commit()
 
@@ -179,21 +179,21 @@ class Service:
         self.session.commit()
 
     def by_method(self) -> Job | None:
-        """Commits two methods away."""
+        """Claim a job; the commit is two method calls away."""
         job = find(self.session)
         if job is not None:
             self._save(job)
         return job
 
     def by_function(self) -> Job | None:
-        """Commits in a function that is given the session."""
+        """Claim a job; the commit is in a function that takes the session."""
         job = find(self.session)
         if job is not None:
             save(self.session, job)
         return job
 
     def by_context(self) -> Job | None:
-        """Commits by a context manager."""
+        """Claim a job; the commit is in a context manager."""
         with transaction(self.session):
             job = find(self.session)
             if job is not None:
@@ -210,12 +210,12 @@ class Service:
 
     @contextmanager
     def scope(self) -> Iterator[Session]:
-        """A session of its own."""
+        """Yield a new session that commits at the end of the block."""
         with sessionmaker(self.session.get_bind()).begin() as session:
             yield session
 
     def by_scope(self) -> int | None:
-        """Commits by a scope that is a method."""
+        """Claim a job and return its id; the commit is in a scope that is a method."""
         with self.scope() as session:
             job = find(session)
             if job is None:

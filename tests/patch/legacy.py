@@ -66,7 +66,7 @@ class Message(Base):
 
 
 class Run(Base):
-    """What a relay delivered, written down in its own transaction."""
+    """A delivery by a relay, recorded in a separate transaction."""
 
     __tablename__ = "runs"
 
@@ -101,7 +101,7 @@ class Work:
 
 
 def logged(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator as it should be written."""
+    """Wrap a function properly, with `functools.wraps`, and count its calls."""
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ def logged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def careless(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A decorator that leaves no trace of what it decorates."""
+    """Wrap a function without `functools.wraps`."""
 
     def inner(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
@@ -123,7 +123,7 @@ def careless(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # A: one entity or None.
 def claim_next(session: Session) -> Job | None:
-    """The next job, marked and committed."""
+    """Mark the next job and commit."""
     job = session.query(Job).filter(Job.state == "waiting").order_by(Job.place).first()
     if job is None:
         return None
@@ -181,7 +181,7 @@ class Repository:
 
     @classmethod
     def claim_ids(cls, maker: sessionmaker[Session]) -> list[int]:
-        """The ids of a class's batch, by a session of its own."""
+        """Claim a batch of the class's size in a new session and return the ids."""
         with maker() as session, session.begin():
             query = sa.select(Job).where(Job.state == "waiting").order_by(Job.place)
             jobs = session.scalars(query.limit(cls.batch_size)).all()
@@ -210,7 +210,7 @@ class Store:
         self.session = session
 
     def get_due_jobs(self) -> Query[Job]:
-        """The jobs to run, read when the caller iterates."""
+        """Return a query for the jobs to run; it is executed when the caller iterates."""
         return self.session.query(Job).filter(Job.state == "waiting").order_by(Job.place)
 
     def update_job(self, job: Job) -> None:
@@ -278,7 +278,7 @@ def work_all(session: Session, batch: int = 50) -> int:
 
 # G: takes by deleting.
 def pop(session: Session) -> str:
-    """The next message's payload."""
+    """Remove the next message and return its payload."""
     message = session.query(Message).order_by(Message.id).first()
     if message is None:
         raise Empty
@@ -290,7 +290,7 @@ def pop(session: Session) -> str:
 
 # The same, as coroutines.
 async def claim_next_async(session: AsyncSession) -> Job | None:
-    """A: the next job, marked, committed and refreshed."""
+    """Mark the next job, commit and refresh it (shape A)."""
     query = sa.select(Job).where(Job.state == "waiting").order_by(Job.place).limit(1)
     job = (await session.execute(query)).scalar_one_or_none()
     if job is None:

@@ -287,7 +287,7 @@ IDLE = 0.05
 
 @dataclass(frozen=True)
 class Order:
-    """What one worker is told.
+    """Instructions for one worker.
 
     Attributes:
         shape: the name of its shape.
@@ -317,7 +317,7 @@ def prepare(engine: sa.Engine) -> None:
 
 
 def is_left(engine: sa.Engine, model: Any) -> bool:
-    """Whether a worker that found nothing has to look again, for what a dead one had in hand."""
+    """Wait, then return True if jobs are still undone, for example those of a dead worker."""
     time.sleep(IDLE)
     return undone(engine, model) > 0
 

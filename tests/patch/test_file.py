@@ -13,6 +13,8 @@ from atomic_claim import PatchError
 from atomic_claim.patch.file import find_file, load_patches, read_file
 from tests.patch import legacy
 
+pytestmark = pytest.mark.once
+
 APP = """
 import multiprocessing
 import subprocess
@@ -83,7 +85,7 @@ done = "done", order = ["-priority"] }
 
 @pytest.fixture
 def app(tmp_path: Path) -> Path:
-    """A legacy application, with patches in its pyproject.toml and nothing else."""
+    """Create a legacy application whose only change is the patches in its pyproject.toml."""
     (tmp_path / "legacy_app.py").write_text(APP, encoding="utf-8")
     (tmp_path / "pyproject.toml").write_text(PATCHES, encoding="utf-8")
     package = tmp_path / "package"
@@ -129,7 +131,7 @@ def test_a_module(app: Path, module: str) -> None:
 
 
 def test_a_console_script(app: Path) -> None:
-    """So does the script of an installed package, found on the PATH."""
+    """The script of an installed package, found on the PATH, runs with the patches too."""
     script = app / "bin" / "worker"
     script.parent.mkdir()
     source = f"#!{sys.executable}\nfrom legacy_app import work\nwork('script')\n"
@@ -170,7 +172,7 @@ WRONG: dict[str, tuple[Callable[[str], str], str]] = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_errors_are_one_line(app: Path, name: str) -> None:
-    """What does not fit is said in one line, the program does not go on, the exit code is 2."""
+    """An invalid patch is reported in one line; the program does not run, the exit code is 2."""
     change, message = WRONG[name]
     (app / "pyproject.toml").write_text(change(PATCHES), encoding="utf-8")
     done = run(app, sys.executable, "legacy_app.py")

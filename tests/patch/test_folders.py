@@ -11,6 +11,8 @@ from atomic_claim import PatchError, claims, patch_claims
 from atomic_claim.files import ClaimedFile, complete_files, put_file
 from atomic_claim.patch.file import load_patches
 
+pytestmark = pytest.mark.once
+
 HERE = __name__
 
 
@@ -32,7 +34,7 @@ class Inbox:
 
 
 def next_text(folder: Path, *, dry: bool = False) -> str | None:
-    """The content of the first file, which is then removed."""
+    """Remove the first file and return its content."""
     for path in sorted(folder.iterdir()):
         text = path.read_text()
         if not dry:
@@ -42,24 +44,24 @@ def next_text(folder: Path, *, dry: bool = False) -> str | None:
 
 
 async def take_async(folder: Path) -> list[Path]:
-    """The same on an event loop."""
+    """Move some files to the processing folder in a coroutine."""
     return Inbox(folder).take()
 
 
 def each(folder: Path) -> Iterator[Path]:
-    """The same, one by one."""
+    """Move some files to the processing folder and yield them one by one."""
     yield from Inbox(folder).take()
 
 
 async def each_async(folder: Path) -> AsyncIterator[Path]:
-    """The same on an event loop, one by one."""
+    """Move some files and yield them one by one from an asynchronous generator."""
     for path in Inbox(folder).take():
         yield path
 
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> Path:
-    """A folder with three jobs, and one for what is claimed beside it."""
+    """Create a folder with three jobs, and a folder for claimed jobs beside it."""
     folder = tmp_path / "waiting"
     folder.mkdir()
     (tmp_path / "processing").mkdir()
@@ -69,7 +71,7 @@ def waiting(tmp_path: Path) -> Path:
 
 
 def read_and_end(file: ClaimedFile) -> str:
-    """What the legacy function gave, which was the end of the job."""
+    """Return the content of the file, as the legacy function does, and complete the job."""
     text = file.read_text()
     complete_files(file)
     return text

@@ -26,13 +26,13 @@ Kind = tuple[Callable[[], Patch], Callable[[Any], Any]]
 
 
 def in_context(made: AbstractContextManager[Any]) -> Any:
-    """What a context gives."""
+    """Enter a context and return the id of its job, or None if there is no job."""
     with made as found:
         return None if found is None else found.id
 
 
 def ids(found: Any) -> list[int]:
-    """The ids of jobs."""
+    """Return the ids of jobs."""
     return [job.id for job in found]
 
 
@@ -101,7 +101,7 @@ KINDS: dict[str, Kind] = {
 
 
 def shown(kind: Kind, folder: Path, *, patched: bool) -> tuple[list[Any], list[str]]:
-    """What each of nine calls gives, how often it commits, and what is in the table then."""
+    """Call a claim nine times; return each result with the commits, and the final states."""
     patch, call = kind
     engine = sa.create_engine(f"sqlite:///{folder / str(patched)}")
     fill(engine, Job, 7)
@@ -173,7 +173,7 @@ def test_an_asynchronous_generator(tmp_path: Path) -> None:
 
 
 def test_an_asynchronous_context_runs_as_it_is(tmp_path: Path) -> None:
-    """What it has marked is marked, and what failed is free again."""
+    """A job whose context ends is done, and a job whose context fails is free again."""
 
     async def call(session: AsyncSession) -> None:
         async with kinds.whole_job_async(session) as job:
@@ -281,7 +281,7 @@ class Versioned(Versions):
 
 
 def take_versioned(session: Session) -> Versioned | None:
-    """A: the next job."""
+    """Claim the next job (shape A)."""
     query = sa.select(Versioned).where(Versioned.processing.is_(False)).order_by(Versioned.id)
     job = session.scalars(query.limit(1)).first()
     if job is not None:
@@ -292,7 +292,7 @@ def take_versioned(session: Session) -> Versioned | None:
 
 @pytest.mark.parametrize("patched", [False, True])
 def test_the_version_of_a_claimed_row(database: Database, patched: bool) -> None:
-    """Somebody who has loaded the row before the claim cannot overwrite it."""
+    """A session that loaded the row before the claim cannot overwrite it."""
     engine = database.engine()
     Versions.metadata.create_all(engine)
     with Session(engine) as session:

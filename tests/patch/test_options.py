@@ -24,14 +24,14 @@ HERE = __name__
 def find(
     session: Any = None, limit: int = 2, *, sort: Any = None, where: Any = None, **more: Any
 ) -> Any:
-    """A legacy function; the original tells what it was given."""
+    """Return the arguments of the call, as the original of a legacy function."""
     assert session is not None
     return ("original", limit, sort, where, more)
 
 
 @pytest.fixture
 def session() -> Iterator[Session]:
-    """A session with six jobs, three of them of another queue."""
+    """Yield a session with six jobs, three of them in another queue."""
     engine = sa.create_engine("sqlite://")
     fill(engine, Job, 6)
     with Session(engine) as session:
@@ -136,7 +136,7 @@ def test_a_lease(session: Session, lease: Any) -> None:
     [(None, None), ("nothing", "nothing"), (lambda call: call.limit, 2), (0, 0)],
 )
 def test_nothing_found(session: Session, empty: Any, expected: Any) -> None:
-    """What is returned instead of a job is a value, or made of the call."""
+    """The result of a call without a job is a given value, or computed from the call."""
     session.execute(sa.delete(Job))
     with patch_claims(f"{HERE}:find", jobs, empty=empty):
         assert find(session) == expected
@@ -189,7 +189,7 @@ def test_a_path_that_leads_nowhere(session: Session) -> None:
 
 
 def numbers(session: Session) -> Iterator[Job]:
-    """A legacy generator."""
+    """Yield all jobs, as a legacy generator."""
     yield from session.query(Job)
 
 
@@ -202,7 +202,7 @@ def test_a_generator_stays_one(session: Session) -> None:
 
 
 def early_return(session: Session, job: Any) -> Any:
-    """Commits only what was found."""
+    """Commit only if a job was found."""
     if job is None:
         return None
     session.commit()
@@ -210,13 +210,13 @@ def early_return(session: Session, job: Any) -> Any:
 
 
 def always(session: Session) -> None:
-    """Commits at its end."""
+    """Commit at the end."""
     session.flush()
     session.commit()
 
 
 def at_last(session: Session) -> None:
-    """Commits in any case."""
+    """Commit in a `finally` clause."""
     try:
         if session is None:
             raise legacy.Empty
@@ -225,25 +225,25 @@ def at_last(session: Session) -> None:
 
 
 def inside(session: Session, job: Any) -> None:
-    """Commits under a condition."""
+    """Commit under a condition."""
     if job:
         session.commit()
 
 
 def row_by_row(session: Session, found: Any) -> None:
-    """Commits in a loop."""
+    """Commit in a loop."""
     for _ in found:
         session.commit()
 
 
 def by_block(session: Session) -> Any:
-    """Commits by the end of a block, whatever is returned."""
+    """Commit at the end of a `with` block, whatever is returned."""
     with session.begin():
         return None
 
 
 def to_let_go(session: Session, job: Any) -> Any:
-    """Commits when nothing was found, too."""
+    """Commit even if nothing was found."""
     if not job:
         session.commit()
         return None
@@ -280,7 +280,7 @@ class Counting:
     handed = 0
 
     def one(self, session: Session) -> Iterator[Any]:
-        """Counts what it has handed out."""
+        """Yield a job after each commit and count the yielded jobs."""
         while True:
             job = session.get(Job, 1)
             if job is None:
@@ -290,21 +290,21 @@ class Counting:
             self.handed += 1
 
     def each(self, session: Session) -> Iterator[Any]:
-        """Commits once, and yields a list's jobs in a loop."""
+        """Commit once, then yield the ids of the jobs in a loop."""
         found = session.query(Job).all()
         session.commit()
         for job in found:
             yield job.id
 
     def then(self, session: Session) -> Iterator[Any]:
-        """Marks what it has handed out."""
+        """Yield a job and mark it afterwards."""
         job = session.get_one(Job, 1)
         yield job
         job.state = "done"
 
 
 def test_how_a_generator_yields() -> None:
-    """Whether it finds again, commits between two jobs, and marks something afterwards."""
+    """The source shows if a generator finds again, commits in between, and marks afterwards."""
     assert yields_of(Counting.one) == Yields(repeats=True, in_loop=True, commits_between=True)
     assert yields_of(Counting.each) == Yields(in_loop=True)
     assert yields_of(Counting.then).marks_after == 5

@@ -24,7 +24,7 @@ COUNT = 7
 
 
 def told(call: Callable[[], Any]) -> Any:
-    """What a call returned or raised, as plain values."""
+    """Return the result or the exception of a call as plain values."""
     try:
         return plain(call())
     except legacy.Empty as error:
@@ -32,7 +32,7 @@ def told(call: Callable[[], Any]) -> Any:
 
 
 def plain(found: Any) -> Any:
-    """What was returned, in a form that can be compared."""
+    """Convert a result to a form that can be compared."""
     if isinstance(found, Job):
         return ("job", found.id, found.state)
     if isinstance(found, list):
@@ -50,7 +50,7 @@ def found_and_marked(session: Session) -> list[int]:
 
 
 async def found_and_marked_async(session: AsyncSession) -> list[int]:
-    """The same of a coroutine, whose caller marks."""
+    """Find jobs with a coroutine and mark them in its caller."""
     found = await legacy.AsyncRepository(session).get_due_jobs()
     for job in found:
         job.state = "running"
@@ -101,7 +101,7 @@ FINDS: dict[str, Callable[[], Patch]] = {
 
 @dataclass
 class Seen:
-    """What the calls of a function showed.
+    """Observed results of the calls of a function.
 
     Attributes:
         found: what they returned and raised.
@@ -115,7 +115,7 @@ class Seen:
 
 
 def alone(database: Database, shape: str, *, patched: bool) -> Seen:
-    """What nine calls of a function show."""
+    """Call a function nine times without concurrent workers and record the results."""
     engine = database.engine()
     model = SHAPES[shape].model
     fill(engine, model, COUNT)
@@ -132,7 +132,7 @@ def alone(database: Database, shape: str, *, patched: bool) -> Seen:
 
 
 def called(engine: sa.Engine, shape: str) -> tuple[list[Any], int]:
-    """What the calls of a function give, and how often they commit."""
+    """Call a function nine times; return its results and the number of commits."""
     commits: list[Any] = []
     maker = sessionmaker(engine)
     bind = {sessionmaker: maker, Session: maker()}.get(SHAPES[shape].bind, engine)
@@ -147,7 +147,7 @@ def called(engine: sa.Engine, shape: str) -> tuple[list[Any], int]:
 
 
 async def called_async(database: Database, shape: str) -> tuple[list[Any], int]:
-    """The same of a coroutine."""
+    """Call a coroutine function nine times; return its results and the number of commits."""
     commits: list[Any] = []
     engine = create_async_engine(database.url.set(drivername=DRIVERS[database.name][0]))
     bind: Any = engine
@@ -185,7 +185,7 @@ def test_alone_nothing_differs(database: Database, shape: str) -> None:
 
 
 def test_the_entity_is_the_session_s(database: Database) -> None:
-    """What is claimed belongs to the caller's session, is fresh, and can be changed on."""
+    """The claimed entity belongs to the caller's session, is fresh, and can be changed further."""
     engine = database.engine()
     fill(engine, Job, 3)
     with Session(engine) as session, SHAPES["A"].patch():

@@ -36,7 +36,7 @@ HERE = "tests.patch.legacy"
 
 
 def everything() -> dict[Any, int]:
-    """The identity of every attribute of the legacy modules, their classes and their closures."""
+    """Return the ids of all attributes of the legacy modules, their classes and closures."""
     found: dict[Any, int] = {}
     for module in (legacy, early):
         for name, value in vars(module).items():
@@ -123,7 +123,7 @@ def test_decorators_go_on_working() -> None:
 
 @pytest.fixture
 def module() -> Iterator[types.ModuleType]:
-    """A module of a test's own."""
+    """Yield a new module that can be imported during the test."""
     made = types.ModuleType("legacy_of_a_test")
     sys.modules[made.__name__] = made
     yield made
@@ -134,7 +134,7 @@ class Base:
     """A class with a claim."""
 
     def claim(self, session: Session) -> Any:
-        """The original."""
+        """Return a mark of the original method, and the session."""
         return ("original", session)
 
 
@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def everybody() -> Iterator[int]:
-    """A generator."""
+    """Yield one number."""
     yield 1
 
 
@@ -306,7 +306,7 @@ def test_undoing_under_other_wrappers() -> None:
 
 
 def test_a_wrapper_taken_off_before_the_patch() -> None:
-    """What another tool puts back is the patched function, and undoing finds it."""
+    """A patched function that another tool puts back after the undo calls the original."""
     original = [legacy.claim_next]
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch = patch_claims(f"{HERE}:claim_next", jobs)
@@ -377,7 +377,7 @@ def test_a_module_that_is_yet_to_be_imported(
 
 
 def test_a_late_module_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only its import can show is an error of the import."""
+    """A mismatch that only the import of the module reveals is an error of the import."""
     source = "def claim(db_session):\n    return 'original'\n"
     (tmp_path / "late_three.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -392,7 +392,7 @@ def test_a_patched_function_looks_like_the_original() -> None:
     with patch_claims(f"{HERE}:claim_next", jobs), SHAPES["A async"].patch():
         assert inspect.signature(legacy.claim_next) == before
         assert legacy.claim_next.__name__ == "claim_next"
-        assert legacy.claim_next.__doc__ == "The next job, marked and committed."
+        assert legacy.claim_next.__doc__ == "Mark the next job and commit."
         assert inspect.iscoroutinefunction(legacy.claim_next_async)
 
 

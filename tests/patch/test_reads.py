@@ -26,7 +26,7 @@ SERVERS = ("postgresql", "mysql", "mariadb")
 
 
 class Loop:
-    """What a test has the loops of this file do, a hook a row."""
+    """A hook that the loops of this file call for each row."""
 
     row: Callable[[int], Any] = staticmethod(lambda _: None)
 
@@ -112,7 +112,7 @@ class Reader:
 
 @pytest.fixture
 def engine(database: Database) -> sa.Engine:
-    """An engine with ten events."""
+    """Create an engine with ten events."""
     engine = database.engine()
     prepare(engine)
     fill(engine, Event, 10)
@@ -229,7 +229,7 @@ def test_a_locked_read_on_sqlite_makes_others_wait(engine: sa.Engine, database: 
 
 
 def test_a_commit_between_read_and_mark_is_refused(engine: sa.Engine) -> None:
-    """What the first commit let go of is not marked; the error names the cure."""
+    """Rows that the first commit unlocked are not marked; the error names the fix."""
     with (
         lock_reads(f"{HERE}:commits_in_between", Event),
         Session(engine) as session,
@@ -339,7 +339,7 @@ def test_a_loop_that_stood_still_too_long(database: Database) -> None:
 
 
 def watches() -> Any:
-    """The calls that are watched here."""
+    """Return the watches that are active in this context."""
     from atomic_claim.patch import reads  # noqa: PLC0415
 
     return reads.watches.get()
@@ -384,7 +384,7 @@ def test_a_dead_worker_s_rows_come_back(database: Database) -> None:
 
 
 def test_other_threads_are_untouched(engine: sa.Engine) -> None:
-    """What runs beside the patched call is neither locked nor refused."""
+    """Statements of other threads are neither locked nor refused during a patched call."""
     sent = sent_by(engine)
     texts: list[str] = []
 
@@ -432,7 +432,7 @@ def _in_other(engine: sa.Engine, query: Any) -> list[int]:
 
 
 def test_claimed_reads_by_an_alias_and_a_join(database: Database) -> None:
-    """What a SELECT asks of an alias and of other tables is asked of the claim."""
+    """Conditions of a SELECT on an alias or on joined tables apply to the claim."""
     engine = database.engine()
     fill(engine, Mail, 6)
     with engine.begin() as connection:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.databases("sqlite", "postgresql")
 
 
 def url_of(database: Database) -> str:
-    """The database's address, with its password."""
+    """Return the database's URL with its password."""
     return database.url.render_as_string(hide_password=False)
 
 
@@ -50,7 +50,7 @@ def test_kombu(database: Database) -> None:
 
 
 def test_apscheduler(database: Database) -> None:
-    """What is due goes to one store of two, a few at a time, and is due again once it is marked."""
+    """Each due job goes to one of two stores, a few per call, and is due again once updated."""
     pytest.importorskip("apscheduler", reason="APScheduler is not installed")
     from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore  # noqa: PLC0415
     from apscheduler.schedulers.background import BackgroundScheduler  # noqa: PLC0415

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.databases("postgresql")
 
 
 def analysed_small(database: Database) -> tuple[sa.Engine, sa.Table]:
-    """A table that was analysed at one row and has grown to thirty."""
+    """Create a table that was analysed at one row and has grown to thirty."""
     engine = database.engine()
     table = job_table()
     fill(engine, table, 1)

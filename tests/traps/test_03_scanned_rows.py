@@ -26,7 +26,7 @@ at_both_levels = pytest.mark.parametrize("level", LEVELS)
 def filled(
     database: Database, index: str, level: str, *, small: bool = False
 ) -> tuple[sa.Engine, sa.Table]:
-    """A table whose last twenty rows are free, with the server's statistics of it up to date."""
+    """Create a table whose last twenty rows are free, with up-to-date statistics."""
     options = {} if database.name == "sqlite" else {"isolation_level": level}
     engine = database.engine(**options)
     table = job_table(*(Index(f"jobs_{columns[0]}", *columns) for columns in INDEXES[index]))

@@ -12,17 +12,17 @@ from tests.jobs import BINDS, bound, fill, ids, job_table, rows, taken
 
 
 def by_create_engine(database: Database) -> sa.Engine:
-    """An engine made in AUTOCOMMIT."""
+    """Create an engine in AUTOCOMMIT."""
     return database.engine(isolation_level="AUTOCOMMIT")
 
 
 def by_execution_options(database: Database) -> sa.Engine:
-    """A copy of an engine that is put into AUTOCOMMIT."""
+    """Copy an engine with `execution_options` that set AUTOCOMMIT."""
     return database.engine().execution_options(isolation_level="AUTOCOMMIT")
 
 
 def by_the_driver(database: Database) -> sa.Engine:
-    """An engine that knows nothing of what was set on its driver's connections."""
+    """Create an engine whose autocommit is set on the driver's connections only."""
     engine = database.engine()
 
     @sa.event.listens_for(engine, "checkout")
@@ -47,7 +47,7 @@ each_way = pytest.mark.parametrize(
 def test_it_is_refused_where_locks_must_last(
     database: Database, make: Callable[[Database], sa.Engine]
 ) -> None:
-    """Whoever switched AUTOCOMMIT on, the claim says so, names the cure, and writes nothing."""
+    """A claim under AUTOCOMMIT, wherever it was set, is refused and writes nothing."""
     table, engine = job_table(), make(database)
     fill(database.engine(), table, 10)
     for kind in BINDS:

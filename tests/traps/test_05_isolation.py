@@ -35,7 +35,7 @@ each_own = pytest.mark.parametrize("kind", OWN)
 
 
 def strict(database: Database, level: str = "REPEATABLE READ") -> sa.Engine:
-    """An engine whose transactions refuse to lock what is newer than their snapshot."""
+    """Create an engine whose transactions cannot lock rows newer than their snapshot."""
     options: dict[str, Any] = {}
     if database.name == "mariadb":
         options["connect_args"] = {"init_command": "SET innodb_snapshot_isolation = ON"}
@@ -70,7 +70,7 @@ def after_snapshots(
 
 
 def check_conflict_then_claim(database: Database, engine: sa.Engine, kind: str) -> None:
-    """The caller's claim meets rows claimed since its snapshot; the advice it gets helps."""
+    """Assert that a claim on a stale snapshot conflicts, and succeeds after a rollback."""
     table = job_table()
     fill(database.engine(), table, 6)
     with bound(engine, kind) as bind:
@@ -85,7 +85,7 @@ def check_conflict_then_claim(database: Database, engine: sa.Engine, kind: str) 
 
 
 def check_tried_again(database: Database, engine: sa.Engine, kind: str) -> None:
-    """A claim of our own is in vain twice and succeeds at the third attempt."""
+    """Assert that a claim in its own transaction succeeds at the third attempt."""
     table = job_table()
     fill(database.engine(), table, 6)
     others = database.engine()
@@ -107,7 +107,7 @@ def test_the_callers_transaction_gets_a_conflict(database: Database, level: str,
 @each_caller
 @pytest.mark.databases("mariadb")
 def test_mariadbs_snapshot_isolation_is_treated_alike(database: Database, kind: str) -> None:
-    """So is MariaDB's error 1020, which is its default from 11.6.2 on."""
+    """MariaDB's error 1020, the default from 11.6.2 on, is a `ClaimConflict` too."""
     check_conflict_then_claim(database, strict(database), kind)
 
 
@@ -122,7 +122,7 @@ def test_our_own_transaction_is_tried_again(database: Database, level: str, kind
 @each_own
 @pytest.mark.databases("mariadb")
 def test_mariadb_is_tried_again_too(database: Database, kind: str) -> None:
-    """So it does after MariaDB's error 1020."""
+    """A claim by engine or sessionmaker is also retried after MariaDB's error 1020."""
     check_tried_again(database, strict(database), kind)
 
 
@@ -181,7 +181,7 @@ def test_skip_locked_fails_raw_on_mariadb(database: Database) -> None:
 
 
 def raw_error(database: Database, engine: sa.Engine) -> Any:
-    """What a plain locking read says of a row that was claimed since the snapshot."""
+    """Return the code of a plain locking read's error on rows claimed since the snapshot."""
     table = job_table()
     fill(database.engine(), table, 6)
     query = sa.select(table.c.id).where(table.c.processing == sa.false())
@@ -321,7 +321,7 @@ def test_a_deadlock_comes_out_raw(database: Database) -> None:
 
 
 def impatient(database: Database) -> sa.Engine:
-    """An engine whose connections do not wait long for a lock."""
+    """Create an engine with a short lock timeout."""
     options: dict[str, dict[str, Any]] = {
         "sqlite": {"timeout": 0},
         "postgresql": {"options": "-c lock_timeout=100ms"},
@@ -382,7 +382,7 @@ def test_a_lock_that_is_not_had_in_time_comes_out_raw(database: Database) -> Non
 
 @each_own
 def test_other_errors_are_not_tried_again(database: Database, kind: str) -> None:
-    """What no repetition can cure comes out at once, by the database's own error."""
+    """An error that no retry can resolve is raised at once, as the database's own error."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 3)
     begun = when_begun(engine, 0, lambda _: None)

@@ -20,7 +20,7 @@ each_caller = pytest.mark.parametrize("kind", CALLERS)
 
 
 def repeatable(database: Database, *settings: str, level: str = "REPEATABLE READ") -> sa.Engine:
-    """An engine at REPEATABLE READ, whose connections do not wait long for a lock."""
+    """Create an engine at REPEATABLE READ with a short lock timeout."""
     commands = ", ".join(["innodb_lock_wait_timeout = 1", *settings])
     return database.engine(isolation_level=level, connect_args={"init_command": f"SET {commands}"})
 

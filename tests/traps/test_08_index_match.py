@@ -25,7 +25,7 @@ NOT_FAILED = "(created_at) WHERE processing = false AND has_error IS NOT TRUE"
 def made(
     database: Database, index: str, *, nullable: bool = False
 ) -> tuple[sa.Engine, sa.Table, JobTable]:
-    """A long queue, analysed, with the index `jobs_free`, behind some jobs that are running."""
+    """Create a long, analysed queue behind running jobs, with the index `jobs_free`."""
     engine = database.engine()
     table = job_table(
         Column("has_error", sa.Boolean),
@@ -45,7 +45,7 @@ def made(
 
 
 def plan_of_claim(engine: sa.Engine, jobs: JobTable, limit: int) -> str:
-    """The plan of the very statement that claims, once it has claimed."""
+    """Execute a claim and return the plan of its exact statement."""
     sent = sent_by(engine)
     with engine.connect() as connection:
         assert ids(claim_jobs(connection, jobs, limit)) == list(range(11, 11 + limit))
@@ -55,7 +55,7 @@ def plan_of_claim(engine: sa.Engine, jobs: JobTable, limit: int) -> str:
 
 
 def plan_of(engine: sa.Engine, table: sa.Table, *conditions: sa.ColumnElement[bool]) -> str:
-    """The plan of a plain SELECT of the first row."""
+    """Return the plan of a plain SELECT of the first row."""
     sent = sent_by(engine)
     with engine.connect() as connection:
         query = sa.select(table.c.id).where(*conditions).order_by(table.c.created_at).limit(1)
@@ -65,7 +65,7 @@ def plan_of(engine: sa.Engine, table: sa.Table, *conditions: sa.ColumnElement[bo
 
 
 def reads_in_order(plan: str) -> bool:
-    """Whether the queue is read by its index, and nothing sorts what was read."""
+    """Return True if the plan reads the queue by its index without sorting."""
     # Where several rows are claimed, what was claimed is sorted once more, outside of this.
     claimable = plan.partition("CTE claimed")[0].partition("CTE claimable")[2] or plan
     by_index = "using jobs_free on jobs" in claimable

@@ -42,7 +42,7 @@ EXPLAIN = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a database does to find the rows to claim.
+    """A database's plan to find the rows to claim.
 
     Attributes:
         indexes: the indexes by which it reads jobs.
@@ -59,7 +59,7 @@ class Plan:
 def queue(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[sa.Engine, JobTable]]:
-    """A long queue with its two indexes and up-to-date statistics, made once on each database."""
+    """Yield a long queue with two indexes and fresh statistics, created once per database."""
     with fresh_database(request.param, request.config, tmp_path_factory) as database:
         engine = database.engine()
         yield engine, filled(engine)
@@ -112,7 +112,7 @@ def filled(engine: sa.Engine) -> JobTable:
 
 @contextmanager
 def statements(engine: sa.Engine) -> Iterator[list[tuple[str, Any]]]:
-    """What is sent to the database while the block runs, with its parameters."""
+    """Record the statements sent during the block, with their parameters."""
     seen: list[tuple[str, Any]] = []
 
     def note(*arguments: Any) -> None:
@@ -127,7 +127,7 @@ def statements(engine: sa.Engine) -> Iterator[list[tuple[str, Any]]]:
 
 @contextmanager
 def efforts(connection: sa.Connection) -> Iterator[list[int]]:
-    """What a connection reads while the block runs, in parts, unless EXPLAIN will tell it."""
+    """Count the reads of a connection during the block, in parts, unless EXPLAIN counts them."""
     parts: list[int] = []
     if connection.dialect.name == "sqlite":
         driver: Any = connection.connection.driver_connection
@@ -200,7 +200,7 @@ def plan_of_postgresql(plan: dict[str, Any], limit: int) -> Plan:
 
 
 def nodes_of(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A plan's nodes, whatever their depth."""
+    """Yield the nodes of a plan at all depths."""
     yield plan
     for below in plan.get("Plans", []):
         yield from nodes_of(below)

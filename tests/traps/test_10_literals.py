@@ -68,7 +68,7 @@ def queue(database: Database) -> tuple[sa.Engine, sa.Table, JobTable]:
 
 
 def generic_plan(connection: sa.Connection, beginning: str) -> str:
-    """The plan of the one statement which the driver has prepared that begins so."""
+    """Return the generic plan of the only prepared statement that begins with this text."""
     known = connection.exec_driver_sql(
         "SELECT name, cardinality(parameter_types), generic_plans, custom_plans "
         "FROM pg_prepared_statements WHERE statement LIKE %s",
@@ -113,7 +113,7 @@ def test_a_parameter_loses_the_partial_index(database: Database) -> None:
 
 @pytest.mark.parametrize("kind", BINDS)
 def test_declared_values_are_no_parameters(database: Database, kind: str) -> None:
-    """What is declared stands in every text that is sent; what is given by call does not."""
+    """Declared values are literals in every statement; values given by call are parameters."""
     engine = database.engine()
     table = job_table(Column("state", String(20)))
     fill(engine, table, 2, state="waiting for it")
@@ -232,7 +232,7 @@ def test_enums_are_rendered_as_they_are_stored(
 
 
 def values_of(kinds: Any) -> list[str]:
-    """What is stored of an enumeration's members."""
+    """Return the stored values of an enumeration's members."""
     return [kind.value for kind in kinds]
 
 
@@ -252,7 +252,7 @@ class Upper(sa.TypeDecorator[str]):
 
 
 def test_a_type_of_the_users_own_is_asked(database: Database) -> None:
-    """What is declared goes through the column's type, as a parameter would."""
+    """Declared values go through the column's type, as a parameter would."""
     table = job_table(Column("state", Upper()))
     for engine in engines(database):
         fill(engine, table, 2, state="done")

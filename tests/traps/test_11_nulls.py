@@ -34,14 +34,14 @@ def filled(
 
 
 def type_of(type_: Any) -> Any:
-    """What makes a value one of the column's."""
+    """Return a function that converts a value to the column's type."""
     if type_ is Integer:
         return lambda value: None if value is None else int(value)
     return lambda value: value
 
 
 def drained(engine: sa.Engine, jobs: Any) -> list[int]:
-    """The ids of all that can be claimed, and nothing can be claimed twice."""
+    """Return the ids of all claimable rows; assert that a second claim finds none."""
     found = ids(claim_jobs(engine, jobs, 10))
     assert claim_jobs(engine, jobs, 10) == []
     return found
@@ -67,7 +67,7 @@ def test_a_null_state_is_free_if_declared(database: Database, type_: Any) -> Non
 
 @pytest.mark.parametrize("free", ["w", ("w", "x")], ids=["one", "two"])
 def test_a_null_state_of_strings(database: Database, free: Any) -> None:
-    """So it is where the state is a string, and where there are several free ones."""
+    """A NULL in a string state is free only if declared, also beside several free values."""
     values = [None, "w", "r", None, "x"]
     engine, table = filled(database, "state", String(5), values)
     others = {"state": "state", "free": free, "claimed": "r"}

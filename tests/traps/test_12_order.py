@@ -29,7 +29,7 @@ by_rows_and_entities = pytest.mark.parametrize("kind", ["engine", "session"])
 
 
 def collation_of(database: Database, engine: sa.Engine) -> str | None:
-    """A collation that is not the code points', if there is one to be named."""
+    """Return a collation that differs from code point order, or None if there is none."""
     found = COLLATIONS.get(database.name)
     if database.name == "postgresql":
         query = sa.text("SELECT count(*) FROM pg_collation WHERE collname = :name")
@@ -80,7 +80,7 @@ def refill(engine: sa.Engine, table: sa.Table) -> None:
 
 
 def select_six(engine: sa.Engine, table: sa.Table, order: list[Any]) -> list[int]:
-    """The ids of the first six free rows, as a SELECT has them."""
+    """Return the ids of the first six free rows in the order of a SELECT."""
     query = sa.select(table.c.id).where(table.c.processing == sa.false())
     with engine.connect() as connection:
         return list(connection.scalars(query.order_by(*order).limit(6)))
@@ -89,7 +89,7 @@ def select_six(engine: sa.Engine, table: sa.Table, order: list[Any]) -> list[int
 def claim_six(
     engine: sa.Engine, table: sa.Table, kind: str, order: list[Any] | None = None, **declared: Any
 ) -> list[int]:
-    """The ids of the first six, as a claim has them; the caller's transaction is undone."""
+    """Return the ids of six claimed rows in order; roll back the caller's transaction."""
     given = mapped(table) if kind == "session" else table
     values = declared.pop("values", None)
     job_table = JobTable(given, state="processing", **declared)
@@ -98,7 +98,7 @@ def claim_six(
 
 
 def least_of_kind(table: sa.Table) -> Any:
-    """A term that is a subquery."""
+    """Build an order term that is a subquery."""
     other = table.alias()
     query = sa.select(sa.func.min(other.c.place)).where(other.c.kind == table.c.kind)
     return query.scalar_subquery()
@@ -158,7 +158,7 @@ def test_nulls_are_where_they_are_said_to_be(database: Database, kind: str) -> N
 
 @by_rows_and_entities
 def test_a_collation_said_in_the_order_is_kept(database: Database, kind: str) -> None:
-    """So is a collation that only the claim names, which puts the same texts otherwise."""
+    """A collation that only the claim names is kept; it orders the same texts differently."""
     engine, table = filled(database)
     need_a_collation(database, engine)
     binary = table.c.name.collate(BINARY.get(database.name, "utf8mb4_bin"))
@@ -169,32 +169,32 @@ def test_a_collation_said_in_the_order_is_kept(database: Database, kind: str) ->
 
 
 def stamped(table: sa.Table) -> dict[str, Any]:
-    """The claim's stamp is the order."""
+    """Order by the column that the claim stamps."""
     return {"order": [table.c.updated_at], "stamps": table.c.updated_at}
 
 
 def counted(table: sa.Table) -> dict[str, Any]:
-    """The count of the claims is the order."""
+    """Order by the column that counts the claims."""
     return {"order": [table.c.attempts], "attempts": table.c.attempts}
 
 
 def overwritten(table: sa.Table) -> dict[str, Any]:
-    """The call's own values are the order."""
+    """Order by a column that the call's values overwrite."""
     return {"order": [table.c.place, table.c.id], "values": {"place": 0}}
 
 
 def turned_round(table: sa.Table) -> dict[str, Any]:
-    """The call's own values turn the order round."""
+    """Order by a column whose order the call's values reverse."""
     return {"order": [table.c.attempts], "values": {"attempts": -table.c.attempts}}
 
 
 def renamed(table: sa.Table) -> dict[str, Any]:
-    """The order is an expression of what the call writes."""
+    """Order by an expression over a column that the call writes."""
     return {"order": [sa.func.lower(table.c.name), table.c.id], "values": {"name": "x"}}
 
 
 def reread(table: sa.Table) -> dict[str, Any]:
-    """The order is a subquery over what the call writes."""
+    """Order by a subquery over a column that the call writes."""
     return {"order": [least_of_kind(table), table.c.id], "values": {"place": 0}}
 
 

@@ -25,7 +25,7 @@ def made(database: Database) -> tuple[sa.Engine, Any, JobTable]:
 
 
 def note(engine: sa.Engine, jobs: JobTable, number: int) -> str:
-    """A job's note as everybody can see it."""
+    """Return the committed note of a job."""
     table = jobs.table
     with engine.connect() as connection:
         return str(connection.scalar(sa.select(table.c.note).where(table.c.id == number)))
@@ -130,7 +130,7 @@ def test_edits_are_flushed(database: Database) -> None:
 
 
 def test_other_entities_are_left_alone(database: Database) -> None:
-    """What is loaded and not claimed is neither expired nor read again."""
+    """Entities that are loaded but not claimed are neither expired nor read again."""
     engine, job, jobs = made(database)
     with Session(engine, expire_on_commit=False) as session:
         others = [session.get(job, number) for number in (2, 3, 4)]
@@ -161,7 +161,7 @@ def test_pending_entities_of_other_tables_are_left_alone(database: Database) -> 
 
 
 def returning(job: Any) -> Any:
-    """The ORM's own UPDATE … RETURNING of one job."""
+    """Build the ORM's own UPDATE … RETURNING of one job."""
     statement = sa.update(job).where(job.id == 1).values(processing=True).returning(job)
     return statement.execution_options(synchronize_session=False)
 

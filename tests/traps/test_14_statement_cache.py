@@ -34,14 +34,14 @@ def made(database: Database, kind: str = "engine") -> tuple[sa.Engine, JobTable]
 
 
 def column(engine: sa.Engine, found: sa.Column[Any]) -> list[Any]:
-    """A column's values in the order of the key."""
+    """Return a column's values in the order of the key."""
     with engine.connect() as connection:
         return list(connection.scalars(sa.select(found).order_by(found.table.c.id)))
 
 
 @by_each_bind
 def test_each_worker_is_written_by_name(database: Database, kind: str) -> None:
-    """What is claimed for alice bears her name, and what is then claimed for bob bears his."""
+    """Rows claimed for alice have her name, and rows claimed next for bob have his."""
     engine, jobs = made(database, kind)
     with bound(engine, kind) as bind:
         for worker in ("alice", "bob", None, "carol"):

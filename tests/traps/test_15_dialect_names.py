@@ -38,12 +38,12 @@ OLD_ENOUGH: dict[str, Version] = {
 
 
 def dotted(version: Version) -> str:
-    """A version as people write it."""
+    """Format a version with dots."""
     return ".".join(map(str, version))
 
 
 def of_version(database: Database, version: Version, **options: Any) -> sa.Engine:
-    """An engine that takes its server for one of this version, from the first connection on."""
+    """Create an engine whose dialect sees this server version from the first connection on."""
     engine = database.engine(**options)
 
     @sa.event.listens_for(engine, "connect")
@@ -54,7 +54,7 @@ def of_version(database: Database, version: Version, **options: Any) -> sa.Engin
 
 
 def sent_by(engine: sa.Engine) -> list[str]:
-    """What will be sent to the database."""
+    """Return a list that collects the statements sent to the database."""
     statements: list[str] = []
 
     @sa.event.listens_for(engine, "before_cursor_execute")
@@ -109,7 +109,7 @@ def test_old_servers_are_refused(database: Database) -> None:
 
 
 def test_old_servers_are_refused_at_the_first_connection(database: Database) -> None:
-    """So they are by engines that have never connected, and do not know the version yet."""
+    """An engine that has not connected yet, and so lacks the version, refuses an old server too."""
     for kind in BINDS:
         engine = of_version(database, TOO_OLD[database.name][0])
         with bound(engine, kind) as bind, pytest.raises(UnsupportedDialect, match="upgrade"):
@@ -153,7 +153,7 @@ def test_the_prefix_of_replication_is_no_version(database: Database, version: st
 
 
 class AbsentDriver:
-    """What a dialect looks up in its driver before it connects; it never gets to connect."""
+    """A driver stub with the attributes that a dialect reads before it connects."""
 
     paramstyle = "pyformat"
     version = __version__ = "99.0"
@@ -187,7 +187,7 @@ def test_unknown_dialects_do_not_compile(dialect: sa.Dialect) -> None:
 
 
 def speaking_postgresql(name: str) -> sa.Dialect:
-    """A dialect like those of the databases that speak PostgreSQL's."""
+    """Create a dialect that extends PostgreSQL's, as compatible databases do."""
     made = type(
         name, (postgresql.base.PGDialect,), {"name": name, "supports_statement_cache": True}
     )

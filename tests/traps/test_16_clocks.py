@@ -34,7 +34,7 @@ in_either_sense = pytest.mark.parametrize("sense", ["utc", "server"])
 
 
 def zoned(database: Database, zone: str) -> sa.Engine:
-    """An engine whose sessions are in a time zone."""
+    """Create an engine whose sessions are in a time zone."""
     name, offset = ZONES[zone]
     if database.name == "postgresql":
         return database.engine(connect_args={"options": f"-c TimeZone={name}"})
@@ -42,7 +42,7 @@ def zoned(database: Database, zone: str) -> sa.Engine:
 
 
 def now(database: Database, engine: sa.Engine, sense: str) -> datetime:
-    """The database's clock, as a column without a zone would hold it."""
+    """Return the database's clock as a column without a zone would store it."""
     with engine.connect() as connection:
         found = connection.scalar(sa.text(f"SELECT {CLOCKS[database.name, sense]}"))
     assert isinstance(found, datetime)
@@ -50,7 +50,7 @@ def now(database: Database, engine: sa.Engine, sense: str) -> datetime:
 
 
 def timed_table(type_: Any = DateTime, *more: Any) -> sa.Table:
-    """A job table with a due time, a stamp, and room for a lease."""
+    """Build a job table with columns for a due time, a stamp and a lease."""
     return job_table(
         Column("wait_until", type_, nullable=True),
         Column("updated_at", type_, nullable=True),
@@ -92,13 +92,13 @@ def test_times_without_a_zone_have_to_be_declared(database: Database, zone: str)
 
 @on_servers
 def test_a_claims_time_beside_a_flag_has_to_be_declared(database: Database) -> None:
-    """So it asks for a `locked_at` that it writes beside `processing`."""
+    """A `locked_at` that the claim writes beside `processing` has to be declared too."""
     table = job_table(Column("locked_at", DateTime))
     check_asked(zoned(database, "Tokyo"), table, "locked_at")
 
 
 def declared(table: sa.Table, **said: Any) -> JobTable:
-    """The table with all of its times declared."""
+    """Declare the table with all of its times."""
     return JobTable(
         table,
         state="processing",
@@ -111,7 +111,7 @@ def declared(table: sa.Table, **said: Any) -> JobTable:
 
 
 def check_claimed(engine: sa.Engine, table: Any, instant: datetime) -> None:
-    """What was due at that instant is claimed, stamped with it, and leased for five hours."""
+    """Assert that rows due at this instant are claimed, stamped and leased for five hours."""
     claimed = claim_jobs(engine, table, 4, lease=FIVE_HOURS)
     assert ids(claimed) == [1, 4]
     for job in claimed:
@@ -133,7 +133,7 @@ def test_a_zone_set_later_counts(database: Database) -> None:
 
 @pytest.mark.databases("mysql", "mariadb")
 def test_a_zone_set_later_counts_on_innodb(database: Database) -> None:
-    """So is one on MySQL and MariaDB."""
+    """A time zone that is set later in a session counts on MySQL and MariaDB too."""
     engine, table = database.engine(), job_table(Column("wait_until", DateTime))
     fill(engine, table, 3)
     with engine.connect() as connection:
@@ -176,7 +176,7 @@ def test_what_is_due_and_written_in_a_zone(database: Database, zone: str, sense:
 
 
 def aware(database: Database) -> Any:
-    """The type whose values are points in time, wherever the session is."""
+    """Return the type that stores points in time, independent of the session's zone."""
     return DateTime(timezone=True) if database.name == "postgresql" else mysql.TIMESTAMP(fsp=6)
 
 
@@ -204,7 +204,7 @@ def test_a_plain_comparison_in_a_zone(database: Database, zone: str) -> None:
 
 
 def long_transaction(engine: sa.Engine, table: sa.Table) -> tuple[sa.Connection, datetime]:
-    """A transaction of some age, and a row that fell due after its start: the time of that."""
+    """Begin a transaction and return it with the due time of a row that was added later."""
     connection = engine.connect()
     begun = connection.scalar(sa.select(sa.func.now()))
     with engine.begin() as producer:
@@ -322,7 +322,7 @@ def test_current_timestamp_is_shorter_than_what_is_stored(database: Database) ->
 
 
 def iso_table(engine: sa.Engine) -> sa.Table:
-    """A table with times as Payload writes them: text, due a minute ago, in a minute and so on."""
+    """Create a table with Payload's text times: due a minute ago, in a minute, in five hours."""
     table = timed_table(sa.Text)
     table.metadata.create_all(engine)
     instant = datetime.now(UTC)

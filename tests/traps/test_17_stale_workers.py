@@ -39,7 +39,7 @@ UNGUARDED = {
 def two_workers(
     database: Database, *, released: bool = False
 ) -> tuple[sa.Engine, JobTable, Claim[Any], Claim[Any]]:
-    """A job that one worker had until its lease was over, and that another has now.
+    """Create a job that one worker held until its lease expired and another worker holds now.
 
     They bear the same name, as a worker does after its restart. If released, somebody else had it
     in between, and gave it back.
@@ -113,7 +113,7 @@ def test_the_owner_overwrites_what_was_done_late(database: Database) -> None:
 
 
 def test_a_release_lowers_the_attempts(database: Database) -> None:
-    """What makes ``attempts`` no token: after a release the next claim bears the same number."""
+    """A claim after a release has the same ``attempts``, so ``attempts`` is no token."""
     engine = database.engine()
     jobs = make_counted(engine, 1)
     first = claim_jobs(engine, jobs, lease=LEASE)

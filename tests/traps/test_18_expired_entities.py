@@ -32,7 +32,7 @@ CALLS: dict[str, Callable[..., int]] = {
 
 @contextmanager
 def outlived(database: Database) -> Iterator[tuple[Session, Claim[Any], Claim[Any], sa.Engine]]:
-    """A session whose claim is committed and has expired, and the claim that came after it."""
+    """Yield a session whose committed claim has expired, and the claim that came after it."""
     engine = database.engine()
     jobs = make_counted(engine, 1)
     _, declared = mapped(jobs)

@@ -34,7 +34,7 @@ def made(database: Database, attempts: list[Any], **values: Any) -> tuple[sa.Eng
 
 
 def declared(table: Any, most: Any = 3, *, leased: bool = True) -> JobTable:
-    """The table with its maximum; leased, so that a dead worker's row comes back."""
+    """Declare the maximum of attempts, and a lease so that a dead worker's row comes back."""
     lease = {"token": "claim_token", "lease": "lease_until"} if leased else {}
     return JobTable(
         table,

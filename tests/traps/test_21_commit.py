@@ -70,7 +70,7 @@ def refused_commits(database: Database, engine: sa.Engine, times: int) -> Iterat
 
 
 def impatient(database: Database, *, begins: bool = False) -> sa.Engine:
-    """An engine that waits for nobody; with a listener every claim of it is BEGIN ... COMMIT."""
+    """Create an engine without lock waits; a listener makes each claim a BEGIN ... COMMIT."""
     options = {"connect_args": {"timeout": 0}} if database.name == "sqlite" else {}
     engine = database.engine(**options)
     if begins:

@@ -109,7 +109,7 @@ def entities(
 
 
 def parts(claim: Claim[Job]) -> None:
-    """A claim is a list of its jobs, a slice of it a claim."""
+    """Use a claim as a list of its jobs, and a slice of it as a claim."""
     assert_type(claim[0], Job)
     assert_type(claim[1:], Claim[Job])
     assert_type(claim[::2][0], Job)
@@ -126,7 +126,7 @@ def parts(claim: Claim[Job]) -> None:
 def rows(
     engine: Engine, connection: Connection, session: Session, maker: sessionmaker[Session]
 ) -> None:
-    """A table, and anything by engine or connection, gives rows, whose columns are not known."""
+    """Claim rows, whose columns are unknown, by a table, an engine or a connection."""
     assert_type(claim_jobs(engine, jobs), Claim[Any])
     assert_type(claim_jobs(connection, jobs, 3), Claim[Any])
     assert_type(claim_jobs(session, jobs), Claim[Any])
@@ -137,7 +137,7 @@ def rows(
 
 
 def declarations() -> None:
-    """What a `JobTable` is told of its columns: names, columns, attributes, expressions."""
+    """Declare a `JobTable` by names, columns, attributes and expressions."""
     declared = JobTable(
         Job,
         state=Job.processing,
@@ -166,7 +166,7 @@ def declarations() -> None:
 
 
 def statements(session: Session) -> None:
-    """The construct can be executed like any other."""
+    """Execute the construct like any other."""
     statement = claim_statement(Job, 10, where=Job.queue == "mail", worker="alice", lease=minutes)
     assert_type(statement, ClaimStatement)
     session.scalars(statement).all()
@@ -174,7 +174,7 @@ def statements(session: Session) -> None:
 
 
 def endings(engine: Engine, session: Session, claim: Claim[Job]) -> None:
-    """A claim, a slice or a ticket of it can end in four ways."""
+    """End a claim, a slice of it or a ticket in the four ways."""
     ticket = claim.ticket(claim[0])
     assert_type(complete_jobs(engine, claim), int)
     assert_type(complete_jobs(session, claim[:2], unfenced=True), int)
@@ -204,12 +204,12 @@ def errors(engine: Engine) -> None:
 
 @claims(Job, session="session", limit="limit", lease=minutes)
 def decorated(session: Session, limit: int = 5) -> list[Job]:
-    """A decorated function keeps its type."""
+    """Return jobs; the decorator keeps the function's type."""
     return list(session.scalars(sa.select(Job).limit(limit)))
 
 
 def a_name_that_is_none() -> None:
-    """What is loaded late is known early, and nothing else is taken for it."""
+    """Look up an unknown name, which is a type error although names are loaded lazily."""
     atomic_claim.patch_claim  # type: ignore[attr-defined]  # noqa: B018
 
 
@@ -248,7 +248,7 @@ async def asynchronous(
     engine: AsyncEngine,
     connection: AsyncConnection,
 ) -> None:
-    """The asynchronous names take the asynchronous binds."""
+    """Call the asynchronous functions with the asynchronous binds."""
     assert_type(await aio.claim_jobs(session, Job, 3, where=Job.queue == "mail"), Claim[Job])
     assert_type(await aio.claim_jobs(scoped, Job), Claim[Job])
     assert_type(await aio.claim_jobs(maker, Job), Claim[Job])
@@ -265,7 +265,7 @@ async def asynchronous(
 
 
 def directory(file: ClaimedFile) -> None:
-    """A directory queue's names take paths and strings, one file or several."""
+    """Call the functions of directory queues with paths and strings, one file or several."""
     found = claim_files("waiting", Path("processing"), 3, worker="w1", key=len)
     assert_type(found, list[ClaimedFile])
     assert_type(put_file(Path("waiting"), "a", b"x"), Path)
@@ -285,7 +285,7 @@ def directory(file: ClaimedFile) -> None:
 
 
 def proof() -> None:
-    """A race takes names or the things themselves, and its figures are numbers."""
+    """Run a race by names or by objects; its figures are numbers."""
     found = race("app.jobs:claim", table="app.models:Job", url="sqlite:///jobs.db", limit=5)
     assert_type(found, Race)
     assert_type(found.duplicates, int)
@@ -298,7 +298,7 @@ def proof() -> None:
 
 
 async def refused(engine: Engine, session: AsyncSession, claim: Claim[Job]) -> None:
-    """What a checker finds before the program does."""
+    """Make the errors that a type checker finds before the program runs."""
     claim_jobs(engine, Job, "3")  # type: ignore[call-overload]
     claim_jobs(engine, Job, lease=5)  # type: ignore[call-overload]
     claim_jobs(engine, Job, 3, Job.id > 3)  # type: ignore[call-overload]
