@@ -1,0 +1,261 @@
+"""The effect of every step on the jobs, in plain Python.
+
+A job is free, running, ended, or in none of these states as far as the declaration can tell. A
+running job belongs to one claim, or to a worker from before the scenario. Each actor sees the
+committed jobs with its own changes on top; jobs that another actor has changed and not committed
+are locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from tests.model.kinds import INNODB, KINDS
+from tests.model.scenario import Actor, Claim, Row, Scenario
+
+State = Literal["free", "running", "ended", "other", "gone"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The state of one job.
+
+    Attributes:
+        token: what the state column holds, if the scenario tells.
+        owner: the number of the claim that the job belongs to.
+        lease: `none` (it runs until it is ended), `lasts`, or `over`.
+        sound: whether the job can be read, and marked without a trigger in the way.
+    """
+
+    ident: int
+    state: State
+    token: str | None
+    due: bool = True
+    rank: tuple[Any, ...] = ()
+    attempts: int = 0
+    lease: str = "none"
+    owner: int | None = None
+    sound: bool = True
+    claimed_note: bool = False
+
+
+@dataclass
+class Model:
+    """The jobs, as they are committed and as each actor has changed them."""
+
+    scenario: Scenario
+    database: str
+    committed: dict[int, Job] = field(default_factory=dict)
+    changed: dict[Actor, dict[int, Job]] = field(default_factory=lambda: {"a": {}, "b": {}})
+
+    def __post_init__(self) -> None:
+        for place, row in enumerate(self.scenario.rows):
+            self.insert(place + 1, row)
+
+    # What the rows mean.
+
+    def insert(self, ident: int, row: Row) -> None:
+        """Add a job that is committed."""
+        said = self.scenario.declaration
+        state: State = "other"
+        ends = [mapping for mapping in (said.done, said.failed) if mapping]
+        if any(all(self._bears(row, end) for end in mapping) for mapping in ends):
+            state = "ended"
+        elif any(self._same(row.state, token) for token in said.free):
+            state = "free"
+        elif self._same(row.state, said.claimed):
+            state = "running"
+        self.committed[ident] = Job(
+            ident,
+            state,
+            row.state,
+            due=said.label("due") is None or row.due != "future",
+            rank=self._rank(ident, row),
+            attempts=row.attempts,
+            lease=self._lease(row),
+            sound=not (row.bad or row.hooked or row.identity == "ghost"),
+        )
+
+    def _value(self, token: str) -> Any:
+        return KINDS[self.scenario.table.state.kind].tokens.get(token)
+
+    def _same(self, one: str, other: str) -> bool:
+        return self._value(one) == self._value(other) and (one == "null") == (other == "null")
+
+    def _bears(self, row: Row, end: str) -> bool:
+        return row.ended if end == "done_at" else end != "failed_at" and self._same(row.state, end)
+
+    def _lease(self, row: Row) -> str:
+        column = self.scenario.table.column("lease")
+        if column is None or self.scenario.declaration.label("lease") is None:
+            return "none"
+        if row.lease == "none":
+            return "none" if column.nullable else "over"
+        return "over" if row.lease == "past" else "lasts"
+
+    def _rank(self, ident: int, row: Row) -> tuple[Any, ...]:
+        nulls_are_least = self.database != "postgresql"
+        found: list[Any] = []
+        column = self.scenario.table.column("order")
+        for label, descends in self.scenario.declaration.order:
+            value: int | None = ident if label == "ident" else row.rank
+            if value is None and (column is None or not column.nullable):
+                value = 0
+            if value is None:
+                value = -1000 if nulls_are_least else 1000
+            found.append(-value if descends else value)
+        return tuple(found) or (ident,)
+
+    # What an actor sees.
+
+    def seen(self, actor: Actor) -> dict[int, Job]:
+        """Return the jobs as an actor sees them."""
+        return self.committed | self.changed[actor]
+
+    def is_locked(self, actor: Actor, ident: int) -> bool:
+        """Return True if the other actor has changed the job and not committed."""
+        other: Actor = "b" if actor == "a" else "a"
+        return ident in self.changed[other]
+
+    def is_immediate(self, actor: Actor) -> bool:
+        """Return True if each call of the actor is committed at once."""
+        bind = self.scenario.bind(actor)
+        return bind.is_own or bind.isolation == "AUTOCOMMIT"
+
+    def _put(self, actor: Actor, job: Job) -> None:
+        target = self.committed if self.is_immediate(actor) else self.changed[actor]
+        target[job.ident] = job
+
+    def finish(self, actor: Actor, *, commits: bool) -> None:
+        """Commit or roll back."""
+        if commits:
+            self.committed.update(self.changed[actor])
+        self.changed[actor] = {}
+
+    # Claims.
+
+    def is_spent(self, job: Job) -> bool:
+        """Return True if the job has had as many claims as it may have."""
+        most = self.scenario.declaration.max_attempts
+        return most is not None and job.attempts >= most
+
+    def is_claimable(self, job: Job) -> bool:
+        """Return True if a claim may take the job."""
+        if self.is_spent(job):
+            return False
+        return (job.state == "free" and job.due) or (job.state == "running" and job.lease == "over")
+
+    def claimable(self, actor: Actor, step: Claim) -> list[Job]:
+        """Return the jobs that a claim may take, in its order."""
+        found = [
+            job
+            for job in self.seen(actor).values()
+            if self.is_claimable(job)
+            and not self.is_locked(actor, job.ident)
+            and (step.where is None or job.ident > step.where)
+        ]
+        return sorted(found, key=lambda job: self.place(job, step))
+
+    def place(self, job: Job, step: Claim) -> tuple[Any, ...]:
+        """Return where a job comes in the order of a claim."""
+        return (-job.ident,) if step.backwards else job.rank
+
+    def claim(
+        self, actor: Actor, step: Claim, idents: tuple[int, ...], number: int, *, exact: bool
+    ) -> list[str]:
+        """Take what was handed out, and return what is wrong with it.
+
+        `exact`: nothing may keep the claim from the first jobs in its order.
+        """
+        problems = []
+        possible = {job.ident: job for job in self.claimable(actor, step)}
+        if len(idents) > step.limit:
+            problems.append(f"{len(idents)} jobs at a limit of {step.limit}")
+        if len(set(idents)) < len(idents):
+            problems.append(f"handed out twice in one claim: {idents}")
+        for ident in idents:
+            if ident not in possible:
+                job = self.seen(actor).get(ident)
+                locked = " (locked by the other actor)" if self.is_locked(actor, ident) else ""
+                problems.append(f"handed out, and not claimable{locked}: {job}")
+        places = [self.place(possible[ident], step) for ident in idents if ident in possible]
+        if places != sorted(places):
+            problems.append(f"not in order: {idents}, {places}")
+        if exact:
+            first = [self.place(job, step) for job in list(possible.values())[: step.limit]]
+            if places != first:
+                problems.append(f"not the first jobs: {places} in place of {first}")
+        for ident in idents:
+            if ident in possible:
+                self._put(actor, self._claimed(possible[ident], step, number))
+        return problems
+
+    def _claimed(self, job: Job, step: Claim, number: int) -> Job:
+        if step.deletes:
+            return replace(job, state="gone", owner=number)
+        return replace(
+            job,
+            state="running",
+            token=self.scenario.declaration.claimed,
+            attempts=job.attempts + 1,
+            lease="lasts" if step.lease else "none",
+            owner=number,
+            claimed_note=job.claimed_note or step.note,
+        )
+
+    # The end of a job.
+
+    def owns(self, actor: Actor, number: int, ident: int) -> bool:
+        """Return True if a claim still owns a job; without a token any running job passes."""
+        job = self.seen(actor).get(ident)
+        if job is None or job.state != "running":
+            return False
+        return self.scenario.declaration.label("token") is None or job.owner == number
+
+    def end(self, actor: Actor, how: str, idents: Iterable[int]) -> None:
+        """End, extend or give back jobs that the claim owns."""
+        said = self.scenario.declaration
+        for ident in idents:
+            job = self.seen(actor)[ident]
+            if how == "extend":
+                made = replace(job, lease="lasts")
+            elif how in {"complete", "fail"}:
+                ends = said.done if how == "complete" else said.failed
+                token = next((end for end in ends if not end.endswith("_at")), None)
+                made = replace(job, state="ended", token=token, owner=None, lease="none")
+            else:
+                made = replace(
+                    job,
+                    state="free",
+                    token=None if len(said.free) > 1 else said.free[0],
+                    owner=None,
+                    lease="none",
+                    due=job.due if how == "release" else False,
+                    attempts=max(0, job.attempts - (how == "release")),
+                )
+            self._put(actor, made)
+
+    def spent(self, actor: Actor) -> list[int]:
+        """Return the jobs that a sweep marks as failed."""
+        return [
+            job.ident
+            for job in self.seen(actor).values()
+            if self.is_spent(job)
+            and not self.is_locked(actor, job.ident)
+            and (job.state == "free" or (job.state == "running" and job.lease == "over"))
+        ]
+
+    # What others do.
+
+    def change(self, ident: int, **fields: Any) -> None:
+        """Change a committed job."""
+        self.committed[ident] = replace(self.committed[ident], **fields)
+
+    @property
+    def locks_more(self) -> bool:
+        """Return True if an open transaction may hold jobs that it has not changed."""
+        return self.database in INNODB and any(
+            not self.is_immediate(actor) for actor in self.changed
+        )
