@@ -3,7 +3,8 @@
     python -m tests.model.planted [NAME ...]
 
 applies each to a copy of the project, runs the model test and the fast tests there, and prints
-which test caught it. It exits with 1 if one was not caught, with 2 if an edit does not apply.
+which test caught it. It exits with 1 if one was not caught, with 2 if an edit does not apply or
+the tests fail without one.
 """
 
 from __future__ import annotations
@@ -202,6 +203,10 @@ def main() -> int:
     if unknown := set(wanted) - {bug.name for bug in BUGS}:
         parser.error(f"no such bug: {', '.join(sorted(unknown))}")
     missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        if (failed := caught_by(copied(Path(name)), (*MODEL, *FAST))) is not None:
+            print(f"{failed} fails without a bug", file=sys.stderr)  # noqa: T201 - a command
+            return 2
     print("| bug | model test | fast tests |\n|---|---|---|")  # noqa: T201 - a command
     for bug in (bug for bug in BUGS if bug.name in wanted):
         with tempfile.TemporaryDirectory() as name:

@@ -206,6 +206,10 @@ class Run:
             else:
                 player.armed = {}
                 call.judge(call.future)
+                if player.killed and not self.scenario.bind(actor).is_own:
+                    # Its transaction is gone, though the call may have ended well before.
+                    self._roll_back(actor)
+                player.killed = False
                 return
         self.fail(f"a call hangs for {PATIENCE} s, and waits for no lock")
 
@@ -228,6 +232,12 @@ class Run:
         self.model.finish(step.actor, commits=commits)
         self.open.discard(step.actor)
         player.armed = {}
+
+    def _roll_back(self, actor: Actor) -> None:
+        player = self.world.players[actor]
+        player.do(lambda: player.finish(commits=False)).result(PATIENCE)
+        self.model.finish(actor, commits=False)
+        self.open.discard(actor)
 
     def _end(self, step: End) -> None:
         mine = [
@@ -380,11 +390,8 @@ class Run:
                 self.fail(f"{what}: {error!r}", error)
         elif not (kills and is_lost(error)):
             self.fail(f"{what}: a raw error: {error!r:.400}", error)
-        player = self.world.players[actor]
-        player.armed = {}
-        player.do(lambda: player.finish(commits=False)).result(PATIENCE)
-        self.model.finish(actor, commits=False)
-        self.open.discard(actor)
+        self.world.players[actor].armed = {}
+        self._roll_back(actor)
         if kills and self.scenario.declaration.label("token") is None:
             self._accept_unknown()
 

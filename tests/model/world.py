@@ -411,6 +411,7 @@ class Player:
         self.places = places
         self.schema = schema
         self.armed: dict[str, int] = {}
+        self.killed = False
         self.paused = threading.Event()
         self.resumed = threading.Event()
         self.calls: queue.Queue[tuple[Callable[[], Any], Future[Any]] | None] = queue.Queue()
@@ -517,7 +518,7 @@ class Player:
 
     def _before(self, connection: sa.Connection, *_: Any) -> None:
         if self._due("kill before"):
-            self.places.kill(connection.connection.driver_connection)
+            self._kill(connection)
         if self._due("pause"):
             self.resumed.clear()
             self.paused.set()
@@ -525,7 +526,11 @@ class Player:
 
     def _after(self, connection: sa.Connection, *_: Any) -> None:
         if self._due("kill after"):
-            self.places.kill(connection.connection.driver_connection)
+            self._kill(connection)
+
+    def _kill(self, connection: sa.Connection) -> None:
+        self.places.kill(connection.connection.driver_connection)
+        self.killed = True
 
     def _session_options(self) -> dict[str, Any]:
         here, elsewhere, routing = self.engine, self.elsewhere, self.bind.routing
