@@ -160,6 +160,9 @@ def copied(folder: Path) -> Path:
         )
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, folder / name)
+    # That it fails is enough: nobody reads the example.
+    test = folder / "tests/model/test_model.py"
+    test.write_text(test.read_text(encoding="utf-8").replace(", Phase.shrink", ""), "utf-8")
     return folder
 
 
