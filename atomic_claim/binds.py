@@ -6,11 +6,11 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Dialect, Engine
 from sqlalchemy.exc import (
     DBAPIError,
     InvalidRequestError,
@@ -64,6 +64,7 @@ def run_in(
     single: IsSingle,
     recoverable: bool = False,
     left: Left | None = None,
+    keyed: bool = False,
     tries: int = TRIES,
 ) -> R:
     """Run statements in a bind: never ending the caller's transaction, always ending our own.
@@ -77,6 +78,7 @@ def run_in(
         recoverable: whether ``run`` can tell from the table what became of an earlier try, so
             that a transaction of our own is run again when its connection is lost.
         left: an engine's connection to begin with, from :func:`run_directly`; it is given back.
+        keyed: whether it makes or keeps rows with exclusive keys running.
         tries: how often a transaction of our own is run at most.
 
     Raises:
@@ -88,22 +90,27 @@ def run_in(
     if is_session(bind):
         strategy_for(_bind_of(bind, job_table).dialect)
         connection = _connection_of(bind, job_table)
-        return _run_in_transaction(Work(bind, connection, own=False), run)
+        return _run_in_transaction(Work(bind, connection, own=False), run, keyed)
     if isinstance(bind, Connection):
         strategy_for(bind.dialect)
         if bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
-        return _run_in_transaction(Work(bind, bind, own=False), run)
+        return _run_in_transaction(Work(bind, bind, own=False), run, keyed)
     if isinstance(bind, Engine):
         first = iter([left])
+        locked = job_table if keyed else None
         return _try_again(
-            lambda lost: _run_by_engine(bind, run, single, resumed=lost, left=next(first, None)),
+            lambda lost: _run_by_engine(
+                bind, run, single, keyed=locked, resumed=lost, left=next(first, None)
+            ),
             tries,
             lambda: outages(bind, job_table) if recoverable else (),
         )
     if is_maker(bind):
         return _try_again(
-            lambda lost: _run_by_sessionmaker(bind, job_table, run, single, resumed=lost),
+            lambda lost: _run_by_sessionmaker(
+                bind, job_table, run, single, keyed=keyed, resumed=lost
+            ),
             tries,
             lambda: outages(bind, job_table) if recoverable else (),
         )
@@ -113,9 +120,22 @@ def run_in(
     )
 
 
-def _run_in_transaction(work: Work, run: Run[R]) -> R:
+def keyed_apart(bind: Any, job_table: JobTable) -> Strategy | None:
+    """Return the strategy of a bind with transactions of our own that exclusive keys need.
+
+    None where they need none, and for a caller's transaction.
+    """
+    if not (isinstance(bind, Engine) or is_maker(bind)):
+        return None
+    strategy = strategy_for(_dialect_of(bind, job_table))
+    return strategy if strategy.keyed_needs_own else None
+
+
+def _run_in_transaction(work: Work, run: Run[R], keyed: bool) -> R:
     """Run in a transaction that somebody else begins and ends."""
     strategy = strategy_for(work.connection.dialect)
+    if keyed and strategy.keyed_needs_own:
+        raise ClaimError(strategy.keyed_needs_own)
     with _conflicts(strategy):
         return run(strategy, work)
 
@@ -163,13 +183,25 @@ def run_directly(
 
 
 def _run_by_engine(
-    engine: Engine, run: Run[R], single: IsSingle, *, resumed: bool, left: Left | None
+    engine: Engine,
+    run: Run[R],
+    single: IsSingle,
+    *,
+    keyed: JobTable | None,
+    resumed: bool,
+    left: Left | None,
 ) -> R:
     strategy = strategy_for(engine.dialect)
     _refuse_shared(strategy, engine)
     connecting = engine.connect() if left is None else Connection(engine, left.pooled)
-    with _conflicts(strategy), _noting(left), connecting as connection:
+    with ExitStack() as stack:
+        stack.enter_context(_conflicts(strategy))
+        stack.enter_context(_noting(left))
+        connection = stack.enter_context(connecting)
         strategy.check(connection.dialect)
+        if keyed is not None:
+            stack.enter_context(strategy.key_lock(connection, keyed.table))
+            strategy.begin_keyed(connection)
         mode = _driver_mode(strategy, connection, single, listeners=engine.dispatch.begin)
         work = Work(
             connection,
@@ -203,10 +235,12 @@ def _run_by_sessionmaker(
     run: Run[R],
     single: IsSingle,
     *,
+    keyed: bool,
     resumed: bool,
 ) -> R:
-    # Expiring at commit would unload the entities that are about to be detached.
-    with maker(expire_on_commit=False) as session:
+    with ExitStack() as stack:
+        # Expiring at commit would unload the entities that are about to be detached.
+        session = stack.enter_context(maker(expire_on_commit=False))
         if not session.in_transaction():
             session.begin()
         engine = _bind_of(session, job_table)
@@ -218,8 +252,14 @@ def _run_by_sessionmaker(
         strategy = strategy_for(engine.dialect)
         _refuse_shared(strategy, engine)
         with _conflicts(strategy):
+            if keyed and strategy.keyed_needs_own:
+                locked = stack.enter_context(engine.connect())
+                stack.enter_context(strategy.key_lock(locked, job_table.table))
+                _bind_to(session, job_table, locked)
             connection = _connection_of(session, job_table)
             strategy.check(connection.dialect)
+            if keyed:
+                strategy.begin_keyed(connection)
             listeners = (
                 session.dispatch.after_begin
                 or session.dispatch.do_orm_execute
@@ -264,10 +304,7 @@ def _conflicts(strategy: Strategy) -> Iterator[None]:
 
 def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     """Return the exceptions that are raised when a bind's database cannot be reached."""
-    if isinstance(bind, Engine):
-        return strategy_for(bind.dialect).outages(bind.dialect)
-    with bind() as session:
-        dialect = _bind_of(session, job_table).dialect
+    dialect = _dialect_of(bind, job_table)
     return strategy_for(dialect).outages(dialect)
 
 
@@ -309,6 +346,31 @@ def _bind_of(session: Session, job_table: JobTable) -> Engine | Connection:
         return session.get_bind(mapper=job_table.mapper, clause=job_table.table)
     except UnboundExecutionError as error:
         raise ClaimError(f"the Session has no bind for this table: {error}") from error
+
+
+def _dialect_of(bind: OwnBind, job_table: JobTable) -> Dialect:
+    if isinstance(bind, Engine):
+        return bind.dialect
+    with bind() as session:
+        return _bind_of(session, job_table).dialect
+
+
+def _bind_to(session: Session, job_table: JobTable, connection: Connection) -> None:
+    """Have a session of our own use this connection for the table.
+
+    Raises:
+        ClaimError: the session's class chooses another one.
+    """
+    for table in job_table.mapper.tables if job_table.mapper is not None else ():
+        session.bind_table(table, connection)
+    if job_table.mapper is not None:
+        session.bind_mapper(job_table.mapper, connection)
+    session.bind_table(job_table.table, connection)
+    if _connection_of(session, job_table) is not connection:
+        raise ClaimError(
+            f"get_bind() of {type(session).__name__} chooses a connection of its own, and the "
+            "lock of exclusive keys is held by another: pass the Engine"
+        )
 
 
 def _connection_of(session: Session, job_table: JobTable) -> Connection:

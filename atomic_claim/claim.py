@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, and_, bindparam, delete, select
+from sqlalchemy import Connection, Engine, Row, Select, and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
 
-from .binds import Bind, Left, run_directly, run_in
+from .binds import Bind, Left, keyed_apart, run_directly, run_in
 from .columns import JobTable, job_table_of
-from .dialects import Found, Strategy, Work, learned_of, load, strategy_for
+from .dialects import Found, Strategy, Work, learned_of, load
 from .errors import ClaimError
-from .statement import REACH, Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
+from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
+    from .dialects.base import Candidate
+
 Key = tuple[Any, ...]
 J = TypeVar("J")
-CLAIMS_PAUSED = 8
 
 
 class Claim(list[J]):
@@ -167,88 +169,65 @@ def claim_jobs(
     parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
     token = new_token() if job_table.token is not None else None
 
-    def run(strategy: Strategy, work: Work) -> Found:
+    params = ask.parameters(token)
+
+    def run(strategy: Strategy, work: Work, batch: Sequence[Candidate] | None = None) -> Found:
         session = work.executor
         if parts.entities and not isinstance(session, Connection) and not session.autoflush:
             _refuse_unflushed(session, job_table)
         found = _won_before(strategy, work, parts, token) if work.resumed else []
-        found = found or strategy.claim(work, parts, params)
+        if not found and batch is None:
+            found = strategy.claim(work, parts, params)
+        elif not found:
+            from .dialects.by_key import claim_batch  # noqa: PLC0415 - only exclusive keys need it
+
+            found = claim_batch(strategy, work, parts, batch or (), params)
         if parts.entities and not isinstance(session, Connection) and work.own:
             _load_fully(session, parts, found)
         return found
 
-    def claim(found: Found) -> Claim[Any]:
-        keys, jobs = [key for key, _ in found], [job for _, job in found]
-        return Claim(jobs, table=job_table, keys=keys, token=token, worker=worker, lease=lease)
-
-    first = _claimed_at_once(bind, parts, ask, token)
-    if len(first) == limit:
-        return claim(first)
-    ask = ask._replace(limit=limit - len(first)) if first else ask
-    params = ask.parameters(token)
-    rest, left = _claimed_directly(bind, parts, params)
-    if rest is None:
-        rest = run_in(
-            bind,
-            job_table,
-            run,
-            # What cannot be read must not be committed: nobody would ever get it.
-            single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
-            recoverable=token is not None,
-            left=left,
-        )
-    if not first:
-        return claim(rest)
-    known = {key for key, _ in first}
-    return claim(first + [each for each in rest if each[0] not in known])
+    recoverable = token is not None
+    found: Found | None
+    if job_table.exclusive_by is not None:
+        found = _claimed_by_key(bind, parts, limit, run, recoverable=recoverable)
+    else:
+        found, left = _claimed_directly(bind, parts, params)
+        if found is None:
+            found = run_in(
+                bind,
+                job_table,
+                run,
+                # What cannot be read must not be committed: nobody would ever get it.
+                single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
+                recoverable=recoverable,
+                left=left,
+            )
+    keys, jobs = [key for key, _ in found], [job for _, job in found]
+    return Claim(jobs, table=job_table, keys=keys, token=token, worker=worker, lease=lease)
 
 
-def _claimed_at_once(bind: Any, parts: ClaimParts, ask: Ask, token: str | None) -> Found:
-    """Claim by exclusive keys in single statements, which may find fewer rows than are free.
-
-    After a claim that found too few rows, because many transactions were committed at once or
-    there were too few jobs, the next ``CLAIMS_PAUSED`` claims skip this.
-    """
-    if parts.job_table.exclusive_by is None or not isinstance(bind, Engine):
-        return []
-    from .exclusive import NEAR, Habit  # noqa: PLC0415 - only exclusive keys need it
-
-    habit = parts.prepare("habit", lambda _: Habit())
-    if habit.pause > 0:
-        habit.pause -= 1
-        return []
-    found: Found = []
-    for place, way in enumerate(strategy_for(bind.dialect).at_once(bind.dialect, parts)):
-        if place < habit.first:
-            continue
-        wanted = ask.limit - len(found)
-        params = ask._replace(limit=wanted).parameters(token) | {REACH: wanted + NEAR}
-        found += _claimed_by(bind, way, params, token)
-        if len(found) == ask.limit:
-            habit.found(place)
-            return found
-    habit.pause = CLAIMS_PAUSED
-    return found
-
-
-def _claimed_by(
-    bind: Engine, parts: ClaimParts, params: dict[str, Any], token: str | None
+def _claimed_by_key(
+    bind: Bind, parts: ClaimParts, limit: int, run: Callable[..., Found], *, recoverable: bool
 ) -> Found:
-    def run(strategy: Strategy, work: Work) -> Found:
-        found = _won_before(strategy, work, parts, token) if work.resumed else []
-        return found or strategy.claim_at_once(work, parts, params)
-
-    found, left = _claimed_directly(bind, parts, params)
-    if found is not None:
-        return found
-    return run_in(
-        bind,
-        parts.job_table,
-        run,
-        single=lambda _: not parts.may_be_unreadable,
-        recoverable=token is not None,
-        left=left,
+    """Claim by exclusive keys; where their lock is held beyond a transaction, search before it."""
+    job_table = parts.job_table
+    run_keyed = partial(
+        run_in, bind, job_table, single=lambda _: False, recoverable=recoverable, keyed=True
     )
+    if (strategy := keyed_apart(bind, job_table)) is None:
+        return run_keyed(run)
+
+    def read(statement: Select[Any], params: Mapping[str, Any]) -> Sequence[Row[Any]]:
+        def search(strategy: Strategy, work: Work) -> Sequence[Row[Any]]:
+            strategy.begin_keyed(work.connection)
+            return work.rows(statement, params)
+
+        return run_in(bind, job_table, search, single=lambda _: False, recoverable=True)
+
+    for batch in strategy.batches(parts, read, limit):
+        if found := run_keyed(partial(run, batch=batch)):
+            return found
+    return []
 
 
 def _claimed_directly(

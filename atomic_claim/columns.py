@@ -14,7 +14,19 @@ from sqlalchemy import Column, ColumnElement, Table, and_, false, literal, not_,
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql import functions
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
-from sqlalchemy.types import Boolean, DateTime, Enum, Float, Integer, String, Uuid
+from sqlalchemy.types import (
+    BINARY,
+    VARBINARY,
+    Boolean,
+    Date,
+    DateTime,
+    Enum,
+    Float,
+    Integer,
+    LargeBinary,
+    String,
+    Uuid,
+)
 
 from .conventions import (
     NOW,
@@ -34,6 +46,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
 TOKEN_LENGTH = 32
+# Of exclusive keys: their equal values are written alike.
+KEY_TYPES = (Integer, String, Uuid, Date, Boolean, BINARY, LargeBinary, VARBINARY)
 declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
 """The job tables of this process, so that a ticket finds its own again."""
 
@@ -90,7 +104,7 @@ class JobTable:
             free once the time of their claim (or else the first of ``stamps``) is so long ago.
         exclusive_by: a column, such as the customer's id, of whose every value no more than
             ``max_per_key`` rows run at a time; NULL restricts nothing. See
-            :mod:`atomic_claim.exclusive` for what it rests on, wants and costs. Every claimer of
+            :mod:`atomic_claim.dialects.by_key` for what it rests on and costs. Every claimer of
             the table has to declare it.
         max_per_key: how many rows of one key may run, an ``int`` of at least 1.
 
@@ -467,10 +481,10 @@ class JobTable:
             if most != 1:
                 raise ClaimError("max_per_key needs exclusive_by=..., the column of the key")
             return
-        if not isinstance(plain_type(column.type), (Integer, String, Uuid, Boolean)):
+        if not isinstance(plain_type(column.type), KEY_TYPES):
             raise ClaimError(
                 f"exclusive_by={column.name!r} is {column.type!r}; expected an integer, a string, "
-                "an enum, a UUID or a boolean, whose equal values are written alike"
+                "an enum, a UUID, a date, a boolean or bytes, whose equal values are written alike"
             )
         if column in self.claimed:
             raise ClaimError(

@@ -146,7 +146,7 @@ class Beat:
         if not self.remaining:
             return ()
         began = time.monotonic()
-        found = self._run(self._extend)
+        found = self._run(self._extend, keyed=self.owned.job_table.exclusive_by is not None)
         self.failed = found is None
         if found is None:
             # On SQLite nobody can write while the block's own transaction has, and nobody does.
@@ -174,10 +174,19 @@ class Beat:
         self.lost = self.lost.union(lost)
         return lost
 
-    def _run(self, run: Callable[[Strategy, Work], set[Key]]) -> set[Key] | None:
+    def _run(
+        self, run: Callable[[Strategy, Work], set[Key]], *, keyed: bool = False
+    ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
         try:
-            return run_in(self.bind, self.owned.job_table, run, single=lambda _: False, tries=1)
+            return run_in(
+                self.bind,
+                self.owned.job_table,
+                run,
+                single=lambda _: False,
+                keyed=keyed,
+                tries=1,
+            )
         except ClaimConflict:
             return None
         except ClaimError:

@@ -450,7 +450,7 @@ def _error_value(job_table: JobTable, message: str) -> Any:
 def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> int:
     """Change what is still owned, and name what is not."""
     guard = owned.guard() if ends else owned.lasting()
-    takes_turns = not ends and owned.job_table.exclusive_by is not None
+    keyed = not ends and owned.job_table.exclusive_by is not None
 
     def run(strategy: Strategy, work: Work) -> list[Key]:
         change = strategy.change if ends else strategy.extend
@@ -467,7 +467,8 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
         bind,
         owned.job_table,
         run,
-        single=lambda strategy: strategy.changes_at_once(owned.keys) and not takes_turns,
+        single=lambda strategy: strategy.changes_at_once(owned.keys) and not keyed,
+        keyed=keyed,
         recoverable=owned.token is not None,
     )
     if ends and owned.token is not None:

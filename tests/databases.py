@@ -195,7 +195,7 @@ class MySQLDatabase(InnoDBDatabase):
     waiters_query = """
         SELECT count(*) FROM performance_schema.threads
         WHERE processlist_db = :database AND (
-            processlist_state LIKE 'Waiting for % lock'
+            processlist_state LIKE 'Waiting for % lock' OR processlist_state = 'User lock'
             OR thread_id IN (SELECT requesting_thread_id FROM performance_schema.data_lock_waits)
         )
     """
@@ -212,7 +212,7 @@ class MariaDBDatabase(InnoDBDatabase):
     waiters_query = """
         SELECT count(*) FROM information_schema.processlist
         WHERE db = :database AND (
-            state LIKE 'Waiting for % lock'
+            (state LIKE 'Waiting for % lock' OR state = 'User lock')
             OR id IN (
                 SELECT trx_mysql_thread_id FROM information_schema.innodb_trx
                 WHERE trx_state = 'LOCK WAIT'
@@ -235,7 +235,7 @@ class MariaDBDatabase(InnoDBDatabase):
         """Count lock waiters on a private server, where InnoDB's own counter is current."""
         tables = """
             SELECT count(*) FROM information_schema.processlist
-            WHERE db = :database AND state LIKE 'Waiting for % lock'
+            WHERE db = :database AND (state LIKE 'Waiting for % lock' OR state = 'User lock')
         """
         counter = "SHOW GLOBAL STATUS LIKE 'Innodb_row_lock_current_waits'"
         with self._server.admin.connect() as connection:

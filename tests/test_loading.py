@@ -328,7 +328,7 @@ def test_a_half_loaded_strategy_is_waited_for() -> None:
     run(
         OUTSET,
         TABLE,
-        "PAUSED = 'atomic_claim.exclusive'",
+        "PAUSED = 'atomic_claim.dialects.by_key'",
         PAUSE,
         compiled("sqlite"),
         """

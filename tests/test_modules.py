@@ -26,7 +26,6 @@ ROOMS = [
     "columns",
     "tickets",
     "statement",
-    "exclusive",
     "dialects",
     "guard",
     "binds",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -44,6 +44,24 @@ CHUNK = 500
 LIMITS = frozenset({LIMIT, REACH})
 Found = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
+
+
+Read = Callable[[Select[Any], Mapping[str, Any]], Sequence[Row[Any]]]
+"""Executes a SELECT, and returns its rows."""
+
+
+class Candidate(NamedTuple):
+    """A row that may be claimed, unless another claim was faster.
+
+    Attributes:
+        row: the row's primary key.
+        key: its exclusive key.
+        lock: the number of the key's lock, where keys are locked one by one.
+    """
+
+    row: Key
+    key: Any
+    lock: int | None = None
 
 
 class Executes(Protocol):
@@ -176,6 +194,8 @@ class Strategy(ABC):
     """The names of the SQLAlchemy dialects that it serves."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What makes a statement reach rows through their key and lock no others, by dialect."""
+    keyed_needs_own: ClassVar[str | None] = None
+    """Why exclusive keys need a transaction of our own, where they do."""
 
     @abstractmethod
     def check(self, dialect: Dialect) -> None:
@@ -189,16 +209,33 @@ class Strategy(ABC):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
 
-    def at_once(self, dialect: Dialect, parts: ClaimParts) -> Sequence[ClaimParts]:
-        """Claims by exclusive keys as one statement, which may find less than there is.
-
-        If any, there are two: one that looks at the first rows, and one that looks at all keys.
-        """
-        return ()
-
-    def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        """Claim by what :meth:`at_once` made of the parts."""
+    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
+        """Yield candidates for a claim by exclusive keys; see :meth:`KeySearch.batches`."""
         raise NotImplementedError
+
+    def claim_candidates(
+        self,
+        work: Work,
+        parts: ClaimParts,
+        candidates: Sequence[Candidate],
+        params: dict[str, Any],
+    ) -> tuple[Found, Sequence[Candidate]]:
+        """Claim the first candidates whose keys have room, looking once their keys are locked.
+
+        Returns:
+            The rows or entities in claim order, and the candidates that were not tried.
+        """
+        raise NotImplementedError
+
+    def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
+        """Lock a table's exclusive keys around a transaction of our own.
+
+        Most databases lock them in the transaction.
+        """
+        return nullcontext()
+
+    def begin_keyed(self, connection: Connection) -> None:  # noqa: B027 - some have nothing to do
+        """Begin a transaction of our own that is about to make or keep rows with keys running."""
 
     @abstractmethod
     def lock(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
@@ -36,10 +36,8 @@ from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.exclusive import CLAIMS_BY_KEY, MOST_KEYS
 from atomic_claim.statement import (
     LIMIT,
-    REACH,
     ByKey,
     Candidates,
     ClaimParts,
@@ -50,11 +48,13 @@ from atomic_claim.statement import (
 )
 
 from .base import (
+    Candidate,
     Executes,
     Find,
     Found,
     Key,
     Pooled,
+    Read,
     Strategy,
     Work,
     chunks,
@@ -66,8 +66,9 @@ from .base import (
     refuse_autocommit,
     require,
 )
+from .by_key import KeySearch, chosen, refuse_view
 from .direct import Failed, Learned, Learning, OnDriver, learned_of
-from .second_look import GALERA, SESSION, SecondLook, Ways, second_look, turn_at
+from .named_lock import NEEDS_OWN, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
@@ -89,10 +90,6 @@ SERIALIZABLE = (
     "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
     'workers hold: use isolation_level="READ COMMITTED" or "REPEATABLE READ", at which a claim is '
     "as safe"
-)
-ONE_NODE = (
-    "the server is a node of a Galera cluster (wsrep_on), whose locks the other nodes do not see: "
-    "exclusive_by cannot hold there; claim without it, or from a server that stands alone"
 )
 # Seconds by which the session's zone is ahead of UTC.
 SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
@@ -118,6 +115,7 @@ class MySQL(Strategy):
     names = NAMES
     # A hint for "mysql" renders nothing for mariadb://, so both names are said.
     hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+    keyed_needs_own = NEEDS_OWN
 
     def check(self, dialect: Dialect) -> None:
         if getattr(dialect, "is_mariadb", False):
@@ -130,8 +128,6 @@ class MySQL(Strategy):
         return False
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.job_table.exclusive_by is not None:
-            return self._claim_in_turn(work, parts, params)
         _check_engine(work.connection, parts.job_table.table)
         # Of other drivers' cursors SQLAlchemy knows more than we do, and for a key of several
         # columns the statements are made anew each time.
@@ -179,21 +175,42 @@ class MySQL(Strategy):
         usual = not (driver.get_autocommit() or self.in_transaction(pooled))
         return nullcontext() if usual else None
 
-    def _claim_in_turn(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        _check_engine(work.connection, parts.job_table.table)
-        statements = self._prepared(parts, work)
-        ways = parts.prepare("ways", Ways)
-        mariadb: bool = work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
-        galera = [GALERA] if mariadb else []
-        asked = (*SESSION, *statements.session, *galera)
-        with turn_at(work, parts.job_table, asked) as said:
-            if galera and said[-1]:
-                raise ClaimError(ONE_NODE)
-            search = _SearchInTurn(self, work, statements, params[LIMIT])
-            search.learn(said[len(SESSION) : len(asked) - len(galera)])
-            with second_look(work, ways, *said[: len(SESSION)]) as look:
-                keys = search.keys_by(look)
-            return mark_and_load(work, parts, keys, params, self.hints)
+    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
+        def learn(said: Sequence[Any]) -> None:
+            if said and said[0]:
+                self.refuse_skew(parts.job_table, said[0])
+
+        return self._key_search(parts).batches(read, limit, learn)
+
+    def claim_candidates(
+        self,
+        work: Work,
+        parts: ClaimParts,
+        candidates: Sequence[Candidate],
+        params: dict[str, Any],
+    ) -> tuple[Found, Sequence[Candidate]]:
+        keys, rest = chosen(work, self._key_search(parts), candidates[:CHUNK], params)
+        refuse_autocommit(self, work, "the row locks would be gone before the rows are marked")
+        locking = self._prepared(parts, work).lock.of(keys)
+        held = set(work.tuples(*locking)) if keys else set()
+        keys = [key for key in keys if key in held]
+        found = mark_and_load(work, parts, keys, params, self.hints)
+        return found, [*rest, *candidates[CHUNK:]]
+
+    def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
+        _check_engine(connection, table)
+        refuse_view(connection, table)
+        return named_lock(connection, table)
+
+    def begin_keyed(self, connection: Connection) -> None:
+        read_committed(connection)
+
+    def _key_search(self, parts: ClaimParts) -> KeySearch:
+        session = (SKEW,) if self.naive_columns(parts.job_table) else ()
+        return parts.prepare(
+            "key search on MySQL and MariaDB",
+            lambda it: KeySearch(it, recursive=False, session=session),
+        )
 
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
@@ -231,8 +248,8 @@ class MySQL(Strategy):
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
         lock = _Statements(self, parts, mariadb=False).lock
         if parts.job_table.exclusive_by is not None:
-            ways = Ways(parts)
-            return (ways.near, ways.running, lock, *marked)
+            search = self._key_search(parts)
+            return (search.window, search.chosen, lock, *marked)
         return (parts.candidates.select(), lock, *marked)
 
     def _prepared(self, parts: ClaimParts, work: Executes) -> _Statements:
@@ -267,13 +284,9 @@ class MySQL(Strategy):
         guard: ColumnElement[bool],
         values: Mapping[Any, Any],
     ) -> list[Key]:
-        """Lock the rows before taking the named lock, which must not be held during long waits."""
-        if job_table.exclusive_by is None:
-            return self.change(work, job_table, keys, guard, values)
-        hold, _ = self.changes(job_table, guard, values)
-        for chunk in chunks(keys, CHUNK):
-            work.execute(*hold.of(chunk)).all()
-        with turn_at(work, job_table):
+        """Under the lock of exclusive keys, no extension waits long for its rows."""
+        waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(work, 1)
+        with waiting:
             return self.change(work, job_table, keys, guard, values)
 
     def changes(
@@ -306,6 +319,10 @@ class MySQL(Strategy):
     def is_naive(self, type_: DateTime) -> bool:
         """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""
         return not isinstance(type_, TIMESTAMP)
+
+    def refuse_skew(self, job_table: JobTable, seconds: Any) -> NoReturn:
+        """Refuse naive times in a session that is ahead of UTC by these seconds."""
+        self.refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
 
     def is_conflict(self, error: DBAPIError) -> bool:
         return self.code(error) in CONFLICTS
@@ -390,9 +407,6 @@ class _Statements:
         self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
         # The same, or it fails if somebody holds one of the rows.
         self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
-        # Tells whether a row runs still, or fails if somebody else holds it.
-        runs = parts.job_table.is_held
-        self.ended = self._by_key(self._locking(nowait=True).add_columns(runs))
 
     @property
     def lock_of(self) -> Any:
@@ -481,8 +495,7 @@ class _Search:
         if said[0] == "SERIALIZABLE":
             raise ClaimError(SERIALIZABLE)
         if said[2:] and said[2]:
-            zone = f"{int(said[2]) / 3600:+g} h from UTC"
-            self.strategy.refuse_naive(self.statements.parts.job_table, zone)
+            self.strategy.refuse_skew(self.statements.parts.job_table, said[2])
         self.repeatable = said[0] == "REPEATABLE-READ"
         self.may_fail = not said[1]
 
@@ -594,96 +607,6 @@ class _Search:
                 raise
             return False
         return len(found) < len(left)
-
-
-class _SearchInTurn(_Search):
-    """One search for rows whose exclusive keys have room."""
-
-    work: Work
-    has_looked = False
-    sees_committed = False
-
-    def learn(self, said: Sequence[Any]) -> None:
-        """Take in what the session says of itself, and refuse what a claim cannot rest on."""
-        why = "the row locks would be gone before the rows are marked"
-        refuse_autocommit(self.strategy, self.work, why)
-        self._learn(said)
-        self.sees_committed = said[0] in {"REPEATABLE-READ", "READ-COMMITTED"}
-
-    def keys_by(self, look: SecondLook) -> list[Key]:
-        """Up to ``limit`` free rows in claim order, found and looked at by a second connection."""
-        ways, reach = look.ways, self.limit + WINDOW
-        way, order = ways.near, list[Key]()
-        if ways.by_key_first > 0:
-            ways.by_key_first -= 1
-            way = ways.by_key
-        while True:
-            found = look.candidates(way, {LIMIT: self.limit, REACH: reach})
-            if way is ways.by_key and found.seen > MOST_KEYS:
-                # Of some keys only, which are not the first in the claim's order.
-                way, ways.by_key_first = ways.passing, 0
-                continue
-            self._lock_those_with_room(look, found.places)
-            order = [*found.places, *(key for key in order if key not in found.places)]
-            # A key has no more rows than may run, but those without a key are as many as read.
-            most = found.seen * self.statements.parts.job_table.max_per_key
-            is_all = reach > most + self.limit if way is ways.by_key else found.seen < reach
-            if len(self.taken) >= self.limit or is_all or (self.taken and way is ways.passing):
-                break
-            if way is ways.near:
-                way, ways.by_key_first = ways.by_key, CLAIMS_BY_KEY
-            else:
-                reach = 4 * reach + 16
-        self._take_from_aside()
-        return [key for key in order if key in self.taken]
-
-    def _lock_those_with_room(self, look: SecondLook, places: Mapping[Key, int]) -> None:
-        candidates = [key for key in places if key not in self.tried]
-        # The rest may not be needed.
-        for few in chunks(candidates, self.limit + WINDOW):
-            fresh = self._with_room(look, few, places)
-            self.has_looked = True
-            while fresh and len(self.taken) < self.limit:
-                self._lock(fresh)
-                fresh = [key for key in fresh if key not in self.tried]
-            if len(self.taken) >= self.limit:
-                break
-
-    def _with_room(
-        self, look: SecondLook, keys: Sequence[Key], places: Mapping[Key, int]
-    ) -> list[Key]:
-        beside = look.running_beside(keys, None if self.has_looked else self._unread)
-        running = {key for others in beside.values() for key in others}
-        ended: set[Key] = set()
-        if running and not self.work.own:
-            ended = self._ended_here(look.ending(running))
-        most = self.statements.parts.job_table.max_per_key
-        return [key for key in keys if places[key] + len(beside[key] - ended) <= most]
-
-    @property
-    def _unread(self) -> Connection | None:
-        """The claim's own connection, if its transaction is ours and has no snapshot yet."""
-        work = self.work
-        by_session = not isinstance(work.executor, Connection)
-        listened = by_session or work.connection.engine.dispatch.begin
-        is_fresh = work.own and self.sees_committed and not listened
-        return work.connection if is_fresh else None
-
-    def _ended_here(self, keys: Iterable[Key]) -> set[Key]:
-        """Return the keys of rows that the caller's own transaction has ended."""
-        found: set[Key] = set()
-        for key in keys:
-            if not self.may_fail:
-                break
-            try:
-                row = self.work.execute(*self.statements.ended.of([key])).one_or_none()
-            except DBAPIError as error:
-                if self.strategy.code(error) not in HELD:
-                    raise
-                continue
-            if row is None or not row[-1]:
-                found.add(key)
-        return found
 
 
 def _ascends(keys: Sequence[Key]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,6 +35,8 @@ from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
+    KEYS,
+    LIMIT,
     MARGIN,
     ORDER,
     ByKey,
@@ -45,13 +47,22 @@ from atomic_claim.statement import (
     key_equals,
 )
 
-from .advisory import InTurn, at_once, table_name, turn_of, wait_for_keys
+from .advisory import (
+    key_search,
+    limit_idleness,
+    locked,
+    refuse_snapshot,
+    require_locks,
+    wait_for_keys,
+)
 from .base import (
     CHUNK,
+    Candidate,
     Find,
     Found,
     Key,
     Pooled,
+    Read,
     Strategy,
     Work,
     chunks,
@@ -62,6 +73,7 @@ from .base import (
     require,
     returned,
 )
+from .by_key import claim_by_key, given_rows, refuse_view
 from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
@@ -96,6 +108,8 @@ NOTHING_ANEW = {"populate_existing": False}
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+
+KEYS_UNLOCKED = "the locks on the keys would be gone before the rows change"
 
 
 class PostgreSQL(Strategy):
@@ -137,17 +151,31 @@ class PostgreSQL(Strategy):
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if parts.job_table.exclusive_by is not None:
-            return InTurn(self, work, turn_of(parts), self._claim).claim(params)
+            require_locks(work.dialect)
+            refuse_view(work.connection, parts.job_table.table)
+            self._check_zone(work, parts)
+            return claim_by_key(self, work, parts, params)
         return self._claim(work, parts, params)
 
-    def at_once(self, dialect: Dialect, parts: ClaimParts) -> Sequence[ClaimParts]:
-        # txid_status() came with version 10.
-        if dialect.name != "postgresql" or (dialect.server_version_info or ()) < (10,):
-            return ()
-        return parts.prepare("at once", at_once)
+    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
+        return key_search(parts).batches(read, limit, lambda said: refuse_snapshot(said[0]))
 
-    def claim_at_once(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        return self._claim(work, parts, params | table_name(work.connection, parts.job_table))
+    def claim_candidates(
+        self,
+        work: Work,
+        parts: ClaimParts,
+        candidates: Sequence[Candidate],
+        params: dict[str, Any],
+    ) -> tuple[Found, Sequence[Candidate]]:
+        ours, rest = locked(work, parts.job_table, candidates, params[LIMIT])
+        refuse_autocommit(self, work, KEYS_UNLOCKED)
+        if not ours:
+            return [], rest
+        narrowed = key_search(parts).narrowed
+        return self._claim(work, narrowed, {**params, KEYS: given_rows(ours)}), rest
+
+    def begin_keyed(self, connection: Connection) -> None:
+        limit_idleness(connection)
 
     def _claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         if parts.entities and work.has_criteria:
@@ -200,8 +228,8 @@ class PostgreSQL(Strategy):
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         if parts.job_table.exclusive_by is not None:
-            turn = turn_of(parts)
-            return (turn.find, *self._statements(turn.parts))
+            search = key_search(parts)
+            return (search.window, *self._statements(search.narrowed))
         return self._statements(parts)
 
     def _statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
@@ -220,9 +248,7 @@ class PostgreSQL(Strategy):
         if job_table.exclusive_by is not None:
             for chunk in chunks(keys, CHUNK):
                 wait_for_keys(work, job_table, chunk)
-            refuse_autocommit(
-                self, work, "the locks on the keys would be gone before the rows change"
-            )
+            refuse_autocommit(self, work, KEYS_UNLOCKED)
         return self.change(work, job_table, keys, guard, values)
 
     def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:

@@ -15,9 +15,7 @@ from sqlalchemy import (
     Result,
     Select,
     Update,
-    case,
     false,
-    select,
     text,
     tuple_,
     type_coerce,
@@ -35,14 +33,16 @@ from sqlalchemy.types import NullType, String
 from atomic_claim.columns import JobTable
 from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
-from atomic_claim.exclusive import Turns, number, pool
 from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
+    CHUNK,
+    Candidate,
     Find,
     Found,
     Key,
     Pooled,
+    Read,
     Strategy,
     Work,
     mark_and_load,
@@ -53,6 +53,7 @@ from .base import (
     returned,
     row_maker,
 )
+from .by_key import KeySearch, chosen, claim_by_key, refuse_view
 from .direct import Direct, learn
 
 MARK = "/* claimable */"
@@ -86,21 +87,28 @@ class SQLite(Strategy):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, parts: ClaimParts) -> bool:
-        parts = _in_turn(parts)
         return parts.prepare("single on SQLite", self._is_single)
 
     def _is_single(self, parts: ClaimParts) -> bool:
-        if parts.spread or _has_cte(*parts.values.values()):
+        if parts.spread or parts.job_table.exclusive_by is not None:
+            return False
+        if _has_cte(*parts.values.values()):
             return False
         return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
 
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        asked, parts = parts, _in_turn(parts)
+        if parts.job_table.exclusive_by is not None:
+            try:
+                self._take_write_lock(work, parts.job_table)
+            except DBAPIError:
+                refuse_view(work.connection, parts.job_table.table)
+                raise
+            return claim_by_key(self, work, parts, params)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
         [statement] = self.statements(parts)
         result = work.execute(cast("ClaimStatement", statement), params)
-        learn(work, asked, result, self._claim_directly)
+        learn(work, parts, result, self._claim_directly)
         return returned(parts, result) if parts.single else _ordered(parts, result)
 
     def _claim_directly(
@@ -111,14 +119,30 @@ class SQLite(Strategy):
         params: Mapping[str, Any],
     ) -> Found:
         fetched = direct.fetch(pooled, params)
-        return direct.found(parts, _in_order(_in_turn(parts), fetched))
+        return direct.found(parts, _in_order(parts, fetched))
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
-        parts = _in_turn(parts)
         if self.is_single(parts):
             return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
+        if parts.job_table.exclusive_by is not None:
+            search = _key_search(parts)
+            return (_lock(parts.job_table), search.window, search.chosen, *marked)
         return (_lock(parts.job_table), parts.candidates.select(), *marked)
+
+    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
+        return _key_search(parts).batches(read, limit, lambda _: None)
+
+    def claim_candidates(
+        self,
+        work: Work,
+        parts: ClaimParts,
+        candidates: Sequence[Candidate],
+        params: dict[str, Any],
+    ) -> tuple[Found, Sequence[Candidate]]:
+        keys, rest = chosen(work, _key_search(parts), candidates[:CHUNK], params)
+        found = mark_and_load(work, parts, keys, params, self.hints)
+        return found, [*rest, *candidates[CHUNK:]]
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         keys = self.lock(work, parts, params)
@@ -128,7 +152,6 @@ class SQLite(Strategy):
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         self._take_write_lock(work, parts.job_table)
-        parts = _in_turn(parts)
         return [tuple(row) for row in work.execute(parts.candidates.select(), params)]
 
     def lock_read(self, work: Work, find: Find) -> Select[Any]:
@@ -191,23 +214,8 @@ class SQLite(Strategy):
         )
 
 
-def _in_turn(parts: ClaimParts) -> ClaimParts:
-    """Return the parts, restricted to keys with room if the table has exclusive keys."""
-    if parts.job_table.exclusive_by is None or "turn" in parts.prepared:
-        return parts
-    return parts.prepare("in turn", _with_turns)
-
-
-def _with_turns(parts: ClaimParts) -> ClaimParts:
-    turns = Turns(parts)
-    # A LIMIT is looked at before anything is read, a condition row by row.
-    found = pool(
-        turns, lambda needed: lambda rows, most: rows.limit(case((needed, most), else_=number(0)))
-    ).rows
-    branch = select(*turns.ids(found), *turns.terms(found)).where(turns.may_run(found))
-    narrowed = parts.narrowed(branch.order_by(*turns.order(found)), parts.candidates.rows)
-    narrowed.prepared["turn"] = True
-    return narrowed
+def _key_search(parts: ClaimParts) -> KeySearch:
+    return parts.prepare("key search on SQLite", lambda it: KeySearch(it, recursive=True))
 
 
 def _lock(job_table: JobTable) -> Update:

@@ -28,6 +28,7 @@ FAST: Final = (
     "tests/test_lease_order.py",
     "tests/test_tables.py",
     "tests/test_restart.py",
+    "tests/test_own_transactions.py",
     "tests/traps",
 )
 
@@ -89,10 +90,10 @@ BUGS: Final = (
         "self.lock = self._by_key(self._locking(skip_locked=True).where(true()))",
     ),
     Planted(
-        "claims by several statements in autocommit",
-        "dialects/postgresql.py",
-        "return not parts.spread and parts.job_table.exclusive_by is None",
-        "return parts.job_table.exclusive_by is None",
+        "autocommit where a row may be unreadable",
+        "claim.py",
+        "single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,",
+        "single=lambda strategy: strategy.is_single(parts),",
     ),
     Planted(
         "rows not locked on PostgreSQL",
@@ -140,8 +141,27 @@ BUGS: Final = (
     Planted(
         "an earlier try is not looked for after a lost connection",
         "claim.py",
-        "found = found or strategy.claim(work, parts, params)",
-        "found = strategy.claim(work, parts, params)",
+        "found = _won_before(strategy, work, parts, token) if work.resumed else []",
+        "found: Found = []",
+    ),
+    Planted(
+        "the keys are not locked on PostgreSQL",
+        "dialects/advisory.py",
+        "func.pg_try_advisory_xact_lock(table, number)",
+        "number.is_not(None)",
+    ),
+    Planted(
+        "the lock of the keys ends before the commit on MySQL and MariaDB",
+        "dialects/named_lock.py",
+        "        connection.rollback()\n        yield",
+        "        connection.execute(select(func.release_lock(name)))\n"
+        "        connection.rollback()\n        yield",
+    ),
+    Planted(
+        "the look counts no running rows",
+        "dialects/by_key.py",
+        "running.where(self._column == key, job_table.is_held)",
+        "running.where(self._column == key, job_table.is_free)",
     ),
     Planted(
         "a failed commit is not rolled back on SQLite",

@@ -1,0 +1,381 @@
+"""Claims by exclusive keys: of the rows with one key no more than some run, in claim order.
+
+A key's running rows are those that bear the mark of a claim and whose lease, if they have one,
+is not over; so a crashed holder frees its key with its lease. The rule on all databases: whatever
+makes or keeps a row running (a claim, an extension) locks the key first, looks for running rows
+in a later statement that reads committed data, and keeps the lock until the commit. An end that is
+not committed still counts as running.
+
+* PostgreSQL locks the keys of the candidates (``pg_try_advisory_xact_lock``); a key that another
+  transaction holds is passed over.
+* MySQL and MariaDB hold a named lock of the table (``GET_LOCK``) until after the commit, so the
+  claim has a transaction of its own.
+* SQLite has one writer, and the claim takes the write lock first.
+
+The candidates are read without locks, in two searches. The *window* is the first free rows in
+claim order. If it is full and too few of its keys have room, the *heads* are read: the first rows
+of every key that has free rows, one step in an index of (key, order) each. So a busy key with a
+million waiting rows costs a step, and the cost grows with the number of keys that have free rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import (
+    CTE,
+    Column,
+    ColumnElement,
+    Connection,
+    Dialect,
+    FromClause,
+    Integer,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    func,
+    inspect,
+    literal_column,
+    or_,
+    select,
+    true,
+    tuple_,
+)
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.elements import Label
+
+from atomic_claim.errors import ClaimError
+from atomic_claim.statement import (
+    KEYS,
+    LIMIT,
+    MARGIN,
+    ORDER,
+    REACH,
+    ByKey,
+    ClaimParts,
+    OrderTerm,
+)
+
+from .base import Candidate, Found, Key, Read, Strategy, Work
+
+KEY = "claim_key"
+PLACE = "claim_place"
+# So many of a key's rows are found by its heads where LATERAL is not to be had.
+MOST_HEADS = 10
+
+tables: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDictionary()
+"""The schema and name of what is known not to be a view, by the dialect of their database."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeySearch:
+    """The statements that find rows whose keys have room, made of the parts of a claim.
+
+    Attributes:
+        parts: the parts of the claim, which know nothing of keys.
+        recursive: whether the planner walks the keys of an index by a recursive CTE.
+        lateral: whether the database has LATERAL.
+        session: what is asked of the session along with the window.
+        lock: makes the number of a key's lock.
+    """
+
+    parts: ClaimParts
+    recursive: bool
+    lateral: bool = False
+    session: tuple[ColumnElement[Any], ...] = ()
+    lock: Callable[[ColumnElement[Any]], ColumnElement[int]] | None = None
+
+    # The statements.
+
+    @cached_property
+    def window(self) -> Select[Any]:
+        """Of the first rows in claim order those whose keys have room; and how many were read.
+
+        What was asked of the session stands first, then the number; at least one row comes back.
+        """
+        reach = bindparam(REACH, 1, Integer(), literal_execute=True)
+        read = self._together(*(branch.limit(reach) for branch in self._branches), name="first")
+        seen = select(func.count()).select_from(read).scalar_subquery()
+        about = select(*self.session, seen.label("seen")).subquery(self._name("about"))
+        rows = self._having_room(read).subquery(self._name("window"))
+        found: Select[Any] = cast("Any", select(*about.columns, *self._told(rows)))
+        found = found.select_from(about.outerjoin(rows, true()))
+        return found.order_by(*self._order(rows))
+
+    @cached_property
+    def heads(self) -> Select[Any]:
+        """Of the first rows of every key that has free rows those whose keys have room."""
+        reach = bindparam(REACH, 1, Integer(), literal_execute=True)
+        first, *others = self._branches
+        keys = self._walked_keys() if self.recursive else self._distinct_keys()
+        free = first.order_by(None).order_by(self._column, *self.parts.order)
+        of_key = free.where(self._column == keys.columns[KEY])
+        if self.lateral:
+            head = of_key.limit(self._most).correlate(keys).lateral(self._name("head"))
+            heads = [select(*head.columns).select_from(keys).join(head, true())]
+        else:
+            places = range(min(self.parts.job_table.max_per_key, MOST_HEADS))
+            heads = [self._one_by_one(of_key, place, keys) for place in places]
+        unrestricted = first.where(self._column.is_(None)).limit(reach)
+        expired = [branch.limit(reach) for branch in others]
+        read = self._together(*heads, unrestricted, *expired, name="heads")
+        rows = self._having_room(read).subquery(self._name("usable"))
+        return select(*self._told(rows)).order_by(*self._order(rows)).limit(reach)
+
+    @cached_property
+    def chosen(self) -> ByKey:
+        """Of given rows the primary keys of those that may be claimed now, in claim order."""
+        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+
+        def build(is_one: ColumnElement[bool]) -> Select[Any]:
+            rows = self._chosen(is_one).subquery(self._name("chosen"))
+            return select(*self._ids(rows)).order_by(*self._order(rows)).limit(limit)
+
+        return ByKey(self.parts.key_attributes, build)
+
+    @cached_property
+    def narrowed(self) -> ClaimParts:
+        """The parts of a claim whose candidates are :attr:`chosen`, given as ``KEYS``."""
+        parts = self.parts
+        own: Any = parts.key_attributes
+        key = own[0] if len(own) == 1 else tuple_(*own)
+        given = key.in_(bindparam(KEYS, expanding=True))
+        rows = self._chosen(given).subquery(self._name("chosen"))
+        free = parts.candidates.rows.where(given)
+        branch = self._described(free).where(key.in_(select(*self._ids(rows))))
+        return parts.narrowed(branch.order_by(*parts.order), free)
+
+    # The search.
+
+    def batches(self, read: Read, limit: int, learn: Callable[[Any], None]) -> Iterator[Any]:
+        """Yield lists of candidates, each once, in claim order, until there are no more.
+
+        A list is enough for the limit, as far as it was read, unless it is the last. ``learn`` is
+        called with what the session says.
+        """
+        tried: set[Key] = set()
+        pending: list[Candidate] = []
+        width, reach = len(self.session), limit + MARGIN
+        rows = read(self.window, {REACH: reach})
+        learn(rows[0][:width])
+        is_all = rows[0][width] < reach
+        found: Sequence[Sequence[Any]] = [
+            row[width + 1 :] for row in rows if row[width + 1] is not None
+        ]
+        while True:
+            candidates = [self._candidate(row) for row in found]
+            pending += [each for each in candidates if each.row not in tried]
+            tried.update(each.row for each in pending)
+            if pending and (is_all or self._room_of(pending) >= limit):
+                yield pending
+                pending = []
+            if is_all:
+                return
+            found = read(self.heads, {REACH: reach})
+            is_all = len(found) < reach
+            reach *= 4
+
+    def _candidate(self, row: Sequence[Any]) -> Candidate:
+        width = len(self.parts.job_table.key)
+        return Candidate(tuple(row[:width]), *row[width:])
+
+    def _room_of(self, candidates: Sequence[Candidate]) -> int:
+        """Return about how many of the candidates may run at once."""
+        most = self.parts.job_table.max_per_key
+        counts = Counter(each.key for each in candidates)
+        return counts.pop(None, 0) + sum(min(count, most) for count in counts.values())
+
+    # The pieces.
+
+    @property
+    def _column(self) -> Any:
+        return self.parts.job_table.exclusive_by
+
+    @property
+    def _most(self) -> ColumnElement[int]:
+        return literal_column(str(self.parts.job_table.max_per_key), Integer())
+
+    @cached_property
+    def _taken_names(self) -> set[str]:
+        clauses = [self.parts.candidates.rows, *self.parts.order, self.parts.job_table.table]
+        parts = (part for clause in clauses for part in visitors.iterate(clause))
+        return {part.name for part in parts if isinstance(part, Table)}
+
+    def _name(self, name: str) -> str:
+        """Return a name for a part of a statement that no table in it has."""
+        name = f"claim_{name}"
+        while name in self._taken_names:
+            name += "_"
+        return name
+
+    @property
+    def _branches(self) -> list[Select[Any]]:
+        key = self._column.label(KEY)
+        return [branch.add_columns(key) for branch in self.parts.candidates.branches]
+
+    def _together(self, *branches: Select[Any], name: str) -> CTE:
+        """All that several SELECTs find: a UNION of its own, which MySQL reads once."""
+        if len(branches) == 1:
+            return branches[0].cte(self._name(name))
+        return self.parts.candidates.together(*branches).cte(self._name(name))
+
+    def _having_room(self, read: FromClause) -> Select[Any]:
+        """Keep the rows, numbered by key in claim order, for which their keys have room."""
+        job_table = self.parts.job_table
+        order = [*self._order(read), *self._ids(read)]
+        place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
+        rows = select(read, place).subquery(self._name("numbered"))
+        key, number = rows.columns[KEY], rows.columns[PLACE]
+        running = select(func.count()).select_from(job_table.table)
+        running = running.where(self._column == key, job_table.is_held).correlate(rows)
+        has_room = number + running.scalar_subquery() <= self._most
+        return select(rows).where(or_(key.is_(None), and_(number <= self._most, has_room)))
+
+    def _chosen(self, is_one: ColumnElement[bool]) -> Select[Any]:
+        rows = self._described(self.parts.candidates.rows.where(is_one))
+        return self._having_room(rows.add_columns(self._column.label(KEY)).cte(self._name("given")))
+
+    def _described(self, rows: Select[Any]) -> Select[Any]:
+        """Add the terms of the order to a SELECT of primary keys."""
+        terms = enumerate(self.parts.order, 1)
+        return rows.add_columns(
+            *(OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms)
+        )
+
+    def _ids(self, found: FromClause) -> list[ColumnElement[Any]]:
+        columns: list[ColumnElement[Any]] = list(found.columns)
+        return columns[: len(self.parts.job_table.key)]
+
+    def _told(self, found: FromClause) -> list[ColumnElement[Any]]:
+        """Return what is told of each candidate."""
+        key = found.columns[KEY]
+        lock = [] if self.lock is None else [self.lock(key).label("claim_lock")]
+        return [*self._ids(found), key, *lock]
+
+    def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
+        terms = enumerate(self.parts.order, 1)
+        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
+
+    # The keys that have free rows.
+
+    def _walked_keys(self) -> CTE:
+        """Walk an index from key to key, with one step for each; a NULL ends it."""
+        free = select(self._column).where(self.parts.job_table.is_free).order_by(self._column)
+        free = free.limit(literal_column("1", Integer()))
+        first = free.where(self._column.is_not(None)).scalar_subquery()
+        keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
+        following = free.where(self._column > keys.columns[KEY]).correlate(keys)
+        return keys.union_all(
+            select(following.scalar_subquery()).where(keys.columns[KEY].is_not(None))
+        )
+
+    def _distinct_keys(self) -> CTE:
+        """Read the keys with DISTINCT, where the planner skips from key to key by itself.
+
+        It does if the columns before the key in the index are selected, too. The second DISTINCT
+        has MySQL read them once, not once for each place that names them.
+        """
+        free = self.parts.job_table.is_free
+        named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
+        columns = [part for part in dict.fromkeys(named) if part is not self._column]
+        found = select(*columns, self._column.label(KEY)).where(free).distinct()
+        some = found.subquery(self._name("some_keys"))
+        return select(some.columns[KEY].label(KEY)).distinct().cte(self._name("keys"))
+
+    def _one_by_one(self, rows: Select[Any], place: int, keys: CTE) -> Select[Any]:
+        """Select one row of each key, with a scalar subquery for each column."""
+        row = rows.limit(literal_column("1", Integer()))
+        row = row.offset(literal_column(str(place), Integer())).correlate(keys)
+        columns = list(row.selected_columns)[:-1]
+        # The order may be that of the primary key, which need not be looked for twice.
+        known = list({hash(_unlabelled(column)): column for column in columns}.values())
+        places = {hash(_unlabelled(column)): number for number, column in enumerate(known)}
+        asked = [
+            row.with_only_columns(column).scalar_subquery().label(f"value_{number}")
+            for number, column in enumerate(known)
+        ]
+        found = select(*asked, keys.columns[KEY].label(KEY)).select_from(keys)
+        values = list(found.subquery(self._name("head")).columns)
+        named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
+        head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
+        return head.where(values[0].is_not(None))
+
+
+def _unlabelled(column: Any) -> Any:
+    return column.element if isinstance(column, Label) else column
+
+
+def claim_by_key(
+    strategy: Strategy, work: Work, parts: ClaimParts, params: dict[str, Any]
+) -> Found:
+    """Search and claim in one transaction."""
+    found: Found = []
+    limit = params[LIMIT]
+    for batch in strategy.batches(parts, work.rows, limit):
+        found += claim_batch(strategy, work, parts, batch, {**params, LIMIT: limit - len(found)})
+        if len(found) == limit:
+            break
+    return found
+
+
+def claim_batch(
+    strategy: Strategy,
+    work: Work,
+    parts: ClaimParts,
+    batch: Sequence[Candidate],
+    params: dict[str, Any],
+) -> Found:
+    """Claim of these candidates as many as the limit says, as far as their keys have room."""
+    found: Found = []
+    limit, rest = params[LIMIT], batch
+    while rest and len(found) < limit:
+        wanted = {**params, LIMIT: limit - len(found)}
+        more, rest = strategy.claim_candidates(work, parts, rest, wanted)
+        found += more
+    return found
+
+
+def chosen(
+    work: Work, search: KeySearch, candidates: Sequence[Candidate], params: Mapping[str, Any]
+) -> tuple[list[Key], Sequence[Candidate]]:
+    """Look which of the candidates may be claimed now.
+
+    Returns:
+        Their primary keys in claim order, and the candidates behind them if those are enough.
+    """
+    limit = params[LIMIT]
+    rows = [each.row for each in candidates]
+    keys = [tuple(row) for row in work.rows(*search.chosen.of(rows, {LIMIT: limit}))]
+    enough = len(keys) == limit
+    return keys, candidates[1 + max(map(rows.index, keys)) :] if enough else ()
+
+
+def given_rows(candidates: Sequence[Candidate]) -> list[Any]:
+    """Return the primary keys of the candidates as the parameter ``KEYS``."""
+    rows = [each.row for each in candidates]
+    return [row[0] for row in rows] if len(rows[0]) == 1 else rows
+
+
+def refuse_view(connection: Connection, table: Table) -> None:
+    """Refuse a view, whose keys would be locked by another name than its table's.
+
+    Asked once for each engine of SQLAlchemy's.
+    """
+    schema = connection.schema_for_object(table)
+    known = tables.setdefault(connection.dialect, set())
+    if (schema, table.name) in known:
+        return
+    # Names of MySQL's may differ in case alone.
+    views = {name.lower() for name in inspect(connection).get_view_names(schema)}
+    if table.name.lower() in views:
+        raise ClaimError(
+            f"{table.fullname!r} is a view, and exclusive keys are locked in the name of a table: "
+            "declare the table that the view reads"
+        )
+    known.add((schema, table.name))

@@ -1,0 +1,121 @@
+"""The lock of MySQL's and MariaDB's exclusive keys: one for each table, of the server's session."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from sqlalchemy import Connection, Table, func, literal_column, select, text
+from sqlalchemy.exc import DBAPIError
+
+from atomic_claim.errors import ClaimConflict, ClaimError
+
+# Seconds that a claim waits for those before it, each of which takes some milliseconds; and for
+# which a holder may have been asleep.
+PATIENCE = 5
+MOST_LENGTH = 64  # of a name, https://dev.mysql.com/doc/refman/8.4/en/locking-functions.html
+IN_PROGRESS = 1568  # ER_CANT_CHANGE_TX_CHARACTERISTICS
+NEEDS_OWN = (
+    "a claim by exclusive keys has to keep its lock until after the commit, which on MySQL and "
+    "MariaDB it can only in a transaction of its own: pass the Engine or the sessionmaker in "
+    "place of a Session or Connection"
+)
+SINGLE_PRIMARY = "group_replication_single_primary_mode"
+# By whether the server is MariaDB.
+CLUSTER = {
+    True: "SELECT 'wsrep_on', @@wsrep_on",
+    False: (
+        "SELECT variable_name, variable_value FROM performance_schema.global_variables "
+        "WHERE variable_name IN ('wsrep_on', 'group_replication_single_primary_mode')"
+    ),
+}
+SEVERAL_WRITERS = (
+    "the server is a node of a cluster with several writable nodes ({said}), whose named locks the "
+    "other nodes do not see: exclusive_by cannot hold there; claim without it, or from a server "
+    "that stands alone"
+)
+
+
+@contextmanager
+def named_lock(connection: Connection, table: Table) -> Iterator[None]:
+    """Hold the lock of a table's exclusive keys, around a whole transaction.
+
+    Within it the connection has no transaction; the next one is READ COMMITTED, so that each look
+    for running rows sees what is committed.
+    """
+    _refuse_several_writers(connection)
+    name = _name(connection, table)
+    _acquire(connection, name, table.fullname)
+    try:
+        connection.rollback()
+        yield
+    finally:
+        _give_back(connection, name)
+
+
+def read_committed(connection: Connection) -> None:
+    """Set the isolation level of the transaction that is about to begin, and of no later one."""
+    try:
+        connection.execute(text("SET TRANSACTION ISOLATION LEVEL READ COMMITTED"))
+    except DBAPIError as error:
+        if error.orig is None or error.orig.args[:1] != (IN_PROGRESS,):
+            raise
+        raise ClaimError(
+            "the transaction has statements before the claim's, and exclusive_by needs READ "
+            f"COMMITTED from its beginning: no listener to its begin may read ({error.orig})"
+        ) from error
+
+
+def _refuse_several_writers(connection: Connection) -> None:
+    is_mariadb: bool = connection.dialect.is_mariadb  # type: ignore[attr-defined]
+    found = {name: str(value) for name, value in connection.execute(text(CLUSTER[is_mariadb]))}
+    said = f"wsrep_on={found.get('wsrep_on')}"
+    if found.get("wsrep_on", "0") in {"0", "OFF"}:
+        if found.get(SINGLE_PRIMARY, "ON") == "ON":
+            return
+        said = f"{SINGLE_PRIMARY}=OFF"
+    raise ClaimError(SEVERAL_WRITERS.format(said=said))
+
+
+def _name(connection: Connection, table: Table) -> str:
+    """Return the lock's name, which is case-sensitive on MariaDB while a table's may not be."""
+    schema = connection.schema_for_object(table) or connection.scalar(select(func.database()))
+    full_name = f"{schema}.{table.name}".lower()
+    return f"atomic_claim.{hashlib.sha256(full_name.encode()).hexdigest()}"[:MOST_LENGTH]
+
+
+def _acquire(connection: Connection, name: str, table: str) -> None:
+    holder: Any = None
+    for _ in range(2):
+        if connection.scalar(select(func.get_lock(name, literal_column(str(PATIENCE))))) == 1:
+            return
+        holder = connection.scalar(select(func.is_used_lock(name)))
+        _end_if_asleep(connection, holder)
+    raise ClaimConflict(
+        f"claims from {table!r} have been waiting for each other for {2 * PATIENCE} s, for the "
+        f"server's connection {holder} above all: claim again, or KILL {holder} if it is stuck"
+    )
+
+
+def _end_if_asleep(connection: Connection, holder: Any) -> None:
+    """End a connection that holds the lock and does nothing, where the server allows it."""
+    processes = connection.execute(text("SHOW PROCESSLIST")).mappings()
+    for process in processes.all():
+        is_holder = process["Id"] == holder and process["Command"] == "Sleep"
+        if is_holder and int(process["Time"]) >= PATIENCE:
+            # It may be gone already, or somebody else's.
+            with suppress(DBAPIError):
+                connection.execute(text(f"KILL {int(holder)}"))
+
+
+def _give_back(connection: Connection, name: str) -> None:
+    """Release the lock, or else end the session that holds it."""
+    if connection.invalidated or connection.closed:
+        return
+    released = None
+    with suppress(DBAPIError):
+        released = connection.scalar(select(func.release_lock(name)))
+    if released != 1 and not connection.invalidated:
+        connection.invalidate()

@@ -1,0 +1,43 @@
+"""Trap 24: a row that was found free is another's by the time that it is marked."""
+
+import pytest
+import sqlalchemy as sa
+
+from atomic_claim import claim_jobs
+from atomic_claim.dialects.mysql import MySQL
+from atomic_claim.statement import ByKey
+from tests.databases import Database
+from tests.jobs import fill, ids, job_table
+from tests.stepping import stopped
+
+pytestmark = pytest.mark.databases("mysql", "mariadb")
+JOBS = job_table()
+
+
+def between(database: Database) -> tuple[list[int], list[int]]:
+    """Claim twice, the second time between the first one's search and its lock."""
+    engine = database.engine()
+    fill(engine, JOBS, 3)
+    with stopped(engine, lambda: ids(claim_jobs(engine, JOBS, 2)), "FOR UPDATE") as first:
+        second = ids(claim_jobs(database.engine(), JOBS, 2))
+        return first.go(), second
+
+
+def test_the_lock_looks_again(database: Database) -> None:
+    """A row that another claim has marked meanwhile is passed over for the next one."""
+    assert between(database) == ([3], [1, 2])
+
+
+def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trap: both get the same rows."""
+    usual = MySQL._prepared
+
+    def prepared(self: MySQL, parts: object, work: object) -> object:
+        found = usual(self, parts, work)  # type: ignore[arg-type]
+        locking = found._locking(skip_locked=True)
+        locking = locking.order_by(*found.key).limit(sa.bindparam("atomic_claim_limit", 1))
+        found.lock = found.lock_first = ByKey(found.key, locking.where)
+        return found
+
+    monkeypatch.setattr(MySQL, "_prepared", prepared)
+    assert between(database) == ([1, 2], [1, 2])
