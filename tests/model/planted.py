@@ -166,8 +166,8 @@ BUGS: Final = (
     Planted(
         "a failed commit is not rolled back on SQLite",
         "dialects/sqlite.py",
-        '            connection.exec_driver_sql("ROLLBACK")\n            raise',
-        "            raise",
+        "if not self.in_transaction(pooled) or not _is_legacy(pooled.driver_connection):",
+        "if pooled is not None:",
     ),
 )
 

@@ -17,6 +17,7 @@ from tests.jobs import (
     OWN,
     bound,
     fill,
+    hurried,
     ids,
     in_thread,
     job_table,
@@ -240,3 +241,24 @@ def test_a_raw_with_is_not_undone(database: Database) -> None:
         assert len(session.execute(claim.returning(table.c.id)).all()) == 2
         session.rollback()
     assert taken(database.engine(), table) == [2, 3]
+
+
+def test_a_commit_that_a_reader_keeps_from_the_file(database: Database) -> None:
+    """A failed COMMIT leaves the transaction open; the pool does not get it back like this."""
+    table = job_table()
+    engine = patient(database, seconds=0)
+    fill(engine, table, 3)
+    reading = database.engine().connect()
+    rows = reading.connection.cursor()
+    rows.execute("SELECT id FROM jobs")
+    rows.fetchone()
+    # Several statements in a transaction, since the order is an expression.
+    order = sa.func.lower(table.c.note)
+    with hurried(), pytest.raises(ClaimConflict):
+        claim_jobs(engine, table, 2, order_by=order)
+    rows.close()
+    reading.close()
+    pooled = engine.raw_connection()
+    assert not pooled.driver_connection.in_transaction  # type: ignore[union-attr]
+    pooled.close()
+    assert len(claim_jobs(database.engine(), table, 3)) == 3

@@ -1,5 +1,7 @@
 """Trap 24: a row that was found free is another's by the time that it is marked."""
 
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
 
@@ -14,18 +16,27 @@ pytestmark = pytest.mark.databases("mysql", "mariadb")
 JOBS = job_table()
 
 
-def between(database: Database) -> tuple[list[int], list[int]]:
+def between(database: Database, order: Any = None) -> tuple[list[int], list[int]]:
     """Claim twice, the second time between the first one's search and its lock."""
     engine = database.engine()
     fill(engine, JOBS, 3)
-    with stopped(engine, lambda: ids(claim_jobs(engine, JOBS, 2)), "FOR UPDATE") as first:
-        second = ids(claim_jobs(database.engine(), JOBS, 2))
+
+    def claim() -> list[int]:
+        return ids(claim_jobs(engine, JOBS, 2, order_by=order))
+
+    with stopped(engine, claim, "FOR UPDATE") as first:
+        second = ids(claim_jobs(database.engine(), JOBS, 2, order_by=order))
         return first.go(), second
 
 
 def test_the_lock_looks_again(database: Database) -> None:
     """A row that another claim has marked meanwhile is passed over for the next one."""
     assert between(database) == ([3], [1, 2])
+
+
+def test_the_lock_looks_again_in_another_order(database: Database) -> None:
+    """Where the keys do not ascend in the order of the claim, by another statement."""
+    assert between(database, JOBS.c.id.desc()) == ([1], [3, 2])
 
 
 def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
