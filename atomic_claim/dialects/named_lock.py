@@ -18,9 +18,9 @@ PATIENCE = 5
 MOST_LENGTH = 64  # of a name, https://dev.mysql.com/doc/refman/8.4/en/locking-functions.html
 IN_PROGRESS = 1568  # ER_CANT_CHANGE_TX_CHARACTERISTICS
 NEEDS_OWN = (
-    "a claim by exclusive keys has to keep its lock until after the commit, which on MySQL and "
-    "MariaDB it can only in a transaction of its own: pass the Engine or the sessionmaker in "
-    "place of a Session or Connection"
+    "exclusive keys are locked until after the commit, which on MySQL and MariaDB takes a "
+    "transaction of the call's own: pass the Engine or the sessionmaker in place of a Session or "
+    "Connection"
 )
 SINGLE_PRIMARY = "group_replication_single_primary_mode"
 # By whether the server is MariaDB.
