@@ -728,6 +728,146 @@ def test_a_lock_of_equal_keys(database: Database, kind: str) -> None:
 
 
 @pytest.mark.databases("postgresql")
+def test_a_date_is_one_key_in_every_session(database: Database) -> None:
+    """However a session writes dates."""
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("day", sa.Date),
+        sa.Column("processing", sa.Boolean, nullable=False, server_default=sa.false()),
+    )
+    jobs = JobTable(table, state="processing", done={}, order="id", exclusive_by="day")
+    engine = database.engine()
+    german = database.engine(connect_args={"options": "-c DateStyle=German"})
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(table.insert(), [{"day": date(2024, 2, 3)} for _ in range(2)])
+    with transaction(engine) as mine:
+        assert ids(claim_jobs(mine, jobs, 1)) == [1]
+        assert ids(claim_jobs(german, jobs, 1, where=table.c.id == 2)) == []
+
+
+def test_many_expired_rows_of_a_busy_key(database: Database) -> None:
+    """Behind them, those of another key are found."""
+    jobs = filled(database, [1] * 301 + [2])
+    engine = database.engine()
+    past = jobs.now(jobs.lease, sa.literal(-3600, sa.Float()))
+    later = jobs.now(jobs.lease, sa.literal(-60, sa.Float()))
+    with engine.begin() as connection:
+        for lease, rows in ((past, jobs.table.c.id < 301), (later, jobs.table.c.id == 302)):
+            connection.execute(
+                sa.update(jobs.table).where(rows).values(state="running", lease_until=lease)
+            )
+        connection.execute(
+            sa.update(jobs.table).where(jobs.table.c.id == 301).values(state="running")
+        )
+    assert ids(claim_jobs(engine, jobs, 5, lease=LEASE)) == [302]
+
+
+def test_an_expired_row_behind_free_rows(database: Database) -> None:
+    """It comes after the free rows that stand behind those of a busy key."""
+    jobs = filled(database, [1] * 200 + [2, 3])
+    engine = database.engine()
+    assert ids(claim_jobs(engine, jobs, 1)) == [1]
+    claim = claim_jobs(engine, jobs, 1, where=jobs.table.c.id == 202, lease=LEASE)
+    expire(engine, jobs, claim[0].id)
+    assert ids(claim_jobs(engine, jobs, 1, lease=LEASE)) == [201]
+    assert ids(claim_jobs(engine, jobs, 1, lease=LEASE)) == [202]
+
+
+def test_ties_of_a_composite_key_behind_a_busy_key(database: Database) -> None:
+    """The parts of a primary key are those of one row, whatever index each is read by."""
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        sa.Column("a", sa.Integer, primary_key=True),
+        sa.Column("b", sa.Integer, primary_key=True),
+        sa.Column("state", sa.String(20), nullable=False, server_default="waiting"),
+        sa.Column("customer_id", sa.Integer),
+        sa.Column("rank", sa.Integer),
+        sa.Index("jobs_keys", "state", "customer_id", "rank"),
+        sa.Index("jobs_parts", "state", "customer_id", "rank", "b"),
+    )
+    declared: dict[str, Any] = {"free": "waiting", "claimed": "running", "done": "done"}
+    jobs = JobTable(table, state="state", order="rank", exclusive_by="customer_id", **declared)
+    engine = database.engine()
+    table.create(engine)
+    with engine.begin() as connection:
+        rows = [{"a": n, "b": -n, "customer_id": 1, "rank": 0} for n in range(300)]
+        rows += [{"a": 1000 + n, "b": 50 - n, "customer_id": 2, "rank": 1} for n in range(9)]
+        connection.execute(table.insert(), rows)
+    assert [job.customer_id for job in claim_jobs(engine, jobs, 1)] == [1]
+    assert [job.customer_id for job in claim_jobs(engine, jobs, 1)] == [2]
+    assert list(claim_jobs(engine, jobs, 1)) == []
+
+
+class Strict(sa.TypeDecorator[UUID]):
+    """A UUID as bytes, which is never NULL."""
+
+    impl = sa.LargeBinary(16)
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> Any:
+        """Write its bytes."""
+        del dialect
+        return value.bytes
+
+    def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
+        """Read its bytes."""
+        del dialect
+        return UUID(bytes=bytes(value))
+
+
+@pytest.mark.parametrize("name", ["jobs", "a%b", "a%(x)s", "a:b"])
+def test_an_empty_queue_and_odd_names(database: Database, name: str) -> None:
+    """No type has to read what is not there, and no name is taken apart."""
+    table = sa.Table(
+        name,
+        sa.MetaData(),
+        sa.Column("id", Strict),
+        sa.Column("number", sa.Integer, primary_key=True),
+        sa.Column("customer_id", sa.Integer),
+        sa.Column("processing", sa.Boolean, nullable=False, server_default=sa.false()),
+    )
+    waits = sa.table("waits", sa.column("number"))
+    free = sa.and_(
+        table.c.processing.is_(sa.false()),
+        ~sa.exists().where(waits.c.number == table.c.number),
+    )
+    jobs = JobTable(
+        table,
+        state="processing",
+        free=free,
+        claimed=True,
+        done={},
+        order="number",
+        exclusive_by="customer_id",
+    )
+    engine = database.engine()
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE waits (number INTEGER)"))
+    assert list(claim_jobs(engine, jobs, 5)) == []
+    with engine.begin() as connection:
+        rows = [
+            {"id": UUID(int=n), "number": n, "customer_id": int(n > 150)} for n in range(1, 152)
+        ]
+        connection.execute(table.insert(), rows)
+    assert [job.number for job in claim_jobs(engine, jobs, 1)] == [1]
+    assert [job.id for job in claim_jobs(engine, jobs, 1)] == [UUID(int=151)]
+
+
+@pytest.mark.databases("postgresql")
+def test_a_view_whose_name_differs_in_case(database: Database) -> None:
+    """It is another relation."""
+    jobs = filled(database, [1], name="Jobs")
+    with database.engine().begin() as connection:
+        connection.execute(sa.text("CREATE VIEW jobs AS SELECT 1 AS one"))
+    assert ids(claim_jobs(database.engine(), jobs, 1)) == [1]
+
+
+@pytest.mark.databases("postgresql")
 def test_a_partition_shares_the_locks_of_its_root(database: Database) -> None:
     """A worker of one partition excludes those of the whole table."""
     engine = database.engine()

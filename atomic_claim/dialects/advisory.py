@@ -9,6 +9,7 @@ from sqlalchemy import (
     ARRAY,
     ColumnElement,
     Connection,
+    Date,
     Dialect,
     Integer,
     LargeBinary,
@@ -27,9 +28,10 @@ from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.statement import ClaimParts, key_in
 
-from .base import Candidate, Key, Work, effective_name
+from .base import Candidate, Key, Work
 from .by_key import KeySearch
 
+SCHEMA = "atomic_claim_schema"
 TABLE = "atomic_claim_table"
 LEVELS = {"read committed", "read uncommitted"}
 # Every lock takes a place in the server's lock table (max_locks_per_transaction).
@@ -60,8 +62,13 @@ def lock_number(job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[i
     Keys that differ in case alone share a number, as some do by chance: while one of them is
     locked, the other is passed over, which costs a claim some rows and nothing else.
     """
-    is_binary = isinstance(plain_type(job_table.exclusive_by.type), LargeBinary)
-    text = func.encode(key, literal_column("'hex'")) if is_binary else cast(key, Text())
+    type_ = plain_type(job_table.exclusive_by.type)
+    text: ColumnElement[Any] = cast(key, Text())
+    # What a cast to text makes of these depends on the session's settings.
+    if isinstance(type_, Date):
+        text = func.encode(func.date_send(key), literal_column("'hex'"))
+    elif isinstance(type_, LargeBinary):
+        text = func.encode(key, literal_column("'hex'"))
     return func.hashtext(func.lower(text))
 
 
@@ -70,17 +77,19 @@ def table_number(dialect: Dialect) -> ColumnElement[int]:
 
     The table is the one that its name means in this session; see :func:`table_name`.
     """
-    name = cast(bindparam(TABLE, None, Text()), Text())
-    table: ColumnElement[Any] = cast(name, REGCLASS())
+    parts = (bindparam(name, None, Text()) for name in (SCHEMA, TABLE))
+    quoted = (func.quote_ident(cast(part, Text())) for part in parts)
+    table: ColumnElement[Any] = cast(func.concat_ws(literal_column("'.'"), *quoted), REGCLASS())
     # pg_partition_root() came with version 12, and knows only what is partitioned.
     if (dialect.server_version_info or (12,)) >= (12,):
         table = func.coalesce(func.pg_partition_root(table), table)
     return cast(table, Integer())
 
 
-def table_name(connection: Connection, job_table: JobTable) -> dict[str, str]:
-    """Return the parameter of :func:`table_number`."""
-    return {TABLE: effective_name(connection, job_table.table)}
+def table_name(connection: Connection, job_table: JobTable) -> dict[str, str | None]:
+    """Return the parameters of :func:`table_number`."""
+    table = job_table.table
+    return {SCHEMA: connection.schema_for_object(table), TABLE: table.name}
 
 
 def refuse_snapshot(level: str) -> None:

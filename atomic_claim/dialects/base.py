@@ -46,7 +46,7 @@ Found = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
 
 
-Read = Callable[[Select[Any], Mapping[str, Any]], Sequence[Row[Any]]]
+Read = Callable[[Select[Any], Mapping[str, Any]], Sequence[Any]]
 """Executes a SELECT, and returns its rows."""
 
 

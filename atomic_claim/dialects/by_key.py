@@ -66,6 +66,9 @@ from .base import Candidate, Found, Key, Read, Strategy, Work
 
 KEY = "claim_key"
 PLACE = "claim_place"
+BRANCH = "claim_branch"
+FOUND = "atomic_claim_found"
+LOCKS = "atomic_claim_locks"
 # So many of a key's rows are found by its heads where LATERAL is not to be had.
 MOST_HEADS = 10
 
@@ -95,24 +98,25 @@ class KeySearch:
 
     @cached_property
     def window(self) -> Select[Any]:
-        """Of the first rows in claim order those whose keys have room; and how many were read.
+        """The first rows in claim order, whether their keys have room or not.
 
-        What was asked of the session stands first, then the number; at least one row comes back.
+        What was asked of the session stands first in each, and then what :meth:`_told` tells.
         """
         reach = bindparam(REACH, 1, Integer(), literal_execute=True)
-        read = self._together(*(branch.limit(reach) for branch in self._branches), name="first")
-        seen = select(func.count()).select_from(read).scalar_subquery()
-        about = select(*self.session, seen.label("seen")).subquery(self._name("about"))
-        rows = self._having_room(read).subquery(self._name("window"))
-        found: Select[Any] = cast("Any", select(*about.columns, *self._told(rows)))
-        found = found.select_from(about.outerjoin(rows, true()))
+        branches = self._numbered_branches([branch.limit(reach) for branch in self._branches])
+        rows, has_room = self._numbered(self._together(*branches, name="first"))
+        found = cast("Select[Any]", select(*self.session, *self._told(rows, has_room)))
         return found.order_by(*self._order(rows))
 
     @cached_property
     def heads(self) -> Select[Any]:
-        """Of the first rows of every key that has free rows those whose keys have room."""
+        """The first rows of every key that has free rows, if they have room; and others.
+
+        Those are rows without a key and rows whose lease is over, up to a limit of each kind, and
+        whether they have room or not: it tells whether there are more.
+        """
         reach = bindparam(REACH, 1, Integer(), literal_execute=True)
-        first, *others = self._branches
+        first, *expired = self._branches
         keys = self._walked_keys() if self.recursive else self._distinct_keys()
         free = first.order_by(None).order_by(self._column, *self.parts.order)
         of_key = free.where(self._column == keys.columns[KEY])
@@ -120,22 +124,27 @@ class KeySearch:
             head = of_key.limit(self._most).correlate(keys).lateral(self._name("head"))
             heads = [select(*head.columns).select_from(keys).join(head, true())]
         else:
+            of_key = of_key.order_by(*self._tie_breakers)
             places = range(min(self.parts.job_table.max_per_key, MOST_HEADS))
             heads = [self._one_by_one(of_key, place, keys) for place in places]
-        unrestricted = first.where(self._column.is_(None)).limit(reach)
-        expired = [branch.limit(reach) for branch in others]
-        read = self._together(*heads, unrestricted, *expired, name="heads")
-        rows = self._having_room(read).subquery(self._name("usable"))
-        return select(*self._told(rows)).order_by(*self._order(rows)).limit(reach)
+        others = [first.where(self._column.is_(None)), *expired]
+        branches = self._numbered_branches([branch.limit(reach) for branch in others], 1)
+        free_heads = [head.add_columns(_number(0).label(BRANCH)) for head in heads]
+        rows, has_room = self._numbered(self._together(*free_heads, *branches, name="heads"))
+        most = bindparam(FOUND, 1, Integer(), literal_execute=True)
+        found = select(*self._told(rows, has_room)).where(or_(rows.columns[BRANCH] > 0, has_room))
+        return found.order_by(*self._order(rows)).limit(most)
 
     @cached_property
     def chosen(self) -> ByKey:
-        """Of given rows the primary keys of those that may be claimed now, in claim order."""
+        """Of given rows those that may be claimed now, by their primary and exclusive keys."""
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:
-            rows = self._chosen(is_one).subquery(self._name("chosen"))
-            return select(*self._ids(rows)).order_by(*self._order(rows)).limit(limit)
+            rows = self._chosen(self.parts.candidates.rows.where(is_one))
+            columns = [*self._ids(rows), rows.columns[KEY]]
+            found = cast("Select[Any]", select(*columns))
+            return found.order_by(*self._order(rows)).limit(limit)
 
         return ByKey(self.parts.key_attributes, build)
 
@@ -145,9 +154,12 @@ class KeySearch:
         parts = self.parts
         own: Any = parts.key_attributes
         key = own[0] if len(own) == 1 else tuple_(*own)
-        given = key.in_(bindparam(KEYS, expanding=True))
-        rows = self._chosen(given).subquery(self._name("chosen"))
-        free = parts.candidates.rows.where(given)
+        free = parts.candidates.rows.where(key.in_(bindparam(KEYS, expanding=True)))
+        if self.lock is not None:
+            # The row may have been given another key since.
+            is_locked = self.lock(self._column).in_(bindparam(LOCKS, expanding=True))
+            free = free.where(or_(self._column.is_(None), is_locked))
+        rows = self._chosen(free)
         branch = self._described(free).where(key.in_(select(*self._ids(rows))))
         return parts.narrowed(branch.order_by(*parts.order), free)
 
@@ -163,13 +175,17 @@ class KeySearch:
         pending: list[Candidate] = []
         width, reach = len(self.session), limit + MARGIN
         rows = read(self.window, {REACH: reach})
+        if not rows:
+            return
         learn(rows[0][:width])
-        is_all = rows[0][width] < reach
-        found: Sequence[Sequence[Any]] = [
-            row[width + 1 :] for row in rows if row[width + 1] is not None
-        ]
+        found: Sequence[Any] = [row[width:] for row in rows]
+        free = [place for place, row in enumerate(found) if row[-2] == 0]
+        is_all = len(found) < reach
+        if len(free) == reach:
+            # There may be more free rows before those whose lease is over.
+            found = found[: free[-1] + 1]
         while True:
-            candidates = [self._candidate(row) for row in found]
+            candidates = [self._candidate(row) for row in found if row[-1]]
             pending += [each for each in candidates if each.row not in tried]
             tried.update(each.row for each in pending)
             if pending and (is_all or self._room_of(pending) >= limit):
@@ -177,18 +193,21 @@ class KeySearch:
                 pending = []
             if is_all:
                 return
-            found = read(self.heads, {REACH: reach})
-            is_all = len(found) < reach
+            most = reach * (1 + len(self._branches))
+            found = read(self.heads, {REACH: reach, FOUND: most})
+            counts = Counter(row[-2] for row in found if row[-2] > 0)
+            is_all = len(found) < most and all(count < reach for count in counts.values())
             reach *= 4
 
     def _candidate(self, row: Sequence[Any]) -> Candidate:
         width = len(self.parts.job_table.key)
-        return Candidate(tuple(row[:width]), *row[width:])
+        return Candidate(tuple(row[:width]), *row[width:-2])
 
     def _room_of(self, candidates: Sequence[Candidate]) -> int:
         """Return about how many of the candidates may run at once."""
         most = self.parts.job_table.max_per_key
-        counts = Counter(each.key for each in candidates)
+        # Of keys that cannot be hashed, too.
+        counts = Counter(None if each.key is None else repr(each.key) for each in candidates)
         return counts.pop(None, 0) + sum(min(count, most) for count in counts.values())
 
     # The pieces.
@@ -199,7 +218,19 @@ class KeySearch:
 
     @property
     def _most(self) -> ColumnElement[int]:
-        return literal_column(str(self.parts.job_table.max_per_key), Integer())
+        return _number(self.parts.job_table.max_per_key)
+
+    @property
+    def _tie_breakers(self) -> list[ColumnElement[Any]]:
+        """Return what puts rows of one place in an order, where it takes several columns.
+
+        It goes the way of the last term, as an index does.
+        """
+        key: Any = self.parts.key_attributes
+        if len(key) == 1:
+            return []
+        descends = OrderTerm.of(self.parts.order[-1]).descending
+        return [column.desc() if descends else column.asc() for column in key]
 
     @cached_property
     def _taken_names(self) -> set[str]:
@@ -225,8 +256,20 @@ class KeySearch:
             return branches[0].cte(self._name(name))
         return self.parts.candidates.together(*branches).cte(self._name(name))
 
-    def _having_room(self, read: FromClause) -> Select[Any]:
-        """Keep the rows, numbered by key in claim order, for which their keys have room."""
+    def _numbered_branches(
+        self, branches: Sequence[Select[Any]], first: int = 0
+    ) -> list[Select[Any]]:
+        return [
+            branch.add_columns(_number(place).label(BRANCH))
+            for place, branch in enumerate(branches, first)
+        ]
+
+    def _numbered(self, read: FromClause) -> tuple[FromClause, ColumnElement[bool]]:
+        """Return the rows, numbered by key in claim order.
+
+        Returns:
+            The rows, and the condition that a row may run beside those before it and the running.
+        """
         job_table = self.parts.job_table
         order = [*self._order(read), *self._ids(read)]
         place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
@@ -235,11 +278,12 @@ class KeySearch:
         running = select(func.count()).select_from(job_table.table)
         running = running.where(self._column == key, job_table.is_held).correlate(rows)
         has_room = number + running.scalar_subquery() <= self._most
-        return select(rows).where(or_(key.is_(None), and_(number <= self._most, has_room)))
+        return rows, or_(key.is_(None), and_(number <= self._most, has_room))
 
-    def _chosen(self, is_one: ColumnElement[bool]) -> Select[Any]:
-        rows = self._described(self.parts.candidates.rows.where(is_one))
-        return self._having_room(rows.add_columns(self._column.label(KEY)).cte(self._name("given")))
+    def _chosen(self, rows: Select[Any]) -> FromClause:
+        given = self._described(rows).add_columns(self._column.label(KEY))
+        numbered, has_room = self._numbered(given.cte(self._name("given")))
+        return select(numbered).where(has_room).subquery(self._name("chosen"))
 
     def _described(self, rows: Select[Any]) -> Select[Any]:
         """Add the terms of the order to a SELECT of primary keys."""
@@ -252,11 +296,11 @@ class KeySearch:
         columns: list[ColumnElement[Any]] = list(found.columns)
         return columns[: len(self.parts.job_table.key)]
 
-    def _told(self, found: FromClause) -> list[ColumnElement[Any]]:
-        """Return what is told of each candidate."""
+    def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
+        """Return what is told of each row: its keys, its branch, and whether its key has room."""
         key = found.columns[KEY]
         lock = [] if self.lock is None else [self.lock(key).label("claim_lock")]
-        return [*self._ids(found), key, *lock]
+        return [*self._ids(found), key, *lock, found.columns[BRANCH], has_room.label("has_room")]
 
     def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
         terms = enumerate(self.parts.order, 1)
@@ -267,7 +311,7 @@ class KeySearch:
     def _walked_keys(self) -> CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
         free = select(self._column).where(self.parts.job_table.is_free).order_by(self._column)
-        free = free.limit(literal_column("1", Integer()))
+        free = free.limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
         keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
         following = free.where(self._column > keys.columns[KEY]).correlate(keys)
@@ -282,16 +326,18 @@ class KeySearch:
         has MySQL read them once, not once for each place that names them.
         """
         free = self.parts.job_table.is_free
+        own = self.parts.job_table.table.columns
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
-        columns = [part for part in dict.fromkeys(named) if part is not self._column]
+        others = [part for part in dict.fromkeys(named) if part is not self._column]
+        columns = [part for part in others if own.contains_column(part)]
         found = select(*columns, self._column.label(KEY)).where(free).distinct()
         some = found.subquery(self._name("some_keys"))
         return select(some.columns[KEY].label(KEY)).distinct().cte(self._name("keys"))
 
     def _one_by_one(self, rows: Select[Any], place: int, keys: CTE) -> Select[Any]:
         """Select one row of each key, with a scalar subquery for each column."""
-        row = rows.limit(literal_column("1", Integer()))
-        row = row.offset(literal_column(str(place), Integer())).correlate(keys)
+        row = rows.limit(_number(1))
+        row = row.offset(_number(place)).correlate(keys)
         columns = list(row.selected_columns)[:-1]
         # The order may be that of the primary key, which need not be looked for twice.
         known = list({hash(_unlabelled(column)): column for column in columns}.values())
@@ -305,6 +351,10 @@ class KeySearch:
         named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
         head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
         return head.where(values[0].is_not(None))
+
+
+def _number(value: int) -> ColumnElement[int]:
+    return literal_column(str(value), Integer())
 
 
 def _unlabelled(column: Any) -> Any:
@@ -343,37 +393,39 @@ def claim_batch(
 
 def chosen(
     work: Work, search: KeySearch, candidates: Sequence[Candidate], params: Mapping[str, Any]
-) -> tuple[list[Key], Sequence[Candidate]]:
+) -> tuple[dict[Key, Any], Sequence[Candidate]]:
     """Look which of the candidates may be claimed now.
 
     Returns:
-        Their primary keys in claim order, and the candidates behind them if those are enough.
+        Their exclusive keys by their primary keys, in claim order; and the candidates behind them
+        if those are enough.
     """
     limit = params[LIMIT]
     rows = [each.row for each in candidates]
-    keys = [tuple(row) for row in work.rows(*search.chosen.of(rows, {LIMIT: limit}))]
+    found = [tuple(row) for row in work.rows(*search.chosen.of(rows, {LIMIT: limit}))]
+    keys = {row[:-1]: row[-1] for row in found}
     enough = len(keys) == limit
     return keys, candidates[1 + max(map(rows.index, keys)) :] if enough else ()
 
 
-def given_rows(candidates: Sequence[Candidate]) -> list[Any]:
-    """Return the primary keys of the candidates as the parameter ``KEYS``."""
+def given(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Return the candidates as the parameters of :attr:`KeySearch.narrowed`."""
     rows = [each.row for each in candidates]
-    return [row[0] for row in rows] if len(rows[0]) == 1 else rows
+    keys = [row[0] for row in rows] if len(rows[0]) == 1 else rows
+    return {KEYS: keys, LOCKS: list({each.lock for each in candidates if each.lock is not None})}
 
 
-def refuse_view(connection: Connection, table: Table) -> None:
+def refuse_view(connection: Connection, table: Table, *, any_case: bool = False) -> None:
     """Refuse a view, whose keys would be locked by another name than its table's.
 
-    Asked once for each engine of SQLAlchemy's.
+    Asked once for each engine of SQLAlchemy's. ``any_case``: names may differ in case alone.
     """
     schema = connection.schema_for_object(table)
     known = tables.setdefault(connection.dialect, set())
     if (schema, table.name) in known:
         return
-    # Names of MySQL's may differ in case alone.
-    views = {name.lower() for name in inspect(connection).get_view_names(schema)}
-    if table.name.lower() in views:
+    views = inspect(connection).get_view_names(schema)
+    if table.name in views or (any_case and table.name.lower() in map(str.lower, views)):
         raise ClaimError(
             f"{table.fullname!r} is a view, and exclusive keys are locked in the name of a table: "
             "declare the table that the view reads"

@@ -25,7 +25,7 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
@@ -191,15 +191,16 @@ class MySQL(Strategy):
     ) -> tuple[Found, Sequence[Candidate]]:
         keys, rest = chosen(work, self._key_search(parts), candidates[:CHUNK], params)
         refuse_autocommit(self, work, "the row locks would be gone before the rows are marked")
-        locking = self._prepared(parts, work).lock.of(keys)
-        held = set(work.tuples(*locking)) if keys else set()
-        keys = [key for key in keys if key in held]
-        found = mark_and_load(work, parts, keys, params, self.hints)
+        lock = self._prepared(parts, work).lock_keyed
+        # A row may have been given another key since.
+        held = {row[:-1]: row[-1] for row in work.tuples(*lock.of(list(keys)))} if keys else {}
+        ours = [row for row, key in keys.items() if row in held and held[row] == key]
+        found = mark_and_load(work, parts, ours, params, self.hints)
         return found, [*rest, *candidates[CHUNK:]]
 
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         _check_engine(connection, table)
-        refuse_view(connection, table)
+        refuse_view(connection, table, any_case=True)
         return named_lock(connection, table)
 
     def begin_keyed(self, connection: Connection) -> None:
@@ -305,11 +306,19 @@ class MySQL(Strategy):
         """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
         names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
         before = work.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
-        _set_session(work, dict.fromkeys(names, max(1, round(seconds))))
+        connection = work.connection
         try:
+            _set_session(work, dict.fromkeys(names, max(1, round(seconds))))
             yield
-        finally:
-            _set_session(work, dict(zip(names, before, strict=True)))
+        except BaseException:
+            # No session goes back to a pool with the short wait.
+            if work.own and not (connection.invalidated or connection.closed):
+                connection.invalidate()
+            elif not work.own:
+                with suppress(SQLAlchemyError):
+                    _set_session(work, dict(zip(names, before, strict=True)))
+            raise
+        _set_session(work, dict(zip(names, before, strict=True)))
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
@@ -393,6 +402,12 @@ class _Statements:
 
         # Locks those of the rows that are still free and that nobody holds.
         self.lock = self._by_key(self._locking(skip_locked=True).where(*parts.conditions))
+        # The same with their exclusive keys.
+        self.lock_keyed = self._by_key(
+            self._locking(skip_locked=True)
+            .add_columns(parts.job_table.exclusive_by)
+            .where(*parts.conditions)
+        )
         # The same, but only the first ones in the order of the key.
         self.lock_first = self._by_key(
             self._locking(skip_locked=True)

@@ -47,12 +47,22 @@ def named_lock(connection: Connection, table: Table) -> Iterator[None]:
     """
     _refuse_several_writers(connection)
     name = _name(connection, table)
-    _acquire(connection, name, table.fullname)
     try:
+        _acquire(connection, name, table.fullname)
         connection.rollback()
         yield
-    finally:
-        _give_back(connection, name)
+        released = connection.scalar(select(func.release_lock(name)))
+    except BaseException:
+        _end(connection)
+        raise
+    if released != 1:
+        _end(connection)
+
+
+def _end(connection: Connection) -> None:
+    """End a session that may hold the lock: it goes back to no pool."""
+    if not (connection.invalidated or connection.closed):
+        connection.invalidate()
 
 
 def read_committed(connection: Connection) -> None:
@@ -108,14 +118,3 @@ def _end_if_asleep(connection: Connection, holder: Any) -> None:
             # It may be gone already, or somebody else's.
             with suppress(DBAPIError):
                 connection.execute(text(f"KILL {int(holder)}"))
-
-
-def _give_back(connection: Connection, name: str) -> None:
-    """Release the lock, or else end the session that holds it."""
-    if connection.invalidated or connection.closed:
-        return
-    released = None
-    with suppress(DBAPIError):
-        released = connection.scalar(select(func.release_lock(name)))
-    if released != 1 and not connection.invalidated:
-        connection.invalidate()

@@ -35,7 +35,6 @@ from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
-    KEYS,
     LIMIT,
     MARGIN,
     ORDER,
@@ -73,7 +72,7 @@ from .base import (
     require,
     returned,
 )
-from .by_key import claim_by_key, given_rows, refuse_view
+from .by_key import claim_by_key, given, refuse_view
 from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
@@ -172,7 +171,7 @@ class PostgreSQL(Strategy):
         if not ours:
             return [], rest
         narrowed = key_search(parts).narrowed
-        return self._claim(work, narrowed, {**params, KEYS: given_rows(ours)}), rest
+        return self._claim(work, narrowed, params | given(ours)), rest
 
     def begin_keyed(self, connection: Connection) -> None:
         limit_idleness(connection)

@@ -141,7 +141,7 @@ class SQLite(Strategy):
         params: dict[str, Any],
     ) -> tuple[Found, Sequence[Candidate]]:
         keys, rest = chosen(work, _key_search(parts), candidates[:CHUNK], params)
-        found = mark_and_load(work, parts, keys, params, self.hints)
+        found = mark_and_load(work, parts, list(keys), params, self.hints)
         return found, [*rest, *candidates[CHUNK:]]
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:

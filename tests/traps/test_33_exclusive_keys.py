@@ -6,12 +6,14 @@ can come between is driven by hand here, and each has a twin that breaks the rul
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Self
 
+import pymysql
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import sessionmaker
 
 from atomic_claim import ClaimConflict, ClaimLost, JobTable, claim_jobs, complete_jobs, extend_jobs
 from atomic_claim.dialects import mysql, named_lock, postgresql, sqlite
@@ -129,14 +131,13 @@ def test_a_look_before_the_lock(database: Database, monkeypatch: pytest.MonkeyPa
 
 def without_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have claims believe the search."""
-    usual = KeySearch._having_room
+    usual = KeySearch._numbered
 
-    def having_room(self: KeySearch, read: Any) -> Any:
-        if read.name != "claim_given":
-            return usual(self, read)
-        return sa.select(read, sa.literal(1).label("claim_place"))
+    def numbered(self: KeySearch, read: Any) -> Any:
+        rows, has_room = usual(self, read)
+        return rows, sa.true() if read.name == "claim_given" else has_room
 
-    monkeypatch.setattr(KeySearch, "_having_room", having_room)
+    monkeypatch.setattr(KeySearch, "_numbered", numbered)
 
 
 @pytest.mark.databases("sqlite")
@@ -167,6 +168,33 @@ def complete(engine: sa.Engine, jobs: JobTable, number: int) -> None:
         connection.execute(
             sa.update(jobs.table).where(jobs.table.c.id == number).values(state="done")
         )
+
+
+# A row that is given another key meanwhile.
+
+
+@SERVERS
+def test_a_row_is_moved_to_a_busy_key(database: Database) -> None:
+    """The key that was locked is not the row's any more, so the row is passed over."""
+    jobs = filled(database, [1, 2])
+    engine, others = database.engine(), database.engine()
+    before = "UPDATE jobs" if database.name == "postgresql" else "FOR UPDATE"
+
+    def move() -> None:
+        """Move row 1 to the key of row 2, which runs."""
+        with others.begin() as connection:
+            key = sa.update(jobs.table).values(customer_id=2)
+            connection.execute(key.where(jobs.table.c.id == 1))
+            if database.name != "postgresql":
+                running = sa.update(jobs.table).values(state="running")
+                connection.execute(running.where(jobs.table.c.id == 2))
+
+    if database.name == "postgresql":
+        assert claims(others, jobs, 2)() == [2]
+    with stopped(engine, claims(engine, jobs, 1), before) as first:
+        move()
+        assert first.go() == []
+    assert running(engine, jobs) == [2]
 
 
 # An end that is not committed.
@@ -371,6 +399,66 @@ class KillAt:
                 admin.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
             else:
                 admin.exec_driver_sql(f"KILL {driver.thread_id()}")
+
+
+@INNODB
+@pytest.mark.parametrize("after", ["get_lock", "UPDATE jobs", "release_lock", "COMMIT"])
+def test_a_hook_that_raises(database: Database, after: str) -> None:
+    """Wherever it does, neither the lock nor a short lock wait stays with a pooled connection."""
+    jobs = filled(database, [1, 1])
+    engine = database.engine(pool_size=1)
+    claim = claim_jobs(engine, jobs, 1, lease=LEASE)
+    for call in (claims(engine, jobs, 2), extends(engine, claim)):
+        step = commit_after(MARK) if after == "COMMIT" else lambda statement: after in statement
+
+        def execute(_: Any, __: Any, statement: str, *___: Any) -> None:
+            if step(statement):  # noqa: B023 - called within the loop
+                raise ZeroDivisionError
+
+        def commit(_: Any) -> None:
+            if step("COMMIT"):  # noqa: B023 - called within the loop
+                raise ZeroDivisionError
+
+        sa.event.listen(engine, "after_cursor_execute", execute)
+        sa.event.listen(engine, "commit", commit)
+        with suppress(ZeroDivisionError):
+            call()
+        sa.event.remove(engine, "after_cursor_execute", execute)
+        sa.event.remove(engine, "commit", commit)
+        with engine.connect() as connection:
+            found = connection.execute(
+                sa.text(
+                    "SELECT @@innodb_lock_wait_timeout > 1, @@lock_wait_timeout > 1, "
+                    "(SELECT count(*) FROM information_schema.innodb_trx "
+                    "WHERE trx_mysql_thread_id = connection_id())"
+                )
+            )
+            assert tuple(found.one()) == (1, 1, 0)
+    assert claims(database.engine(), jobs, 2)() == []
+
+
+@INNODB
+def test_a_commit_that_is_refused_is_tried_again(database: Database) -> None:
+    """The server chose the claim to end a deadlock."""
+    jobs = filled(database, [1, 1])
+    for kind in (lambda engine: engine, sessionmaker):
+        engine = database.engine()
+        refusing = engine.dialect.do_commit
+        refused = list[bool]()
+
+        def do_commit(driver: Any) -> None:
+            if not refused:  # noqa: B023 - called within the loop
+                refused.append(True)  # noqa: B023
+                driver.rollback()
+                raise pymysql.err.OperationalError(1213, "Deadlock found")
+            refusing(driver)  # noqa: B023
+
+        engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+        claim = claim_jobs(kind(engine), jobs, 1, lease=LEASE)  # type: ignore[no-untyped-call]
+        assert (ids(claim), refused) == ([1], [True])
+        complete_jobs(database.engine(), claim)
+        with database.engine().begin() as connection:
+            connection.execute(sa.update(jobs.table).values(state="waiting", token=None))
 
 
 @INNODB
