@@ -1157,6 +1157,7 @@ def assert_in_order(engine: sa.Engine, audit: sa.Table) -> None:
     assert all(found == sorted(found) for found in begun.values())
 
 
+@pytest.mark.once
 def test_every_combination(database: Database) -> None:
     """A round of each, as ``python -m tests.exclusive_rounds`` runs them with processes."""
     engine = database.engine()

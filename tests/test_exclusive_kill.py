@@ -15,6 +15,8 @@ from tests.jobs import ids
 from tests.test_exclusive import filled, keyed_table
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.once
+
 LEASE = timedelta(seconds=1)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.test_exclusive", "psycopg", "pymysql"])

@@ -17,6 +17,9 @@ from tests.model.scenario import Scenario
 from tests.model.strategies import scenarios
 from tests.model.world import Places
 
+# It draws on the newer SQLAlchemy; what it finds becomes a test that runs on both.
+pytestmark = pytest.mark.once
+
 EXAMPLES: Final = {"sqlite": 150, "postgresql": 150, "mysql": 100, "mariadb": 100}
 
 
