@@ -98,10 +98,9 @@ def run_in(
         return _run_in_transaction(Work(bind, bind, own=False), run, keyed)
     if isinstance(bind, Engine):
         first = iter([left])
-        locked = job_table if keyed else None
         return _try_again(
             lambda lost: _run_by_engine(
-                bind, run, single, keyed=locked, resumed=lost, left=next(first, None)
+                bind, job_table, run, single, keyed=keyed, resumed=lost, left=next(first, None)
             ),
             tries,
             lambda: outages(bind, job_table) if recoverable else (),
@@ -184,10 +183,11 @@ def run_directly(
 
 def _run_by_engine(
     engine: Engine,
+    job_table: JobTable,
     run: Run[R],
     single: IsSingle,
     *,
-    keyed: JobTable | None,
+    keyed: bool,
     resumed: bool,
     left: Left | None,
 ) -> R:
@@ -199,8 +199,8 @@ def _run_by_engine(
         stack.enter_context(_noting(left))
         connection = stack.enter_context(connecting)
         strategy.check(connection.dialect)
-        if keyed is not None:
-            stack.enter_context(strategy.key_lock(connection, keyed.table))
+        if keyed:
+            stack.enter_context(strategy.key_lock(connection, job_table.table))
             strategy.begin_keyed(connection)
         mode = _driver_mode(strategy, connection, single, listeners=engine.dispatch.begin)
         work = Work(
@@ -361,11 +361,11 @@ def _bind_to(session: Session, job_table: JobTable, connection: Connection) -> N
     Raises:
         ClaimError: the session's class chooses another one.
     """
-    for table in job_table.mapper.tables if job_table.mapper is not None else ():
+    mapper = job_table.mapper
+    if mapper is not None:
+        session.bind_mapper(mapper, connection)
+    for table in mapper.tables if mapper is not None else [job_table.table]:
         session.bind_table(table, connection)
-    if job_table.mapper is not None:
-        session.bind_mapper(job_table.mapper, connection)
-    session.bind_table(job_table.table, connection)
     if _connection_of(session, job_table) is not connection:
         raise ClaimError(
             f"get_bind() of {type(session).__name__} chooses a connection of its own, and the "

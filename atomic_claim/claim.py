@@ -176,12 +176,12 @@ def claim_jobs(
         if parts.entities and not isinstance(session, Connection) and not session.autoflush:
             _refuse_unflushed(session, job_table)
         found = _won_before(strategy, work, parts, token) if work.resumed else []
-        if not found and batch is None:
-            found = strategy.claim(work, parts, params)
-        elif not found:
-            from .dialects.by_key import claim_batch  # noqa: PLC0415 - only exclusive keys need it
-
-            found = claim_batch(strategy, work, parts, batch or (), params)
+        if not found:
+            found = (
+                strategy.claim(work, parts, params)
+                if batch is None
+                else strategy.claim_batch(work, parts, batch, params)
+            )
         if parts.entities and not isinstance(session, Connection) and work.own:
             _load_fully(session, parts, found)
         return found

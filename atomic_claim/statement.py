@@ -468,6 +468,12 @@ class OrderTerm:
         )
 
 
+def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+    """Return what the terms of an order compare, as columns named ``claim_order_1`` and so on."""
+    terms = enumerate(order, 1)
+    return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]
+
+
 _MODIFIERS = (
     operators.asc_op,
     operators.desc_op,
@@ -597,10 +603,7 @@ def _build(job_table: JobTable, ask: Ask, *, entities: bool) -> ClaimParts:
     where = _conditions(ask.where)
     _check_tables(job_table, (*where, *order))
     limit = bindparam(LIMIT, ask.limit, Integer(), literal_execute=True)
-    terms = [
-        OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in enumerate(order, 1)
-    ]
-    source = _source(job_table, *key, *terms)
+    source = _source(job_table, *key, *labelled_terms(order))
     reach = bindparam(REACH, ask.limit + MARGIN, Integer(), literal_execute=True)
     branches = [
         source.where(*reason, *where).order_by(*(first or order)).limit(reach if place else limit)

@@ -162,17 +162,17 @@ def drain(engine: sa.Engine, combination: Combination) -> list[Ran]:
     raise TimeoutError(f"rows are left after {PATIENCE} s")
 
 
-def at_once(ran: Sequence[Ran]) -> int:
-    """Count the rows of one key that ran at the same time, at most."""
-    most = 0
-    for key in {each.key for each in ran}:
+def most_at_once(intervals: Sequence[tuple[int, float, float]]) -> dict[int, int]:
+    """How many runs of each key there were at the same time, at most."""
+    found: dict[int, int] = Counter()
+    for key in {interval[0] for interval in intervals}:
+        moments = [(begin, 1) for k, begin, _ in intervals if k == key]
+        moments += [(end, -1) for k, _, end in intervals if k == key]
         running = 0
-        moments = [(each.began, 1) for each in ran if each.key == key]
-        moments += [(each.ended, -1) for each in ran if each.key == key]
         for _, change in sorted(moments):
             running += change
-            most = max(most, running)
-    return most
+            found[key] = max(found[key], running)
+    return found
 
 
 def run_round(
@@ -189,7 +189,8 @@ def run_round(
     counts = Counter(each.row for each in ran)
     wrong = {row: counts[row] for row in range(1, rows + 1) if counts[row] != 1}
     assert not wrong, f"{combination}: rows and how often they ran: {wrong}"
-    return Outcome(len(ran), at_once(ran))
+    intervals = [(each.key, each.began, each.ended) for each in ran]
+    return Outcome(len(ran), max(most_at_once(intervals).values()))
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -1052,19 +1052,6 @@ class Audit:
         return found
 
 
-def most_at_once(intervals: list[tuple[int, int, int]]) -> dict[int, int]:
-    """How many runs of each key there were at the same time, at most."""
-    found: dict[int, int] = Counter()
-    for key in {interval[0] for interval in intervals}:
-        moments = [(begin, 1) for k, begin, _ in intervals if k == key]
-        moments += [(end, -1) for k, _, end in intervals if k == key]
-        running = 0
-        for _, change in sorted(moments):
-            running += change
-            found[key] = max(found[key], running)
-    return found
-
-
 @pytest.mark.parametrize("most", [1, 3])
 def test_drain(database: Database, most: int) -> None:
     """Eight workers, fifty keys of very uneven size, one of them held all the while."""
@@ -1126,7 +1113,7 @@ def test_drain(database: Database, most: int) -> None:
     assert not errors
     found = Audit(audit).intervals(engine)
     assert len(found) == sum(customer != 7 for customer in customers)
-    at_once = most_at_once(found)
+    at_once = exclusive_rounds.most_at_once(found)
     assert max(at_once.values()) <= most
     assert 7 not in at_once
     complete_jobs(engine, held)

@@ -227,6 +227,28 @@ class Strategy(ABC):
         """
         raise NotImplementedError
 
+    def claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+        """Claim by exclusive keys, search and claim in one transaction."""
+        found: Found = []
+        limit = params[LIMIT]
+        for batch in self.batches(parts, work.rows, limit):
+            found += self.claim_batch(work, parts, batch, {**params, LIMIT: limit - len(found)})
+            if len(found) == limit:
+                break
+        return found
+
+    def claim_batch(
+        self, work: Work, parts: ClaimParts, batch: Sequence[Candidate], params: dict[str, Any]
+    ) -> Found:
+        """Claim as many candidates as the limit says, as far as their keys have room."""
+        found: Found = []
+        limit, rest = params[LIMIT], batch
+        while rest and len(found) < limit:
+            wanted = {**params, LIMIT: limit - len(found)}
+            more, rest = self.claim_candidates(work, parts, rest, wanted)
+            found += more
+        return found
+
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         """Lock a table's exclusive keys around a transaction of our own.
 

@@ -60,9 +60,10 @@ from atomic_claim.statement import (
     ByKey,
     ClaimParts,
     OrderTerm,
+    labelled_terms,
 )
 
-from .base import Candidate, Found, Key, Read, Strategy, Work
+from .base import CHUNK, Candidate, Key, Read, Work
 
 KEY = "claim_key"
 PLACE = "claim_place"
@@ -287,10 +288,7 @@ class KeySearch:
 
     def _described(self, rows: Select[Any]) -> Select[Any]:
         """Add the terms of the order to a SELECT of primary keys."""
-        terms = enumerate(self.parts.order, 1)
-        return rows.add_columns(
-            *(OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms)
-        )
+        return rows.add_columns(*labelled_terms(self.parts.order))
 
     def _ids(self, found: FromClause) -> list[ColumnElement[Any]]:
         columns: list[ColumnElement[Any]] = list(found.columns)
@@ -361,51 +359,21 @@ def _unlabelled(column: Any) -> Any:
     return column.element if isinstance(column, Label) else column
 
 
-def claim_by_key(
-    strategy: Strategy, work: Work, parts: ClaimParts, params: dict[str, Any]
-) -> Found:
-    """Search and claim in one transaction."""
-    found: Found = []
-    limit = params[LIMIT]
-    for batch in strategy.batches(parts, work.rows, limit):
-        found += claim_batch(strategy, work, parts, batch, {**params, LIMIT: limit - len(found)})
-        if len(found) == limit:
-            break
-    return found
-
-
-def claim_batch(
-    strategy: Strategy,
-    work: Work,
-    parts: ClaimParts,
-    batch: Sequence[Candidate],
-    params: dict[str, Any],
-) -> Found:
-    """Claim of these candidates as many as the limit says, as far as their keys have room."""
-    found: Found = []
-    limit, rest = params[LIMIT], batch
-    while rest and len(found) < limit:
-        wanted = {**params, LIMIT: limit - len(found)}
-        more, rest = strategy.claim_candidates(work, parts, rest, wanted)
-        found += more
-    return found
-
-
 def chosen(
     work: Work, search: KeySearch, candidates: Sequence[Candidate], params: Mapping[str, Any]
 ) -> tuple[dict[Key, Any], Sequence[Candidate]]:
-    """Look which of the candidates may be claimed now.
+    """Look which of the first candidates may be claimed now.
 
     Returns:
-        Their exclusive keys by their primary keys, in claim order; and the candidates behind them
-        if those are enough.
+        Their exclusive keys by their primary keys, in claim order; and the candidates that were
+        not looked at, or stand behind those if they are enough.
     """
     limit = params[LIMIT]
-    rows = [each.row for each in candidates]
+    rows = [each.row for each in candidates[:CHUNK]]
     found = [tuple(row) for row in work.rows(*search.chosen.of(rows, {LIMIT: limit}))]
     keys = {row[:-1]: row[-1] for row in found}
     enough = len(keys) == limit
-    return keys, candidates[1 + max(map(rows.index, keys)) :] if enough else ()
+    return keys, candidates[1 + max(map(rows.index, keys)) if enough else CHUNK :]
 
 
 def given(candidates: Sequence[Candidate]) -> dict[str, Any]:

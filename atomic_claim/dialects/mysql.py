@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -68,7 +68,7 @@ from .base import (
 )
 from .by_key import KeySearch, chosen, refuse_view
 from .direct import Failed, Learned, Learning, OnDriver, learned_of
-from .named_lock import NEEDS_OWN, named_lock, read_committed
+from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
@@ -189,14 +189,13 @@ class MySQL(Strategy):
         candidates: Sequence[Candidate],
         params: dict[str, Any],
     ) -> tuple[Found, Sequence[Candidate]]:
-        keys, rest = chosen(work, self._key_search(parts), candidates[:CHUNK], params)
+        keys, rest = chosen(work, self._key_search(parts), candidates, params)
         refuse_autocommit(self, work, "the row locks would be gone before the rows are marked")
         lock = self._prepared(parts, work).lock_keyed
         # A row may have been given another key since.
         held = {row[:-1]: row[-1] for row in work.tuples(*lock.of(list(keys)))} if keys else {}
         ours = [row for row, key in keys.items() if row in held and held[row] == key]
-        found = mark_and_load(work, parts, ours, params, self.hints)
-        return found, [*rest, *candidates[CHUNK:]]
+        return mark_and_load(work, parts, ours, params, self.hints), rest
 
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         _check_engine(connection, table)
@@ -306,15 +305,14 @@ class MySQL(Strategy):
         """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
         names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
         before = work.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
-        connection = work.connection
         try:
             _set_session(work, dict.fromkeys(names, max(1, round(seconds))))
             yield
         except BaseException:
             # No session goes back to a pool with the short wait.
-            if work.own and not (connection.invalidated or connection.closed):
-                connection.invalidate()
-            elif not work.own:
+            if work.own:
+                end_session(work.connection)
+            else:
                 with suppress(SQLAlchemyError):
                     _set_session(work, dict(zip(names, before, strict=True)))
             raise
@@ -402,12 +400,6 @@ class _Statements:
 
         # Locks those of the rows that are still free and that nobody holds.
         self.lock = self._by_key(self._locking(skip_locked=True).where(*parts.conditions))
-        # The same with their exclusive keys.
-        self.lock_keyed = self._by_key(
-            self._locking(skip_locked=True)
-            .add_columns(parts.job_table.exclusive_by)
-            .where(*parts.conditions)
-        )
         # The same, but only the first ones in the order of the key.
         self.lock_first = self._by_key(
             self._locking(skip_locked=True)
@@ -422,6 +414,12 @@ class _Statements:
         self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
         # The same, or it fails if somebody holds one of the rows.
         self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
+
+    @cached_property
+    def lock_keyed(self) -> ByKey:
+        """Locks like ``lock``, and tells the exclusive keys."""
+        locking = self._locking(skip_locked=True).where(*self.parts.conditions)
+        return self._by_key(locking.add_columns(self.parts.job_table.exclusive_by))
 
     @property
     def lock_of(self) -> Any:

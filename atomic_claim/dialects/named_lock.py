@@ -53,14 +53,14 @@ def named_lock(connection: Connection, table: Table) -> Iterator[None]:
         yield
         released = connection.scalar(select(func.release_lock(name)))
     except BaseException:
-        _end(connection)
+        end_session(connection)
         raise
     if released != 1:
-        _end(connection)
+        end_session(connection)
 
 
-def _end(connection: Connection) -> None:
-    """End a session that may hold the lock: it goes back to no pool."""
+def end_session(connection: Connection) -> None:
+    """End a session that may hold a lock or a setting of ours: it goes back to no pool."""
     if not (connection.invalidated or connection.closed):
         connection.invalidate()
 

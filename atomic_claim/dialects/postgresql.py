@@ -72,7 +72,7 @@ from .base import (
     require,
     returned,
 )
-from .by_key import claim_by_key, given, refuse_view
+from .by_key import given, refuse_view
 from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
@@ -153,7 +153,7 @@ class PostgreSQL(Strategy):
             require_locks(work.dialect)
             refuse_view(work.connection, parts.job_table.table)
             self._check_zone(work, parts)
-            return claim_by_key(self, work, parts, params)
+            return self.claim_by_key(work, parts, params)
         return self._claim(work, parts, params)
 
     def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:

@@ -36,7 +36,6 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
-    CHUNK,
     Candidate,
     Find,
     Found,
@@ -53,7 +52,7 @@ from .base import (
     returned,
     row_maker,
 )
-from .by_key import KeySearch, chosen, claim_by_key, refuse_view
+from .by_key import KeySearch, chosen, refuse_view
 from .direct import Direct, learn
 
 MARK = "/* claimable */"
@@ -103,7 +102,7 @@ class SQLite(Strategy):
             except DBAPIError:
                 refuse_view(work.connection, parts.job_table.table)
                 raise
-            return claim_by_key(self, work, parts, params)
+            return self.claim_by_key(work, parts, params)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
         [statement] = self.statements(parts)
@@ -140,9 +139,8 @@ class SQLite(Strategy):
         candidates: Sequence[Candidate],
         params: dict[str, Any],
     ) -> tuple[Found, Sequence[Candidate]]:
-        keys, rest = chosen(work, _key_search(parts), candidates[:CHUNK], params)
-        found = mark_and_load(work, parts, list(keys), params, self.hints)
-        return found, [*rest, *candidates[CHUNK:]]
+        keys, rest = chosen(work, _key_search(parts), candidates, params)
+        return mark_and_load(work, parts, list(keys), params, self.hints), rest
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         keys = self.lock(work, parts, params)

@@ -221,16 +221,15 @@ class Run:
         if step.actor in self.waiting or step.actor in self.paused:
             return
         player = self.world.players[step.actor]
-        commits = step.commits
         try:
-            player.do(lambda: player.finish(commits=commits)).result(PATIENCE)
+            player.do(lambda: player.finish(commits=step.commits)).result(PATIENCE)
         except (HookError, DBAPIError) as error:
             # A listener that raises, or a busy SQLite file.
             self.log.append(f"    ({error!r:.80})")
-            player.do(lambda: player.finish(commits=False)).result(PATIENCE)
-            commits = False
-        self.model.finish(step.actor, commits=commits)
-        self.open.discard(step.actor)
+            self._roll_back(step.actor)
+        else:
+            self.model.finish(step.actor, commits=step.commits)
+            self.open.discard(step.actor)
         player.armed = {}
 
     def _roll_back(self, actor: Actor) -> None:
