@@ -243,6 +243,17 @@ class MariaDBDatabase(InnoDBDatabase):
             return int(waiting or 0) + int(connection.exec_driver_sql(counter).one()[1])
 
 
+def end_connection(admin: sa.Engine, driver: Any) -> None:
+    """End the server's process of a driver connection by an engine in AUTOCOMMIT."""
+    with admin.connect() as connection:
+        if hasattr(driver, "thread_id"):
+            connection.exec_driver_sql(f"KILL {driver.thread_id()}")
+            return
+        info = getattr(driver, "info", None)
+        pid = info.backend_pid if info is not None else driver.get_server_pid()
+        connection.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+
+
 KINDS: Final[dict[str, tuple[type[DatabaseServer], type[ServerDatabase]]]] = {
     "postgresql": (PostgreSQL, PostgreSQLDatabase),
     "mysql": (MySQL, MySQLDatabase),

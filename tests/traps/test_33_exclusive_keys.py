@@ -19,7 +19,7 @@ from atomic_claim import ClaimConflict, ClaimLost, JobTable, claim_jobs, complet
 from atomic_claim.dialects import mysql, named_lock, postgresql, sqlite
 from atomic_claim.dialects.by_key import KeySearch
 from atomic_claim.lease import Owned
-from tests.databases import Database
+from tests.databases import Database, end_connection
 from tests.jobs import ids, in_thread
 from tests.stepping import Stepped, commit_after, stopped
 from tests.test_exclusive import LEASE, expire, filled, keyed_table, quick, running
@@ -392,13 +392,7 @@ class KillAt:
         if self.left != -1:
             return
         self.has_killed = True
-        driver: Any = connection.connection.driver_connection
-        with self.admin.connect() as admin:
-            if self.admin.dialect.name == "postgresql":
-                pid = driver.info.backend_pid
-                admin.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
-            else:
-                admin.exec_driver_sql(f"KILL {driver.thread_id()}")
+        end_connection(self.admin, connection.connection.driver_connection)
 
 
 @INNODB
