@@ -13,6 +13,7 @@ from sqlalchemy import inspect as sa_inspect
 from .binds import Bind, Left, keyed_apart, run_directly, run_in
 from .columns import JobTable, job_table_of
 from .dialects import Found, Strategy, Work, learned_of, load
+from .dialects.by_key import claim_batch, key_search
 from .errors import ClaimError
 from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
 from .tickets import ticket_for
@@ -180,7 +181,7 @@ def claim_jobs(
             found = (
                 strategy.claim(work, parts, params)
                 if batch is None
-                else strategy.claim_batch(work, parts, batch, params)
+                else claim_batch(strategy, work, parts, batch, params)
             )
         if parts.entities and not isinstance(session, Connection) and work.own:
             _load_fully(session, parts, found)
@@ -224,7 +225,7 @@ def _claimed_by_key(
 
         return run_in(bind, job_table, search, single=lambda _: False, recoverable=True)
 
-    for batch in strategy.batches(parts, read, limit):
+    for batch in key_search(strategy, parts).batches(read, limit):
         if found := run_keyed(partial(run, batch=batch)):
             return found
     return []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -222,12 +222,6 @@ class ClaimParts:
         if name not in self.prepared:
             self.prepared[name] = make(self)
         return self.prepared[name]  # type: ignore[no-any-return]
-
-    def narrowed(self, branch: Select[Any], rows: Select[Any]) -> ClaimParts:
-        """Return the parts of a claim whose only candidates are those of ``branch``."""
-        limit, reach = self.candidates.limit, self.candidates.reach
-        found = Candidates((branch.limit(limit),), self.order, limit, reach, rows)
-        return replace(self, candidates=found, prepared={})
 
     @property
     def spread(self) -> bool:

@@ -26,34 +26,17 @@ from sqlalchemy.dialects.postgresql import REGCLASS
 from atomic_claim.columns import JobTable
 from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import ClaimParts, key_in
+from atomic_claim.statement import key_in
 
 from .base import Candidate, Key, Work
-from .by_key import KeySearch
 
 SCHEMA = "atomic_claim_schema"
 TABLE = "atomic_claim_table"
 LEVELS = {"read committed", "read uncommitted"}
-# Every lock takes a place in the server's lock table (max_locks_per_transaction).
-MOST_LOCKS = 1000
 LEVEL = func.current_setting(literal_column("'transaction_isolation'")).label("level")
 # A worker that stops between two statements of a claim would keep its keys until it goes on.
 TIMEOUT = "idle_in_transaction_session_timeout"
 LONGEST_IDLE = "5s"
-
-
-def key_search(parts: ClaimParts) -> KeySearch:
-    """Return the search of one claim, built once per parts."""
-    return parts.prepare(
-        "key search on PostgreSQL",
-        lambda it: KeySearch(
-            it,
-            recursive=True,
-            lateral=True,
-            session=(LEVEL,),
-            lock=lambda key: lock_number(it.job_table, key),
-        ),
-    )
 
 
 def lock_number(job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[int]:
@@ -118,28 +101,28 @@ def limit_idleness(connection: Connection) -> None:
     connection.execute(select(case((is_off, limited))))
 
 
-def locked(
+def lock_candidates(
     work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-) -> tuple[list[Candidate], Sequence[Candidate]]:
+) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
     """Lock the keys of the first candidates until the transaction ends, as many as are wanted.
 
     Returns:
         The candidates whose keys are locked, or that have none; and those that were not tried.
     """
-    tried, rest = candidates[:MOST_LOCKS], candidates[MOST_LOCKS:]
-    numbers = list(dict.fromkeys(each.lock for each in tried if each.lock is not None))
+    numbers = list(dict.fromkeys(each.lock for each in candidates if each.lock is not None))
     if not numbers:
-        return list(tried), rest
+        return candidates, ()
     given = func.unnest(bindparam("numbers", numbers, type_=ARRAY(Integer)))
     number: ColumnElement[int] = given.column_valued("claim_lock")
     table = table_number(work.dialect)
     locks = select(number).where(func.pg_try_advisory_xact_lock(table, number)).limit(wanted)
     named = table_name(work.connection, job_table)
     ours = {row[0] for row in work.connection.execute(locks, named)}
+    tried = len(candidates)
     if len(ours) == wanted:
-        last = max(place for place, each in enumerate(tried) if each.lock in ours)
-        tried, rest = candidates[: last + 1], candidates[last + 1 :]
-    return [each for each in tried if each.lock is None or each.lock in ours], rest
+        tried = 1 + max(place for place, each in enumerate(candidates) if each.lock in ours)
+    locked = [each for each in candidates[:tried] if each.lock is None or each.lock in ours]
+    return locked, candidates[tried:]
 
 
 def wait_for_keys(work: Work, job_table: JobTable, keys: Sequence[Key]) -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Select,
     Table,
     Update,
+    null,
     select,
     update,
 )
@@ -34,6 +35,7 @@ from atomic_claim.statement import LIMIT, REACH, ByKey, ClaimParts, key_in
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
+
 
 Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
@@ -194,6 +196,8 @@ class Strategy(ABC):
     """The names of the SQLAlchemy dialects that it serves."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What makes a statement reach rows through their key and lock no others, by dialect."""
+    walks_keys: ClassVar[bool] = True
+    """Whether the planner walks the keys of an index by a recursive CTE."""
     keyed_needs_own: ClassVar[str | None] = None
     """Why exclusive keys need a transaction of our own, where they do."""
 
@@ -209,45 +213,28 @@ class Strategy(ABC):
     def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         """Claim, and return the rows or entities in claim order."""
 
-    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
-        """Yield candidates for a claim by exclusive keys; see :meth:`KeySearch.batches`."""
-        raise NotImplementedError
+    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        """Return expressions that describe the session, for the search by exclusive keys."""
+        return ()
 
-    def claim_candidates(
-        self,
-        work: Work,
-        parts: ClaimParts,
-        candidates: Sequence[Candidate],
-        params: dict[str, Any],
-    ) -> tuple[Found, Sequence[Candidate]]:
-        """Claim the first candidates whose keys have room, looking once their keys are locked.
+    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:  # noqa: B027 - most ask nothing
+        """Raise if the values of :meth:`key_session` do not allow a claim by exclusive keys."""
+
+    def key_number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Return the number of a key's lock, where keys are locked one by one, or NULL."""
+        return null()
+
+    def lock_keys(
+        self, work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+        """Lock the exclusive keys of the first candidates until the transaction ends.
+
+        Databases whose lock is held around the transaction have nothing to do.
 
         Returns:
-            The rows or entities in claim order, and the candidates that were not tried.
+            The candidates whose keys are locked, and those that were not tried.
         """
-        raise NotImplementedError
-
-    def claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        """Claim by exclusive keys, search and claim in one transaction."""
-        found: Found = []
-        limit = params[LIMIT]
-        for batch in self.batches(parts, work.rows, limit):
-            found += self.claim_batch(work, parts, batch, {**params, LIMIT: limit - len(found)})
-            if len(found) == limit:
-                break
-        return found
-
-    def claim_batch(
-        self, work: Work, parts: ClaimParts, batch: Sequence[Candidate], params: dict[str, Any]
-    ) -> Found:
-        """Claim as many candidates as the limit says, as far as their keys have room."""
-        found: Found = []
-        limit, rest = params[LIMIT], batch
-        while rest and len(found) < limit:
-            wanted = {**params, LIMIT: limit - len(found)}
-            more, rest = self.claim_candidates(work, parts, rest, wanted)
-            found += more
-        return found
+        return candidates, ()
 
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         """Lock a table's exclusive keys around a transaction of our own.
@@ -393,13 +380,6 @@ class Strategy(ABC):
     def cure(self) -> str:
         """Return the advice that a conflict's message gives to the owner of the transaction."""
         return "roll back, and claim again in a new transaction"
-
-
-def effective_name(connection: Connection, table: Table) -> str:
-    """Return a table's quoted name, with the schema to which this connection translates it."""
-    schema = connection.schema_for_object(table)
-    quote = connection.dialect.identifier_preparer.quote
-    return ".".join(quote(part) for part in (schema, table.name) if part)
 
 
 def require(

@@ -21,9 +21,9 @@ million waiting rows costs a step, and the cost grows with the number of keys th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -44,15 +44,13 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
-    true,
-    tuple_,
 )
 from sqlalchemy.sql import visitors
+from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
-    KEYS,
     LIMIT,
     MARGIN,
     ORDER,
@@ -63,15 +61,31 @@ from atomic_claim.statement import (
     labelled_terms,
 )
 
-from .base import CHUNK, Candidate, Key, Read, Work
+from .base import (
+    CHUNK,
+    Candidate,
+    Found,
+    Key,
+    Read,
+    Strategy,
+    Work,
+    hinted,
+    mark_and_load,
+    marking_by_key,
+    reading_by_key,
+    refuse_autocommit,
+)
 
-KEY = "claim_key"
-PLACE = "claim_place"
-BRANCH = "claim_branch"
+KEY = "atomic_claim_key"
+PLACE = "atomic_claim_place"
+BRANCH = "atomic_claim_branch"
 FOUND = "atomic_claim_found"
-LOCKS = "atomic_claim_locks"
-# So many of a key's rows are found by its heads where LATERAL is not to be had.
+# Rows of one key that its heads find at most.
 MOST_HEADS = 10
+VIEW = (
+    "{!r} is a view, and exclusive keys are locked in the name of a table: declare the table that "
+    "the view reads"
+)
 
 tables: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDictionary()
 """The schema and name of what is known not to be a view, by the dialect of their database."""
@@ -82,18 +96,12 @@ class KeySearch:
     """The statements that find rows whose keys have room, made of the parts of a claim.
 
     Attributes:
+        strategy: the database's.
         parts: the parts of the claim, which know nothing of keys.
-        recursive: whether the planner walks the keys of an index by a recursive CTE.
-        lateral: whether the database has LATERAL.
-        session: what is asked of the session along with the window.
-        lock: makes the number of a key's lock.
     """
 
+    strategy: Strategy
     parts: ClaimParts
-    recursive: bool
-    lateral: bool = False
-    session: tuple[ColumnElement[Any], ...] = ()
-    lock: Callable[[ColumnElement[Any]], ColumnElement[int]] | None = None
 
     # The statements.
 
@@ -106,7 +114,8 @@ class KeySearch:
         reach = bindparam(REACH, 1, Integer(), literal_execute=True)
         branches = self._numbered_branches([branch.limit(reach) for branch in self._branches])
         rows, has_room = self._numbered(self._together(*branches, name="first"))
-        found = cast("Select[Any]", select(*self.session, *self._told(rows, has_room)))
+        session = self.strategy.key_session(self.parts.job_table)
+        found = cast("Select[Any]", select(*session, *self._told(rows, has_room)))
         return found.order_by(*self._order(rows))
 
     @cached_property
@@ -118,16 +127,12 @@ class KeySearch:
         """
         reach = bindparam(REACH, 1, Integer(), literal_execute=True)
         first, *expired = self._branches
-        keys = self._walked_keys() if self.recursive else self._distinct_keys()
+        keys = self._walked_keys() if self.strategy.walks_keys else self._distinct_keys()
         free = first.order_by(None).order_by(self._column, *self.parts.order)
         of_key = free.where(self._column == keys.columns[KEY])
-        if self.lateral:
-            head = of_key.limit(self._most).correlate(keys).lateral(self._name("head"))
-            heads = [select(*head.columns).select_from(keys).join(head, true())]
-        else:
-            of_key = of_key.order_by(*self._tie_breakers)
-            places = range(min(self.parts.job_table.max_per_key, MOST_HEADS))
-            heads = [self._one_by_one(of_key, place, keys) for place in places]
+        of_key = of_key.order_by(*self._tie_breakers)
+        places = range(min(self.parts.job_table.max_per_key, MOST_HEADS))
+        heads = [self._one_by_one(of_key, place, keys) for place in places]
         others = [first.where(self._column.is_(None)), *expired]
         branches = self._numbered_branches([branch.limit(reach) for branch in others], 1)
         free_heads = [head.add_columns(_number(0).label(BRANCH)) for head in heads]
@@ -138,47 +143,50 @@ class KeySearch:
 
     @cached_property
     def chosen(self) -> ByKey:
-        """Of given rows those that may be claimed now, by their primary and exclusive keys."""
+        """Of rows given by key, those whose exclusive keys have room, in claim order."""
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:
-            rows = self._chosen(self.parts.candidates.rows.where(is_one))
-            columns = [*self._ids(rows), rows.columns[KEY]]
-            found = cast("Select[Any]", select(*columns))
+            given = self._described(self.parts.candidates.rows.where(is_one))
+            given = given.add_columns(self._column.label(KEY))
+            rows, has_room = self._numbered(given.cte(self._name("given")))
+            found = cast("Select[Any]", select(*self._ids(rows)).where(has_room))
             return found.order_by(*self._order(rows)).limit(limit)
 
         return ByKey(self.parts.key_attributes, build)
 
     @cached_property
-    def narrowed(self) -> ClaimParts:
-        """The parts of a claim whose candidates are :attr:`chosen`, given as ``KEYS``."""
+    def locking(self) -> ByKey:
+        """Lock the rows given by key that are free and not locked; return both their keys."""
         parts = self.parts
-        own: Any = parts.key_attributes
-        key = own[0] if len(own) == 1 else tuple_(*own)
-        free = parts.candidates.rows.where(key.in_(bindparam(KEYS, expanding=True)))
-        if self.lock is not None:
-            # The row may have been given another key since.
-            is_locked = self.lock(self._column).in_(bindparam(LOCKS, expanding=True))
-            free = free.where(or_(self._column.is_(None), is_locked))
-        rows = self._chosen(free)
-        branch = self._described(free).where(key.in_(select(*self._ids(rows))))
-        return parts.narrowed(branch.order_by(*parts.order), free)
+        table = parts.job_table.table
+        asked = parts.source(*parts.key_attributes, self._column).where(*parts.conditions)
+        if parts.spread:
+            # Else the subclass's table may come first, and MariaDB locks every row of it.
+            for dialect_name in self.strategy.hints:
+                asked = asked.prefix_with("STRAIGHT_JOIN", dialect=dialect_name)
+        locking = hinted(asked, table, self.strategy.hints).with_for_update(
+            skip_locked=True,
+            key_share=not parts.changes_key,
+            of=table if parts.spread else None,
+        )
+        return ByKey(parts.job_table.key, locking.where)
 
     # The search.
 
-    def batches(self, read: Read, limit: int, learn: Callable[[Any], None]) -> Iterator[Any]:
+    def batches(self, read: Read, limit: int) -> Iterator[list[Candidate]]:
         """Yield lists of candidates, each once, in claim order, until there are no more.
 
-        A list is enough for the limit, as far as it was read, unless it is the last. ``learn`` is
-        called with what the session says.
+        A list is enough for the limit, as far as it was read, unless it is the last.
         """
         tried: set[Key] = set()
         pending: list[Candidate] = []
-        width, reach = len(self.session), limit + MARGIN
+        job_table, reach = self.parts.job_table, limit + MARGIN
+        width = len(self.strategy.key_session(job_table))
         rows = read(self.window, {REACH: reach})
         if not rows:
             return
-        learn(rows[0][:width])
+        self.strategy.check_key_session(job_table, rows[0][:width])
         found: Sequence[Any] = [row[width:] for row in rows]
         free = [place for place, row in enumerate(found) if row[-2] == 0]
         is_all = len(found) < reach
@@ -281,11 +289,6 @@ class KeySearch:
         has_room = number + running.scalar_subquery() <= self._most
         return rows, or_(key.is_(None), and_(number <= self._most, has_room))
 
-    def _chosen(self, rows: Select[Any]) -> FromClause:
-        given = self._described(rows).add_columns(self._column.label(KEY))
-        numbered, has_room = self._numbered(given.cte(self._name("given")))
-        return select(numbered).where(has_room).subquery(self._name("chosen"))
-
     def _described(self, rows: Select[Any]) -> Select[Any]:
         """Add the terms of the order to a SELECT of primary keys."""
         return rows.add_columns(*labelled_terms(self.parts.order))
@@ -297,8 +300,8 @@ class KeySearch:
     def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
         """Return what is told of each row: its keys, its branch, and whether its key has room."""
         key = found.columns[KEY]
-        lock = [] if self.lock is None else [self.lock(key).label("claim_lock")]
-        return [*self._ids(found), key, *lock, found.columns[BRANCH], has_room.label("has_room")]
+        lock = self.strategy.key_number(self.parts.job_table, key).label("claim_lock")
+        return [*self._ids(found), key, lock, found.columns[BRANCH], has_room.label("has_room")]
 
     def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
         terms = enumerate(self.parts.order, 1)
@@ -359,43 +362,86 @@ def _unlabelled(column: Any) -> Any:
     return column.element if isinstance(column, Label) else column
 
 
-def chosen(
-    work: Work, search: KeySearch, candidates: Sequence[Candidate], params: Mapping[str, Any]
-) -> tuple[dict[Key, Any], Sequence[Candidate]]:
-    """Look which of the first candidates may be claimed now.
+def key_search(strategy: Strategy, parts: ClaimParts) -> KeySearch:
+    """Return the search of one claim, built once per parts and database."""
+    return parts.prepare(f"key search on {strategy.names}", partial(KeySearch, strategy))
+
+
+def keyed_statements(strategy: Strategy, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+    """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
+    search = key_search(strategy, parts)
+    marked = (marking_by_key(parts, strategy.hints), reading_by_key(parts, strategy.hints))
+    return (search.window, search.chosen, search.locking, *marked)
+
+
+def claim_by_key(
+    strategy: Strategy, work: Work, parts: ClaimParts, params: Mapping[str, Any]
+) -> Found:
+    """Claim by exclusive keys, search and claim in one transaction."""
+    found: Found = []
+    limit = params[LIMIT]
+    for batch in key_search(strategy, parts).batches(work.rows, limit):
+        found += claim_batch(strategy, work, parts, batch, {**params, LIMIT: limit - len(found)})
+        if len(found) == limit:
+            break
+    return found
+
+
+def claim_batch(
+    strategy: Strategy,
+    work: Work,
+    parts: ClaimParts,
+    batch: Sequence[Candidate],
+    params: Mapping[str, Any],
+) -> Found:
+    """Claim as many candidates as the limit allows, as far as their keys have room.
+
+    Lock the keys, look which of the rows have room beside the running ones, lock the rows, and
+    mark them: a statement each.
+    """
+    found: Found = []
+    limit, rest = params[LIMIT], batch
+    while rest and len(found) < limit:
+        wanted = {**params, LIMIT: limit - len(found)}
+        ours, rest = _locked(strategy, work, parts, rest, wanted[LIMIT])
+        found += mark_and_load(work, parts, ours, wanted, strategy.hints)
+    return found
+
+
+def _locked(
+    strategy: Strategy, work: Work, parts: ClaimParts, candidates: Sequence[Candidate], limit: int
+) -> tuple[list[Key], Sequence[Candidate]]:
+    """Lock the first candidates whose keys have room.
 
     Returns:
-        Their exclusive keys by their primary keys, in claim order; and the candidates that were
-        not looked at, or stand behind those if they are enough.
+        Their primary keys in claim order, and the candidates that were not tried.
     """
-    limit = params[LIMIT]
-    rows = [each.row for each in candidates[:CHUNK]]
-    found = [tuple(row) for row in work.rows(*search.chosen.of(rows, {LIMIT: limit}))]
-    keys = {row[:-1]: row[-1] for row in found}
-    enough = len(keys) == limit
-    return keys, candidates[1 + max(map(rows.index, keys)) if enough else CHUNK :]
+    search = key_search(strategy, parts)
+    tried, rest = strategy.lock_keys(work, parts.job_table, candidates[:CHUNK], limit)
+    rest = [*rest, *candidates[CHUNK:]]
+    refuse_autocommit(strategy, work, "the locks would be gone before the rows are marked")
+    if not tried:
+        return [], rest
+    keys = {each.row: each.key for each in tried}
+    chosen = work.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
+    if len(chosen) == limit:
+        last = 1 + max(map(list(keys).index, chosen))
+        rest = [*tried[last:], *rest]
+    held = work.tuples(*search.locking.of(chosen)) if chosen else []
+    # A row may have been given another key since the search.
+    ours = {row[:-1] for row in held if row[-1] == keys[row[:-1]]}
+    return [row for row in chosen if row in ours], rest
 
 
-def given(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """Return the candidates as the parameters of :attr:`KeySearch.narrowed`."""
-    rows = [each.row for each in candidates]
-    keys = [row[0] for row in rows] if len(rows[0]) == 1 else rows
-    return {KEYS: keys, LOCKS: list({each.lock for each in candidates if each.lock is not None})}
-
-
-def refuse_view(connection: Connection, table: Table, *, any_case: bool = False) -> None:
+def refuse_view(connection: Connection, table: Table) -> None:
     """Refuse a view, whose keys would be locked by another name than its table's.
 
-    Asked once for each engine of SQLAlchemy's. ``any_case``: names may differ in case alone.
+    Asked once for each dialect object of SQLAlchemy's.
     """
     schema = connection.schema_for_object(table)
     known = tables.setdefault(connection.dialect, set())
     if (schema, table.name) in known:
         return
-    views = inspect(connection).get_view_names(schema)
-    if table.name in views or (any_case and table.name.lower() in map(str.lower, views)):
-        raise ClaimError(
-            f"{table.fullname!r} is a view, and exclusive keys are locked in the name of a table: "
-            "declare the table that the view reads"
-        )
+    if table.name in inspect(connection).get_view_names(schema):
+        raise ClaimError(VIEW.format(table.fullname))
     known.add((schema, table.name))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -48,17 +47,14 @@ from atomic_claim.statement import (
 )
 
 from .base import (
-    Candidate,
     Executes,
     Find,
     Found,
     Key,
     Pooled,
-    Read,
     Strategy,
     Work,
     chunks,
-    effective_name,
     hinted,
     mark_and_load,
     marking_by_key,
@@ -66,7 +62,7 @@ from .base import (
     refuse_autocommit,
     require,
 )
-from .by_key import KeySearch, chosen, refuse_view
+from .by_key import VIEW, keyed_statements
 from .direct import Failed, Learned, Learning, OnDriver, learned_of
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
@@ -115,6 +111,7 @@ class MySQL(Strategy):
     names = NAMES
     # A hint for "mysql" renders nothing for mariadb://, so both names are said.
     hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+    walks_keys = False
     keyed_needs_own = NEEDS_OWN
 
     def check(self, dialect: Dialect) -> None:
@@ -175,42 +172,19 @@ class MySQL(Strategy):
         usual = not (driver.get_autocommit() or self.in_transaction(pooled))
         return nullcontext() if usual else None
 
-    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
-        def learn(said: Sequence[Any]) -> None:
-            if said and said[0]:
-                self.refuse_skew(parts.job_table, said[0])
-
-        return self._key_search(parts).batches(read, limit, learn)
-
-    def claim_candidates(
-        self,
-        work: Work,
-        parts: ClaimParts,
-        candidates: Sequence[Candidate],
-        params: dict[str, Any],
-    ) -> tuple[Found, Sequence[Candidate]]:
-        keys, rest = chosen(work, self._key_search(parts), candidates, params)
-        refuse_autocommit(self, work, "the row locks would be gone before the rows are marked")
-        lock = self._prepared(parts, work).lock_keyed
-        # A row may have been given another key since.
-        held = {row[:-1]: row[-1] for row in work.tuples(*lock.of(list(keys)))} if keys else {}
-        ours = [row for row, key in keys.items() if row in held and held[row] == key]
-        return mark_and_load(work, parts, ours, params, self.hints), rest
-
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
-        _check_engine(connection, table)
-        refuse_view(connection, table, any_case=True)
+        _check_engine(connection, table, view=VIEW)
         return named_lock(connection, table)
 
     def begin_keyed(self, connection: Connection) -> None:
         read_committed(connection)
 
-    def _key_search(self, parts: ClaimParts) -> KeySearch:
-        session = (SKEW,) if self.naive_columns(parts.job_table) else ()
-        return parts.prepare(
-            "key search on MySQL and MariaDB",
-            lambda it: KeySearch(it, recursive=False, session=session),
-        )
+    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        return (SKEW,) if self.naive_columns(job_table) else ()
+
+    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
+        if any(found):
+            self.refuse_skew(job_table, *found)
 
     def lock(
         self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
@@ -245,11 +219,10 @@ class MySQL(Strategy):
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
+        if parts.job_table.exclusive_by is not None:
+            return keyed_statements(self, parts)
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
         lock = _Statements(self, parts, mariadb=False).lock
-        if parts.job_table.exclusive_by is not None:
-            search = self._key_search(parts)
-            return (search.window, search.chosen, lock, *marked)
         return (parts.candidates.select(), lock, *marked)
 
     def _prepared(self, parts: ClaimParts, work: Executes) -> _Statements:
@@ -339,27 +312,37 @@ class MySQL(Strategy):
         return error.orig.args[0] if error.orig is not None and error.orig.args else None
 
 
-checked: WeakKeyDictionary[Dialect, set[str]] = WeakKeyDictionary()
+checked: WeakKeyDictionary[Dialect, set[tuple[str | None, ...]]] = WeakKeyDictionary()
 """The tables that are known to be InnoDB's, by the dialect of their database."""
 
 
-def _check_engine(connection: Connection, table: Table) -> None:
-    """Refuse a table that has no row locks; asked once for each engine of SQLAlchemy's."""
-    dialect = connection.dialect
-    name = effective_name(connection, table)
-    known = checked.setdefault(dialect, set())
-    if name in known:
+ENGINE = text(
+    "SELECT table_type, engine FROM information_schema.tables "
+    "WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
+)
+
+
+def _check_engine(connection: Connection, table: Table, *, view: str | None = None) -> None:
+    """Refuse a table that has no row locks; asked once for each dialect object of SQLAlchemy's.
+
+    ``view`` is the reason to refuse a view, if there is one.
+    """
+    schema = connection.schema_for_object(table)
+    known = checked.setdefault(connection.dialect, set())
+    if (schema, table.name, view) in known:
         return
-    # Of a view, which has no engine, the claim's own statements tell more.
-    created = connection.exec_driver_sql(f"SHOW CREATE TABLE {name}").one()[1]
-    found = re.search(r"^\).* ENGINE=(\w+)", created, re.MULTILINE)
-    if found is not None and found[1].lower() != "innodb":
+    asked = {"schema": schema, "name": table.name}
+    # Temporary tables are not listed; no other session reads them.
+    kind, engine = connection.execute(ENGINE, asked).one_or_none() or (None, None)
+    if view is not None and kind == "VIEW":
+        raise ClaimError(view.format(table.fullname))
+    if engine is not None and engine.lower() != "innodb":
         raise ClaimError(
-            f"the storage engine of {table.fullname!r} is {found[1]}, which has no row locks that "
+            f"the storage engine of {table.fullname!r} is {engine}, which has no row locks that "
             "a claim could rest on: two workers would get the same rows; convert it with "
             f"ALTER TABLE {table.fullname} ENGINE=InnoDB"
         )
-    known.add(name)
+    known.add((schema, table.name, view))
 
 
 def _set_session(work: Work, settings: Mapping[str, int]) -> None:
@@ -414,12 +397,6 @@ class _Statements:
         self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
         # The same, or it fails if somebody holds one of the rows.
         self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
-
-    @cached_property
-    def lock_keyed(self) -> ByKey:
-        """Locks like ``lock``, and tells the exclusive keys."""
-        locking = self._locking(skip_locked=True).where(*self.parts.conditions)
-        return self._by_key(locking.add_columns(self.parts.job_table.exclusive_by))
 
     @property
     def lock_of(self) -> Any:

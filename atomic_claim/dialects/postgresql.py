@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,6 @@ from atomic_claim.conventions import plain_type
 from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
 from atomic_claim.statement import (
-    LIMIT,
     MARGIN,
     ORDER,
     ByKey,
@@ -47,9 +46,10 @@ from atomic_claim.statement import (
 )
 
 from .advisory import (
-    key_search,
+    LEVEL,
     limit_idleness,
-    locked,
+    lock_candidates,
+    lock_number,
     refuse_snapshot,
     require_locks,
     wait_for_keys,
@@ -61,7 +61,6 @@ from .base import (
     Found,
     Key,
     Pooled,
-    Read,
     Strategy,
     Work,
     chunks,
@@ -72,7 +71,7 @@ from .base import (
     require,
     returned,
 )
-from .by_key import given, refuse_view
+from .by_key import claim_by_key, keyed_statements, refuse_view
 from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
@@ -153,25 +152,22 @@ class PostgreSQL(Strategy):
             require_locks(work.dialect)
             refuse_view(work.connection, parts.job_table.table)
             self._check_zone(work, parts)
-            return self.claim_by_key(work, parts, params)
+            return claim_by_key(self, work, parts, params)
         return self._claim(work, parts, params)
 
-    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
-        return key_search(parts).batches(read, limit, lambda said: refuse_snapshot(said[0]))
+    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        return (LEVEL,)
 
-    def claim_candidates(
-        self,
-        work: Work,
-        parts: ClaimParts,
-        candidates: Sequence[Candidate],
-        params: dict[str, Any],
-    ) -> tuple[Found, Sequence[Candidate]]:
-        ours, rest = locked(work, parts.job_table, candidates, params[LIMIT])
-        refuse_autocommit(self, work, KEYS_UNLOCKED)
-        if not ours:
-            return [], rest
-        narrowed = key_search(parts).narrowed
-        return self._claim(work, narrowed, params | given(ours)), rest
+    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
+        refuse_snapshot(*found)
+
+    def key_number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
+        return lock_number(job_table, key)
+
+    def lock_keys(
+        self, work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+        return lock_candidates(work, job_table, candidates, wanted)
 
     def begin_keyed(self, connection: Connection) -> None:
         limit_idleness(connection)
@@ -227,11 +223,7 @@ class PostgreSQL(Strategy):
 
     def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
         if parts.job_table.exclusive_by is not None:
-            search = key_search(parts)
-            return (search.window, *self._statements(search.narrowed))
-        return self._statements(parts)
-
-    def _statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+            return keyed_statements(self, parts)
         reading = (reading_by_key(parts, self.hints),) if parts.spread else ()
         return (parts.statement, *reading)
 

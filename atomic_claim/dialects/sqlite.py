@@ -36,12 +36,10 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
 
 from .base import (
-    Candidate,
     Find,
     Found,
     Key,
     Pooled,
-    Read,
     Strategy,
     Work,
     mark_and_load,
@@ -52,7 +50,7 @@ from .base import (
     returned,
     row_maker,
 )
-from .by_key import KeySearch, chosen, refuse_view
+from .by_key import claim_by_key, keyed_statements, refuse_view
 from .direct import Direct, learn
 
 MARK = "/* claimable */"
@@ -102,7 +100,7 @@ class SQLite(Strategy):
             except DBAPIError:
                 refuse_view(work.connection, parts.job_table.table)
                 raise
-            return self.claim_by_key(work, parts, params)
+            return claim_by_key(self, work, parts, params)
         if not self.is_single(parts) or (parts.entities and work.has_criteria):
             return self._claim_by_key(work, parts, params)
         [statement] = self.statements(parts)
@@ -125,22 +123,8 @@ class SQLite(Strategy):
             return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
         marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
         if parts.job_table.exclusive_by is not None:
-            search = _key_search(parts)
-            return (_lock(parts.job_table), search.window, search.chosen, *marked)
+            return (_lock(parts.job_table), *keyed_statements(self, parts))
         return (_lock(parts.job_table), parts.candidates.select(), *marked)
-
-    def batches(self, parts: ClaimParts, read: Read, limit: int) -> Iterator[list[Candidate]]:
-        return _key_search(parts).batches(read, limit, lambda _: None)
-
-    def claim_candidates(
-        self,
-        work: Work,
-        parts: ClaimParts,
-        candidates: Sequence[Candidate],
-        params: dict[str, Any],
-    ) -> tuple[Found, Sequence[Candidate]]:
-        keys, rest = chosen(work, _key_search(parts), candidates, params)
-        return mark_and_load(work, parts, list(keys), params, self.hints), rest
 
     def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
         keys = self.lock(work, parts, params)
@@ -210,10 +194,6 @@ class SQLite(Strategy):
             "has read cannot become a writer once another connection has written "
             "(https://www.sqlite.org/lang_transaction.html)"
         )
-
-
-def _key_search(parts: ClaimParts) -> KeySearch:
-    return parts.prepare("key search on SQLite", lambda it: KeySearch(it, recursive=True))
 
 
 def _lock(job_table: JobTable) -> Update:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import sessionmaker
 
 from atomic_claim import ClaimConflict, ClaimLost, JobTable, claim_jobs, complete_jobs, extend_jobs
-from atomic_claim.dialects import mysql, named_lock, postgresql, sqlite
+from atomic_claim.dialects import by_key, mysql, named_lock, postgresql, sqlite
 from atomic_claim.dialects.by_key import KeySearch
 from atomic_claim.lease import Owned
 from tests.databases import Database, end_connection
@@ -84,7 +84,8 @@ def no_lock(connection: sa.Connection, _: Any) -> Iterator[None]:
 
 def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have claims and extensions hold no lock of the key when they commit."""
-    monkeypatch.setattr(postgresql, "locked", lambda _, __, candidates, ___: (candidates, []))
+    no_locks = lambda _, __, candidates, ___: (candidates, [])  # noqa: E731 - used once
+    monkeypatch.setattr(postgresql, "lock_candidates", no_locks)
     monkeypatch.setattr(postgresql, "wait_for_keys", lambda *_: None)
     monkeypatch.setattr(mysql, "named_lock", no_lock)
 
@@ -154,6 +155,7 @@ def test_the_write_lock_comes_before_the_search(
     complete(engine, jobs, 2)
     engine = database.engine(isolation_level="AUTOCOMMIT")
     monkeypatch.setattr(sqlite.SQLite, "_take_write_lock", lambda *_: None)
+    monkeypatch.setattr(by_key, "refuse_autocommit", lambda *_: None)
     with engine.begin() as connection:
         connection.execute(jobs.table.insert(), [{"id": n, "customer_id": 1} for n in (3, 4)])
     with stopped(engine, claims(engine, jobs, 4), MARK) as second:
