@@ -4,7 +4,6 @@ import importlib
 import typing
 
 from .claim import Claim, claim_jobs
-from .columns import JobTable
 from .errors import (
     AmbiguousTable,
     ClaimConflict,
@@ -13,7 +12,8 @@ from .errors import (
     PatchError,
     UnsupportedDialect,
 )
-from .lease import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
+from .job_table import JobTable
+from .lifecycle import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
 from .statement import ClaimStatement, claim_statement
 
 if typing.TYPE_CHECKING:

@@ -23,12 +23,12 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.util import greenlet_spawn
 
 from . import claim as _claim
-from . import lease as _lease
-from .binds import async_types, patiently, sync_bind
+from . import lifecycle as _lifecycle
 from .claim import Claim
 from .errors import ClaimError
+from .execution import async_types, patiently, sync_bind
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
-from .lease import Held
+from .lifecycle import Held
 
 __all__ = [
     "claim_jobs",
@@ -104,7 +104,7 @@ async def complete_jobs(
     bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
     """Mark claimed jobs as done; see :func:`atomic_claim.complete_jobs`."""
-    return await _run(_lease.complete_jobs, bind, claim, jobs, unfenced=unfenced)
+    return await _run(_lifecycle.complete_jobs, bind, claim, jobs, unfenced=unfenced)
 
 
 async def fail_jobs(
@@ -118,7 +118,7 @@ async def fail_jobs(
 ) -> int:
     """Mark claimed jobs as failed, or free them for later; see :func:`atomic_claim.fail_jobs`."""
     return await _run(
-        _lease.fail_jobs, bind, claim, jobs, retry=retry, error=error, unfenced=unfenced
+        _lifecycle.fail_jobs, bind, claim, jobs, retry=retry, error=error, unfenced=unfenced
     )
 
 
@@ -126,7 +126,7 @@ async def release_jobs(
     bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
     """Give claimed jobs back; see :func:`atomic_claim.release_jobs`."""
-    return await _run(_lease.release_jobs, bind, claim, jobs, unfenced=unfenced)
+    return await _run(_lifecycle.release_jobs, bind, claim, jobs, unfenced=unfenced)
 
 
 async def extend_jobs(
@@ -137,12 +137,12 @@ async def extend_jobs(
     lease: timedelta | None = None,
 ) -> int:
     """Prolong the leases of claimed jobs; see :func:`atomic_claim.extend_jobs`."""
-    return await _run(_lease.extend_jobs, bind, claim, jobs, lease=lease)
+    return await _run(_lifecycle.extend_jobs, bind, claim, jobs, lease=lease)
 
 
 async def sweep_jobs(bind: AsyncBind, table: Any) -> int:
     """Mark as failed what has spent its attempts; see :func:`atomic_claim.sweep_jobs`."""
-    return await _run(_lease.sweep_jobs, bind, table)
+    return await _run(_lifecycle.sweep_jobs, bind, table)
 
 
 @asynccontextmanager

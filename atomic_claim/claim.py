@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 from sqlalchemy import Connection, Engine, Row, Select, and_, bindparam, delete, select
 from sqlalchemy import inspect as sa_inspect
 
-from .binds import Bind, Left, keyed_apart, run_directly, run_in
-from .columns import JobTable, job_table_of
-from .dialects import Found, Strategy, Work, learned_of, load
-from .dialects.by_key import claim_batch, key_search
+from .backends import Backend, KeyedRows, Transaction, learned_of, load
+from .backends.by_key import claim_batch, key_search
 from .errors import ClaimError
-from .statement import Ask, ClaimParts, checked_limit, claim_parts, key_in, new_token
+from .execution import Bind, Left, keyed_apart, run_directly, run_in
+from .job_table import JobTable, job_table_of
+from .plan import ClaimPlan, ClaimRequest, checked_limit, claim_plan, new_token
+from .sql_elements import key_in
 from .tickets import ticket_for
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-    from .dialects.base import Candidate
+    from .backends.base import Candidate
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
@@ -165,41 +166,43 @@ def claim_jobs(
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     job_table = job_table_of(table, ordered=order_by is not None)
-    ask = Ask(checked_limit(limit), where, order_by, values, worker, lease)
+    request = ClaimRequest(checked_limit(limit), where, order_by, values, worker, lease)
     by_session = not isinstance(bind, (Connection, Engine))
-    parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
+    plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
     token = new_token() if job_table.token is not None else None
 
-    params = ask.parameters(token)
+    params = request.parameters(token)
 
-    def run(strategy: Strategy, work: Work, batch: Sequence[Candidate] | None = None) -> Found:
-        session = work.executor
-        if parts.entities and not isinstance(session, Connection) and not session.autoflush:
+    def run(
+        backend: Backend, tx: Transaction, batch: Sequence[Candidate] | None = None
+    ) -> KeyedRows:
+        session = tx.executor
+        if plan.entities and not isinstance(session, Connection) and not session.autoflush:
             _refuse_unflushed(session, job_table)
-        found = _won_before(strategy, work, parts, token) if work.resumed else []
+        found = _won_before(backend, tx, plan, token) if tx.resumed else []
         if not found:
             found = (
-                strategy.claim(work, parts, params)
+                backend.claim(tx, plan, params)
                 if batch is None
-                else claim_batch(strategy, work, parts, batch, params)
+                else claim_batch(backend, tx, plan, batch, params)
             )
-        if parts.entities and not isinstance(session, Connection) and work.own:
-            _load_fully(session, parts, found)
+        if plan.entities and not isinstance(session, Connection) and tx.own:
+            _load_fully(session, plan, found)
         return found
 
     recoverable = token is not None
-    found: Found | None
+    found: KeyedRows | None
     if job_table.exclusive_by is not None:
-        found = _claimed_by_key(bind, parts, limit, run, recoverable=recoverable)
+        found = _claimed_by_key(bind, plan, limit, run, recoverable=recoverable)
     else:
-        found, left = _claimed_directly(bind, parts, params)
+        found, left = _claimed_directly(bind, plan, params)
         if found is None:
             found = run_in(
                 bind,
                 job_table,
                 run,
                 # What cannot be read must not be committed: nobody would ever get it.
-                single=lambda strategy: strategy.is_single(parts) and not parts.may_be_unreadable,
+                single=lambda backend: backend.is_single(plan) and not plan.may_be_unreadable,
                 recoverable=recoverable,
                 left=left,
             )
@@ -208,34 +211,34 @@ def claim_jobs(
 
 
 def _claimed_by_key(
-    bind: Bind, parts: ClaimParts, limit: int, run: Callable[..., Found], *, recoverable: bool
-) -> Found:
+    bind: Bind, plan: ClaimPlan, limit: int, run: Callable[..., KeyedRows], *, recoverable: bool
+) -> KeyedRows:
     """Claim by exclusive keys; where their lock is held beyond a transaction, search before it."""
-    job_table = parts.job_table
+    job_table = plan.job_table
     run_keyed = partial(
         run_in, bind, job_table, single=lambda _: False, recoverable=recoverable, keyed=True
     )
-    if (strategy := keyed_apart(bind, job_table)) is None:
+    if (backend := keyed_apart(bind, job_table)) is None:
         return run_keyed(run)
 
     def read(statement: Select[Any], params: Mapping[str, Any]) -> Sequence[Row[Any]]:
-        def search(strategy: Strategy, work: Work) -> Sequence[Row[Any]]:
-            strategy.begin_keyed(work.connection)
-            return work.rows(statement, params)
+        def search(backend: Backend, tx: Transaction) -> Sequence[Row[Any]]:
+            backend.begin_keyed(tx.connection)
+            return tx.rows(statement, params)
 
         return run_in(bind, job_table, search, single=lambda _: False, recoverable=True)
 
-    for batch in key_search(strategy, parts).batches(read, limit):
+    for batch in key_search(backend, plan).batches(read, limit):
         if found := run_keyed(partial(run, batch=batch)):
             return found
     return []
 
 
 def _claimed_directly(
-    bind: Any, parts: ClaimParts, params: dict[str, Any]
-) -> tuple[Found | None, Left | None]:
+    bind: Any, plan: ClaimPlan, params: dict[str, Any]
+) -> tuple[KeyedRows | None, Left | None]:
     """Claim on the raw DBAPI connection, once the engine's direct claim has been learned."""
-    if not isinstance(bind, Engine) or (claim := learned_of(parts, bind.dialect).claim) is None:
+    if not isinstance(bind, Engine) or (claim := learned_of(plan, bind.dialect).claim) is None:
         return None, None
     return run_directly(bind, lambda pooled: claim(pooled, params))
 
@@ -254,17 +257,17 @@ def dequeue_jobs(
             f"{job_table!r} has exclusive keys, and a row that is deleted does not run: use "
             "claim_jobs(), and delete the row when its job is done"
         )
-    ask = Ask(checked_limit(limit), where, order_by)
+    request = ClaimRequest(checked_limit(limit), where, order_by)
     by_session = not isinstance(bind, (Connection, Engine))
-    parts = claim_parts(job_table, ask, entities=by_session and job_table.entity is not None)
+    plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
 
-    def run(strategy: Strategy, work: Work) -> Found:
-        keys = strategy.lock(work, parts, ask.parameters(None), deletes=True)
-        found = load(work, parts, keys, strategy.hints)
-        session = work.executor
-        if parts.entities and not isinstance(session, Connection):
-            if work.own:
-                _load_fully(session, parts, found)
+    def run(backend: Backend, tx: Transaction) -> KeyedRows:
+        keys = backend.lock(tx, plan, request.parameters(None), deletes=True)
+        found = load(tx, plan, keys, backend.hints)
+        session = tx.executor
+        if plan.entities and not isinstance(session, Connection):
+            if tx.own:
+                _load_fully(session, plan, found)
             for _, entity in found:
                 session.delete(entity)
             session.flush()
@@ -272,7 +275,7 @@ def dequeue_jobs(
             names = [f"atomic_claim_key_{place}" for place, _ in enumerate(job_table.key)]
             same = [c == bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
             # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
-            work.executor.execute(
+            tx.executor.execute(
                 delete(job_table.table).where(*same),
                 [dict(zip(names, key, strict=True)) for key in keys],
             )
@@ -282,12 +285,12 @@ def dequeue_jobs(
     return Claim((job for _, job in found), table=job_table, keys=[key for key, _ in found])
 
 
-def _won_before(strategy: Strategy, work: Work, parts: ClaimParts, token: str | None) -> Found:
+def _won_before(backend: Backend, tx: Transaction, plan: ClaimPlan, token: str | None) -> KeyedRows:
     """Load the rows that an earlier try claimed before its connection was lost."""
-    job_table = parts.job_table
+    job_table = plan.job_table
     ours = and_(job_table.token == token, job_table.is_running)
-    keys = work.execute(select(*job_table.key).where(ours).order_by(*parts.order))
-    return load(work, parts, [tuple(row) for row in keys], strategy.hints)
+    keys = tx.execute(select(*job_table.key).where(ours).order_by(*plan.order))
+    return load(tx, plan, [tuple(row) for row in keys], backend.hints)
 
 
 def _refuse_unflushed(session: Session, job_table: JobTable) -> None:
@@ -303,12 +306,12 @@ def _refuse_unflushed(session: Session, job_table: JobTable) -> None:
             )
 
 
-def _load_fully(session: Session, parts: ClaimParts, found: Found) -> None:
+def _load_fully(session: Session, plan: ClaimPlan, found: KeyedRows) -> None:
     """Load what the entities lack of their columns: deferred ones, and those of subclasses."""
     incomplete = [key for key, entity in found if _unloaded(entity)]
     if not incomplete:
         return
-    mapper = parts.job_table.mapper
+    mapper = plan.job_table.mapper
     assert mapper is not None
     from sqlalchemy.orm import (  # noqa: PLC0415 - whoever has entities has loaded it
         selectin_polymorphic,
@@ -319,8 +322,8 @@ def _load_fully(session: Session, parts: ClaimParts, found: Found) -> None:
     if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:
         options.append(selectin_polymorphic(mapper.class_, subclasses))
     for start in range(0, len(incomplete), 500):
-        wanted = key_in(parts.key_attributes, incomplete[start : start + 500])
-        session.scalars(parts.reading.where(wanted).options(*options)).unique().all()
+        wanted = key_in(plan.key_attributes, incomplete[start : start + 500])
+        session.scalars(plan.reading.where(wanted).options(*options)).unique().all()
     for _, entity in found:
         if unloaded := _unloaded(entity):
             session.refresh(entity, unloaded)

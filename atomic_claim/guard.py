@@ -55,11 +55,11 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.selectable import SelectBase
 
-from .columns import JobTable, job_table_of
-from .conventions import is_text, plain_type
-from .dialects import strategy_for
-from .elements import DatabaseNow, Declared
+from .backends import backend_for
 from .errors import ClaimError, UnsupportedDialect
+from .inference import is_text, plain_type
+from .job_table import JobTable, job_table_of
+from .sql_elements import DatabaseTime, InlineLiteral
 
 # PostgreSQL's, in bytes; MySQL and MariaDB allow 64 characters, SQLite any number.
 LONGEST_NAME: Final = 63
@@ -132,7 +132,7 @@ def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
             f"a guard is not known for {dialect.name!r}; known are those of PostgreSQL, MySQL, "
             "MariaDB and SQLite"
         )
-    strategy_for(dialect)
+    backend_for(dialect)
     job_table = job_table_of(table, ordered=True)
     _check_ends(job_table)
     _check_writers(job_table, full_rows=full_rows)
@@ -208,9 +208,10 @@ class _Rules:
         """Build the condition that a row has the mark of a claim, whether ended or not."""
         found = [(c, self.job_table.claimed[c]) for c in self.deciding]
         marks = [
-            c.is_not(None) if isinstance(value, DatabaseNow) else c == value
+            c.is_not(None) if isinstance(value, DatabaseTime) else c == value
             for c, value in found
-            if value is None or isinstance(value, (DatabaseNow, Declared, Null, True_, False_))
+            if value is None
+            or isinstance(value, (DatabaseTime, InlineLiteral, Null, True_, False_))
         ]
         return self.of(row, and_(*marks) if marks else not_(_sure(self.job_table.free)))
 
@@ -238,7 +239,7 @@ class _Rules:
     @cached_property
     def was_to_be_had_again(self) -> ColumnElement[bool]:
         """Build the condition that OLD's lease had expired and NEW is the next claim."""
-        again = [and_(*conditions) for conditions, _ in self.job_table.reasons[1:]]
+        again = [and_(*conditions) for conditions, _ in self.job_table.claimable_branches[1:]]
         if not again:
             return false()
         # Without a token, what the next claim writes has to take the row away from all others.

@@ -13,11 +13,11 @@ from sqlalchemy import ColumnElement, Engine, Float, literal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from .binds import OwnBind, outages, run_in
+from .backends import Backend, Transaction
 from .claim import Key
-from .dialects import Strategy, Work
 from .errors import ClaimConflict, ClaimError, ClaimLost
-from .lease import Ended, Held, Owned, ended_here, extension, owned_rows
+from .execution import OwnBind, outages, run_in
+from .lifecycle import Ended, Held, Owned, ended_here, extension, owned_rows
 from .orm import is_maker
 
 OnLost = Callable[[tuple[Key, ...]], Any]
@@ -175,7 +175,7 @@ class Beat:
         return lost
 
     def _run(
-        self, run: Callable[[Strategy, Work], set[Key]], *, keyed: bool = False
+        self, run: Callable[[Backend, Transaction], set[Key]], *, keyed: bool = False
     ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
         try:
@@ -196,25 +196,25 @@ class Beat:
         except outages(self.bind, self.owned.job_table):
             return None
 
-    def _extend(self, strategy: Strategy, work: Work) -> set[Key]:
+    def _extend(self, backend: Backend, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
-        with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
-            free = strategy.unlocked(work, job_table, self.remaining, guard)
+        with backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
+            free = backend.unlocked(tx, job_table, self.remaining, guard)
             # SQLite locks nothing: the block may have ended some of them meanwhile.
-            ours = set(strategy.extend(work, job_table, free, guard, self.values))
+            ours = set(backend.extend(tx, job_table, free, guard, self.values))
             # Running, and nobody else's: an end that the block had begun was rolled back.
             self.ended.difference_update(ours)
-            return ours | self._standing(work, set(self.remaining).difference(ours))
+            return ours | self._standing(tx, set(self.remaining).difference(ours))
 
-    def _look(self, strategy: Strategy, work: Work) -> set[Key]:
-        with strategy.limit_wait(work, min(self.every / 4, LONGEST_WAIT)):
-            return self._standing(work, set(self.remaining))
+    def _look(self, backend: Backend, tx: Transaction) -> set[Key]:
+        with backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
+            return self._standing(tx, set(self.remaining))
 
-    def _standing(self, work: Work, keys: set[Key]) -> set[Key]:
+    def _standing(self, tx: Transaction, keys: set[Key]) -> set[Key]:
         """Return the keys still owned by committed state: the block itself may lock the rows."""
-        ours = set(self.owned.visible(work, tuple(keys), self.owned.lasting()))
+        ours = set(self.owned.visible(tx, tuple(keys), self.owned.lasting()))
         if rest := tuple(keys.difference(ours)):
-            self.ended.update(self.owned.visible(work, rest, self.owned.is_ended()))
+            self.ended.update(self.owned.visible(tx, rest, self.owned.is_ended()))
         return ours
 
 
@@ -234,10 +234,10 @@ def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
 
     beat = Beat(bind, owned, every)
 
-    def look(_: Strategy, work: Work) -> tuple[set[Key], set[Key]]:
-        _refuse_single(work.connection.engine)
-        seen = set(owned.visible(work, owned.keys, owned.lasting()))
-        return seen, set(owned.visible(work, owned.keys, owned.lasting(), beat.outlasts()))
+    def look(_: Backend, tx: Transaction) -> tuple[set[Key], set[Key]]:
+        _refuse_single(tx.connection.engine)
+        seen = set(owned.visible(tx, owned.keys, owned.lasting()))
+        return seen, set(owned.visible(tx, owned.keys, owned.lasting(), beat.outlasts()))
 
     seen, safe = run_in(bind, owned.job_table, look, single=lambda _: False)
     if missing := [key for key in owned.keys if key not in seen]:

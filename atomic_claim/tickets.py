@@ -12,8 +12,8 @@ from uuid import UUID
 
 from sqlalchemy import Column
 
-from .columns import JobTable, declared_tables
 from .errors import AmbiguousTable, ClaimError
+from .job_table import JobTable, declared_tables
 
 Key = tuple[Any, ...]
 

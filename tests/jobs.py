@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, registry, sessionmaker
 
-from atomic_claim.binds import pause
+from atomic_claim.execution import pause
 
 T = TypeVar("T")
 

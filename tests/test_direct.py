@@ -187,7 +187,7 @@ def test_more_limits_than_are_remembered(
     database: Database, monkeypatch: pytest.MonkeyPatch, no_detour: Any
 ) -> None:
     """The texts of old limits are forgotten."""
-    monkeypatch.setattr("atomic_claim.dialects.direct.MOST_TEXTS", 2)
+    monkeypatch.setattr("atomic_claim.backends.direct.MOST_TEXTS", 2)
     engine, table = database.engine(), job_table()
     fill(engine, table, 60)
     claimed_before(engine, table, 2)
@@ -348,7 +348,7 @@ def test_more_engines_than_are_remembered(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A table that is claimed from by ever new engines does not keep them all."""
-    monkeypatch.setattr("atomic_claim.dialects.direct.MOST_DIALECTS", 2)
+    monkeypatch.setattr("atomic_claim.backends.direct.MOST_DIALECTS", 2)
     declared = JobTable(table := job_table(), state="processing")
     fill(database.engine(), table, 30)
     engines = [database.engine() for _ in range(4)]

@@ -24,7 +24,7 @@ from atomic_claim.cli.examination import examine, reading
 from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.cli.operations import create_index
 from atomic_claim.cli.watching import Look, looks
-from atomic_claim.columns import job_table_of
+from atomic_claim.job_table import job_table_of
 from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
 from tests.databases import Database
 from tests.jobs import START, ids, in_thread, job_table, rows

@@ -26,22 +26,22 @@ from atomic_claim import (
     PatchError,
     UnsupportedDialect,
     aio,
-    binds,
     claim_jobs,
     claim_statement,
     complete_jobs,
+    execution,
     extend_jobs,
     fail_jobs,
     keep_claims,
     lock_reads,
     release_jobs,
 )
+from atomic_claim.backends import named_lock
 from atomic_claim.claim import dequeue_jobs
 from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.cli.plans import unserved
-from atomic_claim.cli.texts import dialect_of, fresh_parts
-from atomic_claim.dialects import named_lock
-from atomic_claim.statement import Ask
+from atomic_claim.cli.texts import dialect_of, fresh_plan
+from atomic_claim.plan import ClaimRequest
 from tests import exclusive_rounds
 from tests.benchmarks import ground
 from tests.databases import Database
@@ -588,13 +588,13 @@ def test_the_doctor_names_the_index_that_lacks(database: Database) -> None:
             definition = each.definition(engine.dialect)
             connection.exec_driver_sql(f"CREATE INDEX {each.name} {definition}")
         connection.commit()
-        ask = Ask(10)
-        found = unserved(connection, fresh_parts(jobs, ask), ask)
+        ask = ClaimRequest(10)
+        found = unserved(connection, fresh_plan(jobs, ask), ask)
         assert [each.needed.reason for each in found] == ["keys"]
         last = needed[-1]
         connection.exec_driver_sql(f"CREATE INDEX {last.name} {last.definition(engine.dialect)}")
         connection.commit()
-        assert unserved(connection, fresh_parts(jobs, ask), ask) == []
+        assert unserved(connection, fresh_plan(jobs, ask), ask) == []
 
 
 def test_what_has_no_exclusive_keys_refuses() -> None:
@@ -943,7 +943,7 @@ def test_a_holder_that_is_awake_is_waited_for(
     jobs = filled(database, [1])
     monkeypatch.setattr(named_lock, "PATIENCE", 0)
     monkeypatch.setattr(named_lock, "_end_if_asleep", lambda *_: None)
-    monkeypatch.setattr(binds, "TRIES", 1)
+    monkeypatch.setattr(execution, "TRIES", 1)
     engine, others = database.engine(), database.engine()
     with others.connect() as other, named_lock.named_lock(other, jobs.table):
         holder = other.connection.driver_connection.thread_id()  # type: ignore[union-attr]
@@ -1018,7 +1018,7 @@ def test_databases_whose_advisory_locks_do_nothing() -> None:
     """CockroachDB has the functions, and they lock nothing."""
     from sqlalchemy.dialects import postgresql  # noqa: PLC0415
 
-    from atomic_claim.dialects import advisory  # noqa: PLC0415
+    from atomic_claim.backends import advisory  # noqa: PLC0415
 
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     dialect.name = "cockroachdb"

@@ -27,7 +27,7 @@ from atomic_claim import (
     keep_claims,
     release_jobs,
 )
-from atomic_claim.dialects.sqlite import SQLite
+from atomic_claim.backends.sqlite import SQLite
 from atomic_claim.heartbeat import prepared_beat
 from tests.counting import counted_jobs
 from tests.databases import Database

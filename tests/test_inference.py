@@ -17,7 +17,7 @@ from sqlalchemy import Boolean, Column, DateTime, Enum, Integer, MetaData, Strin
 from sqlalchemy.ext.automap import automap_base
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from atomic_claim import AmbiguousTable, ClaimError, JobTable, claim_jobs, conventions
+from atomic_claim import AmbiguousTable, ClaimError, JobTable, claim_jobs, inference
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -46,7 +46,7 @@ def refusal(table: Any) -> str:
 # --- conventional names
 
 
-@pytest.mark.parametrize("name", sorted(conventions.CLAIMED_FLAGS))
+@pytest.mark.parametrize("name", sorted(inference.CLAIMED_FLAGS))
 def test_flags_that_mark_what_is_claimed(name: str) -> None:
     """A boolean by one of these names is false while a row is free."""
     table = table_of(Column(name, Boolean, nullable=False))
@@ -58,7 +58,7 @@ def test_flags_that_mark_what_is_claimed(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", sorted(conventions.FREE_FLAGS))
+@pytest.mark.parametrize("name", sorted(inference.FREE_FLAGS))
 def test_flags_that_mark_what_is_free(name: str) -> None:
     """A boolean by one of these names is the other way round."""
     table = table_of(Column(name, Boolean, nullable=False))
@@ -67,7 +67,7 @@ def test_flags_that_mark_what_is_free(name: str) -> None:
     assert [str(value) for value in roles.claimed.values()] == ["false"]
 
 
-@pytest.mark.parametrize("name", sorted(conventions.CLAIMED_TIMES))
+@pytest.mark.parametrize("name", sorted(inference.CLAIMED_TIMES))
 def test_times_of_a_claim(name: str) -> None:
     """A nullable time by one of these names is NULL while a row is free."""
     table = table_of(Column(name, DateTime))
@@ -76,7 +76,7 @@ def test_times_of_a_claim(name: str) -> None:
     assert list(roles.claimed) == [table.c[name]]
 
 
-@pytest.mark.parametrize("name", sorted(conventions.STATUSES))
+@pytest.mark.parametrize("name", sorted(inference.STATUSES))
 def test_statuses_of_an_enum(name: str) -> None:
     """An Enum by one of these names says itself what its values mean."""
     table = table_of(Column(name, Enum("queued", "active", "done", "failed", name="status")))
@@ -90,7 +90,7 @@ def test_statuses_of_an_enum(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("role", "name"),
-    [(role, name) for role, names in conventions.ROLES_BY_NAME.items() for name in names],
+    [(role, name) for role, names in inference.ROLES_BY_NAME.items() for name in names],
 )
 def test_roles_by_name(role: str, name: str) -> None:
     """Times, workers, tokens, counters and texts of errors are known by these names."""
@@ -105,12 +105,12 @@ def test_roles_by_name(role: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("role", "names", "type_"),
     [
-        ("done", conventions.DONE_TIMES, DateTime),
-        ("done", conventions.DONE_FLAGS, Boolean),
-        ("failed", conventions.FAILED_TIMES, DateTime),
-        ("failed", conventions.FAILED_FLAGS, Boolean),
-        ("withdrawn", conventions.WITHDRAWN_TIMES, DateTime),
-        ("withdrawn", conventions.WITHDRAWN_FLAGS, Boolean),
+        ("done", inference.DONE_TIMES, DateTime),
+        ("done", inference.DONE_FLAGS, Boolean),
+        ("failed", inference.FAILED_TIMES, DateTime),
+        ("failed", inference.FAILED_FLAGS, Boolean),
+        ("withdrawn", inference.WITHDRAWN_TIMES, DateTime),
+        ("withdrawn", inference.WITHDRAWN_FLAGS, Boolean),
     ],
 )
 def test_ends(role: str, names: frozenset[str], type_: Any) -> None:
@@ -123,7 +123,7 @@ def test_ends(role: str, names: frozenset[str], type_: Any) -> None:
         assert test in str(roles.is_free)
 
 
-@pytest.mark.parametrize("name", conventions.STAMPS)
+@pytest.mark.parametrize("name", inference.STAMPS)
 def test_stamps(name: str) -> None:
     """A stamp is set by every claim, unless the column does so by itself."""
     table = table_of(processing(), Column(name, DateTime))

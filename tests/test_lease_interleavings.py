@@ -27,7 +27,7 @@ from atomic_claim import (
     fail_jobs,
     release_jobs,
 )
-from atomic_claim.binds import pause
+from atomic_claim.execution import pause
 from tests.counting import completions, make_counted
 from tests.databases import Database
 from tests.test_lease import LEASE, PAST

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
 from atomic_claim import JobTable, claim_jobs
-from atomic_claim.statement import MARGIN
+from atomic_claim.plan import MARGIN
 from tests.databases import Database
 from tests.jobs import ids, mapped
 from tests.test_lease import made

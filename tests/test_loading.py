@@ -11,11 +11,11 @@ from sqlalchemy import DateTime
 from sqlalchemy.dialects import mysql, oracle, postgresql, sqlite
 
 # For what they register.
-import atomic_claim.dialects.mysql
-import atomic_claim.dialects.postgresql
-import atomic_claim.dialects.sqlite  # noqa: F401
+import atomic_claim.backends.mysql
+import atomic_claim.backends.postgresql
+import atomic_claim.backends.sqlite  # noqa: F401
 from atomic_claim import claim_statement
-from atomic_claim.elements import DatabaseNow
+from atomic_claim.sql_elements import DatabaseTime
 
 OUTSET = """
     import sys, threading
@@ -99,7 +99,7 @@ jobs = sa.Table(
 )
 CONSTRUCTS = {
     "claim_statement(table, 2)": claim_statement(jobs, 2),
-    "sa.select(DatabaseNow(sa.DateTime(), 'utc'))": sa.select(DatabaseNow(DateTime(), "utc")),
+    "sa.select(DatabaseTime(sa.DateTime(), 'utc'))": sa.select(DatabaseTime(DateTime(), "utc")),
 }
 
 
@@ -129,17 +129,19 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
     }
     own = {name.removeprefix("atomic_claim.") for name in found if name.startswith("atomic_claim.")}
     assert own == {
-        "binds",
+        "execution",
         "claim",
-        "columns",
-        "conventions",
-        "dialects",
-        "dialects.base",
-        "dialects.direct",
-        "elements",
+        "job_table",
+        "inference",
+        "backends",
+        "backends.base",
+        "backends.by_key",
+        "backends.direct",
+        "sql_elements",
         "errors",
-        "lease",
+        "lifecycle",
         "orm",
+        "plan",
         "statement",
         "tickets",
     }
@@ -175,9 +177,9 @@ def test_claims_by_engine_and_connection_load_no_orm(tmp_path: object) -> None:
         with engine.begin() as connection:
             claim = claim_jobs(connection, table)
             assert complete_jobs(connection, claim, unfenced=True) == 1
-        assert loaded("atomic_claim.dialects.sqlite")
+        assert loaded("atomic_claim.backends.sqlite")
         assert not loaded(
-            "sqlalchemy.orm", "atomic_claim.dialects.mysql", "atomic_claim.dialects.postgresql"
+            "sqlalchemy.orm", "atomic_claim.backends.mysql", "atomic_claim.backends.postgresql"
         )
         """,
         MAPPED,
@@ -265,15 +267,15 @@ def test_a_strategy_is_loaded_by_the_first_construct() -> None:
         TABLE,
         f"""
         import importlib, json, os
-        from atomic_claim.elements import DatabaseNow
+        from atomic_claim.sql_elements import DatabaseTime
 
         def compiled(name, module, construct):
             dialect = importlib.import_module("sqlalchemy.dialects." + module).dialect()
             dialect.name = name
-            assert not loaded("atomic_claim.dialects." + module)
+            assert not loaded("atomic_claim.backends." + module)
             text = str(eval(construct).compile(dialect=dialect))
             others = {{"postgresql", "mysql", "sqlite"}} - {{module}}
-            assert not loaded(*("atomic_claim.dialects." + other for other in others))
+            assert not loaded(*("atomic_claim.backends." + other for other in others))
             return text
 
         def in_child(*case):
@@ -301,7 +303,7 @@ def test_a_strategy_is_loaded_by_the_first_construct() -> None:
     ("construct", "message"),
     [
         ("claim_statement(table)", "an atomic claim is not known for 'oracle'"),
-        ("sa.select(DatabaseNow(sa.DateTime(), 'utc'))", "the clock of 'oracle' is not known"),
+        ("sa.select(DatabaseTime(sa.DateTime(), 'utc'))", "the clock of 'oracle' is not known"),
     ],
 )
 def test_other_dialects_are_refused_at_first(construct: str, message: str) -> None:
@@ -312,7 +314,7 @@ def test_other_dialects_are_refused_at_first(construct: str, message: str) -> No
         compiled("oracle"),
         f"""
         from atomic_claim import UnsupportedDialect
-        from atomic_claim.elements import DatabaseNow
+        from atomic_claim.sql_elements import DatabaseTime
 
         try:
             {construct}.compile(dialect=dialect)
@@ -328,7 +330,7 @@ def test_a_half_loaded_strategy_is_waited_for() -> None:
     run(
         OUTSET,
         TABLE,
-        "PAUSED = 'atomic_claim.dialects.by_key'",
+        "PAUSED = 'sqlite3'",
         PAUSE,
         compiled("sqlite"),
         """
@@ -346,7 +348,7 @@ def test_a_half_loaded_strategy_is_waited_for() -> None:
         threads = [threading.Thread(target=compile_one, daemon=True) for _ in range(2)]
         threads[0].start()
         half.wait()
-        assert loaded("atomic_claim.dialects.sqlite")
+        assert loaded("atomic_claim.backends.sqlite")
         threads[1].start()
         while threads[1].is_alive() and not is_importing(threads[1]):
             time.sleep(0.001)

@@ -21,16 +21,17 @@ ROOMS = [
     "errors",
     "files",
     "orm",
-    "elements",
-    "conventions",
-    "columns",
+    "sql_elements",
+    "inference",
+    "job_table",
     "tickets",
+    "plan",
     "statement",
-    "dialects",
+    "backends",
     "guard",
-    "binds",
+    "execution",
     "claim",
-    "lease",
+    "lifecycle",
     "heartbeat",
     "patch",
     "aio",
@@ -100,18 +101,18 @@ def room(name: str) -> str:
     [
         ("import atomic_claim.errors as e", {"errors"}),
         ("from atomic_claim import claim_jobs", {"__init__"}),
-        ("from .errors import ClaimError", {"dialects"}),
-        ("from .base import Work", {"dialects.base"}),
-        ("from . import base", {"dialects.base"}),
+        ("from .errors import ClaimError", {"backends"}),
+        ("from .base import Transaction", {"backends.base"}),
+        ("from . import base", {"backends.base"}),
         ("from .. import claim, Claim", {"claim", "__init__"}),
         ("from ..claim import Claim", {"claim"}),
-        ("def later():\n    from atomic_claim.lease import _change", {"lease"}),
+        ("def later():\n    from atomic_claim.lifecycle import _change", {"lifecycle"}),
         ("import sqlalchemy.orm", {None}),
     ],
 )
 def test_imports_are_read_right(source: str, expected: set[str | None]) -> None:
-    """Every way to import is seen, inside functions too, as from a module of `dialects`."""
-    assert {own_module(name) for name in imported(source, "atomic_claim.dialects")} == expected
+    """Every way to import is seen, inside functions too, as from a module of `backends`."""
+    assert {own_module(name) for name in imported(source, "atomic_claim.backends")} == expected
 
 
 def test_every_module_has_its_room() -> None:
@@ -127,7 +128,7 @@ def test_imports_go_one_way(name: str) -> None:
     assert found - {here} <= set(ROOMS[: ROOMS.index(here)])
 
 
-@pytest.mark.parametrize("package", ["files", "dialects", "testing", "cli"])
+@pytest.mark.parametrize("package", ["files", "backends", "testing", "cli"])
 def test_imports_within_a_room_go_one_way(package: str) -> None:
     """Nor do the modules of one room import each other in a circle."""
     graph = defaultdict(set)
@@ -152,7 +153,7 @@ def test_peers_are_imported_where_they_belong(name: str) -> None:
 def test_sqlite3_is_imported_by_its_dialect_alone() -> None:
     """The one driver that comes with Python is asked of by the strategy that needs it."""
     found = [name for name in MODULES if "sqlite3" in imports_of(name) and room(name) != "cli"]
-    assert found == ["dialects.sqlite"]
+    assert found == ["backends.sqlite"]
 
 
 def public_names(module: ModuleType) -> list[str]:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from atomic_claim.testing import Race, RaceError, race
 from atomic_claim.testing.arguments import Offer, planned
-from atomic_claim.testing.handed_out import Reader
+from atomic_claim.testing.result_keys import Reader
 from atomic_claim.testing.results import Call
 from tests import racers
 from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address

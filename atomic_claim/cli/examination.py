@@ -13,8 +13,8 @@ from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.orm import Mapper
 
-from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError
+from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, server_title
 from atomic_claim.testing.names import load
 

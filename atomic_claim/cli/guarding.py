@@ -9,9 +9,9 @@ from sqlalchemy import Column, Dialect, MetaData, Table
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
-from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError
 from atomic_claim.guard import Guard, guard
+from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line
 
 from .operations import AddColumn, Statements

@@ -34,10 +34,9 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.selectable import SelectBase
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import plain_type
-from atomic_claim.elements import DatabaseNow
-from atomic_claim.statement import OrderTerm
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.sql_elements import DatabaseTime, OrderTerm
 
 INNODB = ("mysql", "mariadb")
 # PostgreSQL cuts off longer names, without a word.
@@ -201,7 +200,7 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     if job_table.unleased is not None:
         # The third reason's order is the time since which a row has been running.
         assert own is not None
-        _, (since,) = job_table.reasons[2]
+        _, (since,) = job_table.claimable_branches[2]
         running = and_(job_table.is_running, own.is_(None))
         found.append(_needed("unleased", table, running, (since,), is_unspent))
     if (key := job_table.exclusive_by) is not None:
@@ -228,8 +227,8 @@ def _needed(
 
 
 def _columns_of(conditions: Iterable[ColumnElement[bool]]) -> list[ColumnClause[Any]]:
-    parts = (part for condition in conditions for part in visitors.iterate(condition))
-    return list(dict.fromkeys(part for part in parts if isinstance(part, ColumnClause)))
+    found = (part for condition in conditions for part in visitors.iterate(condition))
+    return list(dict.fromkeys(part for part in found if isinstance(part, ColumnClause)))
 
 
 def _conjuncts(condition: ColumnElement[bool]) -> Iterator[ColumnElement[bool]]:
@@ -242,7 +241,7 @@ def _conjuncts(condition: ColumnElement[bool]) -> Iterator[ColumnElement[bool]]:
 
 def _is_immutable(condition: ColumnElement[bool]) -> bool:
     """Check whether the condition and its SQL are the same for every claim."""
-    changing = (BindParameter, DatabaseNow, functions.FunctionElement, SelectBase, TextClause)
+    changing = (BindParameter, DatabaseTime, functions.FunctionElement, SelectBase, TextClause)
     return not any(isinstance(part, changing) for part in visitors.iterate(condition))
 
 
@@ -251,7 +250,7 @@ def _equal_column(condition: ColumnElement[bool]) -> ColumnClause[Any] | None:
     if not isinstance(condition, BinaryExpression) or not isinstance(condition.left, ColumnClause):
         return None
     if condition.operator is operators.eq and not any(
-        isinstance(part, (ColumnClause, DatabaseNow)) for part in visitors.iterate(condition.right)
+        isinstance(part, (ColumnClause, DatabaseTime)) for part in visitors.iterate(condition.right)
     ):
         return condition.left
     if condition.operator is operators.is_ and isinstance(condition.right, Null):

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from atomic_claim.columns import JobTable
+from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError
 
 from .guarding import guard_step

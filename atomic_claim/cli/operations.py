@@ -11,7 +11,7 @@ from sqlalchemy import DateTime, Integer, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
-from atomic_claim.columns import TOKEN_LENGTH, JobTable
+from atomic_claim.job_table import TOKEN_LENGTH, JobTable
 from atomic_claim.testing.database import CommandError
 
 from .indexes import INNODB, NeededIndex, needed_indexes

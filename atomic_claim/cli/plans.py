@@ -12,9 +12,10 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import ColumnClause
 
-from atomic_claim.dialects import strategy_for
-from atomic_claim.elements import Declared
-from atomic_claim.statement import Ask, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.backends import backend_for
+from atomic_claim.plan import ClaimPlan, ClaimRequest
+from atomic_claim.sql_elements import InlineLiteral, OrderTerm
+from atomic_claim.statement import ClaimStatement
 
 from .indexes import INNODB, NeededIndex, needed_indexes
 from .texts import dialect_of, for_keys
@@ -120,7 +121,7 @@ def _product(connection: Connection) -> str:
     )
 
 
-def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
+def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
     """Return the claim's statement that searches for jobs, on most databases its only one.
 
     PostgreSQL explains what the user may run, and no more; to one who may only read it explains
@@ -129,34 +130,34 @@ def finding_statement(connection: Connection, parts: ClaimParts) -> Executable:
     if connection.dialect.name == "postgresql":
         # A dialect of another style, as the driver's doubles the percent signs in names.
         preparer = dialect_of("postgresql").identifier_preparer
-        table = preparer.format_table(parts.job_table.table)
+        table = preparer.format_table(plan.job_table.table)
         asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
         if not connection.scalar(asked, {"name": table}):
-            return parts.candidates.select()
-    if parts.job_table.exclusive_by is not None:
+            return plan.candidates.select()
+    if plan.job_table.exclusive_by is not None:
         # A claim by exclusive keys finds its rows in several ways, of which this is the first.
-        return parts.candidates.select()
+        return plan.candidates.select()
     return next(
         each
-        for each in strategy_for(connection.dialect).statements(parts)
+        for each in backend_for(connection.dialect).statements(plan)
         if isinstance(each, (ClaimStatement, Select))
     )
 
 
 def accesses(
-    connection: Connection, parts: ClaimParts, ask: Ask, *, as_it_is: bool = False
+    connection: Connection, plan: ClaimPlan, request: ClaimRequest, *, as_it_is: bool = False
 ) -> list[Access]:
     """How the claim would read the job table, on a connection whose transaction is rolled back.
 
     What is asked is what the indexes can do; ``as_it_is`` asks what the database would do now.
     """
     product = _product(connection)
-    statement = finding_statement(connection, parts)
+    statement = finding_statement(connection, plan)
     for preference in () if as_it_is else PREFERENCES.get(product, ()):
         connection.execute(text(preference))
-    rows = explained(connection, statement, ask.parameters("0" * 32))
+    rows = explained(connection, statement, request.parameters("0" * 32))
     connection.rollback()
-    table = parts.job_table.table
+    table = plan.job_table.table
     if product == "postgresql":
         return list(_of_postgresql(rows[0]["QUERY PLAN"][0]["Plan"], table))
     if product == "sqlite":
@@ -220,12 +221,12 @@ def _known_to_innodb(connection: Connection, table: Table) -> dict[str, Known]:
         "ORDER BY index_name, seq_in_index"
     )
     rows = connection.execute(query, {"schema": table.schema, "table": table.name})
-    parts: dict[str, list[tuple[str | None, bool]]] = {}
+    plan: dict[str, list[tuple[str | None, bool]]] = {}
     for name, column, direction in rows:
-        parts.setdefault(name, []).append((column, direction == "D"))
+        plan.setdefault(name, []).append((column, direction == "D"))
     return {
         name: Known(tuple(c for c, _ in found), "", tuple(d for _, d in found))
-        for name, found in parts.items()
+        for name, found in plan.items()
     }
 
 
@@ -242,15 +243,15 @@ class Unserved:
     accesses: tuple[Access, ...]
 
 
-def unserved(connection: Connection, parts: ClaimParts, ask: Ask) -> list[Unserved]:
+def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> list[Unserved]:
     """Return the parts of a claim that no index serves, by the plan of its own statement.
 
     An index serves if the rows are read by it in their order, and if it decides on the columns
     that say whether a row is free and done. Failed rows, of which there are few, may be passed
     over.
     """
-    job_table = parts.job_table
-    found = tuple(accesses(connection, parts, ask))
+    job_table = plan.job_table
+    found = tuple(accesses(connection, plan, request))
     known = known_indexes(connection, job_table.table)
     optional = frozenset(
         column.name
@@ -276,8 +277,8 @@ def _leads(needed: NeededIndex, index: Known) -> bool:
     ahead = set(index.columns[: len(equal)]) == equal
     following = index.columns[len(equal) :] if ahead else index.columns
     if index.where:
-        parts = [part for each in needed.conditions for part in visitors.iterate(each)]
-        values = [str(part.value) for part in parts if isinstance(part, Declared)]
+        found = [part for each in needed.conditions for part in visitors.iterate(each)]
+        values = [str(part.value) for part in found if isinstance(part, InlineLiteral)]
         decided = all(word in index.where for word in (*equal, *values))
     else:
         decided = ahead

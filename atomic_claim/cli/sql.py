@@ -13,17 +13,18 @@ from rich.console import Console
 from rich.syntax import Syntax
 from sqlalchemy import Dialect
 
-from atomic_claim.columns import JobTable
-from atomic_claim.dialects import strategy_for
+from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError
-from atomic_claim.lease import Owned, Values, completion, extension, failure, release
-from atomic_claim.statement import KEYS, TOKEN, WORKER, Ask
+from atomic_claim.job_table import JobTable
+from atomic_claim.lifecycle import Owned, Values, completion, extension, failure, release
+from atomic_claim.plan import TOKEN, WORKER, ClaimRequest
+from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
 
 from .layout import laid_out
 from .options import JsonOption, UrlOption, plain_ending
 from .targets import TableOption, load_job_table
-from .texts import DIALECTS, dialect_of, fresh_parts, rendered
+from .texts import DIALECTS, dialect_of, fresh_plan, rendered
 
 SHOWN_LEASE = timedelta(minutes=5)
 SHOWN_PAUSE = timedelta(minutes=1)
@@ -125,24 +126,24 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     Raises:
         CommandError: the table cannot be claimed from on this database.
     """
-    strategy = strategy_for(dialect)
-    ask = Ask(
+    backend = backend_for(dialect)
+    request = ClaimRequest(
         limit,
         worker="worker" if job_table.worker is not None else None,
         lease=SHOWN_LEASE if job_table.lease is not None and job_table.token is not None else None,
     )
-    said = [f"{name}=..." for name in ("worker", "lease") if getattr(ask, name) is not None]
+    said = [f"{name}=..." for name in ("worker", "lease") if getattr(request, name) is not None]
     call = f"claim_jobs({', '.join(['engine', job_table.table.name, str(limit), *said])})"
     one_key = None if len(job_table.key) == 1 else (None,) * len(job_table.key)
-    given = {**ask.parameters(None), TOKEN: None, WORKER: None, KEYS: [one_key]}
+    given = {**request.parameters(None), TOKEN: None, WORKER: None, KEYS: [one_key]}
     try:
-        parts = fresh_parts(job_table, ask)
-        statements = strategy.statements(parts)
+        plan = fresh_plan(job_table, request)
+        statements = backend.statements(plan)
         steps = [_step(statement, dialect, given) for statement in statements]
     except ClaimError as error:
         name = job_table.table.fullname
         raise CommandError(f"{name} cannot be claimed from on {dialect.name}: {error}") from None
-    yield Sequenced(call, tuple(steps), transaction=not strategy.is_single(parts))
+    yield Sequenced(call, tuple(steps), transaction=not backend.is_single(plan))
     consent = ", unfenced=True" if job_table.token is None else ""
     endings: dict[str, Callable[[], Values]] = {
         f"complete_jobs(engine, claim{consent})": lambda: completion(job_table),
@@ -158,7 +159,7 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     guard = Owned(job_table, (), None if job_table.token is None else "", SHOWN_LEASE).guard()
     for name, values_of in endings.items():
         try:
-            changes = strategy.changes(job_table, guard, values_of())
+            changes = backend.changes(job_table, guard, values_of())
         except ClaimError as error:
             yield Sequenced(name, refused=str(error))
         else:

@@ -8,8 +8,8 @@ import typer
 from sqlalchemy import Connection, MetaData, Table
 from sqlalchemy.exc import NoSuchTableError
 
-from atomic_claim.columns import JobTable, job_table_of
 from atomic_claim.errors import ClaimError
+from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.testing.database import CommandError
 from atomic_claim.testing.names import load
 

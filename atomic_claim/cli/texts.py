@@ -8,8 +8,9 @@ from typing import Any
 from sqlalchemy import Dialect, bindparam, make_url
 from sqlalchemy.sql.base import Executable
 
-from atomic_claim.columns import JobTable
-from atomic_claim.statement import KEYS, Ask, ByKey, ClaimParts, claim_parts
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import ClaimPlan, ClaimRequest, claim_plan
+from atomic_claim.sql_elements import KEYS, ByKey
 
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 PREFIX = "atomic_claim_"
@@ -24,11 +25,11 @@ def dialect_of(name: str) -> Dialect:
     return made
 
 
-def fresh_parts(job_table: JobTable, ask: Ask, *, entities: bool = False) -> ClaimParts:
+def fresh_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool = False) -> ClaimPlan:
     """Build the parts of a claim without the cache, which keeps the first claim's limit."""
     # With conditions, if only none, they are not taken from those that are kept.
-    asked = Ask(ask.limit, (), None, None, ask.worker, ask.lease)
-    return claim_parts(job_table, asked, entities=entities)
+    asked = ClaimRequest(request.limit, (), None, None, request.worker, request.lease)
+    return claim_plan(job_table, asked, entities=entities)
 
 
 def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:

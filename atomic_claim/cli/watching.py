@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from sqlalchemy import Column, ColumnElement, Engine, and_, case, false, func, not_, or_, select
 
-from atomic_claim.columns import JobTable
+from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError
 
 from .checks.columns import read
@@ -99,7 +99,7 @@ def paced(seen: Iterator[Look], interval: float, number: int | None) -> Iterator
 def looks(claim: Reading) -> Iterator[Look]:
     """One look at the table after the other."""
     job_table, connection = claim.job_table, claim.patient.connection
-    waiting = or_(*(and_(*conditions) for conditions, _ in job_table.reasons))
+    waiting = or_(*(and_(*conditions) for conditions, _ in job_table.claimable_branches))
     free, idle = _sure(job_table.is_free), not_(_sure(waiting))
     counters: list[ColumnElement[int]] = [
         _number(waiting),

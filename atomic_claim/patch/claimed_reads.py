@@ -14,14 +14,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
 from sqlalchemy.sql.selectable import FromClause
 
-from atomic_claim.binds import patiently
+from atomic_claim.backends import CHUNK, Find
 from atomic_claim.claim import Claim, claim_jobs
-from atomic_claim.columns import JobTable, job_table_of
-from atomic_claim.dialects import CHUNK, Find
 from atomic_claim.errors import ClaimConflict, ClaimLost, PatchError
+from atomic_claim.execution import patiently
 from atomic_claim.heartbeat import Beat
-from atomic_claim.lease import owned_rows, release_left
-from atomic_claim.statement import key_in
+from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.lifecycle import owned_rows, release_left
+from atomic_claim.sql_elements import key_in
 
 from . import filters
 from .patches import Patch, Run, make_patch
@@ -48,7 +48,7 @@ logger = logging.getLogger("atomic_claim")
 UNMARKED = (
     "%s was handed claimed rows, and changed none of them: they are free again. If its caller "
     "marks them, use patch_claims(..., lease=..., commit=True). If it looks at their state again "
-    "before the work, leave the state to it: JobTable(..., state=<the lease column>)"
+    "before the tx, leave the state to it: JobTable(..., state=<the lease column>)"
 )
 
 
@@ -83,7 +83,7 @@ def claim_reads(
             row takes. Left out, 5 minutes if the table has a lease column.
         worker: the claiming worker's name; needs a worker column.
         at_most_once: agree to a table without a lease whose only state is the final one: it is
-            written before the work, and what a worker had in hand when it died is never done.
+            written before the tx, and what a worker had in hand when it died is never done.
 
     Returns:
         The :class:`Patch`. Its ``passed_through`` counts the calls that found nothing to claim by.
@@ -203,7 +203,7 @@ class ClaimWatch(Watch):
             return patiently(run) if engine.dialect.is_async else run()
 
     def tick(self) -> None:
-        """Keep the leases, which nobody else does while the loop is at work."""
+        """Keep the leases, which nobody else does while the loop is at tx."""
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + min(beat.every for _, beat in self._beats)

@@ -18,15 +18,15 @@ from sqlalchemy import Column, Connection, Engine, Integer
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
-from atomic_claim.binds import async_types, patiently, sync_bind
+from atomic_claim.backends import backend_for
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
-from atomic_claim.columns import JobTable, job_table_of
-from atomic_claim.dialects import strategy_for
 from atomic_claim.errors import ClaimError, PatchError
+from atomic_claim.execution import async_types, patiently, sync_bind
+from atomic_claim.job_table import JobTable, job_table_of
 
 from . import filters
 from .calls import Call, Reading
-from .habits import Habit, commit_habit
+from .generators import Habit, commit_habit
 from .patches import Patch, Run, guarded, make_patch
 from .replacing import ALL, ONE, Replacing
 from .tables import stateless, table_of
@@ -494,12 +494,12 @@ def _leaving_unlocked(bind: Any, job_table: JobTable) -> Callable[[], None]:
             return lambda: None
         connection = bind.connection(bind_arguments=arguments)
     assert isinstance(connection, Connection)
-    strategy, name = strategy_for(connection.dialect), connection.dialect.name
-    if name != "sqlite" or strategy.in_transaction(connection.connection):
+    backend, name = backend_for(connection.dialect), connection.dialect.name
+    if name != "sqlite" or backend.in_transaction(connection.connection):
         return lambda: None
 
     def leave() -> None:
-        if strategy.in_transaction(connection.connection):
+        if backend.in_transaction(connection.connection):
             connection.exec_driver_sql("ROLLBACK")
 
     return leave

@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import func
 
-from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError, PatchError
+from atomic_claim.job_table import JobTable
 
 from .claimed_reads import claim_reads
 from .claiming import Options, patch_claims

@@ -10,8 +10,8 @@ from sqlalchemy import Column, ColumnElement, Select, and_, or_
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
-from atomic_claim.columns import JobTable
 from atomic_claim.errors import ClaimError, PatchError
+from atomic_claim.job_table import JobTable
 
 Operator = Callable[[Any, Any], ColumnElement[bool]]
 OPERATORS: Mapping[str, Operator] = {

@@ -9,9 +9,9 @@ from weakref import WeakSet
 
 from sqlalchemy import Connection, Delete, Select, Update
 
-from atomic_claim.columns import JobTable
-from atomic_claim.dialects import Work, strategy_for
+from atomic_claim.backends import Transaction, backend_for
 from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
+from atomic_claim.job_table import JobTable
 
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
@@ -81,10 +81,10 @@ class LockWatch(Watch):
         find = find_of(self.job_table, statement, params, self.patch.target)
         if find is None:
             return None
-        work = Work(connection, connection, own=False)
+        tx = Transaction(connection, connection, own=False)
         try:
             with unwatched():
-                locking = strategy_for(connection.dialect).lock_read(work, find)
+                locking = backend_for(connection.dialect).lock_read(tx, find)
         except (ClaimConflict, UnsupportedDialect):
             raise
         except ClaimError as error:

@@ -12,8 +12,8 @@ from wrapt import register_post_import_hook
 
 from atomic_claim.errors import ClaimError
 
-from .mains import is_main, loaded_module, when_defined
-from .places import MISSING, Attribute, Place, find_places
+from .holders import MISSING, Attribute, Place, find_places
+from .main_module import is_main, loaded_module, when_defined
 from .sources import check_source
 from .targets import (
     PatchWrapper,

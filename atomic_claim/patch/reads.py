@@ -34,9 +34,9 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.util import greenlet_spawn
 
-from atomic_claim.binds import patiently
-from atomic_claim.columns import JobTable
 from atomic_claim.errors import PatchError
+from atomic_claim.execution import patiently
+from atomic_claim.job_table import JobTable
 from atomic_claim.statement import ClaimStatement
 
 from .patches import Patch, Run

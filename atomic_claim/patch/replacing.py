@@ -13,7 +13,7 @@ from typing import Any
 from atomic_claim.errors import PatchError
 
 from .calls import Call, Reading, bound_call, positional, reading
-from .habits import Yields, yields_of
+from .generators import Yields, yields_of
 from .patches import Patch
 from .targets import Target
 

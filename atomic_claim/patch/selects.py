@@ -32,9 +32,9 @@ from sqlalchemy.sql.elements import (
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Alias, FromClause, TextualSelect
 
-from atomic_claim.columns import JobTable
-from atomic_claim.dialects import Find
+from atomic_claim.backends import Find
 from atomic_claim.errors import PatchError
+from atomic_claim.job_table import JobTable
 
 AGGREGATES = frozenset(
     {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from atomic_claim.errors import PatchError
 
-from .mains import is_main
+from .main_module import is_main
 
 
 class MissingModule(PatchError):

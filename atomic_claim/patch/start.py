@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from atomic_claim.errors import ClaimError
 
-from . import mains, patches
+from . import main_module, patches
 from .file import load_patches
 
 FILE = "ATOMIC_CLAIM_PATCHES"
@@ -38,9 +38,9 @@ def start() -> None:
     if not path:
         return
     patches.on_failure = end
-    name = mains.main_name()
+    name = main_module.main_name()
     if name:
-        os.environ[mains.VARIABLE] = name
+        os.environ[main_module.VARIABLE] = name
     # The folder of the program comes onto the path only after this.
     folder = _folder()
     sys.path.insert(0, folder)

@@ -10,11 +10,11 @@ from typing import Any
 from sqlalchemy import Table, true
 from sqlalchemy import inspect as sa_inspect
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import read_columns
 from atomic_claim.errors import AmbiguousTable, PatchError
+from atomic_claim.inference import read_columns
+from atomic_claim.job_table import JobTable
 
-from .mains import loaded_module
+from .main_module import loaded_module
 
 
 def stateless(table: Any) -> JobTable:

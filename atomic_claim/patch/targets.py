@@ -16,7 +16,7 @@ from wrapt import BaseObjectProxy, BoundFunctionWrapper, FunctionWrapper
 
 from atomic_claim.errors import PatchError
 
-from .places import Attribute, Getter, Place, inner_of, places_in, plain
+from .holders import Attribute, Getter, Place, inner_of, places_in, plain
 
 # What these decorators return is always of the same code.
 _DECORATORS: tuple[Any, ...] = (contextmanager, asynccontextmanager)

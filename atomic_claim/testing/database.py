@@ -13,7 +13,7 @@ from urllib.parse import quote, quote_plus
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from atomic_claim.dialects import strategy_for
+from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 
 # Other drivers of a database than SQLAlchemy's default, the best first.
@@ -70,7 +70,7 @@ def parse_url(given: str) -> URL:
 def _with_driver(url: URL) -> URL:
     try:
         dialect = url.get_dialect()
-        strategy_for(dialect())
+        backend_for(dialect())
     except NoSuchModuleError:
         raise CommandError(
             f"SQLAlchemy knows no {url.drivername!r}; expected a URL that begins with "
@@ -156,7 +156,7 @@ def _answering(url: URL) -> Engine:
     try:
         engine = make_engine(url)
         with engine.connect() as connection:
-            strategy_for(connection.dialect)
+            backend_for(connection.dialect)
     except UnsupportedDialect as error:
         raise CommandError(one_line(error)) from None
     # Drivers complain of options that they do not know by TypeError and ValueError.

@@ -33,15 +33,15 @@ from sqlalchemy import (
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState, Mapper
 
-from atomic_claim.columns import JobTable, job_table_of
-from atomic_claim.conventions import (
+from atomic_claim.errors import ClaimError
+from atomic_claim.inference import (
     STATUSES,
     WAITING_VALUES,
     plain_type,
     read_columns,
 )
-from atomic_claim.elements import Declared
-from atomic_claim.errors import ClaimError
+from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.sql_elements import InlineLiteral
 
 from .database import CommandError
 from .names import where
@@ -106,7 +106,7 @@ def _discriminator(given: Any) -> dict[Column[Any], Any]:
 
 def _plain(value: Any) -> tuple[bool, Any]:
     """Return whether a declared value is known in Python, and the value."""
-    if isinstance(value, Declared):
+    if isinstance(value, InlineLiteral):
         return True, value.value
     name = getattr(value, "__visit_name__", None)
     if name in {"true", "false"}:

@@ -15,8 +15,8 @@ from sqlalchemy import Connection
 
 from .database import CommandError, complaint, without_secrets
 from .interrupts import deferred, not_inherited
-from .meeting import KILLED, TO_BE_KILLED, Board
 from .results import Call, Key
+from .start_barrier import KILLED, TO_BE_KILLED, Board
 from .waits import Waits, waited, waits_of
 from .workers import Done, Duty, Failure, Handed, Holding, Ready, work
 

@@ -24,11 +24,11 @@ from atomic_claim.patch.start import FILE
 
 from .arguments import Offer, Plan, planned
 from .database import CommandError, make_engine, one_line
-from .handed_out import Reader
-from .meeting import TO_BE_KILLED, Board, Meeting
 from .names import load, owner_and_object, where
+from .result_keys import Reader
 from .results import Key
 from .rows import tables_of
+from .start_barrier import TO_BE_KILLED, Board, Meeting
 from .waits import FileLocks, Span
 
 CONFLICTS = (OperationalError, IntegrityError, InternalError, StaleDataError, ClaimConflict)

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from atomic_claim import PatchError, patch_claims
 from atomic_claim.patch.calls import bound_call, reading
-from atomic_claim.patch.habits import Habit, Yields, commit_habit, yields_of
+from atomic_claim.patch.generators import Habit, Yields, commit_habit, yields_of
 from tests.patch import legacy
 from tests.patch.legacy import Job
 from tests.patch.patched import jobs, leased

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from atomic_claim import ClaimConflict, ClaimError, claim_jobs
-from atomic_claim.binds import TRIES
+from atomic_claim.execution import TRIES
 from tests.databases import Database
 from tests.jobs import (
     CALLERS,

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Index, Integer, String
 
 from atomic_claim import JobTable, claim_jobs
-from atomic_claim.statement import MARGIN
+from atomic_claim.plan import MARGIN
 from tests.conftest import fresh_database
 from tests.counting import PRECISE
 from tests.databases import NAMES

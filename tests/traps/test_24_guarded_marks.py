@@ -6,8 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from atomic_claim import claim_jobs
-from atomic_claim.dialects.mysql import MySQL
-from atomic_claim.statement import ByKey
+from atomic_claim.backends.mysql import MySQL
+from atomic_claim.sql_elements import ByKey
 from tests.databases import Database
 from tests.jobs import fill, ids, job_table
 from tests.stepping import stopped

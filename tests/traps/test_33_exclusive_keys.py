@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import sessionmaker
 
 from atomic_claim import ClaimConflict, ClaimLost, JobTable, claim_jobs, complete_jobs, extend_jobs
-from atomic_claim.dialects import by_key, mysql, named_lock, postgresql, sqlite
-from atomic_claim.dialects.by_key import KeySearch
-from atomic_claim.lease import Owned
+from atomic_claim.backends import by_key, mysql, named_lock, postgresql, sqlite
+from atomic_claim.backends.by_key import KeySearch
+from atomic_claim.lifecycle import Owned
 from tests.databases import Database, end_connection
 from tests.jobs import ids, in_thread
 from tests.stepping import Stepped, commit_after, stopped

@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import Column, inspect
 from sqlalchemy.sql import visitors
 
-from atomic_claim.columns import JobTable, job_table_of
 from atomic_claim.errors import ClaimError
-from atomic_claim.statement import OrderTerm
+from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.sql_elements import OrderTerm
 
 from .findings import Finding, Level, Patient, listed
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Dialect, Table
 
 from atomic_claim.cli.texts import dialect_of
-from atomic_claim.columns import JobTable
+from atomic_claim.job_table import JobTable
 
 
 class Level(Enum):

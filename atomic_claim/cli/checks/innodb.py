@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from sqlalchemy import select, text
 
-from atomic_claim.dialects import strategy_for
-from atomic_claim.dialects.mysql import SKEW
+from atomic_claim.backends import backend_for
+from atomic_claim.backends.mysql import SKEW
 
 from .findings import Finding, Level, Patient, Reading
 
@@ -72,7 +72,7 @@ def _engine(patient: Patient) -> Iterator[Finding]:
 def clock(reading: Reading) -> Iterator[Finding]:
     """Report naive datetime columns if the session's time zone is not UTC."""
     connection = reading.patient.connection
-    names = strategy_for(connection.dialect).naive_columns(reading.job_table)
+    names = backend_for(connection.dialect).naive_columns(reading.job_table)
     skew = int(connection.scalar(select(SKEW)) or 0) if names else 0
     if skew:
         yield naive_times(names, f"{skew / 3600:+g} h from UTC")

@@ -22,9 +22,10 @@ from atomic_claim.cli.plans import (
     known_indexes,
     unserved,
 )
-from atomic_claim.cli.texts import fresh_parts
-from atomic_claim.columns import JobTable
-from atomic_claim.statement import Ask, ClaimParts, OrderTerm
+from atomic_claim.cli.texts import fresh_plan
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import ClaimPlan, ClaimRequest
+from atomic_claim.sql_elements import OrderTerm
 
 from .findings import Finding, Level, Patient, Reading, listed
 
@@ -48,36 +49,36 @@ SORTS = {
 ANALYZE = {"mysql": "ANALYZE TABLE", "mariadb": "ANALYZE TABLE"}
 
 
-def claim_of(job_table: JobTable) -> tuple[ClaimParts, Ask]:
+def claim_of(job_table: JobTable) -> tuple[ClaimPlan, ClaimRequest]:
     """Build the claim to explain and its options."""
     leased = job_table.lease is not None and job_table.token is not None
-    ask = Ask(
+    request = ClaimRequest(
         LIMIT,
         worker=None if job_table.worker is None else "doctor",
         lease=SHOWN_LEASE if leased else None,
     )
-    return fresh_parts(job_table, ask), ask
+    return fresh_plan(job_table, request), request
 
 
 def statement_of(reading: Reading) -> str:
     """Return the SQL of the explained statement as the driver receives it."""
-    parts, ask = claim_of(reading.job_table)
+    plan, request = claim_of(reading.job_table)
     connection = reading.patient.connection
-    statement = finding_statement(connection, parts)
-    return as_sent(connection, statement, ask.parameters("0" * 32))[0]
+    statement = finding_statement(connection, plan)
+    return as_sent(connection, statement, request.parameters("0" * 32))[0]
 
 
 def plan(reading: Reading) -> Iterator[Finding]:
     """Check by EXPLAIN of the claim's own statement that indexes serve it."""
     connection = reading.patient.connection
-    parts, ask = claim_of(reading.job_table)
-    now = accesses(connection, parts, ask, as_it_is=True)
-    found = unserved(connection, parts, ask)
+    plan, request = claim_of(reading.job_table)
+    now = accesses(connection, plan, request, as_it_is=True)
+    found = unserved(connection, plan, request)
     known = known_indexes(connection, reading.job_table.table)
     for each in found:
         yield _unserved(reading, each, now, known)
     if not found:
-        served = _telling(accesses(connection, parts, ask))
+        served = _telling(accesses(connection, plan, request))
         how = [str(access) for access in served if access.index is not None]
         # MySQL and MariaDB may rather scan and sort a few rows.
         how = how or [

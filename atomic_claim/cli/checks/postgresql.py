@@ -7,8 +7,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from atomic_claim.dialects import strategy_for
-from atomic_claim.dialects.postgresql import UTC_NAMES
+from atomic_claim.backends import backend_for
+from atomic_claim.backends.postgresql import UTC_NAMES
 
 from .findings import Finding, Level, Patient, Reading, age, count
 from .innodb import naive_times
@@ -205,7 +205,7 @@ def _lock_waits(patient: Patient) -> Iterator[Finding]:
 def clock(reading: Reading) -> Iterator[Finding]:
     """Report naive datetime columns if the session's time zone is not UTC."""
     connection = reading.patient.connection
-    names = strategy_for(connection.dialect).naive_columns(reading.job_table)
+    names = backend_for(connection.dialect).naive_columns(reading.job_table)
     zone = str(connection.scalar(text("SELECT current_setting('TimeZone')")))
     if names and zone.lower() not in UTC_NAMES:
         yield naive_times(names, zone)

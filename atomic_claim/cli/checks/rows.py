@@ -22,9 +22,9 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import DUE, ORDER, is_flag, is_text, plain_type
-from atomic_claim.elements import DatabaseNow, Declared
+from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 
 from .findings import Finding, Level, Patient, Reading, age, count
 
@@ -89,7 +89,7 @@ def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
         if column is not job_table.state
         and column.nullable
         and is_flag(column)
-        and isinstance(value, (True_, False_, Declared))
+        and isinstance(value, (True_, False_, InlineLiteral))
     }
     ordered = [column for column in job_table.table.columns if column in flags]
     return {column: and_(column.is_(None), job_table.is_free) for column in ordered}
@@ -130,8 +130,8 @@ def _always_claimed(reading: Reading, column: Column[Any], number: int) -> Findi
 
 
 def _opposite(value: Any) -> ColumnElement[Any]:
-    if isinstance(value, Declared):
-        return Declared(int(not value.value), value.type)
+    if isinstance(value, InlineLiteral):
+        return InlineLiteral(int(not value.value), value.type)
     opposite: ColumnElement[Any] = ~value
     return opposite
 
@@ -174,13 +174,13 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
     if state is None:
         return job_table.is_running
     value = job_table.claimed[state]
-    is_claimed = state.is_not(None) if isinstance(value, DatabaseNow) else state == value
+    is_claimed = state.is_not(None) if isinstance(value, DatabaseTime) else state == value
     return and_(is_claimed, *job_table.not_ended)
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
     """Return the column closest to a row's claim time, and whether it is exactly that time."""
-    written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseNow)]
+    written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseTime)]
     if written or job_table.stamps:
         return [*written, *job_table.stamps][0], True
     for term in (*job_table.order, job_table.due):

@@ -1,4 +1,4 @@
-"""The interface that a database's strategy implements, and the objects passed to it."""
+"""The interface that a database's backend implements, and the objects passed to it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import LIMIT, REACH, ByKey, ClaimParts, key_in
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import LIMIT, SCAN_LIMIT, ClaimPlan
+from atomic_claim.sql_elements import ByKey, key_in
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -43,8 +44,8 @@ T = TypeVar("T")
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
-LIMITS = frozenset({LIMIT, REACH})
-Found = list[tuple[Key, Any]]
+LIMITS = frozenset({LIMIT, SCAN_LIMIT})
+KeyedRows = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
 
 
@@ -67,7 +68,7 @@ class Candidate(NamedTuple):
 
 
 class Executes(Protocol):
-    """Where statements of a claim are executed; see :class:`Work`."""
+    """Where statements of a claim are executed; see :class:`Transaction`."""
 
     @property
     def own(self) -> bool: ...
@@ -90,7 +91,7 @@ class Executes(Protocol):
 
 
 @dataclass(frozen=True)
-class Work:
+class Transaction:
     """Where a claim runs.
 
     Attributes:
@@ -189,7 +190,7 @@ class Find:
         return tuple(self.place.columns[column.key] for column in self.job_table.key)
 
 
-class Strategy(ABC):
+class Backend(ABC):
     """How one database claims rows atomically."""
 
     names: ClassVar[tuple[str, ...]]
@@ -206,11 +207,11 @@ class Strategy(ABC):
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
 
     @abstractmethod
-    def is_single(self, parts: ClaimParts) -> bool:
+    def is_single(self, plan: ClaimPlan) -> bool:
         """Check whether the claim is a single statement, atomic without a transaction."""
 
     @abstractmethod
-    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
+    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
         """Claim, and return the rows or entities in claim order."""
 
     def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
@@ -225,7 +226,7 @@ class Strategy(ABC):
         return null()
 
     def lock_keys(
-        self, work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
     ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
         """Lock the exclusive keys of the first candidates until the transaction ends.
 
@@ -248,7 +249,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def lock(
-        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         """Lock the rows that a claim would claim, and leave them as they are.
 
@@ -257,11 +258,11 @@ class Strategy(ABC):
         """
 
     @abstractmethod
-    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         """Return the SELECT that locks the rows it returns and skips rows locked elsewhere."""
 
     @abstractmethod
-    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+    def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         """Return the statements of :meth:`claim` in execution order, as run without contention.
 
         For people to read, and for EXPLAIN.
@@ -269,7 +270,7 @@ class Strategy(ABC):
 
     def change(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
@@ -279,19 +280,19 @@ class Strategy(ABC):
         changed: list[Key] = []
         [changing] = self.changes(job_table, guard, values)
         for chunk in chunks(keys, CHUNK):
-            changed += [tuple(row) for row in work.execute(*changing.of(chunk))]
+            changed += [tuple(row) for row in tx.execute(*changing.of(chunk))]
         return changed
 
     def extend(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
         values: Mapping[Any, Any],
     ) -> list[Key]:
         """:meth:`change`, such that no claim takes the rows for expired at the same time."""
-        return self.change(work, job_table, keys, guard, values)
+        return self.change(tx, job_table, keys, guard, values)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -306,7 +307,7 @@ class Strategy(ABC):
 
     def unlocked(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
@@ -317,10 +318,10 @@ class Strategy(ABC):
             statement = select(*job_table.key).where(key_in(job_table.key, chunk), guard)
             statement = hinted(statement, job_table.table, self.hints)
             statement = statement.with_for_update(skip_locked=True, key_share=True)
-            locked += [tuple(row) for row in work.execute(statement)]
+            locked += [tuple(row) for row in tx.execute(statement)]
         return locked
 
-    def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
+    def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         """Wait for no lock longer than this."""
         return nullcontext()
 
@@ -409,12 +410,12 @@ def _dotted(version: Iterable[Any]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def returned(parts: ClaimParts, result: Result[Any]) -> Found:
+def returned(plan: ClaimPlan, result: Result[Any]) -> KeyedRows:
     """Pair the rows or entities of the claim statement with their keys, in result order."""
-    if parts.spread:
+    if plan.multi_table:
         return [(tuple(row), None) for row in result]
-    items = result.scalars().all() if parts.entities else result.all()
-    key_of = parts.key_of
+    items = result.scalars().all() if plan.entities else result.all()
+    key_of = plan.key_of
     return [(key_of(item), item) for item in items]
 
 
@@ -433,34 +434,32 @@ def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statem
 
 
 def mark_and_load(
-    work: Executes,
-    parts: ClaimParts,
+    tx: Executes,
+    plan: ClaimPlan,
     keys: Sequence[Key],
     params: Mapping[str, Any],
     hints: Mapping[str, str],
-) -> Found:
+) -> KeyedRows:
     """Write the claim to rows that are locked, and read them."""
     written = {name: value for name, value in params.items() if name not in LIMITS}
-    marking = marking_by_key(parts, hints)
+    marking = marking_by_key(plan, hints)
     for chunk in chunks(keys, CHUNK):
-        work.write(*marking.of(chunk, written))
-    return load(work, parts, keys, hints)
+        tx.write(*marking.of(chunk, written))
+    return load(tx, plan, keys, hints)
 
 
-def marking_by_key(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
+def marking_by_key(plan: ClaimPlan, hints: Mapping[str, str]) -> ByKey:
     """Return the UPDATE that writes the claim, for rows given by key."""
     name = "marking, hinted" if hints else "marking"
-    return parts.prepare(name, partial(_marking, hints=hints))
+    return plan.prepare(name, partial(_marking, hints=hints))
 
 
-def _marking(parts: ClaimParts, hints: Mapping[str, str]) -> ByKey:
-    table = parts.job_table.table
-    return ByKey(
-        parts.job_table.key, hinted(update(table).values(parts.values), table, hints).where
-    )
+def _marking(plan: ClaimPlan, hints: Mapping[str, str]) -> ByKey:
+    table = plan.job_table.table
+    return ByKey(plan.job_table.key, hinted(update(table).values(plan.values), table, hints).where)
 
 
-def load(work: Executes, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[str, str]) -> Found:
+def load(tx: Executes, plan: ClaimPlan, keys: Sequence[Key], hints: Mapping[str, str]) -> KeyedRows:
     """Load the rows or entities with these keys: complete, current and in this order.
 
     A plain read comes first: it sees what this transaction wrote itself, whatever its snapshot.
@@ -471,24 +470,24 @@ def load(work: Executes, parts: ClaimParts, keys: Sequence[Key], hints: Mapping[
     for lock in (False, True):
         missing = [key for key in keys if key not in found]
         for chunk in chunks(missing, CHUNK):
-            asked = reading_by_key(parts, hints, lock=lock).of(chunk)
-            items = work.entities(*asked) if parts.entities else work.rows(*asked)
-            key_of = parts.key_of
+            asked = reading_by_key(plan, hints, lock=lock).of(chunk)
+            items = tx.entities(*asked) if plan.entities else tx.rows(*asked)
+            key_of = plan.key_of
             found.update((key_of(item), item) for item in items)
     return [(key, found[key]) for key in keys]
 
 
-def reading_by_key(parts: ClaimParts, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
+def reading_by_key(plan: ClaimPlan, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
     """Return the SELECT that reads the claimed rows or entities by key."""
     name = f"reading{', locked' if lock else ''}{', hinted' if hints else ''}"
-    return parts.prepare(name, partial(_reading, lock=lock, hints=hints))
+    return plan.prepare(name, partial(_reading, lock=lock, hints=hints))
 
 
-def _reading(parts: ClaimParts, lock: bool, hints: Mapping[str, str]) -> ByKey:
-    reading = hinted(parts.reading, parts.job_table.table, hints)
+def _reading(plan: ClaimPlan, lock: bool, hints: Mapping[str, str]) -> ByKey:
+    reading = hinted(plan.reading, plan.job_table.table, hints)
     if lock:
         reading = reading.with_for_update()
-    key = parts.key_attributes if parts.entities else parts.job_table.key
+    key = plan.key_attributes if plan.entities else plan.job_table.key
     return ByKey(key, reading.where)
 
 
@@ -498,13 +497,13 @@ def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield keys[start : start + size]
 
 
-def refuse_autocommit(strategy: Strategy, work: Executes, why: str) -> None:
+def refuse_autocommit(backend: Backend, tx: Executes, why: str) -> None:
     """Refuse a bind whose driver commits after every statement.
 
     Asked after a first statement: an engine may begin its transactions by itself, on a driver in
     autocommit, and only then has done so.
     """
-    if work.in_autocommit and not strategy.in_transaction(work.pooled):
+    if tx.in_autocommit and not backend.in_transaction(tx.pooled):
         raise ClaimError(
             f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
             'as engine.execution_options(isolation_level="READ COMMITTED")'

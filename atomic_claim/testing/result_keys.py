@@ -11,7 +11,7 @@ from sqlalchemy import Result, Row, ScalarResult, Table
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState, Mapper
 
-from atomic_claim.columns import JobTable
+from atomic_claim.job_table import JobTable
 
 from .database import CommandError
 from .results import Key

@@ -50,25 +50,17 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
 from atomic_claim.errors import ClaimError
-from atomic_claim.statement import (
-    LIMIT,
-    MARGIN,
-    ORDER,
-    REACH,
-    ByKey,
-    ClaimParts,
-    OrderTerm,
-    labelled_terms,
-)
+from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
+from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, labelled_terms
 
 from .base import (
     CHUNK,
+    Backend,
     Candidate,
-    Found,
     Key,
+    KeyedRows,
     Read,
-    Strategy,
-    Work,
+    Transaction,
     hinted,
     mark_and_load,
     marking_by_key,
@@ -93,15 +85,15 @@ tables: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDiction
 
 @dataclass(frozen=True, eq=False)
 class KeySearch:
-    """The statements that find rows whose keys have room, made of the parts of a claim.
+    """The statements that find rows whose keys have room, made of the plan of a claim.
 
     Attributes:
-        strategy: the database's.
-        parts: the parts of the claim, which know nothing of keys.
+        backend: the database's.
+        plan: the plan of the claim, which does not regard keys.
     """
 
-    strategy: Strategy
-    parts: ClaimParts
+    backend: Backend
+    plan: ClaimPlan
 
     # The statements.
 
@@ -111,10 +103,10 @@ class KeySearch:
 
         What was asked of the session stands first in each, and then what :meth:`_told` tells.
         """
-        reach = bindparam(REACH, 1, Integer(), literal_execute=True)
-        branches = self._numbered_branches([branch.limit(reach) for branch in self._branches])
+        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
+        branches = self._numbered_branches([branch.limit(scan_limit) for branch in self._branches])
         rows, has_room = self._numbered(self._together(*branches, name="first"))
-        session = self.strategy.key_session(self.parts.job_table)
+        session = self.backend.key_session(self.plan.job_table)
         found = cast("Select[Any]", select(*session, *self._told(rows, has_room)))
         return found.order_by(*self._order(rows))
 
@@ -125,16 +117,16 @@ class KeySearch:
         Those are rows without a key and rows whose lease is over, up to a limit of each kind, and
         whether they have room or not: it tells whether there are more.
         """
-        reach = bindparam(REACH, 1, Integer(), literal_execute=True)
+        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
         first, *expired = self._branches
-        keys = self._walked_keys() if self.strategy.walks_keys else self._distinct_keys()
-        free = first.order_by(None).order_by(self._column, *self.parts.order)
+        keys = self._walked_keys() if self.backend.walks_keys else self._distinct_keys()
+        free = first.order_by(None).order_by(self._column, *self.plan.order)
         of_key = free.where(self._column == keys.columns[KEY])
         of_key = of_key.order_by(*self._tie_breakers)
-        places = range(min(self.parts.job_table.max_per_key, MOST_HEADS))
+        places = range(min(self.plan.job_table.max_per_key, MOST_HEADS))
         heads = [self._one_by_one(of_key, place, keys) for place in places]
         others = [first.where(self._column.is_(None)), *expired]
-        branches = self._numbered_branches([branch.limit(reach) for branch in others], 1)
+        branches = self._numbered_branches([branch.limit(scan_limit) for branch in others], 1)
         free_heads = [head.add_columns(_number(0).label(BRANCH)) for head in heads]
         rows, has_room = self._numbered(self._together(*free_heads, *branches, name="heads"))
         most = bindparam(FOUND, 1, Integer(), literal_execute=True)
@@ -147,30 +139,30 @@ class KeySearch:
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:
-            given = self._described(self.parts.candidates.rows.where(is_one))
+            given = self._described(self.plan.candidates.rows.where(is_one))
             given = given.add_columns(self._column.label(KEY))
             rows, has_room = self._numbered(given.cte(self._name("given")))
             found = cast("Select[Any]", select(*self._ids(rows)).where(has_room))
             return found.order_by(*self._order(rows)).limit(limit)
 
-        return ByKey(self.parts.key_attributes, build)
+        return ByKey(self.plan.key_attributes, build)
 
     @cached_property
     def locking(self) -> ByKey:
         """Lock the rows given by key that are free and not locked; return both their keys."""
-        parts = self.parts
-        table = parts.job_table.table
-        asked = parts.source(*parts.key_attributes, self._column).where(*parts.conditions)
-        if parts.spread:
+        plan = self.plan
+        table = plan.job_table.table
+        asked = plan.source(*plan.key_attributes, self._column).where(*plan.conditions)
+        if plan.multi_table:
             # Else the subclass's table may come first, and MariaDB locks every row of it.
-            for dialect_name in self.strategy.hints:
+            for dialect_name in self.backend.hints:
                 asked = asked.prefix_with("STRAIGHT_JOIN", dialect=dialect_name)
-        locking = hinted(asked, table, self.strategy.hints).with_for_update(
+        locking = hinted(asked, table, self.backend.hints).with_for_update(
             skip_locked=True,
-            key_share=not parts.changes_key,
-            of=table if parts.spread else None,
+            key_share=not plan.changes_key,
+            of=table if plan.multi_table else None,
         )
-        return ByKey(parts.job_table.key, locking.where)
+        return ByKey(plan.job_table.key, locking.where)
 
     # The search.
 
@@ -181,16 +173,16 @@ class KeySearch:
         """
         tried: set[Key] = set()
         pending: list[Candidate] = []
-        job_table, reach = self.parts.job_table, limit + MARGIN
-        width = len(self.strategy.key_session(job_table))
-        rows = read(self.window, {REACH: reach})
+        job_table, scan_limit = self.plan.job_table, limit + MARGIN
+        width = len(self.backend.key_session(job_table))
+        rows = read(self.window, {SCAN_LIMIT: scan_limit})
         if not rows:
             return
-        self.strategy.check_key_session(job_table, rows[0][:width])
+        self.backend.check_key_session(job_table, rows[0][:width])
         found: Sequence[Any] = [row[width:] for row in rows]
         free = [place for place, row in enumerate(found) if row[-2] == 0]
-        is_all = len(found) < reach
-        if len(free) == reach:
+        is_all = len(found) < scan_limit
+        if len(free) == scan_limit:
             # There may be more free rows before those whose lease is over.
             found = found[: free[-1] + 1]
         while True:
@@ -202,19 +194,19 @@ class KeySearch:
                 pending = []
             if is_all:
                 return
-            most = reach * (1 + len(self._branches))
-            found = read(self.heads, {REACH: reach, FOUND: most})
+            most = scan_limit * (1 + len(self._branches))
+            found = read(self.heads, {SCAN_LIMIT: scan_limit, FOUND: most})
             counts = Counter(row[-2] for row in found if row[-2] > 0)
-            is_all = len(found) < most and all(count < reach for count in counts.values())
-            reach *= 4
+            is_all = len(found) < most and all(count < scan_limit for count in counts.values())
+            scan_limit *= 4
 
     def _candidate(self, row: Sequence[Any]) -> Candidate:
-        width = len(self.parts.job_table.key)
+        width = len(self.plan.job_table.key)
         return Candidate(tuple(row[:width]), *row[width:-2])
 
     def _room_of(self, candidates: Sequence[Candidate]) -> int:
         """Return about how many of the candidates may run at once."""
-        most = self.parts.job_table.max_per_key
+        most = self.plan.job_table.max_per_key
         # Of keys that cannot be hashed, too.
         counts = Counter(None if each.key is None else repr(each.key) for each in candidates)
         return counts.pop(None, 0) + sum(min(count, most) for count in counts.values())
@@ -223,11 +215,11 @@ class KeySearch:
 
     @property
     def _column(self) -> Any:
-        return self.parts.job_table.exclusive_by
+        return self.plan.job_table.exclusive_by
 
     @property
     def _most(self) -> ColumnElement[int]:
-        return _number(self.parts.job_table.max_per_key)
+        return _number(self.plan.job_table.max_per_key)
 
     @property
     def _tie_breakers(self) -> list[ColumnElement[Any]]:
@@ -235,17 +227,17 @@ class KeySearch:
 
         It goes the way of the last term, as an index does.
         """
-        key: Any = self.parts.key_attributes
+        key: Any = self.plan.key_attributes
         if len(key) == 1:
             return []
-        descends = OrderTerm.of(self.parts.order[-1]).descending
+        descends = OrderTerm.of(self.plan.order[-1]).descending
         return [column.desc() if descends else column.asc() for column in key]
 
     @cached_property
     def _taken_names(self) -> set[str]:
-        clauses = [self.parts.candidates.rows, *self.parts.order, self.parts.job_table.table]
-        parts = (part for clause in clauses for part in visitors.iterate(clause))
-        return {part.name for part in parts if isinstance(part, Table)}
+        clauses = [self.plan.candidates.rows, *self.plan.order, self.plan.job_table.table]
+        found = (part for clause in clauses for part in visitors.iterate(clause))
+        return {part.name for part in found if isinstance(part, Table)}
 
     def _name(self, name: str) -> str:
         """Return a name for a part of a statement that no table in it has."""
@@ -257,13 +249,13 @@ class KeySearch:
     @property
     def _branches(self) -> list[Select[Any]]:
         key = self._column.label(KEY)
-        return [branch.add_columns(key) for branch in self.parts.candidates.branches]
+        return [branch.add_columns(key) for branch in self.plan.candidates.branches]
 
     def _together(self, *branches: Select[Any], name: str) -> CTE:
         """All that several SELECTs find: a UNION of its own, which MySQL reads once."""
         if len(branches) == 1:
             return branches[0].cte(self._name(name))
-        return self.parts.candidates.together(*branches).cte(self._name(name))
+        return self.plan.candidates.together(*branches).cte(self._name(name))
 
     def _numbered_branches(
         self, branches: Sequence[Select[Any]], first: int = 0
@@ -279,7 +271,7 @@ class KeySearch:
         Returns:
             The rows, and the condition that a row may run beside those before it and the running.
         """
-        job_table = self.parts.job_table
+        job_table = self.plan.job_table
         order = [*self._order(read), *self._ids(read)]
         place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
         rows = select(read, place).subquery(self._name("numbered"))
@@ -291,27 +283,27 @@ class KeySearch:
 
     def _described(self, rows: Select[Any]) -> Select[Any]:
         """Add the terms of the order to a SELECT of primary keys."""
-        return rows.add_columns(*labelled_terms(self.parts.order))
+        return rows.add_columns(*labelled_terms(self.plan.order))
 
     def _ids(self, found: FromClause) -> list[ColumnElement[Any]]:
         columns: list[ColumnElement[Any]] = list(found.columns)
-        return columns[: len(self.parts.job_table.key)]
+        return columns[: len(self.plan.job_table.key)]
 
     def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
         """Return what is told of each row: its keys, its branch, and whether its key has room."""
         key = found.columns[KEY]
-        lock = self.strategy.key_number(self.parts.job_table, key).label("claim_lock")
+        lock = self.backend.key_number(self.plan.job_table, key).label("claim_lock")
         return [*self._ids(found), key, lock, found.columns[BRANCH], has_room.label("has_room")]
 
     def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
-        terms = enumerate(self.parts.order, 1)
+        terms = enumerate(self.plan.order, 1)
         return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
 
     # The keys that have free rows.
 
     def _walked_keys(self) -> CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
-        free = select(self._column).where(self.parts.job_table.is_free).order_by(self._column)
+        free = select(self._column).where(self.plan.job_table.is_free).order_by(self._column)
         free = free.limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
         keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
@@ -326,8 +318,8 @@ class KeySearch:
         It does if the columns before the key in the index are selected, too. The second DISTINCT
         has MySQL read them once, not once for each place that names them.
         """
-        free = self.parts.job_table.is_free
-        own = self.parts.job_table.table.columns
+        free = self.plan.job_table.is_free
+        own = self.plan.job_table.table.columns
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
         others = [part for part in dict.fromkeys(named) if part is not self._column]
         columns = [part for part in others if own.contains_column(part)]
@@ -362,72 +354,72 @@ def _unlabelled(column: Any) -> Any:
     return column.element if isinstance(column, Label) else column
 
 
-def key_search(strategy: Strategy, parts: ClaimParts) -> KeySearch:
-    """Return the search of one claim, built once per parts and database."""
-    return parts.prepare(f"key search on {strategy.names}", partial(KeySearch, strategy))
+def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
+    """Return the search of one claim, built once per plan and database."""
+    return plan.prepare(f"key search on {backend.names}", partial(KeySearch, backend))
 
 
-def keyed_statements(strategy: Strategy, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
-    search = key_search(strategy, parts)
-    marked = (marking_by_key(parts, strategy.hints), reading_by_key(parts, strategy.hints))
+    search = key_search(backend, plan)
+    marked = (marking_by_key(plan, backend.hints), reading_by_key(plan, backend.hints))
     return (search.window, search.chosen, search.locking, *marked)
 
 
 def claim_by_key(
-    strategy: Strategy, work: Work, parts: ClaimParts, params: Mapping[str, Any]
-) -> Found:
+    backend: Backend, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
+) -> KeyedRows:
     """Claim by exclusive keys, search and claim in one transaction."""
-    found: Found = []
+    found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(strategy, parts).batches(work.rows, limit):
-        found += claim_batch(strategy, work, parts, batch, {**params, LIMIT: limit - len(found)})
+    for batch in key_search(backend, plan).batches(tx.rows, limit):
+        found += claim_batch(backend, tx, plan, batch, {**params, LIMIT: limit - len(found)})
         if len(found) == limit:
             break
     return found
 
 
 def claim_batch(
-    strategy: Strategy,
-    work: Work,
-    parts: ClaimParts,
+    backend: Backend,
+    tx: Transaction,
+    plan: ClaimPlan,
     batch: Sequence[Candidate],
     params: Mapping[str, Any],
-) -> Found:
+) -> KeyedRows:
     """Claim as many candidates as the limit allows, as far as their keys have room.
 
     Lock the keys, look which of the rows have room beside the running ones, lock the rows, and
     mark them: a statement each.
     """
-    found: Found = []
+    found: KeyedRows = []
     limit, rest = params[LIMIT], batch
     while rest and len(found) < limit:
         wanted = {**params, LIMIT: limit - len(found)}
-        ours, rest = _locked(strategy, work, parts, rest, wanted[LIMIT])
-        found += mark_and_load(work, parts, ours, wanted, strategy.hints)
+        ours, rest = _locked(backend, tx, plan, rest, wanted[LIMIT])
+        found += mark_and_load(tx, plan, ours, wanted, backend.hints)
     return found
 
 
 def _locked(
-    strategy: Strategy, work: Work, parts: ClaimParts, candidates: Sequence[Candidate], limit: int
+    backend: Backend, tx: Transaction, plan: ClaimPlan, candidates: Sequence[Candidate], limit: int
 ) -> tuple[list[Key], Sequence[Candidate]]:
     """Lock the first candidates whose keys have room.
 
     Returns:
         Their primary keys in claim order, and the candidates that were not tried.
     """
-    search = key_search(strategy, parts)
-    tried, rest = strategy.lock_keys(work, parts.job_table, candidates[:CHUNK], limit)
+    search = key_search(backend, plan)
+    tried, rest = backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
-    refuse_autocommit(strategy, work, "the locks would be gone before the rows are marked")
+    refuse_autocommit(backend, tx, "the locks would be gone before the rows are marked")
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}
-    chosen = work.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
+    chosen = tx.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
     if len(chosen) == limit:
         last = 1 + max(map(list(keys).index, chosen))
         rest = [*tried[last:], *rest]
-    held = work.tuples(*search.locking.of(chosen)) if chosen else []
+    held = tx.tuples(*search.locking.of(chosen)) if chosen else []
     # A row may have been given another key since the search.
     ours = {row[:-1] for row in held if row[-1] == keys[row[:-1]]}
     return [row for row in chosen if row in ours], rest

@@ -30,20 +30,19 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime, Integer
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import plain_type
-from atomic_claim.elements import DatabaseNow, Declared
 from atomic_claim.errors import ClaimError
-from atomic_claim.statement import (
-    MARGIN,
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import MARGIN, Candidates, ClaimPlan
+from atomic_claim.sql_elements import (
     ORDER,
     ByKey,
-    Candidates,
-    ClaimParts,
-    ClaimStatement,
+    DatabaseTime,
+    InlineLiteral,
     OrderTerm,
     key_equals,
 )
+from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import (
     LEVEL,
@@ -56,13 +55,13 @@ from .advisory import (
 )
 from .base import (
     CHUNK,
+    Backend,
     Candidate,
     Find,
-    Found,
     Key,
+    KeyedRows,
     Pooled,
-    Strategy,
-    Work,
+    Transaction,
     chunks,
     load,
     mark_and_load,
@@ -110,7 +109,7 @@ CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 KEYS_UNLOCKED = "the locks on the keys would be gone before the rows change"
 
 
-class PostgreSQL(Strategy):
+class PostgreSQL(Backend):
     """One statement.
 
     .. code-block:: sql
@@ -144,16 +143,16 @@ class PostgreSQL(Strategy):
         if dialect.name == "postgresql":
             require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
 
-    def is_single(self, parts: ClaimParts) -> bool:
-        return not parts.spread and parts.job_table.exclusive_by is None
+    def is_single(self, plan: ClaimPlan) -> bool:
+        return not plan.multi_table and plan.job_table.exclusive_by is None
 
-    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.job_table.exclusive_by is not None:
-            require_locks(work.dialect)
-            refuse_view(work.connection, parts.job_table.table)
-            self._check_zone(work, parts)
-            return claim_by_key(self, work, parts, params)
-        return self._claim(work, parts, params)
+    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        if plan.job_table.exclusive_by is not None:
+            require_locks(tx.dialect)
+            refuse_view(tx.connection, plan.job_table.table)
+            self._check_zone(tx, plan)
+            return claim_by_key(self, tx, plan, params)
+        return self._claim(tx, plan, params)
 
     def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
         return (LEVEL,)
@@ -165,71 +164,71 @@ class PostgreSQL(Strategy):
         return lock_number(job_table, key)
 
     def lock_keys(
-        self, work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
     ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-        return lock_candidates(work, job_table, candidates, wanted)
+        return lock_candidates(tx, job_table, candidates, wanted)
 
     def begin_keyed(self, connection: Connection) -> None:
         limit_idleness(connection)
 
-    def _claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.entities and work.has_criteria:
-            keys = self.lock(work, parts, params)
-            return mark_and_load(work, parts, keys, params, self.hints)
-        self._check_zone(work, parts)
-        result = _executed(work, parts, params)
-        learn(work, parts, result, self._claim_directly)
-        found = returned(parts, result)
-        if not parts.spread:
+    def _claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        if plan.entities and tx.has_criteria:
+            keys = self.lock(tx, plan, params)
+            return mark_and_load(tx, plan, keys, params, self.hints)
+        self._check_zone(tx, plan)
+        result = _executed(tx, plan, params)
+        learn(tx, plan, result, self._claim_directly)
+        found = returned(plan, result)
+        if not plan.multi_table:
             return found
-        return load(work, parts, [key for key, _ in found], self.hints)
+        return load(tx, plan, [key for key, _ in found], self.hints)
 
     def _claim_directly(
         self,
-        parts: ClaimParts,
+        plan: ClaimPlan,
         direct: Direct,
         pooled: PoolProxiedConnection,
         params: Mapping[str, Any],
-    ) -> Found:
-        if self._has_naive(parts):
+    ) -> KeyedRows:
+        if self._has_naive(plan):
             if (zone := _known_zone(pooled)) is None:
                 raise Failed
-            self._check_zone_name(parts, zone)
-        return direct.found(parts, direct.fetch(pooled, params))
+            self._check_zone_name(plan, zone)
+        return direct.found(plan, direct.fetch(pooled, params))
 
     def lock(
-        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
-        self._check_zone(work, parts)
+        self._check_zone(tx, plan)
         make = partial(_locked_candidates, deletes=deletes)
-        locked = parts.prepare(f"locked {deletes}", make)
-        return [tuple(row) for row in work.execute(locked, params)]
+        locked = plan.prepare(f"locked {deletes}", make)
+        return [tuple(row) for row in tx.execute(locked, params)]
 
-    def lock_read(self, work: Work, find: Find) -> Select[Any]:
-        refuse_autocommit(self, work, "a row lock is gone as soon as the row is read")
+    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+        refuse_autocommit(self, tx, "a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
-    def _has_naive(self, parts: ClaimParts) -> bool:
-        return bool(parts.prepare("naive columns", lambda it: self.naive_columns(it.job_table)))
+    def _has_naive(self, plan: ClaimPlan) -> bool:
+        return bool(plan.prepare("naive columns", lambda it: self.naive_columns(it.job_table)))
 
-    def _check_zone(self, work: Work, parts: ClaimParts) -> None:
-        if self._has_naive(parts):
-            self._check_zone_name(parts, _time_zone(work))
+    def _check_zone(self, tx: Transaction, plan: ClaimPlan) -> None:
+        if self._has_naive(plan):
+            self._check_zone_name(plan, _time_zone(tx))
 
-    def _check_zone_name(self, parts: ClaimParts, zone: str) -> None:
+    def _check_zone_name(self, plan: ClaimPlan, zone: str) -> None:
         if zone.lower() not in UTC_NAMES:
-            self.refuse_naive(parts.job_table, repr(zone))
+            self.refuse_naive(plan.job_table, repr(zone))
 
-    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
-        if parts.job_table.exclusive_by is not None:
-            return keyed_statements(self, parts)
-        reading = (reading_by_key(parts, self.hints),) if parts.spread else ()
-        return (parts.statement, *reading)
+    def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
+        if plan.job_table.exclusive_by is not None:
+            return keyed_statements(self, plan)
+        reading = (reading_by_key(plan, self.hints),) if plan.multi_table else ()
+        return (statement_of(plan), *reading)
 
     def extend(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
@@ -238,13 +237,13 @@ class PostgreSQL(Strategy):
         """Lock the exclusive keys first, since the UPDATE reads the clock at its start."""
         if job_table.exclusive_by is not None:
             for chunk in chunks(keys, CHUNK):
-                wait_for_keys(work, job_table, chunk)
-            refuse_autocommit(self, work, KEYS_UNLOCKED)
-        return self.change(work, job_table, keys, guard, values)
+                wait_for_keys(tx, job_table, chunk)
+            refuse_autocommit(self, tx, KEYS_UNLOCKED)
+        return self.change(tx, job_table, keys, guard, values)
 
-    def limit_wait(self, work: Work, seconds: float) -> AbstractContextManager[None]:
+    def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
-        work.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        tx.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
     def autocommit(
@@ -300,10 +299,10 @@ class _Autocommit(AbstractContextManager[None]):
             self.driver.autocommit = False
 
 
-def _time_zone(work: Work) -> str:
+def _time_zone(tx: Transaction) -> str:
     """Return the session's time zone, from the driver or else from the server."""
     asking = text("SELECT current_setting('TimeZone')")
-    return _known_zone(work.connection.connection) or str(work.connection.scalar(asking))
+    return _known_zone(tx.connection.connection) or str(tx.connection.scalar(asking))
 
 
 def _known_zone(pooled: PoolProxiedConnection) -> str | None:
@@ -313,32 +312,32 @@ def _known_zone(pooled: PoolProxiedConnection) -> str | None:
     return (status("TimeZone") if status is not None else None) or None
 
 
-def _executed(work: Work, parts: ClaimParts, params: dict[str, Any]) -> Result[Any]:
+def _executed(tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> Result[Any]:
     """Execute the claim; of entities as a SELECT would be, which takes a session less time."""
-    session, statement = work.executor, parts.statement
-    if parts.spread or not parts.entities or isinstance(session, Connection):
-        return work.execute(statement, params)
+    session, statement = tx.executor, statement_of(plan)
+    if plan.multi_table or not plan.entities or isinstance(session, Connection):
+        return tx.execute(statement, params)
     from sqlalchemy.orm import Session  # noqa: PLC0415 - whoever has a session has loaded it
 
     # Whoever chooses engines by the kind of statement has to see an UPDATE.
     if type(session).get_bind is not Session.get_bind:
-        return work.execute(statement, params)
-    reading = parts.prepare("from statement", _from_statement)
+        return tx.execute(statement, params)
+    reading = plan.prepare("from statement", _from_statement)
     # Of nothing that the session has, or is about to have, there is anything to read anew.
     has_none = next(iter(session), None) is None
     return session.execute(
         reading,
         params,
         execution_options=NOTHING_ANEW if has_none else EMPTY,
-        bind_arguments={"bind": work.connection},
+        bind_arguments={"bind": tx.connection},
     )
 
 
-def _from_statement(parts: ClaimParts) -> Executable:
+def _from_statement(plan: ClaimPlan) -> Executable:
     from sqlalchemy.orm import lazyload  # noqa: PLC0415 - loaded with the mapped class
 
     # What is joined for a collection would multiply the rows of RETURNING.
-    found = select(parts.returned_table).options(lazyload("*")).from_statement(parts.statement)
+    found = select(plan.returned_table).options(lazyload("*")).from_statement(statement_of(plan))
     return found.execution_options(populate_existing=True)
 
 
@@ -349,10 +348,10 @@ def _lock(of: Any, changes_key: bool) -> Lock:
     return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
 
 
-def _locked_candidates(parts: ClaimParts, deletes: bool) -> Select[Any]:
-    of = parts.job_table.table if parts.spread else None
-    lock = _lock(of, deletes or parts.changes_key)
-    found = parts.candidates
+def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
+    of = plan.job_table.table if plan.multi_table else None
+    lock = _lock(of, deletes or plan.changes_key)
+    found = plan.candidates
     if len(found.branches) == 1:
         return found.select(lock=lock)
     return found.only_keys(found.ordered(_claimable(found, lock, terms=True).subquery()))
@@ -363,8 +362,8 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
     prefix = "claim_"
     if len(candidates.branches) == 1:
         return candidates.select(terms=terms, lock=lock)
-    limit, reach = candidates.limit, candidates.reach
-    branches = [branch.limit(reach) for branch in candidates.branches]
+    limit, scan_limit = candidates.limit, candidates.scan_limit
+    branches = [branch.limit(scan_limit) for branch in candidates.branches]
     near = candidates.together(*branches).subquery("branches")
     nearest = candidates.ordered(near).cte(f"{prefix}nearest")
     key = list(nearest.columns)[: len(nearest.columns) - len(candidates.order)]
@@ -379,7 +378,7 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
         .cte(f"{prefix}taken")
     ]
     # Others hold so many of the nearest that the farther ones are to be looked at.
-    is_deep = _count(nearest) >= reach
+    is_deep = _count(nearest) >= scan_limit
     for place, branch in enumerate(candidates.branches, 1):
         columns = list(branch.selected_columns)[: len(key)]
         others = [
@@ -395,10 +394,10 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
 
 def _of_one(candidates: Candidates) -> Candidates:
     """Return the candidates of a claim of one row, with limits that are compiled as literals."""
-    limit, reach = (Declared(number, Integer()) for number in (1, 1 + MARGIN))
+    limit, scan_limit = (InlineLiteral(number, Integer()) for number in (1, 1 + MARGIN))
     first, *others = candidates.branches
-    branches = (first.limit(limit), *(branch.limit(reach) for branch in others))
-    return replace(candidates, branches=branches, limit=limit, reach=reach)
+    branches = (first.limit(limit), *(branch.limit(scan_limit) for branch in others))
+    return replace(candidates, branches=branches, limit=limit, scan_limit=scan_limit)
 
 
 def _count(found: FromClause) -> ColumnElement[int]:
@@ -418,7 +417,7 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
         name + "_" if table_name == name else name for name in ("claimable", "claimed")
     )
 
-    lock = _lock(element.table if element.spread else None, element.changes_key)
+    lock = _lock(element.table if element.multi_table else None, element.changes_key)
     candidates = _of_one(element.candidates) if element.single else element.candidates
     claimable = _claimable(candidates, lock, terms=not element.single).cte(claimable_name)
     taken = list(claimable.columns)[: len(key)]
@@ -446,9 +445,9 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     )
 
 
-@compiles(DatabaseNow, *NAMES)
+@compiles(DatabaseTime, *NAMES)
 def _now(
-    element: DatabaseNow, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
+    element: DatabaseTime, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
 ) -> str:
     # now() would be the start of the transaction, which may be long ago.
     sql = "statement_timestamp()"

@@ -31,14 +31,13 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
-from .binds import Bind, run_in
+from .backends import CHUNK, Backend, Transaction, chunks
 from .claim import Claim, Key
-from .columns import JobTable, job_table_of
-from .conventions import plain_type
-from .dialects import CHUNK, Strategy, Work, chunks
-from .elements import DatabaseNow, Declared
 from .errors import ClaimError, ClaimLost
-from .statement import key_in
+from .execution import Bind, run_in
+from .inference import plain_type
+from .job_table import JobTable, job_table_of
+from .sql_elements import DatabaseTime, InlineLiteral, key_in
 from .tickets import job_table_of_ticket, keys_of_ticket
 
 if TYPE_CHECKING:
@@ -82,13 +81,13 @@ class Owned:
         """Build the condition that this claim was a row's last owner and has ended it."""
         return and_(self.job_table.token == self.token, not_(self.job_table.is_running))
 
-    def changed_before(self, work: Work, keys: Sequence[Key], values: Values) -> list[Key]:
+    def changed_before(self, tx: Transaction, keys: Sequence[Key], values: Values) -> list[Key]:
         """Return the keys of rows that an earlier try ended before its connection was lost."""
         otherwise = self.job_table.not_ended_in(values)
-        return self.visible(work, keys, self.is_ended(), *_marks(values), *otherwise)
+        return self.visible(tx, keys, self.is_ended(), *_marks(values), *otherwise)
 
     def visible(
-        self, work: Work, keys: Sequence[Key], *conditions: ColumnElement[bool]
+        self, tx: Transaction, keys: Sequence[Key], *conditions: ColumnElement[bool]
     ) -> list[Key]:
         """Return the keys of the rows that meet the conditions, as this transaction sees them."""
         found: list[Key] = []
@@ -96,7 +95,7 @@ class Owned:
             query = select(*self.job_table.key).where(
                 key_in(self.job_table.key, chunk), *conditions
             )
-            found += [tuple(row) for row in work.execute(query)]
+            found += [tuple(row) for row in tx.execute(query)]
         return found
 
 
@@ -198,10 +197,10 @@ def release_left(bind: Bind, claim: Held) -> int:
     job_table, guard = owned.job_table, owned.guard()
     values = release(job_table)
 
-    def run(strategy: Strategy, work: Work) -> int:
-        with strategy.limit_wait(work, LONGEST_LOOK):
-            free = strategy.unlocked(work, job_table, owned.keys, guard)
-            return len(strategy.change(work, job_table, free, guard, values))
+    def run(backend: Backend, tx: Transaction) -> int:
+        with backend.limit_wait(tx, LONGEST_LOOK):
+            free = backend.unlocked(tx, job_table, owned.keys, guard)
+            return len(backend.change(tx, job_table, free, guard, values))
 
     return run_in(bind, job_table, run, single=lambda _: False, tries=1)
 
@@ -266,10 +265,10 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         unowned.append(and_(job_table.is_running, expired))
     spent = and_(attempts >= most, or_(*unowned))
 
-    def run(strategy: Strategy, work: Work) -> int:
-        keys = [tuple(row) for row in work.execute(select(*job_table.key).where(spent))]
-        free = strategy.unlocked(work, job_table, keys, spent)
-        return len(strategy.change(work, job_table, free, spent, values))
+    def run(backend: Backend, tx: Transaction) -> int:
+        keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(spent))]
+        free = backend.unlocked(tx, job_table, keys, spent)
+        return len(backend.change(tx, job_table, free, spent, values))
 
     return run_in(bind, job_table, run, single=lambda _: False)
 
@@ -379,9 +378,9 @@ def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
     for column, value in values.items():
         if value is None or isinstance(value, Null):
             yield column.is_(None)
-        elif isinstance(value, DatabaseNow):
+        elif isinstance(value, DatabaseTime):
             yield column.is_not(None)
-        elif isinstance(value, (Declared, True_, False_)):
+        elif isinstance(value, (InlineLiteral, True_, False_)):
             yield column == value
 
 
@@ -452,22 +451,22 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
     guard = owned.guard() if ends else owned.lasting()
     keyed = not ends and owned.job_table.exclusive_by is not None
 
-    def run(strategy: Strategy, work: Work) -> list[Key]:
-        change = strategy.change if ends else strategy.extend
-        changed = change(work, owned.job_table, owned.keys, guard, values)
-        if work.resumed and ends:
+    def run(backend: Backend, tx: Transaction) -> list[Key]:
+        change = backend.change if ends else backend.extend
+        changed = change(tx, owned.job_table, owned.keys, guard, values)
+        if tx.resumed and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             rest = [key for key in owned.keys if key not in set(changed)]
-            changed += owned.changed_before(work, rest, values)
-        if not isinstance(work.executor, Connection):
-            _expire(work.executor, owned.job_table, changed, values)
+            changed += owned.changed_before(tx, rest, values)
+        if not isinstance(tx.executor, Connection):
+            _expire(tx.executor, owned.job_table, changed, values)
         return changed
 
     changed = run_in(
         bind,
         owned.job_table,
         run,
-        single=lambda strategy: strategy.changes_at_once(owned.keys) and not keyed,
+        single=lambda backend: backend.changes_at_once(owned.keys) and not keyed,
         keyed=keyed,
         recoverable=owned.token is not None,
     )

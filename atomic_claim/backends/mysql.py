@@ -31,29 +31,21 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import plain_type
-from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import (
-    LIMIT,
-    ByKey,
-    Candidates,
-    ClaimParts,
-    ClaimStatement,
-    key_equals,
-    key_in,
-    limits,
-)
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, limits
+from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
+from atomic_claim.statement import ClaimStatement
 
 from .base import (
+    Backend,
     Executes,
     Find,
-    Found,
     Key,
+    KeyedRows,
     Pooled,
-    Strategy,
-    Work,
+    Transaction,
     chunks,
     hinted,
     mark_and_load,
@@ -91,7 +83,7 @@ SERIALIZABLE = (
 SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
 
 
-class MySQL(Strategy):
+class MySQL(Backend):
     """One transaction, in which exactly the rows that are claimed are locked.
 
     .. code-block:: sql
@@ -121,42 +113,42 @@ class MySQL(Strategy):
         else:
             require(dialect, "MySQL", (8, 0, 1), "SKIP LOCKED")
 
-    def is_single(self, parts: ClaimParts) -> bool:
+    def is_single(self, plan: ClaimPlan) -> bool:
         return False
 
-    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        _check_engine(work.connection, parts.job_table.table)
+    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        _check_engine(tx.connection, plan.job_table.table)
         # Of other drivers' cursors SQLAlchemy knows more than we do, and for a key of several
         # columns the statements are made anew each time.
-        is_plain = work.dialect.driver == "pymysql" and len(parts.job_table.key) == 1
-        if not work.unheard or not is_plain or parts.spread:
-            return self._claim(work, parts, params)
-        learned = learned_of(parts, work.dialect)
-        found = self._claim(Learning(**vars(work), learned=learned), parts, params)
+        is_plain = tx.dialect.driver == "pymysql" and len(plan.job_table.key) == 1
+        if not tx.unheard or not is_plain or plan.multi_table:
+            return self._claim(tx, plan, params)
+        learned = learned_of(plan, tx.dialect)
+        found = self._claim(Learning(**vars(tx), learned=learned), plan, params)
         if not learned.fits:
             # Else what it can do directly would be done twice, each time.
             learned.claim = None
         elif learned.seen and learned.claim is None:
-            learned.claim = partial(self._claim_directly, parts, work.dialect, learned)
+            learned.claim = partial(self._claim_directly, plan, tx.dialect, learned)
         return found
 
-    def _claim(self, work: Executes, parts: ClaimParts, params: Mapping[str, Any]) -> Found:
-        keys = _Search(self, work, self._prepared(parts, work), params[LIMIT]).keys()
-        return mark_and_load(work, parts, keys, params, self.hints)
+    def _claim(self, tx: Executes, plan: ClaimPlan, params: Mapping[str, Any]) -> KeyedRows:
+        keys = _Search(self, tx, self._prepared(plan, tx), params[LIMIT]).keys()
+        return mark_and_load(tx, plan, keys, params, self.hints)
 
     def _claim_directly(
         self,
-        parts: ClaimParts,
+        plan: ClaimPlan,
         dialect: Dialect,
         learned: Learned,
         pooled: PoolProxiedConnection,
         params: Mapping[str, Any],
-    ) -> Found:
+    ) -> KeyedRows:
         driver: Any = pooled.driver_connection
         failure: Any = dialect.loaded_dbapi.Error
         with driver.cursor() as cursor:
             try:
-                found = self._claim(OnDriver(dialect, pooled, cursor, learned), parts, params)
+                found = self._claim(OnDriver(dialect, pooled, cursor, learned), plan, params)
                 driver.commit()
             except (Failed, failure) as error:
                 # The server may have ended the transaction: nothing less can be done again.
@@ -187,12 +179,12 @@ class MySQL(Strategy):
             self.refuse_skew(job_table, *found)
 
     def lock(
-        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
-        _check_engine(work.connection, parts.job_table.table)
-        return _Search(self, work, self._prepared(parts, work), params[LIMIT]).keys()
+        _check_engine(tx.connection, plan.job_table.table)
+        return _Search(self, tx, self._prepared(plan, tx), params[LIMIT]).keys()
 
-    def lock_read(self, work: Work, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         """Lock the keys by a claim's search, and return the SELECT restricted to these keys.
 
         The SELECT then sees the latest rows, whatever the transaction's snapshot.
@@ -200,7 +192,7 @@ class MySQL(Strategy):
         asked = find.statement.params(dict(find.params)) if find.params else find.statement
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
         branch = asked.with_only_columns(*find.key).limit(limit).offset(None)
-        parts = ClaimParts(
+        plan = ClaimPlan(
             job_table=find.job_table,
             candidates=Candidates((branch,), (), limit, limit, branch),
             conditions=find.conditions or (_reads_row(find.job_table),),
@@ -209,31 +201,31 @@ class MySQL(Strategy):
             entities=False,
             single=False,
         )
-        keys = self.lock(work, parts, limits(min(find.limit or MOST_READ, MOST_READ)))
+        keys = self.lock(tx, plan, limits(min(find.limit or MOST_READ, MOST_READ)))
         found = find.statement.limit(None).offset(None).where(key_in(find.key, keys))
         if find.alone:
             return hinted(found, find.place, self.hints).with_for_update()
         # MariaDB has no OF, and without it the rows of the other tables would be locked too.
-        of_known = not work.connection.dialect.is_mariadb  # type: ignore[attr-defined]
+        of_known = not tx.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         return found.with_for_update(of=find.place) if of_known else found
 
-    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
+    def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
-        if parts.job_table.exclusive_by is not None:
-            return keyed_statements(self, parts)
-        marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
-        lock = _Statements(self, parts, mariadb=False).lock
-        return (parts.candidates.select(), lock, *marked)
+        if plan.job_table.exclusive_by is not None:
+            return keyed_statements(self, plan)
+        marked = (marking_by_key(plan, self.hints), reading_by_key(plan, self.hints))
+        lock = _Statements(self, plan, mariadb=False).lock
+        return (plan.candidates.select(), lock, *marked)
 
-    def _prepared(self, parts: ClaimParts, work: Executes) -> _Statements:
-        mariadb: bool = work.dialect.is_mariadb  # type: ignore[attr-defined]
-        return parts.prepare(
+    def _prepared(self, plan: ClaimPlan, tx: Executes) -> _Statements:
+        mariadb: bool = tx.dialect.is_mariadb  # type: ignore[attr-defined]
+        return plan.prepare(
             "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
         )
 
     def change(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
@@ -243,24 +235,24 @@ class MySQL(Strategy):
         changed: list[Key] = []
         hold, write = self.changes(job_table, guard, values)
         for chunk in chunks(keys, CHUNK):
-            changed += (found := [tuple(row) for row in work.execute(*hold.of(chunk))])
-            refuse_autocommit(self, work, "the row locks would be gone before the rows are changed")
+            changed += (found := [tuple(row) for row in tx.execute(*hold.of(chunk))])
+            refuse_autocommit(self, tx, "the row locks would be gone before the rows are changed")
             if found:
-                work.execute(*write.of(found))
+                tx.execute(*write.of(found))
         return changed
 
     def extend(
         self,
-        work: Work,
+        tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
         guard: ColumnElement[bool],
         values: Mapping[Any, Any],
     ) -> list[Key]:
         """Under the lock of exclusive keys, no extension waits long for its rows."""
-        waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(work, 1)
+        waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(tx, 1)
         with waiting:
-            return self.change(work, job_table, keys, guard, values)
+            return self.change(tx, job_table, keys, guard, values)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -274,22 +266,22 @@ class MySQL(Strategy):
         return False
 
     @contextmanager
-    def limit_wait(self, work: Work, seconds: float) -> Iterator[None]:
+    def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
         """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
         names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
-        before = work.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
+        before = tx.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
         try:
-            _set_session(work, dict.fromkeys(names, max(1, round(seconds))))
+            _set_session(tx, dict.fromkeys(names, max(1, round(seconds))))
             yield
         except BaseException:
             # No session goes back to a pool with the short wait.
-            if work.own:
-                end_session(work.connection)
+            if tx.own:
+                end_session(tx.connection)
             else:
                 with suppress(SQLAlchemyError):
-                    _set_session(work, dict(zip(names, before, strict=True)))
+                    _set_session(tx, dict(zip(names, before, strict=True)))
             raise
-        _set_session(work, dict(zip(names, before, strict=True)))
+        _set_session(tx, dict(zip(names, before, strict=True)))
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
@@ -345,9 +337,9 @@ def _check_engine(connection: Connection, table: Table, *, view: str | None = No
     known.add((schema, table.name, view))
 
 
-def _set_session(work: Work, settings: Mapping[str, int]) -> None:
+def _set_session(tx: Transaction, settings: Mapping[str, int]) -> None:
     assignments = ", ".join(f"{name} = {value}" for name, value in settings.items())
-    work.connection.execute(text(f"SET SESSION {assignments}"))
+    tx.connection.execute(text(f"SET SESSION {assignments}"))
 
 
 def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
@@ -359,13 +351,13 @@ def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
 
 
 class _Statements:
-    """The statements of the sequence, built once per parts."""
+    """The statements of the sequence, built once per plan."""
 
-    def __init__(self, strategy: MySQL, parts: ClaimParts, *, mariadb: bool) -> None:
-        self.parts = parts
-        self.asks_zone = bool(strategy.naive_columns(parts.job_table))
-        self.table = parts.job_table.table
-        self.key = parts.job_table.key
+    def __init__(self, backend: MySQL, plan: ClaimPlan, *, mariadb: bool) -> None:
+        self.plan = plan
+        self.asks_zone = bool(backend.naive_columns(plan.job_table))
+        self.table = plan.job_table.table
+        self.key = plan.job_table.key
         # What has to be known of the session comes with the candidates, for no further round trip.
         self.session: list[ColumnElement[Any]] = [
             literal_column("@@tx_isolation" if mariadb else "@@transaction_isolation", String()),
@@ -375,25 +367,25 @@ class _Statements:
         if self.asks_zone:
             self.session.append(SKEW)
         self.asking = select(*self.session)
-        self.candidates = parts.candidates.select().add_columns(*self.session)
+        self.candidates = plan.candidates.select().add_columns(*self.session)
         self.latest = [
-            parts.candidates.only_keys(branch).with_for_update(skip_locked=True, of=self.lock_of)
-            for branch in parts.candidates.branches
+            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=self.lock_of)
+            for branch in plan.candidates.branches
         ]
 
         # Locks those of the rows that are still free and that nobody holds.
-        self.lock = self._by_key(self._locking(skip_locked=True).where(*parts.conditions))
+        self.lock = self._by_key(self._locking(skip_locked=True).where(*plan.conditions))
         # The same, but only the first ones in the order of the key.
         self.lock_first = self._by_key(
             self._locking(skip_locked=True)
-            .where(*parts.conditions)
-            .order_by(*parts.key_attributes)
+            .where(*plan.conditions)
+            .order_by(*plan.key_attributes)
             .limit(bindparam(LIMIT, 1, Integer(), literal_execute=True))
         )
         # Locks those of the rows that nobody holds, and tells whether they are still free. This
         # is also what makes it read by key: a SELECT of nothing but the key is covered by the
         # index, and then scans all of it, forced or not.
-        free = and_(*parts.conditions)
+        free = and_(*plan.conditions)
         self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
         # The same, or it fails if somebody holds one of the rows.
         self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
@@ -401,11 +393,11 @@ class _Statements:
     @property
     def lock_of(self) -> Any:
         """The table whose rows are locked, where a mapped class has several."""
-        return self.table if self.parts.spread else None
+        return self.table if self.plan.multi_table else None
 
     def _locking(self, **how: bool) -> Select[Any]:
-        source = self.parts.source(*self.parts.key_attributes)
-        if self.parts.spread:
+        source = self.plan.source(*self.plan.key_attributes)
+        if self.plan.multi_table:
             # Else the subclass's table may come first, and MariaDB locks every row of it.
             source = source.prefix_with("STRAIGHT_JOIN")
         return source.with_for_update(of=self.lock_of, **how)
@@ -417,11 +409,9 @@ class _Statements:
 class _Search:
     """One search for rows to claim; all that it finds, it has locked."""
 
-    def __init__(
-        self, strategy: MySQL, work: Executes, statements: _Statements, limit: int
-    ) -> None:
-        self.strategy = strategy
-        self.work = work
+    def __init__(self, backend: MySQL, tx: Executes, statements: _Statements, limit: int) -> None:
+        self.backend = backend
+        self.tx = tx
         self.statements = statements
         self.limit = limit
         self.repeatable = False
@@ -436,21 +426,21 @@ class _Search:
         """Up to ``limit`` free rows that nobody else holds, in claim order."""
         seen: list[Key] = []
         # A few more than are wanted, since others may hold the first ones.
-        reach = self.limit + WINDOW
+        scan_limit = self.limit + WINDOW
         while len(self.taken) < self.limit:
-            seen = self._read_candidates(reach)
+            seen = self._read_candidates(scan_limit)
             fresh = [key for key in seen if key not in self.tried]
             while fresh and len(self.taken) < self.limit:
                 self._lock(fresh)
                 fresh = [key for key in fresh if key not in self.tried]
-            if len(seen) < reach:
+            if len(seen) < scan_limit:
                 break
             # Others hold the head of the queue; all that is read again is keys.
-            reach = 4 * reach + 16
+            scan_limit = 4 * scan_limit + 16
         self._take_from_aside()
         # Rows that we only locked are still free in our own reads, so the last one has them all.
         found = [key for key in seen if key in self.taken]
-        if len(found) < self.limit and self.repeatable and not self.work.own:
+        if len(found) < self.limit and self.repeatable and not self.tx.own:
             newer = [key for key in self._read_latest() if key not in self.taken]
             found += newer[: self.limit - len(found)]
         return found
@@ -465,16 +455,16 @@ class _Search:
                 self.aside.insert(0, keys[wanted:])
             self._lock_without_gaps(keys[:wanted])
 
-    def _read_candidates(self, reach: int) -> list[Key]:
+    def _read_candidates(self, scan_limit: int) -> list[Key]:
         try:
-            rows = self.work.tuples(self.statements.candidates, limits(reach))
+            rows = self.tx.tuples(self.statements.candidates, limits(scan_limit))
         except DBAPIError as error:
-            if self.strategy.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
+            if self.backend.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
                 raise ClaimError(SERIALIZABLE) from error
             raise
         why = "the row locks would be gone before the rows are marked"
-        refuse_autocommit(self.strategy, self.work, why)
-        if not rows and self.work.own and not self.statements.asks_zone:
+        refuse_autocommit(self.backend, self.tx, why)
+        if not rows and self.tx.own and not self.statements.asks_zone:
             return []
         width = len(self.statements.key)
         self._learn(rows[0][width:] if rows else self._ask())
@@ -485,23 +475,23 @@ class _Search:
         if said[0] == "SERIALIZABLE":
             raise ClaimError(SERIALIZABLE)
         if said[2:] and said[2]:
-            self.strategy.refuse_skew(self.statements.parts.job_table, said[2])
+            self.backend.refuse_skew(self.statements.plan.job_table, said[2])
         self.repeatable = said[0] == "REPEATABLE-READ"
         self.may_fail = not said[1]
 
     def _ask(self) -> Sequence[Any]:
-        [said] = self.work.tuples(self.statements.asking)
+        [said] = self.tx.tuples(self.statements.asking)
         return said
 
     def _lock(self, fresh: list[Key]) -> None:
         """Lock the first of the candidates, as many as are still wanted."""
         wanted = self.limit - len(self.taken)
-        if self.repeatable and not self.work.own:
+        if self.repeatable and not self.tx.own:
             self.tried.update(keys := fresh[: min(wanted, CHUNK)])
             if self.may_fail:
                 self._lock_without_gaps(keys)
             else:
-                self._sort_out(self.work.rows(*self.statements.lock_all.of(keys)))
+                self._sort_out(self.tx.rows(*self.statements.lock_all.of(keys)))
             return
         # READ COMMITTED lets go at once of what does not meet the WHERE; ours is over soon.
         window = fresh[: min(wanted + WINDOW, CHUNK)]
@@ -510,7 +500,7 @@ class _Search:
         else:
             window = window[:wanted]
             lock = self.statements.lock.of(window)
-        found = self.work.tuples(*lock)
+        found = self.tx.tuples(*lock)
         self.taken.update(found)
         # What comes behind the last row that was wanted has not been looked at.
         enough = len(found) == wanted
@@ -553,9 +543,9 @@ class _Search:
 
     def _lock_unless_held(self, keys: list[Key]) -> bool:
         try:
-            rows = self.work.rows(*self.statements.lock_unless_held.of(keys))
+            rows = self.tx.rows(*self.statements.lock_unless_held.of(keys))
         except DBAPIError as error:
-            if self.strategy.code(error) not in HELD:
+            if self.backend.code(error) not in HELD:
                 raise
             return False
         self._sort_out(rows)
@@ -579,7 +569,7 @@ class _Search:
         return [
             tuple(row)
             for latest in self.statements.latest
-            for row in self.work.rows(latest, limits(self.limit))
+            for row in self.tx.rows(latest, limits(self.limit))
         ]
 
     def _some_are_gone(self) -> bool:
@@ -590,10 +580,10 @@ class _Search:
             found = [
                 row
                 for chunk in chunks(left, CHUNK)
-                for row in self.work.rows(*self.statements.lock_unless_held.of(chunk))
+                for row in self.tx.rows(*self.statements.lock_unless_held.of(chunk))
             ]
         except DBAPIError as error:
-            if self.strategy.code(error) not in HELD:
+            if self.backend.code(error) not in HELD:
                 raise
             return False
         return len(found) < len(left)
@@ -626,8 +616,8 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
 
 
-@compiles(DatabaseNow, *NAMES)
-def _now(element: DatabaseNow, compiler: SQLCompiler, **kw: Any) -> str:
+@compiles(DatabaseTime, *NAMES)
+def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
     zoned = isinstance(plain_type(element.type), TIMESTAMP) or element.clock == "server"
     sql = "CURRENT_TIMESTAMP(6)" if zoned else "UTC_TIMESTAMP(6)"
     if element.offset is None:

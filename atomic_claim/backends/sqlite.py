@@ -30,18 +30,19 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import NullType, String
 
-from atomic_claim.columns import JobTable
-from atomic_claim.elements import DatabaseNow
 from atomic_claim.errors import UnsupportedDialect
-from atomic_claim.statement import ORDER, ByKey, ClaimParts, ClaimStatement, OrderTerm
+from atomic_claim.job_table import JobTable
+from atomic_claim.plan import ClaimPlan
+from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm
+from atomic_claim.statement import ClaimStatement, statement_of
 
 from .base import (
+    Backend,
     Find,
-    Found,
     Key,
+    KeyedRows,
     Pooled,
-    Strategy,
-    Work,
+    Transaction,
     mark_and_load,
     marking_by_key,
     reading_by_key,
@@ -56,7 +57,7 @@ from .direct import Direct, learn
 MARK = "/* claimable */"
 
 
-class SQLite(Strategy):
+class SQLite(Backend):
     """One statement, which takes the write lock before it reads.
 
     .. code-block:: sql
@@ -83,67 +84,67 @@ class SQLite(Strategy):
     def check(self, dialect: Dialect) -> None:
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
-    def is_single(self, parts: ClaimParts) -> bool:
-        return parts.prepare("single on SQLite", self._is_single)
+    def is_single(self, plan: ClaimPlan) -> bool:
+        return plan.prepare("single on SQLite", self._is_single)
 
-    def _is_single(self, parts: ClaimParts) -> bool:
-        if parts.spread or parts.job_table.exclusive_by is not None:
+    def _is_single(self, plan: ClaimPlan) -> bool:
+        if plan.multi_table or plan.job_table.exclusive_by is not None:
             return False
-        if _has_cte(*parts.values.values()):
+        if _has_cte(*plan.values.values()):
             return False
-        return parts.single or not (parts.changes_order or any(t.collates for t in _terms(parts)))
+        return plan.single or not (plan.changes_order or any(t.collates for t in _terms(plan)))
 
-    def claim(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        if parts.job_table.exclusive_by is not None:
+    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        if plan.job_table.exclusive_by is not None:
             try:
-                self._take_write_lock(work, parts.job_table)
+                self._take_write_lock(tx, plan.job_table)
             except DBAPIError:
-                refuse_view(work.connection, parts.job_table.table)
+                refuse_view(tx.connection, plan.job_table.table)
                 raise
-            return claim_by_key(self, work, parts, params)
-        if not self.is_single(parts) or (parts.entities and work.has_criteria):
-            return self._claim_by_key(work, parts, params)
-        [statement] = self.statements(parts)
-        result = work.execute(cast("ClaimStatement", statement), params)
-        learn(work, parts, result, self._claim_directly)
-        return returned(parts, result) if parts.single else _ordered(parts, result)
+            return claim_by_key(self, tx, plan, params)
+        if not self.is_single(plan) or (plan.entities and tx.has_criteria):
+            return self._claim_by_key(tx, plan, params)
+        [statement] = self.statements(plan)
+        result = tx.execute(cast("ClaimStatement", statement), params)
+        learn(tx, plan, result, self._claim_directly)
+        return returned(plan, result) if plan.single else _ordered(plan, result)
 
     def _claim_directly(
         self,
-        parts: ClaimParts,
+        plan: ClaimPlan,
         direct: Direct,
         pooled: PoolProxiedConnection,
         params: Mapping[str, Any],
-    ) -> Found:
+    ) -> KeyedRows:
         fetched = direct.fetch(pooled, params)
-        return direct.found(parts, _in_order(parts, fetched))
+        return direct.found(plan, _in_order(plan, fetched))
 
-    def statements(self, parts: ClaimParts) -> Sequence[Executable | ByKey]:
-        if self.is_single(parts):
-            return (parts.statement if parts.single else parts.prepare("sqlite", _with_terms),)
-        marked = (marking_by_key(parts, self.hints), reading_by_key(parts, self.hints))
-        if parts.job_table.exclusive_by is not None:
-            return (_lock(parts.job_table), *keyed_statements(self, parts))
-        return (_lock(parts.job_table), parts.candidates.select(), *marked)
+    def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
+        if self.is_single(plan):
+            return (statement_of(plan) if plan.single else plan.prepare("sqlite", _with_terms),)
+        marked = (marking_by_key(plan, self.hints), reading_by_key(plan, self.hints))
+        if plan.job_table.exclusive_by is not None:
+            return (_lock(plan.job_table), *keyed_statements(self, plan))
+        return (_lock(plan.job_table), plan.candidates.select(), *marked)
 
-    def _claim_by_key(self, work: Work, parts: ClaimParts, params: dict[str, Any]) -> Found:
-        keys = self.lock(work, parts, params)
-        return mark_and_load(work, parts, keys, params, self.hints)
+    def _claim_by_key(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        keys = self.lock(tx, plan, params)
+        return mark_and_load(tx, plan, keys, params, self.hints)
 
     def lock(
-        self, work: Work, parts: ClaimParts, params: dict[str, Any], *, deletes: bool = False
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
-        self._take_write_lock(work, parts.job_table)
-        return [tuple(row) for row in work.execute(parts.candidates.select(), params)]
+        self._take_write_lock(tx, plan.job_table)
+        return [tuple(row) for row in tx.execute(plan.candidates.select(), params)]
 
-    def lock_read(self, work: Work, find: Find) -> Select[Any]:
-        self._take_write_lock(work, find.job_table)
+    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+        self._take_write_lock(tx, find.job_table)
         return find.statement
 
-    def _take_write_lock(self, work: Work, job_table: JobTable) -> None:
+    def _take_write_lock(self, tx: Transaction, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
-        work.execute(_lock(job_table))
-        refuse_autocommit(self, work, "another claim could come between this one's statements")
+        tx.execute(_lock(job_table))
+        refuse_autocommit(self, tx, "another claim could come between this one's statements")
 
     def commit(self, connection: Connection) -> None:
         """Commit, and roll back if the file is busy: a failed COMMIT leaves the transaction open.
@@ -160,14 +161,14 @@ class SQLite(Strategy):
             raise
 
     @contextmanager
-    def limit_wait(self, work: Work, seconds: float) -> Iterator[None]:
-        before = work.connection.scalar(text("PRAGMA busy_timeout"))
+    def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
+        before = tx.connection.scalar(text("PRAGMA busy_timeout"))
         milliseconds = max(1, round(seconds * 1000))
-        work.connection.execute(text(f"PRAGMA busy_timeout = {milliseconds}"))
+        tx.connection.execute(text(f"PRAGMA busy_timeout = {milliseconds}"))
         try:
             yield
         finally:
-            work.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
+            tx.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
 
     def autocommit(
         self, dialect: Dialect, pooled: PoolProxiedConnection
@@ -230,38 +231,38 @@ def _has_cte(*clauses: Any) -> bool:
     )
 
 
-def _terms(parts: ClaimParts) -> list[OrderTerm]:
-    return [OrderTerm.of(term) for term in parts.order]
+def _terms(plan: ClaimPlan) -> list[OrderTerm]:
+    return [OrderTerm.of(term) for term in plan.order]
 
 
-def _with_terms(parts: ClaimParts) -> ClaimStatement:
+def _with_terms(plan: ClaimPlan) -> ClaimStatement:
     """Return the claim statement with the stored values of its order terms as last columns."""
     stored = [
         type_coerce(term.element, NullType()).label(f"{ORDER}{place}")
-        for place, term in enumerate(_terms(parts), 1)
+        for place, term in enumerate(_terms(plan), 1)
     ]
-    return cast("ClaimStatement", parts.statement.returning(*stored))
+    return cast("ClaimStatement", statement_of(plan).returning(*stored))
 
 
-def _ordered(parts: ClaimParts, result: Result[Any]) -> Found:
+def _ordered(plan: ClaimPlan, result: Result[Any]) -> KeyedRows:
     """Return the claimed rows or entities with their keys, in claim order."""
-    rows = _in_order(parts, result.all())
-    if parts.entities:
+    rows = _in_order(plan, result.all())
+    if plan.entities:
         items = [row[0] for row in rows]
     else:
-        columns = tuple(parts.job_table.table.columns)
+        columns = tuple(plan.job_table.table.columns)
         make = row_maker(result, columns)
         items = [make(row[: len(columns)]) for row in rows]
-    key_of = parts.key_of
+    key_of = plan.key_of
     return [(key_of(item), item) for item in items]
 
 
-def _in_order(parts: ClaimParts, rows: Sequence[Any]) -> list[Any]:
+def _in_order(plan: ClaimPlan, rows: Sequence[Any]) -> list[Any]:
     """Sort the rows by the order terms at their end, as SQLite compares stored values."""
     found = list(rows)
-    if parts.single:
+    if plan.single:
         return found
-    terms = parts.prepare("terms", _terms)
+    terms = plan.prepare("terms", _terms)
     for behind, term in enumerate(reversed(terms), 1):
         last = operator.itemgetter(-behind)
         if len(set(map(type, map(last, found)))) == 1 and last(found[0]) is not None:
@@ -299,8 +300,8 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     return statement.lstrip().replace(f"SELECT {MARK}", f"{before}{ctes} SELECT".lstrip())
 
 
-@compiles(DatabaseNow, "sqlite")
-def _now(element: DatabaseNow, compiler: SQLCompiler, **kw: Any) -> str:
+@compiles(DatabaseTime, "sqlite")
+def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
     # SQLAlchemy writes six digits of the second, %f gives three; as text they must be as long,
     # since '20:00:00.000000' is not <= '20:00:00'.
     form, padding = "%Y-%m-%d %H:%M:%f", " || '000'"

@@ -23,12 +23,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import REGCLASS
 
-from atomic_claim.columns import JobTable
-from atomic_claim.conventions import plain_type
 from atomic_claim.errors import ClaimError, UnsupportedDialect
-from atomic_claim.statement import key_in
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.sql_elements import key_in
 
-from .base import Candidate, Key, Work
+from .base import Candidate, Key, Transaction
 
 SCHEMA = "atomic_claim_schema"
 TABLE = "atomic_claim_table"
@@ -60,8 +60,8 @@ def table_number(dialect: Dialect) -> ColumnElement[int]:
 
     The table is the one that its name means in this session; see :func:`table_name`.
     """
-    parts = (bindparam(name, None, Text()) for name in (SCHEMA, TABLE))
-    quoted = (func.quote_ident(cast(part, Text())) for part in parts)
+    plan = (bindparam(name, None, Text()) for name in (SCHEMA, TABLE))
+    quoted = (func.quote_ident(cast(part, Text())) for part in plan)
     table: ColumnElement[Any] = cast(func.concat_ws(literal_column("'.'"), *quoted), REGCLASS())
     # pg_partition_root() came with version 12, and knows only what is partitioned.
     if (dialect.server_version_info or (12,)) >= (12,):
@@ -102,7 +102,7 @@ def limit_idleness(connection: Connection) -> None:
 
 
 def lock_candidates(
-    work: Work, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
 ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
     """Lock the keys of the first candidates until the transaction ends, as many as are wanted.
 
@@ -114,10 +114,10 @@ def lock_candidates(
         return candidates, ()
     given = func.unnest(bindparam("numbers", numbers, type_=ARRAY(Integer)))
     number: ColumnElement[int] = given.column_valued("claim_lock")
-    table = table_number(work.dialect)
+    table = table_number(tx.dialect)
     locks = select(number).where(func.pg_try_advisory_xact_lock(table, number)).limit(wanted)
-    named = table_name(work.connection, job_table)
-    ours = {row[0] for row in work.connection.execute(locks, named)}
+    named = table_name(tx.connection, job_table)
+    ours = {row[0] for row in tx.connection.execute(locks, named)}
     tried = len(candidates)
     if len(ours) == wanted:
         tried = 1 + max(place for place, each in enumerate(candidates) if each.lock in ours)
@@ -125,11 +125,11 @@ def lock_candidates(
     return locked, candidates[tried:]
 
 
-def wait_for_keys(work: Work, job_table: JobTable, keys: Sequence[Key]) -> None:
+def wait_for_keys(tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> None:
     """Lock the exclusive keys of some rows until the transaction ends, in an order of their own."""
     column = job_table.exclusive_by
     number = lock_number(job_table, column).label("claim_lock")
     found = select(number).where(column.is_not(None), key_in(job_table.key, keys)).distinct()
     ordered = found.order_by(number).subquery("claim_locks")
-    locks = select(func.pg_advisory_xact_lock(table_number(work.dialect), *ordered.columns))
-    work.connection.execute(locks, table_name(work.connection, job_table)).all()
+    locks = select(func.pg_advisory_xact_lock(table_number(tx.dialect), *ordered.columns))
+    tx.connection.execute(locks, table_name(tx.connection, job_table)).all()

@@ -28,7 +28,8 @@ from sqlalchemy.types import (
     Uuid,
 )
 
-from .conventions import (
+from .errors import AmbiguousTable, ClaimError
+from .inference import (
     NOW,
     Now,
     Reading,
@@ -38,9 +39,8 @@ from .conventions import (
     read_columns,
     time_format,
 )
-from .elements import DatabaseNow, Declared
-from .errors import AmbiguousTable, ClaimError
 from .orm import is_mapper
+from .sql_elements import DatabaseTime, InlineLiteral
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
@@ -104,7 +104,7 @@ class JobTable:
             free once the time of their claim (or else the first of ``stamps``) is so long ago.
         exclusive_by: a column, such as the customer's id, of whose every value no more than
             ``max_per_key`` rows run at a time; NULL restricts nothing. See
-            :mod:`atomic_claim.dialects.by_key` for what it rests on and costs. Every claimer of
+            :mod:`atomic_claim.backends.by_key` for what it rests on and costs. Every claimer of
             the table has to declare it.
         max_per_key: how many rows of one key may run, an ``int`` of at least 1.
 
@@ -285,9 +285,9 @@ class JobTable:
     def is_running(self) -> ColumnElement[bool]:
         """True for a row that bears the mark of a claim and has not ended."""
         marks = [
-            column.is_not(None) if isinstance(value, DatabaseNow) else column == value
+            column.is_not(None) if isinstance(value, DatabaseTime) else column == value
             for column, value in self.claimed.items()
-            if value is None or isinstance(value, (DatabaseNow, Declared, True_, False_))
+            if value is None or isinstance(value, (DatabaseTime, InlineLiteral, True_, False_))
         ]
         return and_(*(marks or [not_(self.free)]), *self.not_ended)
 
@@ -325,7 +325,7 @@ class JobTable:
         return since <= self.now(since, age)
 
     @cached_property
-    def reasons(
+    def claimable_branches(
         self,
     ) -> tuple[tuple[tuple[ColumnElement[bool], ...], tuple[ColumnElement[Any], ...]], ...]:
         """Why a row may be claimed, a tuple of conditions each; and what then comes first.
@@ -371,14 +371,14 @@ class JobTable:
             return ()
         most = self.max_attempts
         if isinstance(most, int):
-            most = Declared(most, Integer())
+            most = InlineLiteral(most, Integer())
             return (_null_or(self.attempts, self.attempts < most),)
         return (_null_or(most, _null_or(self.attempts, self.attempts < most)),)
 
     @cached_property
     def time_columns(self) -> tuple[Column[Any], ...]:
         """The time columns that a claim compares or writes."""
-        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseNow)]
+        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseTime)]
         found = [*([self.due] if self.due is not None else []), *self.stamps, *written]
         return tuple(found + ([self.lease] if self.lease is not None else []))
 
@@ -416,9 +416,9 @@ class JobTable:
     ) -> ColumnElement[Any]:
         """Return the database's time plus ``offset`` seconds, in the format of ``column``."""
         if isinstance(plain_type(column.type), DateTime):
-            return DatabaseNow(column.type, self.naive_times or "unsaid", offset, floor=floor)
+            return DatabaseTime(column.type, self.naive_times or "unsaid", offset, floor=floor)
         if is_text(column) and self.text_times is not None:
-            return DatabaseNow(column.type, "text:" + self.text_times, offset)
+            return DatabaseTime(column.type, "text:" + self.text_times, offset)
         raise AmbiguousTable(
             f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
             "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "
@@ -456,7 +456,7 @@ class JobTable:
 
     @cached_property
     def _claimed_since(self) -> Column[Any]:
-        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseNow)]
+        written = [c for c, value in self.claimed.items() if isinstance(value, DatabaseTime)]
         found: Column[Any] = [*written, *self.stamps][0]
         return found
 
@@ -465,7 +465,7 @@ class JobTable:
             return
         if not isinstance(self.unleased, timedelta) or self.unleased <= timedelta(0):
             raise ClaimError(f"unleased is {self.unleased!r}; expected a timedelta above zero")
-        marks_time = any(isinstance(value, DatabaseNow) for value in self.claimed.values())
+        marks_time = any(isinstance(value, DatabaseTime) for value in self.claimed.values())
         if self.lease is None or not (marks_time or self.stamps):
             raise ClaimError(
                 "unleased needs lease=..., and a time from which a row's age can be told: "
@@ -560,7 +560,7 @@ class JobTable:
             return self._mapping(self.released, "released")
         found: dict[Column[Any], Any] = {}
         for column, value in claimed.items():
-            if isinstance(value, DatabaseNow):
+            if isinstance(value, DatabaseTime):
                 found[column] = None
             elif column is self.state and not isinstance(free, ClauseElement):
                 values = list(free) if isinstance(free, (tuple, list, set, frozenset)) else [free]
@@ -638,7 +638,7 @@ class JobTable:
         if isinstance(value, bool) and is_flag(column):
             if isinstance(plain_type(column.type), Boolean):
                 return true() if value else false()
-            return Declared(int(value), Integer())
+            return InlineLiteral(int(value), Integer())
         try:
             hash(value)
         except TypeError:
@@ -646,7 +646,7 @@ class JobTable:
                 f"{column.name}={value!r} cannot be declared: the value must be hashable, since "
                 "it is part of the statement; pass it in values=... of the call"
             ) from None
-        return Declared(value, column.type)
+        return InlineLiteral(value, column.type)
 
 
 def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
@@ -694,7 +694,7 @@ def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnEleme
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
     """Build the condition that a column does not hold the value; it is true for NULL."""
-    if isinstance(value, DatabaseNow) or not isinstance(value, ClauseElement):
+    if isinstance(value, DatabaseTime) or not isinstance(value, ClauseElement):
         return column.is_(None)
     if isinstance(plain_type(column.type), Boolean) and value is not None:
         flag = value.compare(true())

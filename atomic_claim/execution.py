@@ -25,9 +25,9 @@ from sqlalchemy.pool import (
 )
 from sqlalchemy.util import await_only
 
-from .columns import JobTable
-from .dialects import STRATEGIES, Failed, Strategy, Work, is_watched, strategy_for
+from .backends import BACKENDS, Backend, Failed, Transaction, backend_for, is_watched
 from .errors import ClaimConflict, ClaimError
+from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ else:
     Bind = OwnBind = Any
 
 R = TypeVar("R")
-Run = Callable[[Strategy, Work], R]
-IsSingle = Callable[[Strategy], bool]
+Run = Callable[[Backend, Transaction], R]
+IsSingle = Callable[[Backend], bool]
 
 # They hand a connection to nobody else until it is given back.
 SAFE_POOLS = frozenset({QueuePool, NullPool})
@@ -72,7 +72,7 @@ def run_in(
     Args:
         bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
         job_table: the table that the statements are for, where a session has several binds.
-        run: what is run, with the database's strategy and where it runs. In a transaction of our
+        run: what is run, with the database's backend and where it runs. In a transaction of our
             own it is run again if the database asks for it.
         single: whether it is one statement on that database, for which autocommit is enough.
         recoverable: whether ``run`` can tell from the table what became of an earlier try, so
@@ -88,14 +88,14 @@ def run_in(
     if is_scoped(bind):
         bind = bind.registry()
     if is_session(bind):
-        strategy_for(_bind_of(bind, job_table).dialect)
+        backend_for(_bind_of(bind, job_table).dialect)
         connection = _connection_of(bind, job_table)
-        return _run_in_transaction(Work(bind, connection, own=False), run, keyed)
+        return _run_in_transaction(Transaction(bind, connection, own=False), run, keyed)
     if isinstance(bind, Connection):
-        strategy_for(bind.dialect)
+        backend_for(bind.dialect)
         if bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
-        return _run_in_transaction(Work(bind, bind, own=False), run, keyed)
+        return _run_in_transaction(Transaction(bind, bind, own=False), run, keyed)
     if isinstance(bind, Engine):
         first = iter([left])
         return _try_again(
@@ -119,24 +119,24 @@ def run_in(
     )
 
 
-def keyed_apart(bind: Any, job_table: JobTable) -> Strategy | None:
-    """Return the strategy of a bind with transactions of our own that exclusive keys need.
+def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
+    """Return the backend of a bind with transactions of our own that exclusive keys need.
 
     None where they need none, and for a caller's transaction.
     """
     if not (isinstance(bind, Engine) or is_maker(bind)):
         return None
-    strategy = strategy_for(_dialect_of(bind, job_table))
-    return strategy if strategy.keyed_needs_own else None
+    backend = backend_for(_dialect_of(bind, job_table))
+    return backend if backend.keyed_needs_own else None
 
 
-def _run_in_transaction(work: Work, run: Run[R], keyed: bool) -> R:
+def _run_in_transaction(tx: Transaction, run: Run[R], keyed: bool) -> R:
     """Run in a transaction that somebody else begins and ends."""
-    strategy = strategy_for(work.connection.dialect)
-    if keyed and strategy.keyed_needs_own:
-        raise ClaimError(strategy.keyed_needs_own)
-    with _conflicts(strategy):
-        return run(strategy, work)
+    backend = backend_for(tx.connection.dialect)
+    if keyed and backend.keyed_needs_own:
+        raise ClaimError(backend.keyed_needs_own)
+    with _conflicts(backend):
+        return run(backend, tx)
 
 
 class Left(NamedTuple):
@@ -163,7 +163,7 @@ def run_directly(
     except dialect.loaded_dbapi.Error:
         return None, None
     try:
-        mode = STRATEGIES[dialect.name].directly(dialect, pooled)
+        mode = BACKENDS[dialect.name].directly(dialect, pooled)
         if mode is None:
             return None, Left(pooled)
         with mode:
@@ -191,19 +191,19 @@ def _run_by_engine(
     resumed: bool,
     left: Left | None,
 ) -> R:
-    strategy = strategy_for(engine.dialect)
-    _refuse_shared(strategy, engine)
+    backend = backend_for(engine.dialect)
+    _refuse_shared(backend, engine)
     connecting = engine.connect() if left is None else Connection(engine, left.pooled)
     with ExitStack() as stack:
-        stack.enter_context(_conflicts(strategy))
+        stack.enter_context(_conflicts(backend))
         stack.enter_context(_noting(left))
         connection = stack.enter_context(connecting)
-        strategy.check(connection.dialect)
+        backend.check(connection.dialect)
         if keyed:
-            stack.enter_context(strategy.key_lock(connection, job_table.table))
-            strategy.begin_keyed(connection)
-        mode = _driver_mode(strategy, connection, single, listeners=engine.dispatch.begin)
-        work = Work(
+            stack.enter_context(backend.key_lock(connection, job_table.table))
+            backend.begin_keyed(connection)
+        mode = _driver_mode(backend, connection, single, listeners=engine.dispatch.begin)
+        tx = Transaction(
             connection,
             connection,
             own=True,
@@ -212,8 +212,8 @@ def _run_by_engine(
             single=mode is not None,
         )
         with mode or nullcontext():
-            found = run(strategy, work)
-            strategy.commit(connection)
+            found = run(backend, tx)
+            backend.commit(connection)
             connection.commit()
     return found
 
@@ -249,33 +249,33 @@ def _run_by_sessionmaker(
                 "the sessionmaker is bound to a Connection, whose transaction is somebody "
                 "else's: pass that Connection, or a Session on it"
             )
-        strategy = strategy_for(engine.dialect)
-        _refuse_shared(strategy, engine)
-        with _conflicts(strategy):
-            if keyed and strategy.keyed_needs_own:
+        backend = backend_for(engine.dialect)
+        _refuse_shared(backend, engine)
+        with _conflicts(backend):
+            if keyed and backend.keyed_needs_own:
                 locked = stack.enter_context(engine.connect())
-                stack.enter_context(strategy.key_lock(locked, job_table.table))
+                stack.enter_context(backend.key_lock(locked, job_table.table))
                 _bind_to(session, job_table, locked)
             connection = _connection_of(session, job_table)
-            strategy.check(connection.dialect)
+            backend.check(connection.dialect)
             if keyed:
-                strategy.begin_keyed(connection)
+                backend.begin_keyed(connection)
             listeners = (
                 session.dispatch.after_begin
                 or session.dispatch.do_orm_execute
                 or engine.dispatch.begin
             )
-            mode = _driver_mode(strategy, connection, single, listeners=listeners)
+            mode = _driver_mode(backend, connection, single, listeners=listeners)
             with mode or nullcontext():
-                found = run(strategy, Work(session, connection, own=True, resumed=resumed))
-                strategy.commit(connection)
+                found = run(backend, Transaction(session, connection, own=True, resumed=resumed))
+                backend.commit(connection)
                 session.commit()
         session.expunge_all()
     return found
 
 
 def _driver_mode(
-    strategy: Strategy, connection: Connection, single: IsSingle, *, listeners: Any
+    backend: Backend, connection: Connection, single: IsSingle, *, listeners: Any
 ) -> AbstractContextManager[None] | None:
     """Let the driver commit by itself where one statement is all and nothing hangs on BEGIN.
 
@@ -284,28 +284,28 @@ def _driver_mode(
     A listener to the beginning of a transaction may set what lasts only as long as it does, or
     begin another kind of transaction.
     """
-    if listeners or not single(strategy):
+    if listeners or not single(backend):
         return None
-    return strategy.autocommit(connection.dialect, connection.connection)
+    return backend.autocommit(connection.dialect, connection.connection)
 
 
 @contextmanager
-def _conflicts(strategy: Strategy) -> Iterator[None]:
+def _conflicts(backend: Backend) -> Iterator[None]:
     """Turn what the database says of a conflict into a ``ClaimConflict``."""
     try:
         yield
     except DBAPIError as error:
-        if not strategy.is_conflict(error):
+        if not backend.is_conflict(error):
             raise
         raise ClaimConflict(
-            f"another transaction was in the way ({error.orig}): {strategy.cure()}"
+            f"another transaction was in the way ({error.orig}): {backend.cure()}"
         ) from error
 
 
 def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     """Return the exceptions that are raised when a bind's database cannot be reached."""
     dialect = _dialect_of(bind, job_table)
-    return strategy_for(dialect).outages(dialect)
+    return backend_for(dialect).outages(dialect)
 
 
 def _try_again(
@@ -382,17 +382,17 @@ def _connection_of(session: Session, job_table: JobTable) -> Connection:
         raise ClaimError(f"the Session cannot be used: {error}") from error
 
 
-def _refuse_shared(strategy: Strategy, engine: Engine) -> None:
+def _refuse_shared(backend: Backend, engine: Engine) -> None:
     """Refuse a pool that would hand out the connection of somebody's open transaction.
 
     Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
     """
     pool = engine.pool
     if isinstance(pool, StaticPool):
-        shared = strategy.in_transaction(pool.connection)
+        shared = backend.in_transaction(pool.connection)
     elif isinstance(pool, SingletonThreadPool):
         with engine.connect() as connection:
-            shared = strategy.in_transaction(connection.connection)
+            shared = backend.in_transaction(connection.connection)
     else:
         return
     if shared:

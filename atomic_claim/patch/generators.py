@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
-from .places import plain
+from .holders import plain
 
 LOOPS = (ast.While, ast.For, ast.AsyncFor)
 DEPTH = 3

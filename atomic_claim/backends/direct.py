@@ -19,14 +19,15 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from atomic_claim.statement import KEYS, LEASE, LIMIT, REACH, TOKEN, WORKER, ClaimParts
+from atomic_claim.plan import LEASE, LIMIT, SCAN_LIMIT, TOKEN, WORKER, ClaimPlan
+from atomic_claim.sql_elements import KEYS
 
-from .base import Found, Work, row_maker
+from .base import KeyedRows, Transaction, row_maker
 
-OURS = frozenset({LIMIT, REACH, TOKEN, WORKER, LEASE, KEYS})
+OURS = frozenset({LIMIT, SCAN_LIMIT, TOKEN, WORKER, LEASE, KEYS})
 # The limit is part of the text, and how many keys there are; so many texts are kept.
 MOST_TEXTS = 100
-# Of so many engines is remembered how their drivers claim some parts.
+# Of so many engines is remembered how their drivers claim some plan.
 MOST_DIALECTS = 16
 Process = Callable[[Any], Any]
 Params = Mapping[str, Any]
@@ -74,15 +75,15 @@ class Learned:
         statements: the statements it takes, as far as they are known.
     """
 
-    claim: Callable[[PoolProxiedConnection, Params], Found] | None = None
+    claim: Callable[[PoolProxiedConnection, Params], KeyedRows] | None = None
     seen: bool = False
     fits: bool = True
     statements: MutableMapping[Executable, Direct | None] = field(default_factory=WeakKeyDictionary)
 
 
-def learned_of(parts: ClaimParts, dialect: Dialect) -> Learned:
+def learned_of(plan: ClaimPlan, dialect: Dialect) -> Learned:
     """Return the ``Learned`` of these parts for a dialect, and create it if it is missing."""
-    known: dict[Dialect, Learned] = parts.prepare("learned", lambda _: {})
+    known: dict[Dialect, Learned] = plan.prepare("learned", lambda _: {})
     if (found := known.get(dialect)) is None:
         # Threads may be doing the same.
         for oldest in list(known)[: len(known) - MOST_DIALECTS + 1]:
@@ -92,24 +93,24 @@ def learned_of(parts: ClaimParts, dialect: Dialect) -> Learned:
 
 
 def learn(
-    work: Work,
-    parts: ClaimParts,
+    tx: Transaction,
+    plan: ClaimPlan,
     result: Result[Any],
-    claim: Callable[[ClaimParts, Direct, PoolProxiedConnection, Params], Found],
+    claim: Callable[[ClaimPlan, Direct, PoolProxiedConnection, Params], KeyedRows],
 ) -> None:
     """Learn from a claim of one statement how to do without SQLAlchemy.
 
     Not from the first: parts that are made anew for every claim are better off with SQLAlchemy.
     """
-    if not (work.unheard and work.single) or not isinstance(result, CursorResult):
+    if not (tx.unheard and tx.single) or not isinstance(result, CursorResult):
         return
-    learned = learned_of(parts, work.dialect)
+    learned = learned_of(plan, tx.dialect)
     if not learned.seen:
         learned.seen = True
     elif learned.claim is None:
-        direct = Direct(result, tuple(parts.job_table.table.columns), work.dialect)
+        direct = Direct(result, tuple(plan.job_table.table.columns), tx.dialect)
         if direct.fits:
-            learned.claim = partial(claim, parts, direct)
+            learned.claim = partial(claim, plan, direct)
 
 
 class Text(NamedTuple):
@@ -135,7 +136,7 @@ class Direct:
 
     Args:
         result: what SQLAlchemy has made of the statement before.
-        columns: what it returns; what more it returns is the strategy's, and raw.
+        columns: what it returns; what more it returns is the backend's, and raw.
         dialect: the database's.
 
     Attributes:
@@ -197,9 +198,9 @@ class Direct:
         cursor.execute(*self._asked(params))
         return self._read(self._fetched(cursor)) if self.types else ()
 
-    def found(self, parts: ClaimParts, fetched: Sequence[Any]) -> Found:
+    def found(self, plan: ClaimPlan, fetched: Sequence[Any]) -> KeyedRows:
         """Convert the driver's rows to SQLAlchemy rows, each with its key."""
-        make, key_of = self.make, parts.key_of
+        make, key_of = self.make, plan.key_of
         return [(key_of(row), make(row)) for row in self._read(fetched)]
 
     def _fetched(self, cursor: Any) -> Sequence[Any]:
@@ -224,7 +225,7 @@ class Direct:
         """Return the SQL text and the driver's parameters for one execution."""
         keys: Sequence[Any] = params.get(KEYS, ())
         count = min(len(keys), 1) if self.takes_lists else len(keys)
-        shape = (params.get(LIMIT), params.get(REACH), count)
+        shape = (params.get(LIMIT), params.get(SCAN_LIMIT), count)
         if (known := self.texts.get(shape)) is None:
             if len(self.texts) >= MOST_TEXTS:
                 self.texts.clear()
@@ -305,7 +306,7 @@ class OnDriver:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learning(Work):
+class Learning(Transaction):
     """A transaction of our own, from whose statements is learned how to do without SQLAlchemy."""
 
     learned: Learned

@@ -1,0 +1,174 @@
+"""SQL elements that the stock constructs lack: declared values and the database's clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Integer, and_, bindparam, or_
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import BindParameter, UnaryExpression
+from sqlalchemy.sql.visitors import InternalTraversal
+from sqlalchemy.types import Boolean, DateTime, Float, Numeric, TypeEngine
+
+KEYS = "atomic_claim_keys"
+ORDER = "claim_order_"
+
+
+class InlineLiteral(ColumnElement[Any]):
+    """A value known when the table is declared, rendered as a literal by its type.
+
+    An index that is partial on ``state = 'waiting'`` serves a query only if the planner sees the
+    value, and under a generic plan it does not see parameters. The value is part of the cache
+    key, so that another value never reuses this one's text.
+    """
+
+    # What makes up the cache key, in the form that SQLAlchemy documents for its extensions.
+    _traverse_internals = [  # noqa: RUF012
+        ("value", InternalTraversal.dp_plain_obj),
+        ("type", InternalTraversal.dp_type),
+    ]
+
+    def __init__(self, value: object, type_: TypeEngine[Any]) -> None:
+        self.value = value
+        self.type = type_
+
+
+@compiles(InlineLiteral)
+def _declared(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
+    return compiler.render_literal_value(element.value, element.type)
+
+
+class DatabaseTime(ColumnElement[datetime]):
+    """The database's clock at the start of the statement, in the form in which a column stores it.
+
+    ``clock`` is ``"utc"`` or ``"server"`` (for a column without a zone: UTC, or the session's
+    zone), ``"unsaid"``, or ``"text:"`` and a ``strftime`` format of SQLite (UTC). ``offset`` is
+    an expression in seconds that is added. ``floor`` asks that a column which holds fewer digits
+    of the second is not given a time that is still to come. Every dialect renders it in its own
+    module.
+    """
+
+    _traverse_internals = [  # noqa: RUF012
+        ("type", InternalTraversal.dp_type),
+        ("clock", InternalTraversal.dp_string),
+        ("offset", InternalTraversal.dp_clauseelement),
+        ("floor", InternalTraversal.dp_boolean),
+    ]
+
+    def __init__(
+        self,
+        type_: TypeEngine[Any],
+        clock: str,
+        offset: ColumnElement[Any] | None = None,
+        *,
+        floor: bool = False,
+    ) -> None:
+        self.type = type_
+        self.clock = clock
+        self.offset = offset
+        self.floor = floor
+
+
+def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
+    """Build the condition that a row's key is one of ``keys``.
+
+    Several columns are compared one by one: MariaDB reads the whole index for a list of tuples.
+    """
+    if len(key) == 1:
+        return key[0].in_([values[0] for values in keys])
+    return or_(*(and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys))
+
+
+class ByKey:
+    """A statement for some rows, built once and executed with their keys.
+
+    Only a key of several columns needs another text, and so another statement, for every number
+    of rows.
+    """
+
+    def __init__(
+        self,
+        key: Sequence[ColumnElement[Any]],
+        build: Callable[[ColumnElement[bool]], Any],
+    ) -> None:
+        self.key = key
+        self.build = build
+        parameter: BindParameter[Any] = bindparam(KEYS, expanding=True)
+        self.statement = build(key[0].in_(parameter)) if len(key) == 1 else None
+
+    def of(
+        self, keys: Sequence[Sequence[Any]], params: Mapping[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return the statement for the rows with these keys, and its parameters."""
+        given = dict(params or {})
+        if self.statement is None:
+            return self.build(key_in(self.key, keys)), given
+        return self.statement, given | {KEYS: [values[0] for values in keys]}
+
+
+def key_equals(
+    key: Sequence[ColumnElement[Any]], others: Sequence[ColumnElement[Any]]
+) -> ColumnElement[bool]:
+    """Build the condition that two keys are equal, column by column."""
+    return and_(*(column == other for column, other in zip(key, others, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class OrderTerm:
+    """A term of an ORDER BY, taken apart: what is compared, which way, and where NULLs go."""
+
+    element: ColumnElement[Any]
+    descending: bool = False
+    nulls_first: bool | None = None
+
+    @classmethod
+    def of(cls, term: ColumnElement[Any]) -> OrderTerm:
+        """Take a term apart."""
+        descending, nulls_first = False, None
+        while isinstance(term, UnaryExpression) and term.modifier in _MODIFIERS:
+            if term.modifier is operators.desc_op:
+                descending = True
+            elif term.modifier is not operators.asc_op:
+                nulls_first = term.modifier is operators.nulls_first_op
+            term = term.element
+        return cls(term, descending, nulls_first)
+
+    def applied(self, element: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Order another element in the same direction, with NULLs in the same place."""
+        found: ColumnElement[Any] = element.desc() if self.descending else element.asc()
+        if self.nulls_first is None:
+            return found
+        return found.nulls_first() if self.nulls_first else found.nulls_last()
+
+    @property
+    def suffix(self) -> str:
+        """The words after the expression."""
+        nulls = {None: "", True: " NULLS FIRST", False: " NULLS LAST"}[self.nulls_first]
+        return (" DESC" if self.descending else "") + nulls
+
+    @property
+    def collates(self) -> bool:
+        """Return True if the comparison may follow a collation that only the database knows."""
+        return not (
+            isinstance(self.element, Column)
+            and isinstance(self.element.type, (Integer, Numeric, Float, Boolean, DateTime))
+        )
+
+
+def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+    """Return what the terms of an order compare, as columns named ``claim_order_1`` and so on."""
+    terms = enumerate(order, 1)
+    return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]
+
+
+_MODIFIERS = (
+    operators.asc_op,
+    operators.desc_op,
+    operators.nulls_first_op,
+    operators.nulls_last_op,
+)
