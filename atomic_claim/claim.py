@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, Row, Select, and_, bindparam, delete, select
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
-from .backends import Backend, KeyedRows, Transaction, learned_of, load
+from .backends import Backend, KeyedRows, Transaction, read_back
+from .backends.base import Mark, mark_and_load
 from .backends.by_key import claim_batch, key_search
-from .errors import ClaimError
-from .execution import Bind, Left, keyed_apart, run_directly, run_in
+from .backends.recovery import OneByOne, salvage, traced
+from .errors import ClaimConflict, ClaimError
+from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
-from .plan import ClaimPlan, ClaimRequest, checked_limit, claim_plan, new_token
+from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan, new_token
 from .sql_elements import key_in
 from .tickets import ticket_for
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from .backends.base import Candidate
 
 Key = tuple[Any, ...]
+Claimed = tuple[KeyedRows, Sequence[Key]]
+"""Rows or entities with their keys, in claim order; and the keys of rows that failed."""
 J = TypeVar("J")
 
 
@@ -39,6 +43,8 @@ class Claim(list[J]):
         token: the claim's token, if the table has a column for it.
         worker: the worker's name, if one was given.
         lease: how long the claim holds, if a lease was asked for.
+        unreadable: the primary keys of rows that the claim passed over, since they cannot be
+            marked or read; they are free.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Claim(list[J]):
         token: str | None = None,
         worker: str | None = None,
         lease: timedelta | None = None,
+        unreadable: Sequence[Key] = (),
     ) -> None:
         super().__init__(jobs)
         self.table = table
@@ -57,6 +64,7 @@ class Claim(list[J]):
         self.token = token
         self.worker = worker
         self.lease = lease
+        self.unreadable = tuple(unreadable)
 
     def __repr__(self) -> str:
         return f"<Claim of {len(self)} from {self.table.table.fullname}: {list(self)!r}>"
@@ -93,6 +101,7 @@ class Claim(list[J]):
             token=self.token,
             worker=self.worker,
             lease=self.lease,
+            unreadable=self.unreadable,
         )
 
 
@@ -170,77 +179,109 @@ def claim_jobs(
     by_session = not isinstance(bind, (Connection, Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
     token = new_token() if job_table.token is not None else None
+    claiming = Claiming(plan, request.parameters(token))
+    found, unreadable = claiming.in_bind(bind)
+    return Claim(
+        [job for _, job in found],
+        table=job_table,
+        keys=[key for key, _ in found],
+        token=token,
+        worker=worker,
+        lease=lease,
+        unreadable=unreadable,
+    )
 
-    params = request.parameters(token)
 
-    def run(
-        backend: Backend, tx: Transaction, batch: Sequence[Candidate] | None = None
-    ) -> KeyedRows:
-        session = tx.executor
-        if plan.entities and not isinstance(session, Connection) and not session.autoflush:
-            _refuse_unflushed(session, job_table)
-        found = _won_before(backend, tx, plan, token) if tx.resumed else []
-        if not found:
-            found = (
-                backend.claim(tx, plan, params)
-                if batch is None
-                else claim_batch(backend, tx, plan, batch, params)
-            )
-        if plan.entities and not isinstance(session, Connection) and tx.own:
-            _load_fully(session, plan, found)
-        return found
+class Claiming:
+    """One claim: its plan, and the parameters of this call."""
 
-    recoverable = token is not None
-    found: KeyedRows | None
-    if job_table.exclusive_by is not None:
-        found = _claimed_by_key(bind, plan, limit, run, recoverable=recoverable)
-    else:
-        found, left = _claimed_directly(bind, plan, params)
-        if found is None:
-            found = run_in(
+    def __init__(self, plan: ClaimPlan, params: dict[str, Any]) -> None:
+        self.plan = plan
+        self.params = params
+        self.is_recoverable = TOKEN in params
+        # Rows that cannot be read are committed, and freed by key and token afterwards.
+        self.may_autocommit = self.is_recoverable and bool(plan.job_table.released)
+
+    def in_bind(self, bind: Bind) -> Claimed:
+        """Claim in the bind's transaction, or in a transaction of the call's own."""
+        job_table = self.plan.job_table
+        if job_table.exclusive_by is None:
+            return run_in(
                 bind,
                 job_table,
-                run,
-                # What cannot be read must not be committed: nobody would ever get it.
-                single=lambda backend: backend.is_single(plan) and not plan.may_be_unreadable,
-                recoverable=recoverable,
-                left=left,
+                self.run,
+                single=self.is_single if self.may_autocommit else None,
+                careful=self.run_one_by_one,
+                recoverable=self.is_recoverable,
             )
-    keys, jobs = [key for key, _ in found], [job for _, job in found]
-    return Claim(jobs, table=job_table, keys=keys, token=token, worker=worker, lease=lease)
+        if (backend := keyed_apart(bind, job_table)) is None:
+            return self._run_keyed(bind, self.run, self.run_one_by_one)
+        limit = self.params[LIMIT]
+        for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
+            found = self._run_keyed(
+                bind, partial(self.run, batch=batch), partial(self.run_one_by_one, batch=batch)
+            )
+            if found[0]:
+                return found
+        return [], []
 
+    def is_single(self, backend: Backend) -> bool:
+        """Return True if AUTOCOMMIT does on a database."""
+        return backend.commits_singly and backend.is_single(self.plan)
 
-def _claimed_by_key(
-    bind: Bind, plan: ClaimPlan, limit: int, run: Callable[..., KeyedRows], *, recoverable: bool
-) -> KeyedRows:
-    """Claim by exclusive keys; where their lock is held beyond a transaction, search before it."""
-    job_table = plan.job_table
-    run_keyed = partial(
-        run_in, bind, job_table, single=lambda _: False, recoverable=recoverable, keyed=True
-    )
-    if (backend := keyed_apart(bind, job_table)) is None:
-        return run_keyed(run)
+    def run(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
+        """Claim, and hand out what can be read of rows that are not rolled back."""
+        _refuse_unflushed(tx.executor, self.plan)
+        if tx.after_disconnect and (keys := traced(tx, self.plan, self.params)):
+            return read_back(tx, self.plan, keys, None), []
+        try:
+            found = self._claim(tx, mark_and_load, batch)
+            self._complete(tx, found)
+        except ClaimConflict:
+            raise
+        except BaseException as error:
+            if tx.own and not tx.autocommit:
+                raise
+            return salvage(tx, self.plan, self.params, error)
+        return found, []
 
-    def read(statement: Select[Any], params: Mapping[str, Any]) -> Sequence[Row[Any]]:
-        def search(backend: Backend, tx: Transaction) -> Sequence[Row[Any]]:
-            backend.begin_keyed(tx.connection)
+    def run_one_by_one(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
+        """Claim once more after a failure, and pass over the rows that cause it."""
+        one_by_one = OneByOne(self._complete)
+        if batch is not None:
+            return self._claim(tx, one_by_one.mark, batch), list(one_by_one.passed)
+        return one_by_one.claim(tx, self.plan, self.params), list(one_by_one.passed)
+
+    def _claim(self, tx: Transaction, mark: Mark, batch: Sequence[Candidate] | None) -> KeyedRows:
+        if batch is None:
+            return tx.backend.claim(tx, self.plan, self.params)
+        return claim_batch(tx, self.plan, batch, self.params, mark)
+
+    def _complete(self, tx: Transaction, found: KeyedRows) -> None:
+        """Load what entities lack that are about to be detached."""
+        if self.plan.entities and tx.own:
+            _load_fully(tx, self.plan, found)
+
+    def _run_keyed(self, bind: Bind, run: Run[Claimed], careful: Run[Claimed]) -> Claimed:
+        return run_in(
+            bind,
+            self.plan.job_table,
+            run,
+            careful=careful,
+            recoverable=self.is_recoverable,
+            keyed=True,
+        )
+
+    def _search(
+        self, bind: Bind, statement: Select[Any], params: Mapping[str, Any]
+    ) -> Sequence[Row[Any]]:
+        """Search without the lock of the keys, in a transaction of its own."""
+
+        def search(tx: Transaction) -> Sequence[Row[Any]]:
+            tx.backend.begin_keyed(tx.connection)
             return tx.rows(statement, params)
 
-        return run_in(bind, job_table, search, single=lambda _: False, recoverable=True)
-
-    for batch in key_search(backend, plan).batches(read, limit):
-        if found := run_keyed(partial(run, batch=batch)):
-            return found
-    return []
-
-
-def _claimed_directly(
-    bind: Any, plan: ClaimPlan, params: dict[str, Any]
-) -> tuple[KeyedRows | None, Left | None]:
-    """Claim on the raw DBAPI connection, once the engine's direct claim has been learned."""
-    if not isinstance(bind, Engine) or (claim := learned_of(plan, bind.dialect).claim) is None:
-        return None, None
-    return run_directly(bind, lambda pooled: claim(pooled, params))
+        return run_in(bind, self.plan.job_table, search, recoverable=True)
 
 
 def dequeue_jobs(
@@ -257,20 +298,19 @@ def dequeue_jobs(
             f"{job_table!r} has exclusive keys, and a row that is deleted does not run: use "
             "claim_jobs(), and delete the row when its job is done"
         )
-    request = ClaimRequest(checked_limit(limit), where, order_by)
+    request = ClaimRequest(checked_limit(limit), where, order_by, deletes=True)
     by_session = not isinstance(bind, (Connection, Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
 
-    def run(backend: Backend, tx: Transaction) -> KeyedRows:
-        keys = backend.lock(tx, plan, request.parameters(None), deletes=True)
-        found = load(tx, plan, keys, backend.hints)
-        session = tx.executor
-        if plan.entities and not isinstance(session, Connection):
+    def run(tx: Transaction) -> KeyedRows:
+        keys = tx.backend.lock(tx, plan, request.parameters(None), deletes=True)
+        found = read_back(tx, plan, keys, None)
+        if plan.entities and not isinstance(tx.executor, Connection):
             if tx.own:
-                _load_fully(session, plan, found)
+                _load_fully(tx, plan, found)
             for _, entity in found:
-                session.delete(entity)
-            session.flush()
+                tx.executor.delete(entity)
+            tx.executor.flush()
         elif keys:
             names = [f"atomic_claim_key_{place}" for place, _ in enumerate(job_table.key)]
             same = [c == bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
@@ -281,20 +321,15 @@ def dequeue_jobs(
             )
         return found
 
-    found = run_in(bind, job_table, run, single=lambda _: False)
+    found = run_in(bind, job_table, run)
     return Claim((job for _, job in found), table=job_table, keys=[key for key, _ in found])
 
 
-def _won_before(backend: Backend, tx: Transaction, plan: ClaimPlan, token: str | None) -> KeyedRows:
-    """Load the rows that an earlier try claimed before its connection was lost."""
+def _refuse_unflushed(session: Session | Connection, plan: ClaimPlan) -> None:
+    """Raise if reading a claimed entity would discard pending changes."""
+    if isinstance(session, Connection) or not plan.entities or session.autoflush:
+        return
     job_table = plan.job_table
-    ours = and_(job_table.token == token, job_table.is_running)
-    keys = tx.execute(select(*job_table.key).where(ours).order_by(*plan.order))
-    return load(tx, plan, [tuple(row) for row in keys], backend.hints)
-
-
-def _refuse_unflushed(session: Session, job_table: JobTable) -> None:
-    """Refuse edits that nobody will flush: reading a claimed entity anew would wipe them."""
     assert job_table.entity is not None
     for entity in (*session.dirty, *session.deleted):
         if isinstance(entity, job_table.entity) and (
@@ -306,7 +341,7 @@ def _refuse_unflushed(session: Session, job_table: JobTable) -> None:
             )
 
 
-def _load_fully(session: Session, plan: ClaimPlan, found: KeyedRows) -> None:
+def _load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
     """Load what the entities lack of their columns: deferred ones, and those of subclasses."""
     incomplete = [key for key, entity in found if _unloaded(entity)]
     if not incomplete:
@@ -323,10 +358,10 @@ def _load_fully(session: Session, plan: ClaimPlan, found: KeyedRows) -> None:
         options.append(selectin_polymorphic(mapper.class_, subclasses))
     for start in range(0, len(incomplete), 500):
         wanted = key_in(plan.key_attributes, incomplete[start : start + 500])
-        session.scalars(plan.reading.where(wanted).options(*options)).unique().all()
+        tx.execute(plan.reading.where(wanted).options(*options)).unique().all()
     for _, entity in found:
         if unloaded := _unloaded(entity):
-            session.refresh(entity, unloaded)
+            tx.executor.refresh(entity, unloaded)  # type: ignore[union-attr]
 
 
 def _unloaded(entity: Any) -> list[str]:

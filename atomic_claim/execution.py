@@ -1,4 +1,4 @@
-"""Where statements of ours run: in the caller's transaction, or in one of our own."""
+"""Run statements in the caller's transaction, or in a transaction of the call's own."""
 
 from __future__ import annotations
 
@@ -6,26 +6,18 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, Engine
-from sqlalchemy.exc import (
-    DBAPIError,
-    InvalidRequestError,
-    UnboundExecutionError,
-)
-from sqlalchemy.pool import (
-    NullPool,
-    PoolProxiedConnection,
-    QueuePool,
-    SingletonThreadPool,
-    StaticPool,
-)
+from sqlalchemy import Connection, Engine, update
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
-from .backends import BACKENDS, Backend, Failed, Transaction, backend_for, is_watched
+from .backends import Backend, Transaction, backend_for
+from .backends.base import pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
@@ -40,20 +32,19 @@ else:
     Bind = OwnBind = Any
 
 R = TypeVar("R")
-Run = Callable[[Backend, Transaction], R]
-IsSingle = Callable[[Backend], bool]
-
-# They hand a connection to nobody else until it is given back.
-SAFE_POOLS = frozenset({QueuePool, NullPool})
+Run = Callable[[Transaction], R]
 
 TRIES = 8
 FIRST_PAUSE = 0.005
 LONGEST_PAUSE = 0.5
 FIRST_OUTAGE_PAUSE = 0.1
 LONGEST_OUTAGE_PAUSE = 2.0
-
-pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
-"""How to wait between two tries; an event loop must not be blocked."""
+# The key of a backend's facts in the ``info`` of a DBAPI connection.
+FACTS = "atomic_claim_facts"
+UNKNOWN = (
+    "The connection was lost during the COMMIT, so its outcome is unknown, and without a token "
+    "column it cannot be looked up: rows may have been claimed or changed."
+)
 
 
 def run_in(
@@ -61,25 +52,25 @@ def run_in(
     job_table: JobTable,
     run: Run[R],
     *,
-    single: IsSingle,
+    single: Callable[[Backend], bool] | None = None,
+    careful: Run[R] | None = None,
     recoverable: bool = False,
-    left: Left | None = None,
     keyed: bool = False,
     tries: int = TRIES,
 ) -> R:
-    """Run statements in a bind: never ending the caller's transaction, always ending our own.
+    """Run an operation: never end the caller's transaction, always end the call's own.
 
     Args:
         bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
-        job_table: the table that the statements are for, where a session has several binds.
-        run: what is run, with the database's backend and where it runs. In a transaction of our
-            own it is run again if the database asks for it.
-        single: whether it is one statement on that database, for which autocommit is enough.
-        recoverable: whether ``run`` can tell from the table what became of an earlier try, so
-            that a transaction of our own is run again when its connection is lost.
-        left: an engine's connection to begin with, from :func:`run_directly`; it is given back.
+        job_table: the table that the statements are for.
+        run: the operation. In a transaction of its own it runs again after a conflict.
+        single: whether it is one statement on that database, for which AUTOCOMMIT may do.
+        careful: the operation in another form, which runs in a transaction of its own after
+            ``run`` has failed there.
+        recoverable: whether ``run`` finds out from the table what became of an earlier try, so
+            that it runs again after a lost connection whatever the outcome of the COMMIT.
         keyed: whether it makes or keeps rows with exclusive keys running.
-        tries: how often a transaction of our own is run at most.
+        tries: how often a transaction of its own runs at most.
 
     Raises:
         ClaimConflict: another transaction was in the way.
@@ -88,205 +79,252 @@ def run_in(
     if is_scoped(bind):
         bind = bind.registry()
     if is_session(bind):
-        backend_for(_bind_of(bind, job_table).dialect)
-        connection = _connection_of(bind, job_table)
-        return _run_in_transaction(Transaction(bind, connection, own=False), run, keyed)
+        engine = _engine_of(bind, job_table)
+        backend_for(engine.dialect)
+        with pinned(bind, engine) as connection:
+            return _run_in_callers(bind, connection, run, keyed)
     if isinstance(bind, Connection):
-        backend_for(bind.dialect)
         if bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
-        return _run_in_transaction(Transaction(bind, bind, own=False), run, keyed)
-    if isinstance(bind, Engine):
-        first = iter([left])
-        return _try_again(
-            lambda lost: _run_by_engine(
-                bind, job_table, run, single, keyed=keyed, resumed=lost, left=next(first, None)
-            ),
-            tries,
-            lambda: outages(bind, job_table) if recoverable else (),
-        )
-    if is_maker(bind):
-        return _try_again(
-            lambda lost: _run_by_sessionmaker(
-                bind, job_table, run, single, keyed=keyed, resumed=lost
-            ),
-            tries,
-            lambda: outages(bind, job_table) if recoverable else (),
-        )
-    raise ClaimError(
-        f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
-        "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
-    )
-
-
-def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
-    """Return the backend of a bind with transactions of our own that exclusive keys need.
-
-    None where they need none, and for a caller's transaction.
-    """
+        return _run_in_callers(bind, bind, run, keyed)
     if not (isinstance(bind, Engine) or is_maker(bind)):
-        return None
-    backend = backend_for(_dialect_of(bind, job_table))
-    return backend if backend.keyed_needs_own else None
+        raise ClaimError(
+            f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
+            "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+        )
+    own = OwnTransaction(bind, job_table, keyed, single, recoverable)
+    return own.run_again(run, careful, tries)
 
 
-def _run_in_transaction(tx: Transaction, run: Run[R], keyed: bool) -> R:
-    """Run in a transaction that somebody else begins and ends."""
-    backend = backend_for(tx.connection.dialect)
+def _run_in_callers(
+    executor: Session | Connection, connection: Connection, run: Run[R], keyed: bool
+) -> R:
+    """Run in a transaction that the caller begins and ends."""
+    backend = backend_for(connection.dialect)
     if keyed and backend.keyed_needs_own:
         raise ClaimError(backend.keyed_needs_own)
     with _conflicts(backend):
-        return run(backend, tx)
+        return run(Transaction(backend, executor, connection, own=False))
 
 
-class Left(NamedTuple):
-    """A connection on which a transaction could not be run directly, and why."""
+@dataclass
+class OwnTransaction:
+    """A transaction of the call's own, and what its tries found out.
 
-    pooled: PoolProxiedConnection
-    error: BaseException | None = None
-
-
-def run_directly(
-    engine: Engine, run: Callable[[PoolProxiedConnection], R]
-) -> tuple[R | None, Left | None]:
-    """Run a whole transaction on a connection of the driver's own.
-
-    Returns:
-        What ``run`` returned. Or None, and the connection if there is one, on which it is to be
-        tried again: then SQLAlchemy hears of it where a connection is lost.
+    Attributes:
+        bind: an ``Engine`` or ``sessionmaker``.
+        job_table: the table that the statements are for.
+        keyed: whether it makes or keeps rows with exclusive keys running.
+        single: whether the operation is one statement on a database.
+        recoverable: whether a lost COMMIT can be looked up in the table.
+        process: what the backend knows of the server's process of the last try.
+        committing: whether the last try may have been committed, if its connection was lost.
+        lost: whether an earlier try lost its connection.
+        unknown: whether an earlier try lost it while it may have been committed.
+        lost_at: when it was lost, by ``time.monotonic()``.
     """
-    if type(engine.pool) not in SAFE_POOLS or is_watched(engine):
-        return None, None
-    dialect = engine.dialect
-    try:
-        pooled = engine.raw_connection()
-    except dialect.loaded_dbapi.Error:
-        return None, None
-    try:
-        mode = BACKENDS[dialect.name].directly(dialect, pooled)
-        if mode is None:
-            return None, Left(pooled)
-        with mode:
-            found = run(pooled)
-    except Failed as failed:
-        return None, Left(pooled, failed.__cause__)
-    except BaseException as error:
-        if isinstance(error, Exception):
-            pooled.close()
-        else:
-            # An interrupt: nobody knows what was left unread on it.
-            pooled.invalidate(error)
-        raise
-    pooled.close()
-    return found, None
 
+    bind: OwnBind
+    job_table: JobTable
+    keyed: bool
+    single: Callable[[Backend], bool] | None
+    recoverable: bool
+    process: Any = None
+    committing: bool = False
+    lost: bool = False
+    unknown: bool = False
+    lost_at: float = 0.0
 
-def _run_by_engine(
-    engine: Engine,
-    job_table: JobTable,
-    run: Run[R],
-    single: IsSingle,
-    *,
-    keyed: bool,
-    resumed: bool,
-    left: Left | None,
-) -> R:
-    backend = backend_for(engine.dialect)
-    _refuse_shared(backend, engine)
-    connecting = engine.connect() if left is None else Connection(engine, left.pooled)
-    with ExitStack() as stack:
-        stack.enter_context(_conflicts(backend))
-        stack.enter_context(_noting(left))
-        connection = stack.enter_context(connecting)
-        backend.check(connection.dialect)
-        if keyed:
-            stack.enter_context(backend.key_lock(connection, job_table.table))
-            backend.begin_keyed(connection)
-        mode = _driver_mode(backend, connection, single, listeners=engine.dispatch.begin)
-        tx = Transaction(
-            connection,
-            connection,
-            own=True,
-            resumed=resumed,
-            unheard=not is_watched(engine),
-            single=mode is not None,
-        )
-        with mode or nullcontext():
-            found = run(backend, tx)
-            backend.commit(connection)
-            connection.commit()
-    return found
+    def run_again(self, run: Run[R], careful: Run[R] | None, tries: int) -> R:
+        """Run, and run again after a conflict or a lost connection."""
+        for tried in range(1, tries + 1):
+            try:
+                return self.run(run)
+            except ClaimConflict:
+                if tried == tries:
+                    raise
+            except ClaimError:
+                raise
+            except Exception as error:
+                if not self._is_outage(error):
+                    if careful is None or run is careful or self.unknown:
+                        raise
+                    run, self.single = careful, None
+                    continue
+                if tried == tries or (self.committing and not self.recoverable):
+                    _explain(error, self.committing)
+                    raise
+                self.lost, self.unknown = True, self.unknown or self.committing
+                self.lost_at = time.monotonic()
+            # Full jitter, so that the ones in each other's way do not meet again.
+            longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
+            first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
+            pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
+        raise AssertionError("unreachable")
+
+    def run(self, run: Run[R]) -> R:
+        """Run once, and commit."""
+        self.committing = False
+        with ExitStack() as stack:
+            session, engine = self._session(stack)
+            backend = backend_for(engine.dialect)
+            _refuse_shared(backend, engine)
+            stack.enter_context(_conflicts(backend))
+            connection = stack.enter_context(engine.connect())
+            stack.push(partial(_roll_back, connection))
+            backend.check(connection.dialect)
+            if self.unknown:
+                backend.end_process(connection, self.process, time.monotonic() - self.lost_at)
+            if self.keyed:
+                stack.enter_context(backend.key_lock(connection, self.job_table.table))
+            autocommit = self._prepare(backend, connection, session is None)
+            if session is not None:
+                stack.enter_context(pinned(session, engine, connection))
+                stack.callback(session.close)
+            stack.enter_context(_begun(backend, connection, autocommit))
+            if self.keyed:
+                backend.begin_keyed(connection)
+            self.committing = autocommit
+            tx = Transaction(
+                backend, session or connection, connection, True, autocommit, self.unknown
+            )
+            found = run(tx)
+            self.committing = True
+            (session or connection).commit()
+            if session is not None:
+                session.expunge_all()
+        return found
+
+    def _session(self, stack: ExitStack) -> tuple[Session | None, Engine]:
+        if isinstance(self.bind, Engine):
+            return None, self.bind
+        # Expiring at commit would unload the entities that are about to be detached.
+        session = stack.enter_context(self.bind(expire_on_commit=False))
+        if not session.in_transaction():
+            session.begin()
+        engine = _engine_of(session, self.job_table)
+        if not isinstance(engine, Engine):
+            raise ClaimError(
+                "the sessionmaker is bound to a Connection, whose transaction is the caller's: "
+                "pass that Connection, or a Session on it"
+            )
+        return session, engine
+
+    def _prepare(self, backend: Backend, connection: Connection, by_engine: bool) -> bool:
+        """Ask the server what is needed later, and set AUTOCOMMIT where it makes no difference."""
+        if not self.recoverable:
+            return False
+        facts = connection.info.get(FACTS)
+        if facts is None:
+            facts = connection.info[FACTS] = backend.facts(connection)
+            connection.rollback()
+        self.process = facts.process
+        if not (
+            by_engine
+            and self.single is not None
+            and facts.level == connection.dialect.default_isolation_level
+            and not connection.dispatch.begin
+            and not connection.dispatch.commit
+            and "isolation_level" not in connection.get_execution_options()
+            and self.single(backend)
+        ):
+            return False
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        return True
+
+    def _is_outage(self, error: Exception) -> bool:
+        """Check whether the error is a lost connection, or a failed reconnect after one."""
+        if isinstance(error, DBAPIError):
+            # Only a statement's error names a statement, a refusal to connect does not.
+            return error.connection_invalidated or (self.lost and error.statement is None)
+        return self.lost and isinstance(error, outages(self.bind, self.job_table))
 
 
 @contextmanager
-def _noting(left: Left | None) -> Iterator[None]:
-    """Tell what the driver said first, where a connection turns out to be lost."""
+def _begun(backend: Backend, connection: Connection, autocommit: bool) -> Iterator[None]:
+    """Begin a transaction, on a connection in the caller's AUTOCOMMIT too."""
+    if autocommit:
+        yield
+        return
+    if not connection.in_transaction():
+        connection.begin()
+    dialect, driver = connection.dialect, connection.connection.dbapi_connection
+    assert driver is not None
+    if not dialect.detect_autocommit_setting(driver) or backend.in_transaction(
+        connection.connection
+    ):
+        yield
+        return
+    assert dialect.default_isolation_level is not None
+    dialect.set_isolation_level(driver, dialect.default_isolation_level)
     try:
         yield
-    except DBAPIError as error:
-        if left is not None and left.error is not None and error.connection_invalidated:
-            error.add_note(f"The driver had said: {left.error}")
-        raise
+    finally:
+        if not connection.invalidated:
+            connection.connection.rollback()
+            dialect.set_isolation_level(driver, "AUTOCOMMIT")
 
 
-def _run_by_sessionmaker(
-    maker: sessionmaker[Any],
-    job_table: JobTable,
-    run: Run[R],
-    single: IsSingle,
-    *,
-    keyed: bool,
-    resumed: bool,
-) -> R:
-    with ExitStack() as stack:
-        # Expiring at commit would unload the entities that are about to be detached.
-        session = stack.enter_context(maker(expire_on_commit=False))
-        if not session.in_transaction():
-            session.begin()
-        engine = _bind_of(session, job_table)
-        if not isinstance(engine, Engine):
-            raise ClaimError(
-                "the sessionmaker is bound to a Connection, whose transaction is somebody "
-                "else's: pass that Connection, or a Session on it"
-            )
-        backend = backend_for(engine.dialect)
-        _refuse_shared(backend, engine)
-        with _conflicts(backend):
-            if keyed and backend.keyed_needs_own:
-                locked = stack.enter_context(engine.connect())
-                stack.enter_context(backend.key_lock(locked, job_table.table))
-                _bind_to(session, job_table, locked)
-            connection = _connection_of(session, job_table)
-            backend.check(connection.dialect)
-            if keyed:
-                backend.begin_keyed(connection)
-            listeners = (
-                session.dispatch.after_begin
-                or session.dispatch.do_orm_execute
-                or engine.dispatch.begin
-            )
-            mode = _driver_mode(backend, connection, single, listeners=listeners)
-            with mode or nullcontext():
-                found = run(backend, Transaction(session, connection, own=True, resumed=resumed))
-                backend.commit(connection)
-                session.commit()
-        session.expunge_all()
-    return found
+def _roll_back(connection: Connection, error: type[BaseException] | None, *_: object) -> None:
+    """Roll back what SQLAlchemy takes for ended: a COMMIT that failed, or was vetoed.
 
-
-def _driver_mode(
-    backend: Backend, connection: Connection, single: IsSingle, *, listeners: Any
-) -> AbstractContextManager[None] | None:
-    """Let the driver commit by itself where one statement is all and nothing hangs on BEGIN.
-
-    None where something may.
-
-    A listener to the beginning of a transaction may set what lasts only as long as it does, or
-    begin another kind of transaction.
+    SQLite's transaction stays open if it is busy at COMMIT.
     """
-    if listeners or not single(backend):
-        return None
-    return backend.autocommit(connection.dialect, connection.connection)
+    if error is None or connection.closed or connection.invalidated:
+        return
+    if not connection.in_transaction():
+        connection.connection.rollback()
+
+
+def _explain(error: Exception, committing: bool) -> None:
+    if committing and isinstance(error, DBAPIError):
+        error.add_detail(UNKNOWN)
+
+
+@contextmanager
+def pinned(
+    session: Session,
+    engine: Engine | Connection,
+    own: Connection | None = None,
+) -> Iterator[Connection]:
+    """Have a session send every statement for the table's engine to one connection.
+
+    ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
+    class may ignore them (SQLAlchemy's recipe for routing sessions does). So it is shadowed on
+    the instance while statements of ours run.
+    """
+    from sqlalchemy.orm import Session  # noqa: PLC0415 - loaded by the session
+
+    if own is None and type(session).get_bind is Session.get_bind:
+        yield _connection_of(session, engine)
+        return
+    target: Any = engine if own is None else own
+    original = session.get_bind
+
+    def get_bind(mapper: Any = None, **given: Any) -> Any:
+        if given.get("bind") is not None:
+            return given["bind"]
+        if mapper is None or _write_bind(original, mapper) is engine:
+            return target
+        return original(mapper=mapper, **given)
+
+    shadowed = session.__dict__.get("get_bind")
+    session.get_bind = get_bind  # type: ignore[method-assign]
+    try:
+        yield _connection_of(session, target)
+    finally:
+        if shadowed is None:
+            del session.get_bind
+        else:
+            session.get_bind = shadowed  # type: ignore[method-assign]
+
+
+def _write_bind(get_bind: Callable[..., Any], mapper: Any) -> Any:
+    """Return the engine to which a session sends the writes of a mapped class."""
+    from sqlalchemy import inspect  # noqa: PLC0415 - of the ORM's
+
+    mapper = inspect(mapper)
+    return get_bind(mapper=mapper, clause=update(mapper.local_table))
 
 
 @contextmanager
@@ -308,78 +346,43 @@ def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     return backend_for(dialect).outages(dialect)
 
 
-def _try_again(
-    run: Callable[[bool], R], tries: int, outages: Callable[[], tuple[type[Exception], ...]]
-) -> R:
-    """Run a transaction of our own, again if the database asks for it or the connection is lost.
-
-    ``run`` is told whether an earlier try may have been committed without our hearing of it.
-    """
-    lost = False
-    for tried in range(1, tries + 1):
-        try:
-            return run(lost)
-        except ClaimConflict:
-            if tried == tries:
-                raise
-        except outages() as error:
-            if tried == tries or not _is_outage(error, lost):
-                raise
-            lost = True
-        # Full jitter, so that the ones in each other's way do not meet again.
-        longest = LONGEST_OUTAGE_PAUSE if lost else LONGEST_PAUSE
-        first = FIRST_OUTAGE_PAUSE if lost else FIRST_PAUSE
-        pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
-    raise AssertionError("unreachable")
-
-
-def _is_outage(error: Exception, lost: bool) -> bool:
-    """Check whether the error means a lost connection, or a failed reconnect after one."""
-    if isinstance(error, DBAPIError):
-        # Only a statement's error names a statement, a refusal to connect does not.
-        return error.connection_invalidated or (lost and error.statement is None)
-    return lost
-
-
-def _bind_of(session: Session, job_table: JobTable) -> Engine | Connection:
+def _engine_of(session: Session, job_table: JobTable) -> Engine | Connection:
+    """Return the bind to which the session sends an UPDATE of the table."""
+    module: Any = sys.modules.get("sqlalchemy.ext.horizontal_shard")
+    if module is not None and isinstance(session, module.ShardedSession):
+        raise ClaimError(
+            f"{type(session).__name__} is a ShardedSession, whose statements go to several "
+            "databases: claim from each shard with its own Session or Engine"
+        )
     try:
-        return session.get_bind(mapper=job_table.mapper, clause=job_table.table)
+        return session.get_bind(mapper=job_table.mapper, clause=update(job_table.table))
     except UnboundExecutionError as error:
         raise ClaimError(f"the Session has no bind for this table: {error}") from error
 
 
-def _dialect_of(bind: OwnBind, job_table: JobTable) -> Dialect:
+def _connection_of(session: Session, bind: Engine | Connection) -> Connection:
+    try:
+        return session.connection(bind_arguments={"bind": bind})
+    except InvalidRequestError as error:
+        raise ClaimError(f"the Session cannot be used: {error}") from error
+
+
+def _dialect_of(bind: OwnBind, job_table: JobTable) -> Any:
     if isinstance(bind, Engine):
         return bind.dialect
     with bind() as session:
-        return _bind_of(session, job_table).dialect
+        return _engine_of(session, job_table).dialect
 
 
-def _bind_to(session: Session, job_table: JobTable, connection: Connection) -> None:
-    """Have a session of our own use this connection for the table.
+def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
+    """Return the backend of a bind whose exclusive keys need a transaction of the call's own.
 
-    Raises:
-        ClaimError: the session's class chooses another one.
+    None where they need none, and for a caller's transaction.
     """
-    mapper = job_table.mapper
-    if mapper is not None:
-        session.bind_mapper(mapper, connection)
-    for table in mapper.tables if mapper is not None else [job_table.table]:
-        session.bind_table(table, connection)
-    if _connection_of(session, job_table) is not connection:
-        raise ClaimError(
-            f"get_bind() of {type(session).__name__} chooses a connection of its own, and the "
-            "lock of exclusive keys is held by another: pass the Engine"
-        )
-
-
-def _connection_of(session: Session, job_table: JobTable) -> Connection:
-    try:
-        return session.connection(
-            bind_arguments={"mapper": job_table.mapper, "clause": job_table.table}
-        )
-    except InvalidRequestError as error:
-        raise ClaimError(f"the Session cannot be used: {error}") from error
+    if not (isinstance(bind, Engine) or is_maker(bind)):
+        return None
+    backend = backend_for(_dialect_of(bind, job_table))
+    return backend if backend.keyed_needs_own else None
 
 
 def _refuse_shared(backend: Backend, engine: Engine) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, Engine, Float, literal
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from .backends import Backend, Transaction
+from .backends import Transaction
 from .claim import Key
 from .errors import ClaimConflict, ClaimError, ClaimLost
 from .execution import OwnBind, outages, run_in
@@ -175,7 +175,7 @@ class Beat:
         return lost
 
     def _run(
-        self, run: Callable[[Backend, Transaction], set[Key]], *, keyed: bool = False
+        self, run: Callable[[Transaction], set[Key]], *, keyed: bool = False
     ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
         try:
@@ -183,7 +183,6 @@ class Beat:
                 self.bind,
                 self.owned.job_table,
                 run,
-                single=lambda _: False,
                 keyed=keyed,
                 tries=1,
             )
@@ -196,18 +195,18 @@ class Beat:
         except outages(self.bind, self.owned.job_table):
             return None
 
-    def _extend(self, backend: Backend, tx: Transaction) -> set[Key]:
+    def _extend(self, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
-        with backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
-            free = backend.unlocked(tx, job_table, self.remaining, guard)
+        with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
+            free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
             # SQLite locks nothing: the block may have ended some of them meanwhile.
-            ours = set(backend.extend(tx, job_table, free, guard, self.values))
+            ours = set(tx.backend.extend(tx, job_table, free, guard, self.values))
             # Running, and nobody else's: an end that the block had begun was rolled back.
             self.ended.difference_update(ours)
             return ours | self._standing(tx, set(self.remaining).difference(ours))
 
-    def _look(self, backend: Backend, tx: Transaction) -> set[Key]:
-        with backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
+    def _look(self, tx: Transaction) -> set[Key]:
+        with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
             return self._standing(tx, set(self.remaining))
 
     def _standing(self, tx: Transaction, keys: set[Key]) -> set[Key]:
@@ -234,12 +233,12 @@ def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
 
     beat = Beat(bind, owned, every)
 
-    def look(_: Backend, tx: Transaction) -> tuple[set[Key], set[Key]]:
+    def look(tx: Transaction) -> tuple[set[Key], set[Key]]:
         _refuse_single(tx.connection.engine)
         seen = set(owned.visible(tx, owned.keys, owned.lasting()))
         return seen, set(owned.visible(tx, owned.keys, owned.lasting(), beat.outlasts()))
 
-    seen, safe = run_in(bind, owned.job_table, look, single=lambda _: False)
+    seen, safe = run_in(bind, owned.job_table, look)
     if missing := [key for key in owned.keys if key not in seen]:
         raise ClaimError(
             f"the claim of {missing!r} is not to be seen from another connection: commit it "

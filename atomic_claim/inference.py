@@ -233,6 +233,9 @@ def is_flag(column: Column[Any]) -> bool:
     type_ = plain_type(column.type)
     if isinstance(type_, Boolean):
         return True
+    if type_.__visit_name__ == "BIT":
+        # Hibernate's booleans on MySQL.
+        return getattr(type_, "length", None) in {None, 1}
     if not isinstance(type_, Integer):
         return False
     if getattr(type_, "display_width", None) == 1:

@@ -7,10 +7,22 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import Column, ColumnElement, Table, and_, false, literal, not_, or_, true
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Table,
+    and_,
+    bindparam,
+    false,
+    func,
+    literal,
+    not_,
+    or_,
+    true,
+)
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql import functions
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
@@ -284,12 +296,30 @@ class JobTable:
     @cached_property
     def is_running(self) -> ColumnElement[bool]:
         """True for a row that bears the mark of a claim and has not ended."""
-        marks = [
+        return and_(*(self.marks or [not_(self.free)]), *self.not_ended)
+
+    @cached_property
+    def marks(self) -> tuple[ColumnElement[bool], ...]:
+        """Together true for a row that bears the declared values of a claim."""
+        return tuple(
             column.is_not(None) if isinstance(value, DatabaseTime) else column == value
             for column, value in self.claimed.items()
             if value is None or isinstance(value, (DatabaseTime, InlineLiteral, True_, False_))
-        ]
-        return and_(*(marks or [not_(self.free)]), *self.not_ended)
+        )
+
+    @cached_property
+    def next_version(self) -> dict[Any, Any]:
+        """The value of a mapped ``version_id_col`` after a change, as a flush would write it."""
+        mapper = self.mapper
+        column = None if mapper is None else mapper.version_id_col
+        if mapper is None or column is None or column.table is not self.table:
+            return {}
+        if not callable(mapper.version_id_generator):
+            return {}
+        if isinstance(plain_type(column.type), Integer):
+            return {column: func.coalesce(column, 0) + 1}
+        generate = partial(mapper.version_id_generator, None)
+        return {column: bindparam("atomic_claim_version", callable_=generate, type_=column.type)}
 
     @cached_property
     def is_expired(self) -> ColumnElement[bool] | None:
@@ -638,7 +668,8 @@ class JobTable:
         if isinstance(value, bool) and is_flag(column):
             if isinstance(plain_type(column.type), Boolean):
                 return true() if value else false()
-            return InlineLiteral(int(value), Integer())
+            bits = column.type.__visit_name__ == "BIT"
+            return InlineLiteral(int(value), column.type if bits else Integer())
         try:
             hash(value)
         except TypeError:

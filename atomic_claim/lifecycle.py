@@ -23,7 +23,6 @@ from sqlalchemy import (
     func,
     literal,
     not_,
-    null,
     or_,
     select,
 )
@@ -31,12 +30,13 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
-from .backends import CHUNK, Backend, Transaction, chunks
+from .backends import CHUNK, Transaction, chunks
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
 from .inference import plain_type
 from .job_table import JobTable, job_table_of
+from .outcomes import Values, common_values, freeing
 from .sql_elements import DatabaseTime, InlineLiteral, key_in
 from .tickets import job_table_of_ticket, keys_of_ticket
 
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 Held = Claim[Any] | Mapping[str, Any]
-Values = dict[Any, Any]
 
 FIRST_RETRY = timedelta(seconds=10)
 DOUBLINGS = 12
@@ -197,12 +196,12 @@ def release_left(bind: Bind, claim: Held) -> int:
     job_table, guard = owned.job_table, owned.guard()
     values = release(job_table)
 
-    def run(backend: Backend, tx: Transaction) -> int:
-        with backend.limit_wait(tx, LONGEST_LOOK):
-            free = backend.unlocked(tx, job_table, owned.keys, guard)
-            return len(backend.change(tx, job_table, free, guard, values))
+    def run(tx: Transaction) -> int:
+        with tx.backend.limit_wait(tx, LONGEST_LOOK):
+            free = tx.backend.unlocked(tx, job_table, owned.keys, guard)
+            return len(tx.backend.change(tx, job_table, free, guard, values))
 
-    return run_in(bind, job_table, run, single=lambda _: False, tries=1)
+    return run_in(bind, job_table, run, tries=1)
 
 
 def extend_jobs(
@@ -265,12 +264,12 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         unowned.append(and_(job_table.is_running, expired))
     spent = and_(attempts >= most, or_(*unowned))
 
-    def run(backend: Backend, tx: Transaction) -> int:
+    def run(tx: Transaction) -> int:
         keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(spent))]
-        free = backend.unlocked(tx, job_table, keys, spent)
-        return len(backend.change(tx, job_table, free, spent, values))
+        free = tx.backend.unlocked(tx, job_table, keys, spent)
+        return len(tx.backend.change(tx, job_table, free, spent, values))
 
-    return run_in(bind, job_table, run, single=lambda _: False)
+    return run_in(bind, job_table, run)
 
 
 def completion(job_table: JobTable) -> Values:
@@ -285,7 +284,7 @@ def failure(
     if retry is False:
         values = _ending(job_table, job_table.failed, "failed")
     else:
-        values = _freeing(job_table)
+        values = freeing(job_table)
         due = _needed(job_table, "due", "fail_jobs(retry=...)")
         values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
     if error is not None and job_table.error is not None:
@@ -295,7 +294,7 @@ def failure(
 
 def release(job_table: JobTable) -> Values:
     """Return the values that free a row and do not count the attempt."""
-    values = _freeing(job_table)
+    values = freeing(job_table)
     if (attempts := job_table.attempts) is not None:
         values[attempts] = case((attempts > 0, attempts - 1), else_=0)
     return values
@@ -384,15 +383,6 @@ def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
             yield column == value
 
 
-def _written_by_all(job_table: JobTable) -> Values:
-    """Return the values common to all outcomes: clear the lease, set the stamps."""
-    values: Values = {column: job_table.now(column) for column in job_table.stamps}
-    if job_table.lease is not None:
-        values[job_table.lease] = null()
-    # The token stays: after a lost reply it tells whose change it was.
-    return values
-
-
 def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
     if not mark:
         raise ClaimError(
@@ -402,19 +392,7 @@ def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
     # The mark alone keeps the row from being claimed, so a flag can go back to what it was.
     undone = {} if job_table.state in mark else job_table.released
     kept = {column: value for column, value in undone.items() if column is job_table.state}
-    return {**kept, **_written_by_all(job_table), **mark}
-
-
-def _freeing(job_table: JobTable) -> Values:
-    if not job_table.released:
-        raise ClaimError(
-            f"nothing says how a row of {job_table.table.fullname!r} becomes free again: say it "
-            "with JobTable(released={column: value})"
-        )
-    values = {**_written_by_all(job_table), **job_table.released}
-    if job_table.worker is not None:
-        values[job_table.worker] = null()
-    return values
+    return {**kept, **common_values(job_table), **mark}
 
 
 def _delay(job_table: JobTable, retry: bool | timedelta) -> ColumnElement[Any]:
@@ -451,10 +429,10 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
     guard = owned.guard() if ends else owned.lasting()
     keyed = not ends and owned.job_table.exclusive_by is not None
 
-    def run(backend: Backend, tx: Transaction) -> list[Key]:
-        change = backend.change if ends else backend.extend
+    def run(tx: Transaction) -> list[Key]:
+        change = tx.backend.change if ends else tx.backend.extend
         changed = change(tx, owned.job_table, owned.keys, guard, values)
-        if tx.resumed and ends:
+        if tx.after_disconnect and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             rest = [key for key in owned.keys if key not in set(changed)]
             changed += owned.changed_before(tx, rest, values)
@@ -466,7 +444,6 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
         bind,
         owned.job_table,
         run,
-        single=lambda backend: backend.changes_at_once(owned.keys) and not keyed,
         keyed=keyed,
         recoverable=owned.token is not None,
     )

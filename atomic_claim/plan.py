@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import cached_property
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from sqlalchemy import (
     Column,
@@ -20,25 +21,36 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     bindparam,
+    case,
     func,
+    literal_column,
+    not_,
     or_,
     select,
+    true,
+    type_coerce,
     union_all,
 )
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
 from sqlalchemy.sql.selectable import FromClause, ScalarSelect, SelectBase
-from sqlalchemy.types import JSON, Enum, Float, TypeDecorator
+from sqlalchemy.types import Float
 
 from .errors import ClaimError
 from .job_table import JobTable
-from .sql_elements import DatabaseTime, InlineLiteral, OrderTerm, labelled_terms
+from .sql_elements import DatabaseTime, InlineLiteral, OrderTerm, key_in, labelled_terms
 
 LIMIT = "atomic_claim_limit"
 SCAN_LIMIT = "atomic_claim_reach"
 TOKEN = "atomic_claim_token"  # noqa: S105 - the name of a parameter
 WORKER = "atomic_claim_worker"
 LEASE = "atomic_claim_lease"
+LEAST = "atomic_claim_least"
+FAULT = "atomic_claim_fault"
+NOT_MARKED = 1
+CLAIMABLE = 2
+# Seconds by which a column without fractions may cut a lease.
+CUT = 1.0
 # Rows that are looked at beyond those that are wanted: others may hold the first ones.
 MARGIN = 100
 
@@ -64,6 +76,7 @@ class ClaimRequest(NamedTuple):
     values: Mapping[Any, Any] | None = None
     worker: str | None = None
     lease: timedelta | None = None
+    deletes: bool = False
 
     def parameters(self, token: str | None) -> dict[str, Any]:
         """Return the parameters for one execution of the parts' statements."""
@@ -73,7 +86,8 @@ class ClaimRequest(NamedTuple):
         if self.worker is not None:
             found[WORKER] = self.worker
         if self.lease is not None:
-            found[LEASE] = self.lease.total_seconds()
+            found[LEASE] = seconds = self.lease.total_seconds()
+            found[LEAST] = max(0.0, seconds - CUT)
         return found
 
 
@@ -146,7 +160,8 @@ class ClaimPlan:
         values: what the claim writes, by column.
         entities: whether entities are wanted, rather than rows.
         single: whether the limit is one, so that there is no order to keep.
-        prepared: what a database's backend has made of these plan.
+        marks: the conditions that a claimed row meets, without its lease.
+        prepared: what was made of this plan, by the function that made it.
     """
 
     job_table: JobTable
@@ -156,13 +171,47 @@ class ClaimPlan:
     values: dict[Column[Any], Any]
     entities: bool
     single: bool
-    prepared: dict[str, Any] = field(default_factory=dict)
+    marks: tuple[ColumnElement[bool], ...]
+    prepared: dict[Any, Any] = field(default_factory=dict)
 
-    def prepare(self, name: str, make: Callable[[ClaimPlan], T]) -> T:
-        """Call ``make`` with these parts once, and return its cached result."""
-        if name not in self.prepared:
-            self.prepared[name] = make(self)
-        return self.prepared[name]  # type: ignore[no-any-return]
+    def prepare(self, make: Callable[..., T], *given: Any) -> T:
+        """Call ``make`` with this plan and ``given`` once, and return its cached result.
+
+        A backend passes types and methods of its own, so backends share nothing.
+        """
+        key = (make, *given)
+        if key not in self.prepared:
+            self.prepared[key] = make(self, *given)
+        return self.prepared[key]  # type: ignore[no-any-return]
+
+    def fault(self, least: ColumnElement[Any] | None = None) -> ColumnElement[int]:
+        """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
+
+        ``least`` is the time that the lease must exceed, by default counted from now. A row whose
+        lease does has not expired, so that reason to be claimable is left out.
+        """
+        job_table = self.job_table
+        marks, lease = list(self.marks), job_table.lease
+        if lease is not None and self.values[lease] is None:
+            marks.append(lease.is_(None))
+        elif lease is not None:
+            seconds = bindparam(LEAST, 0.0, Float())
+            marks.append(lease > (job_table.now(lease, seconds) if least is None else least))
+        free, *others = job_table.claimable_branches
+        claimable = or_(*(and_(*conditions) for conditions, _ in (free, *others[1:])))
+        wrong = case((claimable, literal_column(str(CLAIMABLE))), else_=literal_column("0"))
+        found = case((and_(true(), *marks), wrong), else_=literal_column(str(NOT_MARKED)))
+        return type_coerce(found, Integer()).label(FAULT)
+
+    def passing_over(self, keys: Sequence[tuple[Any, ...]]) -> ClaimPlan:
+        """Return the plan of a claim of the same rows without those with these keys."""
+        if not keys:
+            return self
+        others = not_(key_in(self.key_attributes, keys))
+        found = self.candidates
+        branches = tuple(branch.where(others) for branch in found.branches)
+        found = replace(found, branches=branches, rows=found.rows.where(others))
+        return replace(self, candidates=found, prepared={})
 
     @property
     def multi_table(self) -> bool:
@@ -173,7 +222,56 @@ class ClaimPlan:
     @property
     def key_of(self) -> Callable[[Any], tuple[Any, ...]]:
         """Return a function that reads the key from an entity or a row of the claim."""
-        return self.prepare("key_of", _key_reader)
+        return self.prepare(_key_reader)
+
+    @cached_property
+    def columns(self) -> tuple[Any, ...]:
+        """The columns of a claimed row."""
+        job_table = self.job_table
+        if self.multi_table:
+            assert job_table.mapper is not None
+            return tuple(job_table.mapper.columns.values())
+        return tuple(job_table.table.columns)
+
+    @cached_property
+    def needs_select(self) -> bool:
+        """Return True if entities or rows can be read by a SELECT of their own only.
+
+        That is a class with columns in several tables, or with ``subquery`` loading, which
+        SQLAlchemy leaves out for entities that a statement returns.
+        """
+        mapper = self.job_table.mapper
+        if self.multi_table or not self.entities or mapper is None:
+            return self.multi_table
+        found = (each.relationships for each in mapper.self_and_descendants)
+        return any(one.lazy == "subquery" for relationships in found for one in relationships)
+
+    @property
+    def width(self) -> int:
+        """How many columns of a result make up a claimed row or entity."""
+        return 1 if self.entities else len(self.columns)
+
+    @cached_property
+    def claimable(self) -> ColumnElement[bool]:
+        """True for a row that may be claimed by the declaration, whatever the call's ``where``."""
+        branches = self.job_table.claimable_branches
+        return or_(*(and_(*conditions) for conditions, _ in branches))
+
+    def refuse_fault(self, fault: int | None, row: Any) -> NoReturn:
+        """Raise for a row whose :meth:`fault` is not 0; None tells that it was not marked."""
+        job_table = self.job_table
+        if fault == CLAIMABLE:
+            raise ClaimError(
+                f"{row!r} of {job_table.table.fullname!r} is claimable right after it was claimed, "
+                f"by the condition {self.claimable}: let JobTable(claimed=...) write a value that "
+                "JobTable(free=...) excludes"
+            )
+        wanted = ", ".join(map(str, self.marks))
+        raise ClaimError(
+            f"{row!r} of {job_table.table.fullname!r} does not bear the mark of its claim, by the "
+            f"condition {wanted}: look for a trigger that changes it or keeps it from being "
+            "changed, and for a column that cannot hold the value"
+        )
 
     @property
     def key_attributes(self) -> tuple[Any, ...]:
@@ -191,10 +289,7 @@ class ClaimPlan:
         if self.entities:
             found = select(cast("type[Any]", job_table.entity))
             return found.execution_options(populate_existing=True)
-        if self.multi_table:
-            assert job_table.mapper is not None
-            return self.source(*job_table.mapper.columns.values())
-        return select(job_table.table)
+        return self.source(*self.columns) if self.multi_table else select(job_table.table)
 
     @property
     def changes_key(self) -> bool:
@@ -226,11 +321,6 @@ class ClaimPlan:
             else self.job_table.table
         )
 
-    @property
-    def may_be_unreadable(self) -> bool:
-        """Return True if a column's type may be unable to read a stored value."""
-        return self.prepare("may be unreadable", _may_be_unreadable)
-
 
 def checked_limit(limit: Any) -> int:
     """Return the limit, or raise if it is not an ``int`` of at least 1."""
@@ -245,7 +335,13 @@ def claim_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     """Return a claim's plan, cached on the ``JobTable`` if only parameters can differ."""
     if request.where is not None or request.order_by is not None or request.values is not None:
         return build_plan(job_table, request, entities=entities)
-    shape = (request.limit == 1, request.worker is not None, request.lease is not None, entities)
+    shape = (
+        request.limit == 1,
+        request.worker is not None,
+        request.lease is not None,
+        request.deletes,
+        entities,
+    )
     if (known := job_table.statements.get(shape)) is None:
         known = job_table.statements[shape] = build_plan(job_table, request, entities=entities)
     else:
@@ -284,13 +380,6 @@ def _check_lease(job_table: JobTable, lease: Any) -> None:
             )
 
 
-def _may_be_unreadable(plan: ClaimPlan) -> bool:
-    return any(
-        isinstance(column.type, (Enum, JSON, TypeDecorator))
-        for column in plan.job_table.table.columns
-    )
-
-
 def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
     job_table = plan.job_table
     mapper = job_table.mapper
@@ -301,13 +390,11 @@ def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
             read = operator.attrgetter(names[0])
             return lambda entity: (read(entity),)
         return operator.attrgetter(*names)
-    columns: Sequence[Any] = tuple(job_table.table.columns)
+    columns = plan.columns
+    wanted = list(job_table.key)
     if plan.multi_table:
         assert mapper is not None
-        columns = [mapper.columns[key] for key in mapper.columns.keys()]  # noqa: SIM118
         wanted = [mapper.columns[mapper.get_property_by_column(c).key] for c in job_table.key]
-    else:
-        wanted = list(job_table.key)
     places = [next(i for i, c in enumerate(columns) if c is column) for column in wanted]
     if len(places) == 1:
         place = places[0]
@@ -376,6 +463,14 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     order = order or key
     where = _conditions(request.where)
     _check_tables(job_table, (*where, *order))
+    values = _claim_values(job_table, request) | given
+    moved = [column.name for column in job_table.key if column in values]
+    if moved and not request.deletes:
+        raise ClaimError(
+            f"a claim writes {', '.join(map(repr, moved))}, part of the primary key of "
+            f"{job_table.table.fullname!r}, so its rows could not be found by key afterwards: "
+            "keep the state in a column outside of the key"
+        )
     limit = bindparam(LIMIT, request.limit, Integer(), literal_execute=True)
     source = _source(job_table, *key, *labelled_terms(order))
     scan_limit = bindparam(SCAN_LIMIT, request.limit + MARGIN, Integer(), literal_execute=True)
@@ -392,9 +487,10 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         candidates=Candidates(tuple(branches), order, limit, scan_limit, rows),
         conditions=(claimable, *where),
         order=order,
-        values=_claim_values(job_table, request) | given,
+        values=values,
         entities=entities,
         single=request.limit == 1,
+        marks=_marks(job_table, request),
     )
 
 
@@ -446,13 +542,22 @@ def _outer_columns(clauses: Iterable[Any]) -> Iterator[ColumnClause[Any]]:
             yield from _outer_columns(element.get_children())
 
 
+def _marks(job_table: JobTable, request: ClaimRequest) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions that a row bears the values of this claim, as they are stored."""
+    marks = job_table.marks
+    if request.worker is not None:
+        marks = (*marks, job_table.worker == bindparam(WORKER, None, job_table.worker.type))
+    if (token := job_table.token) is not None:
+        marks = (*marks, token == bindparam(TOKEN, None, token.type))
+    return marks
+
+
 def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[Column[Any], Any]:
     values: dict[Column[Any], Any] = dict(job_table.claimed)
     for column in job_table.stamps:
         values.setdefault(column, job_table.now(column))
-    if (column := job_table.worker) is not None:
-        named = bindparam(WORKER, request.worker, column.type)
-        values[column] = None if request.worker is None else named
+    if (column := job_table.worker) is not None and request.worker is not None:
+        values[column] = bindparam(WORKER, request.worker, column.type)
     if (column := job_table.token) is not None:
         values[column] = bindparam(TOKEN, callable_=new_token, type_=column.type)
     if (column := job_table.attempts) is not None:
@@ -462,4 +567,4 @@ def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[Column[Any
         if request.lease is not None:
             seconds = bindparam(LEASE, request.lease.total_seconds(), Float())
             values[column] = job_table.now(column, seconds)
-    return values
+    return values | job_table.next_version

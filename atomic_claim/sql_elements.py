@@ -39,8 +39,15 @@ class InlineLiteral(ColumnElement[Any]):
 
 
 @compiles(InlineLiteral)
-def _declared(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
-    return compiler.render_literal_value(element.value, element.type)
+def _inline(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
+    # A DOMAIN of PostgreSQL's has no literals of its own.
+    type_ = getattr(element.type, "data_type", element.type)
+    value = element.value
+    if type_.__visit_name__ == "BIT" and not isinstance(value, str):
+        # MySQL's; PostgreSQL's is a text.
+        number = int.from_bytes(value) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
+        return f"b'{number:b}'"
+    return compiler.render_literal_value(value, type_)
 
 
 class DatabaseTime(ColumnElement[datetime]):

@@ -29,10 +29,10 @@ class ClaimStatement(Update):
         ("limit_parameter", InternalTraversal.dp_clauseelement),
         ("reach_parameter", InternalTraversal.dp_clauseelement),
         ("claimable_rows", InternalTraversal.dp_clauseelement),
-        ("single", InternalTraversal.dp_boolean),
         ("changes_key", InternalTraversal.dp_boolean),
         ("multi_table", InternalTraversal.dp_boolean),
         ("guarded", InternalTraversal.dp_boolean),
+        ("checked", InternalTraversal.dp_boolean),
     ]
 
     def __init__(self, plan: ClaimPlan) -> None:
@@ -42,10 +42,10 @@ class ClaimStatement(Update):
         self.limit_parameter = plan.candidates.limit
         self.reach_parameter = plan.candidates.scan_limit
         self.claimable_rows = plan.candidates.rows
-        self.single = plan.single
         self.changes_key = plan.changes_key
         self.multi_table = plan.multi_table
         self.guarded = False
+        self.checked = False
         self.written = dict(plan.values)
 
     @property
@@ -62,7 +62,7 @@ class ClaimStatement(Update):
 
 def statement_of(plan: ClaimPlan) -> ClaimStatement:
     """Return the one-statement claim of a plan; it returns an entity, or a row's columns."""
-    return plan.prepare("statement", _statement)
+    return plan.prepare(_statement)
 
 
 def _statement(plan: ClaimPlan) -> ClaimStatement:

@@ -259,12 +259,12 @@ def test_a_claim_without_a_token_column(database: Database) -> None:
     assert claim_jobs(filled(database), Job).token is None
 
 
-def test_the_former_worker_is_forgotten(database: Database) -> None:
-    """A claim without a name leaves no other worker's name beside its mark."""
+def test_a_worker_that_is_not_named_is_not_written(database: Database) -> None:
+    """A claim without a name leaves the column as it is, which may be NOT NULL."""
     engine, table = database.engine(), with_roles()
     fill(engine, table, 1, worker="bob", claim_token="b" * 32)
     claimed = claim_jobs(engine, table)
-    assert stored(engine, table, "worker", "claim_token") == [(None, claimed.token)]
+    assert stored(engine, table, "worker", "claim_token") == [("bob", claimed.token)]
 
 
 def test_a_claim_tells_what_it_is(database: Database) -> None:

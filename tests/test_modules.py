@@ -25,6 +25,7 @@ ROOMS = [
     "inference",
     "job_table",
     "tickets",
+    "outcomes",
     "plan",
     "statement",
     "backends",

@@ -17,13 +17,12 @@ import pytest
 import sqlalchemy as sa
 from psycopg import pq
 from sqlalchemy import Column, String
-from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from atomic_claim import ClaimError, claim_jobs, claim_statement
+from atomic_claim import ClaimError, JobTable, claim_jobs, claim_statement
 from tests.databases import Database
-from tests.jobs import OWN, fill, ids, job_table, mapped, rows, taken
+from tests.jobs import OWN, bound, fill, ids, job_table, mapped, rows, taken
 
 # Both turn an engine into what to claim by.
 by_both = pytest.mark.parametrize("own", [lambda engine: engine, sessionmaker], ids=OWN)
@@ -51,59 +50,81 @@ def commands(engine: sa.Engine) -> Iterator[list[str]]:
         found += re.findall(r'^B\t\d+\tCommandComplete\t "(\w+)', trace.read(), re.MULTILINE)
 
 
-@by_both
+def with_token(database: Database, count: int = 200) -> tuple[sa.Engine, sa.Table]:
+    """Create an engine, and free jobs in a table whose claims have a token."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, count)
+    return engine, table
+
+
 @limited
-@pytest.mark.databases("sqlite", "postgresql")
-def test_a_claim_is_one_statement(database: Database, own: Own, limit: int) -> None:
+@pytest.mark.databases("postgresql")
+def test_a_claim_is_one_statement(database: Database, limit: int) -> None:
     """Ten claims are ten statements: no BEGIN, COMMIT or ROLLBACK stands beside them."""
-    engine, table = database.engine(), job_table()
-    fill(engine, table, 200)
-    bind = own(engine)
-    claim_jobs(bind, table, limit)
+    engine, table = with_token(database)
+    claim_jobs(engine, table, limit)
     with commands(engine) as found:
         for _ in range(10):
-            assert len(claim_jobs(bind, table, limit)) == limit
-    expected = "SELECT" if database.name == "postgresql" and limit > 1 else "UPDATE"
-    assert found == [expected] * 10
+            assert len(claim_jobs(engine, table, limit)) == limit
+    assert found == ["SELECT"] * 10
     assert taken(engine, table) == list(range(1, 11 * limit + 1))
 
 
 @pytest.mark.databases("postgresql")
 def test_a_claim_is_one_statement_on_a_connection_of_many_uses(database: Database) -> None:
-    """Neither does a connection that somebody has had in AUTOCOMMIT cost a BEGIN ever after."""
-    engine, table = database.engine(), job_table()
-    fill(engine, table, 3)
+    """A connection that was in AUTOCOMMIT before costs no BEGIN afterwards."""
+    engine, table = with_token(database, 4)
+    claim_jobs(engine, table)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("VACUUM")
     with commands(engine) as found:
-        assert ids(claim_jobs(engine, table)) == [1]
-    assert found == ["UPDATE"]
+        assert ids(claim_jobs(engine, table)) == [2]
+    assert found == ["SELECT"]
     with commands(engine) as found, engine.begin() as connection:
-        assert ids(claim_jobs(connection, table)) == [2]
-    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+        assert ids(claim_jobs(connection, table)) == [3]
+    assert found == ["BEGIN", "SELECT", "COMMIT"]
 
 
-@limited
-@pytest.mark.databases("sqlite", "postgresql")
-def test_a_claim_of_entities_is_one_statement(database: Database, limit: int) -> None:
-    """Neither do detached entities of a sessionmaker cost more than one."""
-    engine, table = database.engine(), job_table()
-    fill(engine, table, 200)
-    job, maker = mapped(table), sessionmaker(engine)
-    claim_jobs(maker, job, limit)
+def listening(engine: sa.Engine) -> sa.Engine:
+    """Add a listener to the commits of an engine."""
+    sa.event.listen(engine, "commit", lambda _: None)
+    return engine
+
+
+@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.parametrize("make", [listening, sessionmaker, lambda engine: engine])
+@pytest.mark.databases("postgresql")
+def test_other_claims_begin_and_commit(database: Database, make: Own, token: bool) -> None:
+    """The twin: by sessionmaker, with a listener, or without a token BEGIN and COMMIT are sent."""
+    engine, table = with_token(database, 4)
+    jobs = JobTable(table, state="processing", token="claim_token" if token else None)
+    bind = make(engine)
+    claim_jobs(bind, jobs)
     with commands(engine) as found:
-        assert len(claim_jobs(maker, job, limit)) == limit
-    assert len(found) == 1
+        claim_jobs(bind, jobs)
+    if token and bind is engine and not engine.dispatch.commit:
+        assert found == ["SELECT"]
+    else:
+        assert found == ["BEGIN", "SELECT", "COMMIT"]
 
 
+@by_both
 @pytest.mark.databases("sqlite", "postgresql")
-def test_the_caller_s_transactions_begin_and_commit(database: Database) -> None:
-    """The twin: the same claim in a transaction of the caller's is three commands."""
-    engine, table = database.engine(), job_table()
-    fill(engine, table, 2)
-    with commands(engine) as found, engine.begin() as connection:
-        claim_jobs(connection, table)
-    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+def test_a_unique_index_over_running_rows(database: Database, own: Own) -> None:
+    """A row that cannot be marked is passed over, told and logged; the queue goes on."""
+    engine, table = database.engine(), job_table(Column("place", sa.Integer))
+    fill(engine, table, 4)
+    with engine.begin() as connection:
+        connection.execute(
+            table.update().values(place=sa.case((table.c.id < 3, 1), else_=table.c.id))
+        )
+        running = "processing" if database.name == "postgresql" else "processing = 1"
+        connection.exec_driver_sql(f"CREATE UNIQUE INDEX one ON jobs (place) WHERE {running}")
+    found = claim_jobs(own(engine), table, 3)
+    assert ids(found) == [1, 3]
+    assert found.unreadable == ((2,),)
+    assert ids(claim_jobs(own(engine), table, 3)) == [4]
+    assert taken(engine, table) == [1, 3, 4]
 
 
 @by_both
@@ -113,13 +134,13 @@ def test_the_connection_is_given_back_as_it_was(database: Database, own: Own) ->
     engine = database.engine(pool_size=1, max_overflow=0)
     table = job_table(Column("place", sa.Integer, unique=True))
     fill(engine, table, 4)
-    with pytest.raises(IntegrityError):
-        claim_jobs(own(engine), table, 2, values={"place": 1})
-    assert ids(claim_jobs(own(engine), table)) == [1]
+    found = claim_jobs(own(engine), table, 2, values={"place": 1})
+    assert (ids(found), found.unreadable) == ([1], ((2,),))
+    assert ids(claim_jobs(own(engine), table)) == [2]
     with engine.connect() as connection:
         connection.execute(table.update().values(processing=True))
         connection.rollback()
-    assert taken(engine, table) == [1]
+    assert taken(engine, table) == [1, 2]
 
 
 @pytest.mark.databases("postgresql")
@@ -172,7 +193,7 @@ def test_a_listener_that_begins(database: Database, own: Own, limit: int) -> Non
     with commands(engine) as found:
         claimed = claim_jobs(own(engine), table, limit)
     assert taken(database.engine(), table) == ids(claimed) == list(range(1, limit + 1))
-    assert found == ["BEGIN", "UPDATE", "COMMIT"]
+    assert found == ["BEGIN", "UPDATE", *["SELECT"] * (len(found) - 3), "COMMIT"]
 
 
 @pytest.mark.databases("sqlite")
@@ -419,19 +440,50 @@ def test_a_statement_commits_the_caller_s_work(database: Database, pool: str) ->
 
 
 @by_both
-@limited
+@pytest.mark.parametrize("token", [True, False])
 @pytest.mark.databases("sqlite", "postgresql", "mysql", "mariadb")
-def test_a_row_that_cannot_be_read_is_not_lost(database: Database, own: Own, limit: int) -> None:
-    """Where a value that its type does not know makes a claim fail, the rows stay free."""
+def test_a_row_that_cannot_be_read_is_not_lost(
+    database: Database, own: Own, token: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A row with a value that its type does not know is told and freed; the others are claimed."""
     kinds = sa.Enum("mail", "film", native_enum=False, length=10)
-    engine, table = database.engine(), job_table(Column("kind", kinds))
+    attempts = Column("attempts", sa.Integer, nullable=False, server_default="0")
+    table = job_table(Column("kind", kinds), attempts, Column("claim_token", String(32)))
+    engine = database.engine()
     fill(engine, table, 4, kind="mail")
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id = 1")
-    with pytest.raises(LookupError, match="'fax' is not among the defined enum values"):
-        claim_jobs(own(engine), table, limit)
-    assert taken(engine, table) == []
-    assert ids(claim_jobs(own(engine), table, limit, where=table.c.id > 1))[0] == 2
+    named = "claim_token" if token else None
+    jobs = JobTable(table, state="processing", attempts="attempts", max_attempts=2, token=named)
+    found = claim_jobs(own(engine), jobs, 2)
+    assert (ids(found), found.unreadable) == ([2], ((1,),))
+    assert "row (1,) of jobs cannot be read: 'fax' is not among" in caplog.text
+    assert taken(engine, table) == [2]
+    assert ids(claim_jobs(own(engine), jobs, 2)) == [3]
+    # Its attempts are spent.
+    found = claim_jobs(own(engine), jobs, 2)
+    assert (ids(found), found.unreadable) == ([4], ())
+
+
+@pytest.mark.parametrize("kind", ["connection", "session"])
+@pytest.mark.parametrize("token", [True, False])
+@pytest.mark.databases("sqlite", "postgresql", "mysql", "mariadb")
+def test_a_row_that_cannot_be_read_in_the_caller_s_transaction(
+    database: Database, kind: str, token: bool
+) -> None:
+    """It is freed by key and token, and the transaction can be committed."""
+    kinds = sa.Enum("mail", "film", native_enum=False, length=10)
+    engine = database.engine()
+    table = job_table(Column("kind", kinds), Column("claim_token", String(32)))
+    fill(engine, table, 4, kind="mail")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id = 1")
+    jobs = JobTable(table, state="processing", token="claim_token" if token else None)
+    with bound(engine, kind) as bind:
+        found = claim_jobs(bind, jobs, 3)
+        bind.commit()
+    assert (ids(found), found.unreadable) == ([2, 3], ((1,),))
+    assert taken(engine, table) == [2, 3]
 
 
 # PostgreSQL is not configured for it, and SQLite does not know it.

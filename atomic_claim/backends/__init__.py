@@ -1,11 +1,14 @@
-"""One backend a database: what it runs, and what is asked of its driver.
+"""One backend for each database, registered by the name of its SQLAlchemy dialect.
 
-A backend is loaded, and with it what its dialect knows of the constructs, when it is first asked
-for: nobody needs them all.
+A backend is loaded when it is first asked for, and with it what its dialect compiles. Another
+package can add one: an entry point of the group ``atomic_claim.backends`` whose name is that of
+the dialect, and whose object is a :class:`Backend`.
 """
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from typing import Any
 
 from sqlalchemy import Dialect
@@ -16,32 +19,40 @@ from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.sql_elements import DatabaseTime
 from atomic_claim.statement import ClaimStatement
 
-from .base import CHUNK, Backend, Find, KeyedRows, Transaction, chunks, load
-from .direct import Failed, is_watched, learned_of
+from .base import CHUNK, Backend, Find, KeyedRows, Transaction, chunks, read_back
 
 __all__ = [
     "BACKENDS",
     "CHUNK",
     "Backend",
-    "Failed",
     "Find",
     "KeyedRows",
     "Transaction",
     "backend_for",
     "chunks",
-    "is_watched",
-    "learned_of",
-    "load",
+    "read_back",
 ]
 
+GROUP = "atomic_claim.backends"
+BUILT_IN = {
+    "postgresql": "atomic_claim.backends.postgresql:PostgreSQL",
+    "cockroachdb": "atomic_claim.backends.postgresql:PostgreSQL",
+    "yugabytedb": "atomic_claim.backends.postgresql:PostgreSQL",
+    "mysql": "atomic_claim.backends.mysql:MySQL",
+    "mariadb": "atomic_claim.backends.mysql:MySQL",
+    "sqlite": "atomic_claim.backends.sqlite:SQLite",
+}
 BACKENDS: dict[str, Backend] = {}
-"""Those that were asked for, by the name of the dialect."""
+"""The backends that were asked for, by the name of the dialect."""
 
 
 def backend_for(dialect: Dialect) -> Backend:
-    """Return the backend for a dialect, or raise ``UnsupportedDialect``."""
-    if (backend := BACKENDS.get(dialect.name)) is None:
-        backend = _loaded(dialect.name)
+    """Return the backend of a dialect.
+
+    Raises:
+        UnsupportedDialect: there is none, or the server is too old.
+    """
+    backend = BACKENDS.get(dialect.name) or _loaded(dialect.name)
     if backend is None:
         raise UnsupportedDialect(
             f"an atomic claim is not known for {dialect.name!r}; known are PostgreSQL (also "
@@ -52,28 +63,20 @@ def backend_for(dialect: Dialect) -> Backend:
 
 
 def _loaded(name: str) -> Backend | None:
-    """Load and register the backend for a dialect's name, or return None if there is none."""
-    found: Backend
-    match name:
-        case "postgresql" | "cockroachdb" | "yugabytedb":
-            from .postgresql import PostgreSQL  # noqa: PLC0415 - see above
-
-            found = PostgreSQL()
-        case "sqlite":
-            from .sqlite import SQLite  # noqa: PLC0415 - see above
-
-            found = SQLite()
-        case "mysql" | "mariadb":
-            from .mysql import MySQL  # noqa: PLC0415 - see above
-
-            found = MySQL()
-        case _:
+    """Load and register the backend of a dialect, or return None if there is none."""
+    if (path := BUILT_IN.get(name)) is not None:
+        backend_type = resolve_name(path)
+    else:
+        found = tuple(entry_points(group=GROUP, name=name))
+        if not found:
             return None
-    BACKENDS.update(dict.fromkeys(found.names, found))
-    return found
+        backend_type = found[0].load()
+    backend: Backend = backend_type()
+    BACKENDS.update(dict.fromkeys(backend.names, backend))
+    return backend
 
 
-# What follows is called for dialects whose backend is not loaded, since that registers its own.
+# Compile for dialects whose backend is not loaded yet: loading it registers its own functions.
 
 
 @compiles(ClaimStatement)

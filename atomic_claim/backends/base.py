@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    CursorResult,
     Dialect,
     Result,
     Row,
@@ -28,15 +30,18 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime
 
-from atomic_claim.errors import ClaimError, UnsupportedDialect
+from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LIMIT, SCAN_LIMIT, ClaimPlan
+from atomic_claim.plan import FAULT, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+
+pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
+"""How to wait between two tries; an event loop must not be blocked."""
 
 Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
@@ -67,54 +72,45 @@ class Candidate(NamedTuple):
     lock: int | None = None
 
 
-class Executes(Protocol):
-    """Where statements of a claim are executed; see :class:`Transaction`."""
+class Facts(NamedTuple):
+    """Properties of a connection's server process, asked once for each DBAPI connection.
 
-    @property
-    def own(self) -> bool: ...
-    @property
-    def dialect(self) -> Dialect: ...
-    @property
-    def pooled(self) -> PoolProxiedConnection: ...
-    @property
-    def in_autocommit(self) -> bool: ...
-    def rows(
-        self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> Sequence[Row[Any]]: ...
-    def tuples(
-        self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> list[tuple[Any, ...]]: ...
-    def write(self, statement: Executable, params: Mapping[str, Any] | None = None) -> None: ...
-    def entities(
-        self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> Sequence[Any]: ...
+    Attributes:
+        process: identifies the server's process.
+        level: its isolation level, as SQLAlchemy names it.
+    """
+
+    process: Any = None
+    level: str | None = None
 
 
 @dataclass(frozen=True)
 class Transaction:
-    """Where a claim runs.
+    """Where the statements of one operation run.
 
     Attributes:
-        executor: executes the statements: a session, so that its events see them, or a connection.
-        connection: the connection they arrive at.
-        own: whether the transaction is ours, begun for this claim and ended after it.
-        resumed: whether an earlier try lost its connection, so that nobody knows what became of it.
-        unheard: whether nobody hears of its statements, so that they may go to the driver's cursor.
-        single: whether one statement is all, which the driver commits by itself.
+        backend: the database's.
+        executor: a session, so that its events see the statements, or the connection itself.
+        connection: the connection that all statements go to.
+        own: whether the transaction is the call's own.
+        autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
+        after_disconnect: whether an earlier try lost its connection while it was committed.
     """
 
+    backend: Backend
     executor: Session | Connection
     connection: Connection
     own: bool
-    resumed: bool = False
-    unheard: bool = False
-    single: bool = False
+    autocommit: bool = False
+    after_disconnect: bool = False
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
     ) -> Result[Any]:
-        """Execute where the caller wants it executed."""
-        return self.executor.execute(statement, params)
+        """Execute on the connection, by the session if there is one."""
+        if isinstance(self.executor, Connection):
+            return self.executor.execute(statement, params)
+        return self.executor.execute(statement, params, bind_arguments={"bind": self.connection})
 
     def rows(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -128,38 +124,47 @@ class Transaction:
         """Execute, and return the rows as plain tuples."""
         return [tuple(row) for row in self.rows(statement, params)]
 
-    def write(self, statement: Executable, params: Mapping[str, Any] | None = None) -> None:
-        """Execute what returns no rows."""
-        self.execute(statement, params)
-
-    def entities(
-        self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> Sequence[Any]:
-        """Execute, and return the entities, each once."""
-        return self.execute(statement, params).scalars().unique().all()
-
     @property
     def dialect(self) -> Dialect:
         """The database's."""
         return self.connection.dialect
 
-    @property
-    def pooled(self) -> PoolProxiedConnection:
-        """The driver's connection, as the pool gave it."""
-        return self.connection.connection
-
-    @property
-    def has_criteria(self) -> bool:
+    def may_add_criteria(self, plan: ClaimPlan) -> bool:
         """Return True if the session has ``do_orm_execute`` listeners, which may add criteria."""
         session = self.executor
-        return not isinstance(session, Connection) and bool(session.dispatch.do_orm_execute)
+        if isinstance(session, Connection) or not plan.entities:
+            return False
+        return bool(session.dispatch.do_orm_execute)
+
+    def is_traceable(self, plan: ClaimPlan) -> bool:
+        """Return True if rows that were claimed and could not be read are found again.
+
+        In a transaction of the call's own they are rolled back, and else found by their token.
+        """
+        return self.own or plan.job_table.token is not None
 
     @property
     def in_autocommit(self) -> bool:
-        """Ask the driver whether it commits every statement by itself."""
+        """Return True if the driver commits every statement by itself."""
         dbapi_connection = self.connection.connection.dbapi_connection
         assert dbapi_connection is not None
-        return self.connection.dialect.detect_autocommit_setting(dbapi_connection)
+        return self.dialect.detect_autocommit_setting(dbapi_connection)
+
+
+class Unreadable(Exception):
+    """Rows are marked, and at least one of them cannot be read.
+
+    Attributes:
+        keys: their primary keys, in claim order.
+    """
+
+    def __init__(self, keys: Sequence[Key]) -> None:
+        super().__init__(f"the rows {keys!r} are marked, and cannot all be read")
+        self.keys = keys
+
+
+Mark = Callable[[Transaction, ClaimPlan, Sequence[Key], Mapping[str, Any]], KeyedRows]
+"""Marks rows that are locked, and returns them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +202,10 @@ class Backend(ABC):
     """The names of the SQLAlchemy dialects that it serves."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What makes a statement reach rows through their key and lock no others, by dialect."""
+    has_returning: ClassVar[bool] = True
+    """Whether an UPDATE returns rows."""
+    commits_singly: ClassVar[bool] = False
+    """Whether a claim of one statement saves round trips in AUTOCOMMIT."""
     walks_keys: ClassVar[bool] = True
     """Whether the planner walks the keys of an index by a recursive CTE."""
     keyed_needs_own: ClassVar[str | None] = None
@@ -207,8 +216,27 @@ class Backend(ABC):
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
 
     @abstractmethod
+    def claim_by_steps(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
+    ) -> KeyedRows:
+        """Claim by several statements: find, lock, mark, read; ``mark`` does the last two."""
+
+    def instant(
+        self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the parameter of :meth:`least`, if it is one, before the rows are marked."""
+        return {}
+
+    def least(self, plan: ClaimPlan) -> ColumnElement[Any] | None:
+        """Return the time that a lease must exceed when the rows are read back.
+
+        None where reading and marking see the same time.
+        """
+        return None
+
+    @abstractmethod
     def is_single(self, plan: ClaimPlan) -> bool:
-        """Check whether the claim is a single statement, atomic without a transaction."""
+        """Return True if the claim is one statement."""
 
     @abstractmethod
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
@@ -325,23 +353,15 @@ class Backend(ABC):
         """Wait for no lock longer than this."""
         return nullcontext()
 
-    def commit(self, connection: Connection) -> None:  # noqa: B027 - most have nothing to do
-        """Commit a transaction of our own ahead of SQLAlchemy, where that has to clean up."""
+    def facts(self, connection: Connection) -> Facts:
+        """Ask the server what is needed after a lost connection, and for AUTOCOMMIT."""
+        return Facts()
 
-    def autocommit(
-        self, dialect: Dialect, pooled: PoolProxiedConnection
-    ) -> AbstractContextManager[None] | None:
-        """Have the driver commit by itself; None where that may differ from BEGIN … COMMIT.
+    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:  # noqa: B027 - SQLite has none
+        """End the server's process of a connection that was lost ``seconds`` ago, and await it.
 
-        Neither does it where a transaction is open already.
+        Afterwards a row that bears the claim's token was committed, and no other will be.
         """
-        return None
-
-    def directly(
-        self, dialect: Dialect, pooled: PoolProxiedConnection
-    ) -> AbstractContextManager[None] | None:
-        """Let a claim use the driver's connection; None where it is in another state than usual."""
-        return self.autocommit(dialect, pooled)
 
     @abstractmethod
     def in_transaction(self, pooled: Pooled) -> bool:
@@ -410,19 +430,34 @@ def _dotted(version: Iterable[Any]) -> str:
     return ".".join(str(part) for part in version)
 
 
-def returned(plan: ClaimPlan, result: Result[Any]) -> KeyedRows:
-    """Pair the rows or entities of the claim statement with their keys, in result order."""
-    if plan.multi_table:
-        return [(tuple(row), None) for row in result]
-    items = result.scalars().all() if plan.entities else result.all()
-    key_of = plan.key_of
+def row_maker(plan: ClaimPlan, names: tuple[str, ...]) -> Callable[[Iterable[Any]], Row[Any]]:
+    """Return a function that makes rows of the claim's columns, without what was added to them."""
+    return result_tuple(names, [(column, column.key) for column in plan.columns])
+
+
+def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
+    """Pair rows or entities with their keys, in the order of the rows.
+
+    What follows them is taken off, and a column :data:`FAULT` is checked.
+
+    Raises:
+        ClaimError: a row does not bear the mark of the claim, or is claimable still.
+    """
+    if not rows:
+        return []
+    key_of, width = plan.key_of, plan.width
+    items: Sequence[Any] = rows
+    if len(rows[0]) > width:
+        if FAULT in rows[0]._fields:
+            for row in rows:
+                if row[width] != 0:
+                    plan.refuse_fault(row[width], tuple(row[:width]))
+        if not plan.entities:
+            make = plan.prepare(row_maker, rows[0]._fields[:width])
+            items = [make(row[:width]) for row in rows]
+    if plan.entities:
+        items = [row[0] for row in rows]
     return [(key_of(item), item) for item in items]
-
-
-def row_maker(result: Result[Any], columns: Sequence[Any]) -> Callable[[Iterable[Any]], Row[Any]]:
-    """Return a function that makes rows with the same column access as the result's own rows."""
-    names = list(result.keys())[: len(columns)]
-    return result_tuple(names, [(column, column.key) for column in columns])
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
@@ -434,57 +469,93 @@ def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statem
 
 
 def mark_and_load(
-    tx: Executes,
-    plan: ClaimPlan,
-    keys: Sequence[Key],
-    params: Mapping[str, Any],
-    hints: Mapping[str, str],
+    tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]
 ) -> KeyedRows:
-    """Write the claim to rows that are locked, and read them."""
-    written = {name: value for name, value in params.items() if name not in LIMITS}
-    marking = marking_by_key(plan, hints)
+    """Mark rows that are locked, and read them back: complete, current and in this order.
+
+    Raises:
+        ClaimConflict: some rows are not claimable any more.
+        ClaimError: some rows do not bear the mark, or are claimable still.
+    """
+    backend = tx.backend
+    given = {name: value for name, value in params.items() if name not in LIMITS}
+    given |= backend.instant(tx, plan, given) if keys else {}
+    marking = plan.prepare(marking_by_key, backend)
     for chunk in chunks(keys, CHUNK):
-        tx.write(*marking.of(chunk, written))
-    return load(tx, plan, keys, hints)
+        result = cast("CursorResult[Any]", tx.execute(*marking.of(chunk, given)))
+        marked = len(result.all()) if backend.has_returning else result.rowcount
+        if marked != len(chunk):
+            _refuse_unmarked(tx, plan, chunk, marked)
+    try:
+        return read_back(tx, plan, keys, given)
+    except (ClaimError, DBAPIError) as error:
+        if isinstance(error, ClaimError) or error.connection_invalidated:
+            raise
+        raise Unreadable(keys) from error
+    except Exception as error:
+        raise Unreadable(keys) from error
 
 
-def marking_by_key(plan: ClaimPlan, hints: Mapping[str, str]) -> ByKey:
-    """Return the UPDATE that writes the claim, for rows given by key."""
-    name = "marking, hinted" if hints else "marking"
-    return plan.prepare(name, partial(_marking, hints=hints))
+def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], marked: int) -> None:
+    job_table = plan.job_table
+    name = job_table.table.fullname
+    claimable = select(*job_table.key).where(key_in(job_table.key, keys), plan.claimable)
+    # The transaction's snapshot may be older than the lock.
+    claimable = claimable.with_for_update()
+    if left := tx.tuples(hinted(claimable, job_table.table, tx.backend.hints)):
+        raise ClaimError(
+            f"the UPDATE that marks {len(keys)} rows of {name!r} as claimed changed {marked}, and "
+            f"{left!r} are claimable still: look for a trigger or a row security policy that "
+            "keeps rows from being changed"
+        )
+    raise ClaimConflict(
+        f"{len(keys) - marked} of {len(keys)} rows of {name!r} were changed between their lock and "
+        f"their mark: {tx.backend.cure()}"
+    )
 
 
-def _marking(plan: ClaimPlan, hints: Mapping[str, str]) -> ByKey:
+def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
+    """Return the UPDATE that marks rows given by key, if they are claimable."""
     table = plan.job_table.table
-    return ByKey(plan.job_table.key, hinted(update(table).values(plan.values), table, hints).where)
+    marking = hinted(update(table).values(plan.values), table, backend.hints)
+    if backend.has_returning:
+        marking = marking.returning(*plan.job_table.key)
+    return ByKey(plan.job_table.key, marking.where(plan.claimable).where)
 
 
-def load(tx: Executes, plan: ClaimPlan, keys: Sequence[Key], hints: Mapping[str, str]) -> KeyedRows:
-    """Load the rows or entities with these keys: complete, current and in this order.
+def read_back(
+    tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any] | None
+) -> KeyedRows:
+    """Read the rows or entities with these keys, in this order; check them if they are claimed.
 
     A plain read comes first: it sees what this transaction wrote itself, whatever its snapshot.
     A row of another table of a mapped class may be newer than the snapshot, so what is missing
     is read again with a lock, which sees the latest.
+
+    Args:
+        tx: where it runs.
+        plan: the claim's.
+        keys: the keys, a tuple each.
+        params: the parameters of the claim; None if the rows are not claimed.
     """
     found: dict[Key, Any] = {}
     for lock in (False, True):
         missing = [key for key in keys if key not in found]
         for chunk in chunks(missing, CHUNK):
-            asked = reading_by_key(plan, hints, lock=lock).of(chunk)
-            items = tx.entities(*asked) if plan.entities else tx.rows(*asked)
-            key_of = plan.key_of
-            found.update((key_of(item), item) for item in items)
+            reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
+            result = tx.execute(*reading.of(chunk, params))
+            rows = result.unique().all() if plan.entities else result.all()
+            found.update(keyed_rows(plan, rows))
     return [(key, found[key]) for key in keys]
 
 
-def reading_by_key(plan: ClaimPlan, hints: Mapping[str, str], *, lock: bool = False) -> ByKey:
-    """Return the SELECT that reads the claimed rows or entities by key."""
-    name = f"reading{', locked' if lock else ''}{', hinted' if hints else ''}"
-    return plan.prepare(name, partial(_reading, lock=lock, hints=hints))
-
-
-def _reading(plan: ClaimPlan, lock: bool, hints: Mapping[str, str]) -> ByKey:
-    reading = hinted(plan.reading, plan.job_table.table, hints)
+def reading_by_key(
+    plan: ClaimPlan, backend: Backend, lock: bool = False, checks: bool = True
+) -> ByKey:
+    """Return the SELECT that reads claimed rows or entities by key."""
+    reading = hinted(plan.reading, plan.job_table.table, backend.hints)
+    if checks:
+        reading = reading.add_columns(plan.fault(backend.least(plan)))
     if lock:
         reading = reading.with_for_update()
     key = plan.key_attributes if plan.entities else plan.job_table.key
@@ -497,13 +568,13 @@ def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield keys[start : start + size]
 
 
-def refuse_autocommit(backend: Backend, tx: Executes, why: str) -> None:
+def refuse_autocommit(backend: Backend, tx: Transaction, why: str) -> None:
     """Refuse a bind whose driver commits after every statement.
 
     Asked after a first statement: an engine may begin its transactions by itself, on a driver in
     autocommit, and only then has done so.
     """
-    if tx.in_autocommit and not backend.in_transaction(tx.pooled):
+    if tx.in_autocommit and not backend.in_transaction(tx.connection.connection):
         raise ClaimError(
             f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
             'as engine.execution_options(isolation_level="READ COMMITTED")'

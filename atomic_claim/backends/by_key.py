@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -59,10 +59,10 @@ from .base import (
     Candidate,
     Key,
     KeyedRows,
+    Mark,
     Read,
     Transaction,
     hinted,
-    mark_and_load,
     marking_by_key,
     reading_by_key,
     refuse_autocommit,
@@ -92,8 +92,8 @@ class KeySearch:
         plan: the plan of the claim, which does not regard keys.
     """
 
-    backend: Backend
     plan: ClaimPlan
+    backend: Backend
 
     # The statements.
 
@@ -356,35 +356,35 @@ def _unlabelled(column: Any) -> Any:
 
 def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
     """Return the search of one claim, built once per plan and database."""
-    return plan.prepare(f"key search on {backend.names}", partial(KeySearch, backend))
+    return plan.prepare(KeySearch, backend)
 
 
 def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
     search = key_search(backend, plan)
-    marked = (marking_by_key(plan, backend.hints), reading_by_key(plan, backend.hints))
+    marked = (plan.prepare(marking_by_key, backend), plan.prepare(reading_by_key, backend))
     return (search.window, search.chosen, search.locking, *marked)
 
 
 def claim_by_key(
-    backend: Backend, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
+    tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], mark: Mark
 ) -> KeyedRows:
     """Claim by exclusive keys, search and claim in one transaction."""
     found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(backend, plan).batches(tx.rows, limit):
-        found += claim_batch(backend, tx, plan, batch, {**params, LIMIT: limit - len(found)})
+    for batch in key_search(tx.backend, plan).batches(tx.rows, limit):
+        found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
         if len(found) == limit:
             break
     return found
 
 
 def claim_batch(
-    backend: Backend,
     tx: Transaction,
     plan: ClaimPlan,
     batch: Sequence[Candidate],
     params: Mapping[str, Any],
+    mark: Mark,
 ) -> KeyedRows:
     """Claim as many candidates as the limit allows, as far as their keys have room.
 
@@ -395,23 +395,23 @@ def claim_batch(
     limit, rest = params[LIMIT], batch
     while rest and len(found) < limit:
         wanted = {**params, LIMIT: limit - len(found)}
-        ours, rest = _locked(backend, tx, plan, rest, wanted[LIMIT])
-        found += mark_and_load(tx, plan, ours, wanted, backend.hints)
+        ours, rest = _locked(tx, plan, rest, wanted[LIMIT])
+        found += mark(tx, plan, ours, wanted)
     return found
 
 
 def _locked(
-    backend: Backend, tx: Transaction, plan: ClaimPlan, candidates: Sequence[Candidate], limit: int
+    tx: Transaction, plan: ClaimPlan, candidates: Sequence[Candidate], limit: int
 ) -> tuple[list[Key], Sequence[Candidate]]:
     """Lock the first candidates whose keys have room.
 
     Returns:
         Their primary keys in claim order, and the candidates that were not tried.
     """
-    search = key_search(backend, plan)
-    tried, rest = backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
+    search = key_search(tx.backend, plan)
+    tried, rest = tx.backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
-    refuse_autocommit(backend, tx, "the locks would be gone before the rows are marked")
+    refuse_autocommit(tx.backend, tx, "the locks would be gone before the rows are marked")
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -26,39 +25,40 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
+from sqlalchemy.types import TIMESTAMP, DateTime, Float, Integer, String
 
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, limits
+from atomic_claim.plan import LEASE, LEAST, LIMIT, Candidates, ClaimPlan, limits
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .base import (
     Backend,
-    Executes,
+    Facts,
     Find,
     Key,
     KeyedRows,
+    Mark,
     Pooled,
     Transaction,
     chunks,
     hinted,
     mark_and_load,
     marking_by_key,
+    pause,
     reading_by_key,
     refuse_autocommit,
     require,
 )
 from .by_key import VIEW, keyed_statements
-from .direct import Failed, Learned, Learning, OnDriver, learned_of
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
+INSTANT = "atomic_claim_instant"
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK.
 CONFLICTS = frozenset({1020, 1205, 1213})
@@ -73,6 +73,11 @@ PATIENCE = 8
 # For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
 MOST_READ = 10_000
 
+
+# A proxy may have given the process to another client since.
+PROCESS = text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
+# How often, and for how many seconds each time, the end of a process is waited for.
+END_PATIENCE, END_PAUSE = 200, 0.05
 
 SERIALIZABLE = (
     "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
@@ -103,6 +108,7 @@ class MySQL(Backend):
     names = NAMES
     # A hint for "mysql" renders nothing for mariadb://, so both names are said.
     hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+    has_returning = False
     walks_keys = False
     keyed_needs_own = NEEDS_OWN
 
@@ -117,52 +123,23 @@ class MySQL(Backend):
         return False
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        _check_engine(tx.connection, plan.job_table.table)
-        # Of other drivers' cursors SQLAlchemy knows more than we do, and for a key of several
-        # columns the statements are made anew each time.
-        is_plain = tx.dialect.driver == "pymysql" and len(plan.job_table.key) == 1
-        if not tx.unheard or not is_plain or plan.multi_table:
-            return self._claim(tx, plan, params)
-        learned = learned_of(plan, tx.dialect)
-        found = self._claim(Learning(**vars(tx), learned=learned), plan, params)
-        if not learned.fits:
-            # Else what it can do directly would be done twice, each time.
-            learned.claim = None
-        elif learned.seen and learned.claim is None:
-            learned.claim = partial(self._claim_directly, plan, tx.dialect, learned)
-        return found
+        return self.claim_by_steps(tx, plan, params, mark_and_load)
 
-    def _claim(self, tx: Executes, plan: ClaimPlan, params: Mapping[str, Any]) -> KeyedRows:
-        keys = _Search(self, tx, self._prepared(plan, tx), params[LIMIT]).keys()
-        return mark_and_load(tx, plan, keys, params, self.hints)
-
-    def _claim_directly(
-        self,
-        plan: ClaimPlan,
-        dialect: Dialect,
-        learned: Learned,
-        pooled: PoolProxiedConnection,
-        params: Mapping[str, Any],
+    def claim_by_steps(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
     ) -> KeyedRows:
-        driver: Any = pooled.driver_connection
-        failure: Any = dialect.loaded_dbapi.Error
-        with driver.cursor() as cursor:
-            try:
-                found = self._claim(OnDriver(dialect, pooled, cursor, learned), plan, params)
-                driver.commit()
-            except (Failed, failure) as error:
-                # The server may have ended the transaction: nothing less can be done again.
-                with suppress(failure):
-                    driver.rollback()
-                raise Failed from error.__cause__ or error
-        return found
+        return mark(tx, plan, self.lock(tx, plan, params), params)
 
-    def directly(
-        self, dialect: Dialect, pooled: PoolProxiedConnection
-    ) -> AbstractContextManager[None] | None:
-        driver: Any = pooled.driver_connection
-        usual = not (driver.get_autocommit() or self.in_transaction(pooled))
-        return nullcontext() if usual else None
+    def instant(
+        self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        if LEASE not in params:
+            return {}
+        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), {LEAST: params[LEAST]})}
+
+    def least(self, plan: ClaimPlan) -> ColumnElement[Any] | None:
+        lease = plan.job_table.lease
+        return None if lease is None else bindparam(INSTANT, None, lease.type)
 
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         _check_engine(connection, table, view=VIEW)
@@ -200,6 +177,7 @@ class MySQL(Backend):
             values={},
             entities=False,
             single=False,
+            marks=(),
         )
         keys = self.lock(tx, plan, limits(min(find.limit or MOST_READ, MOST_READ)))
         found = find.statement.limit(None).offset(None).where(key_in(find.key, keys))
@@ -213,15 +191,13 @@ class MySQL(Backend):
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
         if plan.job_table.exclusive_by is not None:
             return keyed_statements(self, plan)
-        marked = (marking_by_key(plan, self.hints), reading_by_key(plan, self.hints))
-        lock = _Statements(self, plan, mariadb=False).lock
+        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
+        lock = plan.prepare(MySQLStatements, self).lock
         return (plan.candidates.select(), lock, *marked)
 
-    def _prepared(self, plan: ClaimPlan, tx: Executes) -> _Statements:
+    def _prepared(self, plan: ClaimPlan, tx: Transaction) -> MySQLStatements:
         mariadb: bool = tx.dialect.is_mariadb  # type: ignore[attr-defined]
-        return plan.prepare(
-            "mariadb" if mariadb else "mysql", lambda it: _Statements(self, it, mariadb=mariadb)
-        )
+        return plan.prepare(MariaDBStatements if mariadb else MySQLStatements, self)
 
     def change(
         self,
@@ -282,6 +258,24 @@ class MySQL(Backend):
                     _set_session(tx, dict(zip(names, before, strict=True)))
             raise
         _set_session(tx, dict(zip(names, before, strict=True)))
+
+    def facts(self, connection: Connection) -> Facts:
+        return Facts(connection.scalar(select(func.connection_id())))
+
+    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
+        for _ in range(END_PATIENCE):
+            asked = {"id": process, "since": int(seconds)}
+            found = connection.execute(PROCESS, asked).first()
+            if found is None:
+                return
+            with suppress(DBAPIError):  # It may have ended since.
+                connection.execute(text(f"KILL {int(process)}"))
+            connection.rollback()
+            pause.get()(END_PAUSE)
+        raise ClaimError(
+            f"the server's process {process} of a lost connection does not end, so the outcome of "
+            f"the claim is unknown: KILL {process}"
+        )
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
@@ -350,19 +344,22 @@ def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
     return true()
 
 
-class _Statements:
+class MySQLStatements:
     """The statements of the sequence, built once per plan."""
 
-    def __init__(self, backend: MySQL, plan: ClaimPlan, *, mariadb: bool) -> None:
+    LEVEL = "@@transaction_isolation"
+    # MariaDB's NOWAIT fails with the error after which this rolls everything back.
+    ROLLS_BACK = "0"
+
+    def __init__(self, plan: ClaimPlan, backend: MySQL) -> None:
         self.plan = plan
         self.asks_zone = bool(backend.naive_columns(plan.job_table))
         self.table = plan.job_table.table
         self.key = plan.job_table.key
         # What has to be known of the session comes with the candidates, for no further round trip.
         self.session: list[ColumnElement[Any]] = [
-            literal_column("@@tx_isolation" if mariadb else "@@transaction_isolation", String()),
-            # MariaDB's NOWAIT fails with the error after which this rolls everything back.
-            literal_column("@@innodb_rollback_on_timeout" if mariadb else "0", Integer()),
+            literal_column(self.LEVEL, String()),
+            literal_column(self.ROLLS_BACK, Integer()),
         ]
         if self.asks_zone:
             self.session.append(SKEW)
@@ -406,10 +403,25 @@ class _Statements:
         return ByKey(self.key, hinted(statement, self.table, MySQL.hints).where)
 
 
+class MariaDBStatements(MySQLStatements):
+    """The same statements, with MariaDB's names of the session's variables."""
+
+    LEVEL = "@@tx_isolation"
+    ROLLS_BACK = "@@innodb_rollback_on_timeout"
+
+
+def _instant(plan: ClaimPlan) -> Executable:
+    """Return the SELECT of the time that the lease of a row marked from now on must exceed."""
+    lease = plan.job_table.lease
+    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float())))
+
+
 class _Search:
     """One search for rows to claim; all that it finds, it has locked."""
 
-    def __init__(self, backend: MySQL, tx: Executes, statements: _Statements, limit: int) -> None:
+    def __init__(
+        self, backend: MySQL, tx: Transaction, statements: MySQLStatements, limit: int
+    ) -> None:
         self.backend = backend
         self.tx = tx
         self.statements = statements

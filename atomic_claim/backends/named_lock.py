@@ -51,9 +51,16 @@ def named_lock(connection: Connection, table: Table) -> Iterator[None]:
         _acquire(connection, name, table.fullname)
         connection.rollback()
         yield
-        released = connection.scalar(select(func.release_lock(name)))
     except BaseException:
         end_session(connection)
+        raise
+    try:
+        released = connection.scalar(select(func.release_lock(name)))
+    except BaseException as error:
+        end_session(connection)
+        # The transaction has been committed, and the lock ends with the session.
+        if isinstance(error, DBAPIError):
+            return
         raise
     if released != 1:
         end_session(connection)

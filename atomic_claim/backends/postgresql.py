@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Dialect,
-    Result,
     Select,
     func,
     literal_column,
@@ -24,21 +21,19 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
-from sqlalchemy.types import DateTime, Integer
+from sqlalchemy.types import DateTime
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import MARGIN, Candidates, ClaimPlan
+from atomic_claim.plan import Candidates, ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
     ByKey,
     DatabaseTime,
-    InlineLiteral,
     OrderTerm,
     key_equals,
 )
@@ -57,21 +52,23 @@ from .base import (
     CHUNK,
     Backend,
     Candidate,
+    Facts,
     Find,
     Key,
     KeyedRows,
+    Mark,
     Pooled,
     Transaction,
     chunks,
-    load,
+    keyed_rows,
     mark_and_load,
+    marking_by_key,
+    pause,
     reading_by_key,
     refuse_autocommit,
     require,
-    returned,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
-from .direct import Direct, Failed, learn
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -96,12 +93,19 @@ UTC_NAMES = frozenset(
         "etc/gmt-0",
     ]
 )
-# The isolation that a statement by itself has, if nobody says otherwise.
-PLAIN_LEVELS = {"READ COMMITTED"}
 # Of psycopg's transaction status.
 IDLE = 0
-EMPTY: Mapping[str, Any] = {}
-NOTHING_ANEW = {"populate_existing": False}
+ASKED = text(
+    "SELECT pid, backend_start, current_setting('transaction_isolation') FROM pg_stat_activity "
+    "WHERE pid = pg_backend_pid()"
+)
+TERMINATE = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid "
+    "AND backend_start = :start AND state <> 'idle' "
+    "AND coalesce(xact_start, query_start) <= clock_timestamp() - make_interval(secs => :since)"
+)
+# How often, and for how many seconds each time, the end of a process is waited for.
+PATIENCE, PAUSE = 200, 0.05
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
@@ -138,21 +142,30 @@ class PostgreSQL(Backend):
     """
 
     names = NAMES
+    commits_singly = True
 
     def check(self, dialect: Dialect) -> None:
         if dialect.name == "postgresql":
             require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
 
     def is_single(self, plan: ClaimPlan) -> bool:
-        return not plan.multi_table and plan.job_table.exclusive_by is None
+        return plan.job_table.exclusive_by is None and not plan.needs_select
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        if not self.is_single(plan) or tx.may_add_criteria(plan) or not tx.is_traceable(plan):
+            return self.claim_by_steps(tx, plan, params, mark_and_load)
+        self._check_zone(tx, plan)
+        return keyed_rows(plan, tx.rows(plan.prepare(claiming), params))
+
+    def claim_by_steps(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
+    ) -> KeyedRows:
         if plan.job_table.exclusive_by is not None:
             require_locks(tx.dialect)
             refuse_view(tx.connection, plan.job_table.table)
             self._check_zone(tx, plan)
-            return claim_by_key(self, tx, plan, params)
-        return self._claim(tx, plan, params)
+            return claim_by_key(tx, plan, params, mark)
+        return mark(tx, plan, self.lock(tx, plan, params), params)
 
     def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
         return (LEVEL,)
@@ -171,60 +184,36 @@ class PostgreSQL(Backend):
     def begin_keyed(self, connection: Connection) -> None:
         limit_idleness(connection)
 
-    def _claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        if plan.entities and tx.has_criteria:
-            keys = self.lock(tx, plan, params)
-            return mark_and_load(tx, plan, keys, params, self.hints)
-        self._check_zone(tx, plan)
-        result = _executed(tx, plan, params)
-        learn(tx, plan, result, self._claim_directly)
-        found = returned(plan, result)
-        if not plan.multi_table:
-            return found
-        return load(tx, plan, [key for key, _ in found], self.hints)
-
-    def _claim_directly(
-        self,
-        plan: ClaimPlan,
-        direct: Direct,
-        pooled: PoolProxiedConnection,
-        params: Mapping[str, Any],
-    ) -> KeyedRows:
-        if self._has_naive(plan):
-            if (zone := _known_zone(pooled)) is None:
-                raise Failed
-            self._check_zone_name(plan, zone)
-        return direct.found(plan, direct.fetch(pooled, params))
-
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
         self._check_zone(tx, plan)
-        make = partial(_locked_candidates, deletes=deletes)
-        locked = plan.prepare(f"locked {deletes}", make)
-        return [tuple(row) for row in tx.execute(locked, params)]
+        locked = tx.tuples(plan.prepare(_locked_candidates, deletes), params)
+        refuse_autocommit(self, tx, "the row locks would be gone before the rows are marked")
+        return locked
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         refuse_autocommit(self, tx, "a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
     def _has_naive(self, plan: ClaimPlan) -> bool:
-        return bool(plan.prepare("naive columns", lambda it: self.naive_columns(it.job_table)))
+        return bool(self.naive_columns(plan.job_table))
 
     def _check_zone(self, tx: Transaction, plan: ClaimPlan) -> None:
-        if self._has_naive(plan):
-            self._check_zone_name(plan, _time_zone(tx))
-
-    def _check_zone_name(self, plan: ClaimPlan, zone: str) -> None:
-        if zone.lower() not in UTC_NAMES:
+        """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""
+        if not plan.prepare(self._has_naive):
+            return
+        if (zone := _time_zone(tx)).lower() not in UTC_NAMES:
             self.refuse_naive(plan.job_table, repr(zone))
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if plan.job_table.exclusive_by is not None:
             return keyed_statements(self, plan)
-        reading = (reading_by_key(plan, self.hints),) if plan.multi_table else ()
-        return (statement_of(plan), *reading)
+        if self.is_single(plan):
+            return (plan.prepare(claiming),)
+        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
+        return (plan.prepare(_locked_candidates, False), *marked)
 
     def extend(
         self,
@@ -246,23 +235,31 @@ class PostgreSQL(Backend):
         tx.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
-    def autocommit(
-        self, dialect: Dialect, pooled: PoolProxiedConnection
-    ) -> AbstractContextManager[None] | None:
-        """Only psycopg is known here: what BEGIN would say it keeps in these attributes."""
-        if dialect.driver != "psycopg" or dialect.is_async:
-            return None
-        driver: Any = pooled.driver_connection
-        if driver.pgconn.transaction_status != IDLE:
-            return None
-        if (level := driver.isolation_level) is not None:
-            # SQLAlchemy leaves the default level on a connection that was once in AUTOCOMMIT.
-            default = dialect.default_isolation_level
-            if default not in PLAIN_LEVELS or level.name != default.replace(" ", "_"):
-                return None
-        if driver.read_only or driver.deferrable:
-            return None
-        return nullcontext() if driver.autocommit else _Autocommit(driver)
+    def facts(self, connection: Connection) -> Facts:
+        if connection.dialect.name != "postgresql":
+            return Facts()
+        pid, start, level = connection.execute(ASKED).one()
+        return Facts((pid, start), level.upper())
+
+    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
+        if process is None:
+            raise ClaimError(
+                f"{connection.dialect.name} does not tell which process served a lost connection, "
+                "so the outcome of the claim is unknown: its rows can be found by their token"
+            )
+        pid, start = process
+        for _ in range(PATIENCE):
+            # A pooler may have given the process to another client since.
+            found = connection.execute(TERMINATE, {"pid": pid, "start": start, "since": seconds})
+            is_gone = found.first() is None
+            connection.rollback()
+            if is_gone:
+                return
+            pause.get()(PAUSE)
+        raise ClaimError(
+            f"the server's process {pid} of a lost connection does not end, so the outcome of the "
+            f"claim is unknown: SELECT pg_terminate_backend({pid})"
+        )
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
@@ -285,59 +282,22 @@ class PostgreSQL(Backend):
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
 
 
-class _Autocommit(AbstractContextManager[None]):
-    """The driver commits by itself until the block ends; no generator, for every claim's sake."""
-
-    def __init__(self, driver: Any) -> None:
-        self.driver = driver
-
-    def __enter__(self) -> None:
-        self.driver.autocommit = True
-
-    def __exit__(self, *_: object) -> None:
-        if not self.driver.closed:
-            self.driver.autocommit = False
-
-
 def _time_zone(tx: Transaction) -> str:
     """Return the session's time zone, from the driver or else from the server."""
-    asking = text("SELECT current_setting('TimeZone')")
-    return _known_zone(tx.connection.connection) or str(tx.connection.scalar(asking))
-
-
-def _known_zone(pooled: PoolProxiedConnection) -> str | None:
-    """Return the session's time zone if the driver tracks it, or None."""
-    driver: Any = pooled.driver_connection
+    driver: Any = tx.connection.connection.driver_connection
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
-    return (status("TimeZone") if status is not None else None) or None
+    known = status("TimeZone") if status is not None else None
+    return str(known or tx.connection.scalar(text("SELECT current_setting('TimeZone')")))
 
 
-def _executed(tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> Result[Any]:
-    """Execute the claim; of entities as a SELECT would be, which takes a session less time."""
-    session, statement = tx.executor, statement_of(plan)
-    if plan.multi_table or not plan.entities or isinstance(session, Connection):
-        return tx.execute(statement, params)
-    from sqlalchemy.orm import Session  # noqa: PLC0415 - whoever has a session has loaded it
-
-    # Whoever chooses engines by the kind of statement has to see an UPDATE.
-    if type(session).get_bind is not Session.get_bind:
-        return tx.execute(statement, params)
-    reading = plan.prepare("from statement", _from_statement)
-    # Of nothing that the session has, or is about to have, there is anything to read anew.
-    has_none = next(iter(session), None) is None
-    return session.execute(
-        reading,
-        params,
-        execution_options=NOTHING_ANEW if has_none else EMPTY,
-        bind_arguments={"bind": tx.connection},
-    )
-
-
-def _from_statement(plan: ClaimPlan) -> Executable:
-    from sqlalchemy.orm import lazyload  # noqa: PLC0415 - loaded with the mapped class
-
-    # What is joined for a collection would multiply the rows of RETURNING.
-    found = select(plan.returned_table).options(lazyload("*")).from_statement(statement_of(plan))
+def claiming(plan: ClaimPlan) -> Executable:
+    """Return the one-statement claim with the fault of each row, for entities as a SELECT."""
+    fault = plan.fault()
+    statement = cast("ClaimStatement", statement_of(plan).returning(fault))
+    statement.checked = True
+    if not plan.entities:
+        return statement
+    found = select(plan.returned_table, fault).from_statement(statement)
     return found.execution_options(populate_existing=True)
 
 
@@ -354,14 +314,14 @@ def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
     found = plan.candidates
     if len(found.branches) == 1:
         return found.select(lock=lock)
-    return found.only_keys(found.ordered(_claimable(found, lock, terms=True).subquery()))
+    return found.only_keys(found.ordered(_claimable(found, lock).subquery()))
 
 
-def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any]:
+def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     """Build the SELECT of the candidates that locks no more rows than it returns."""
     prefix = "claim_"
     if len(candidates.branches) == 1:
-        return candidates.select(terms=terms, lock=lock)
+        return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit
     branches = [branch.limit(scan_limit) for branch in candidates.branches]
     near = candidates.together(*branches).subquery("branches")
@@ -389,15 +349,7 @@ def _claimable(candidates: Candidates, lock: Lock, *, terms: bool) -> Select[Any
         taken.append(farther.cte(f"{prefix}taken_{place}"))
     together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
     # There are no more in any case; but so the planner knows it.
-    return select(*(together.columns if terms else list(together.columns)[: len(key)])).limit(limit)
-
-
-def _of_one(candidates: Candidates) -> Candidates:
-    """Return the candidates of a claim of one row, with limits that are compiled as literals."""
-    limit, scan_limit = (InlineLiteral(number, Integer()) for number in (1, 1 + MARGIN))
-    first, *others = candidates.branches
-    branches = (first.limit(limit), *(branch.limit(scan_limit) for branch in others))
-    return replace(candidates, branches=branches, limit=limit, scan_limit=scan_limit)
+    return select(*together.columns).limit(limit)
 
 
 def _count(found: FromClause) -> ColumnElement[int]:
@@ -408,7 +360,7 @@ def _count(found: FromClause) -> ColumnElement[int]:
 def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     PostgreSQL().check(compiler.dialect)
     key = tuple(element.table.primary_key)
-    terms = [] if element.single else [OrderTerm.of(term) for term in element.order_terms]
+    terms = [OrderTerm.of(term) for term in element.order_terms]
     names = [f"{ORDER}{place}" for place in range(1, len(terms) + 1)]
 
     # A CTE must not be called like the table that is updated.
@@ -418,13 +370,10 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     )
 
     lock = _lock(element.table if element.multi_table else None, element.changes_key)
-    candidates = _of_one(element.candidates) if element.single else element.candidates
-    claimable = _claimable(candidates, lock, terms=not element.single).cte(claimable_name)
+    claimable = _claimable(element.candidates, lock).cte(claimable_name)
     taken = list(claimable.columns)[: len(key)]
     update = element.where(key_equals(key, taken))
     sql = compiler.visit_update(update, guard_clock=element.guarded, **kw)
-    if element.single:
-        return sql
     # compiler.ctes holds the text of each CTE: the UPDATE becomes one more of them.
     before, ctes, statement = sql.partition(", \n".join((compiler.ctes or {}).values()))
     if not statement:
@@ -439,9 +388,11 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     order = ", ".join(
         f"{claimable_name}.{name}{term.suffix}" for term, name in zip(terms, names, strict=True)
     )
+    # A row that was found and not marked is told as a row of NULLs.
+    join = "RIGHT JOIN" if element.checked else "JOIN"
     return (
         f"{before}{ctes}, \n{claimed_name} AS \n({statement.strip()})\n SELECT {claimed_name}.* \n"
-        f"FROM {claimed_name} JOIN {claimable_name} ON {same} \nORDER BY {order}"
+        f"FROM {claimed_name} {join} {claimable_name} ON {same} \nORDER BY {order}"
     )
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import operator
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy import (
     CTE,
-    Connection,
     Dialect,
-    Result,
+    Row,
     Select,
     Update,
     false,
+    select,
     text,
     tuple_,
     type_coerce,
@@ -23,7 +23,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -32,27 +31,28 @@ from sqlalchemy.types import NullType, String
 
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import ClaimPlan
+from atomic_claim.plan import LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .base import (
+    CHUNK,
     Backend,
     Find,
     Key,
     KeyedRows,
+    Mark,
     Pooled,
     Transaction,
+    chunks,
+    keyed_rows,
     mark_and_load,
     marking_by_key,
     reading_by_key,
     refuse_autocommit,
     require,
-    returned,
-    row_maker,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
-from .direct import Direct, learn
 
 MARK = "/* claimable */"
 
@@ -85,51 +85,59 @@ class SQLite(Backend):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, plan: ClaimPlan) -> bool:
-        return plan.prepare("single on SQLite", self._is_single)
+        return plan.prepare(self._is_single)
 
     def _is_single(self, plan: ClaimPlan) -> bool:
-        if plan.multi_table or plan.job_table.exclusive_by is not None:
+        if plan.needs_select or plan.job_table.exclusive_by is not None:
             return False
         if _has_cte(*plan.values.values()):
             return False
         return plan.single or not (plan.changes_order or any(t.collates for t in _terms(plan)))
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        if not self.is_single(plan) or tx.may_add_criteria(plan) or not tx.is_traceable(plan):
+            return self.claim_by_steps(tx, plan, params, mark_and_load)
+        rows = self._claimed(tx, plan, params)
+        found = keyed_rows(plan, _in_order(plan, rows))
+        keys = [key for key, _ in found]
+        for chunk in chunks(keys, CHUNK):
+            if wrong := tx.tuples(*plan.prepare(_wrong).of(chunk, params)):
+                plan.refuse_fault(wrong[0][-1], wrong[0][:-1])
+        return found
+
+    def _claimed(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Row[Any]]:
+        """Claim, and refuse rows that a trigger keeps from being marked without an error."""
+        limit = params[LIMIT]
+        rows = list(tx.rows(plan.prepare(_claiming), params))
+        while len(rows) < limit and (left := tx.tuples(plan.prepare(_first_left), params)):
+            # It may have become due since.
+            more = tx.rows(plan.prepare(_claiming), {**params, LIMIT: limit - len(rows)})
+            if not more and left == tx.tuples(plan.prepare(_first_left), params):
+                plan.refuse_fault(None, left[0])
+            if not more:
+                break
+            rows += more
+        return rows
+
+    def claim_by_steps(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
+    ) -> KeyedRows:
         if plan.job_table.exclusive_by is not None:
             try:
                 self._take_write_lock(tx, plan.job_table)
             except DBAPIError:
                 refuse_view(tx.connection, plan.job_table.table)
                 raise
-            return claim_by_key(self, tx, plan, params)
-        if not self.is_single(plan) or (plan.entities and tx.has_criteria):
-            return self._claim_by_key(tx, plan, params)
-        [statement] = self.statements(plan)
-        result = tx.execute(cast("ClaimStatement", statement), params)
-        learn(tx, plan, result, self._claim_directly)
-        return returned(plan, result) if plan.single else _ordered(plan, result)
-
-    def _claim_directly(
-        self,
-        plan: ClaimPlan,
-        direct: Direct,
-        pooled: PoolProxiedConnection,
-        params: Mapping[str, Any],
-    ) -> KeyedRows:
-        fetched = direct.fetch(pooled, params)
-        return direct.found(plan, _in_order(plan, fetched))
+            return claim_by_key(tx, plan, params, mark)
+        return mark(tx, plan, self.lock(tx, plan, params), params)
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):
-            return (statement_of(plan) if plan.single else plan.prepare("sqlite", _with_terms),)
-        marked = (marking_by_key(plan, self.hints), reading_by_key(plan, self.hints))
+            return (plan.prepare(_claiming), plan.prepare(_wrong))
+        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
         if plan.job_table.exclusive_by is not None:
             return (_lock(plan.job_table), *keyed_statements(self, plan))
         return (_lock(plan.job_table), plan.candidates.select(), *marked)
-
-    def _claim_by_key(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        keys = self.lock(tx, plan, params)
-        return mark_and_load(tx, plan, keys, params, self.hints)
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -146,20 +154,6 @@ class SQLite(Backend):
         tx.execute(_lock(job_table))
         refuse_autocommit(self, tx, "another claim could come between this one's statements")
 
-    def commit(self, connection: Connection) -> None:
-        """Commit, and roll back if the file is busy: a failed COMMIT leaves the transaction open.
-
-        SQLAlchemy takes it for ended, and would give the connection back to the pool as it is.
-        """
-        pooled = connection.connection
-        if not self.in_transaction(pooled) or not _is_legacy(pooled.driver_connection):
-            return
-        try:
-            connection.exec_driver_sql("COMMIT")
-        except DBAPIError:
-            connection.exec_driver_sql("ROLLBACK")
-            raise
-
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
         before = tx.connection.scalar(text("PRAGMA busy_timeout"))
@@ -169,16 +163,6 @@ class SQLite(Backend):
             yield
         finally:
             tx.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
-
-    def autocommit(
-        self, dialect: Dialect, pooled: PoolProxiedConnection
-    ) -> AbstractContextManager[None] | None:
-        driver: Any = pooled.driver_connection
-        if not isinstance(driver, sqlite3.Connection) or not _is_legacy(driver):
-            return None
-        if driver.in_transaction:
-            return None
-        return nullcontext() if driver.isolation_level is None else _autocommit(driver)
 
     def in_transaction(self, pooled: Pooled) -> bool:
         driver: Any = pooled.driver_connection
@@ -203,25 +187,6 @@ def _lock(job_table: JobTable) -> Update:
     return update(job_table.table).values({key: key}).where(false())
 
 
-def _is_legacy(driver: Any) -> bool:
-    """Check whether the driver uses sqlite3's legacy transaction control.
-
-    From Python 3.12 on ``autocommit=False`` keeps a transaction open at all times.
-    """
-    legacy = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", None)
-    return bool(getattr(driver, "autocommit", legacy) == legacy)
-
-
-@contextmanager
-def _autocommit(driver: Any) -> Iterator[None]:
-    before = driver.isolation_level
-    driver.isolation_level = None
-    try:
-        yield
-    finally:
-        driver.isolation_level = before
-
-
 def _has_cte(*clauses: Any) -> bool:
     return any(
         isinstance(part, CTE)
@@ -235,26 +200,32 @@ def _terms(plan: ClaimPlan) -> list[OrderTerm]:
     return [OrderTerm.of(term) for term in plan.order]
 
 
-def _with_terms(plan: ClaimPlan) -> ClaimStatement:
-    """Return the claim statement with the stored values of its order terms as last columns."""
+def _claiming(plan: ClaimPlan) -> Executable:
+    """Return the claim with the stored values of its order terms."""
     stored = [
         type_coerce(term.element, NullType()).label(f"{ORDER}{place}")
         for place, term in enumerate(_terms(plan), 1)
     ]
-    return cast("ClaimStatement", statement_of(plan).returning(*stored))
+    statement = statement_of(plan).returning(*stored)
+    if not plan.entities:
+        return statement
+    found = select(plan.returned_table, *stored).from_statement(statement)
+    return found.execution_options(populate_existing=True)
 
 
-def _ordered(plan: ClaimPlan, result: Result[Any]) -> KeyedRows:
-    """Return the claimed rows or entities with their keys, in claim order."""
-    rows = _in_order(plan, result.all())
-    if plan.entities:
-        items = [row[0] for row in rows]
-    else:
-        columns = tuple(plan.job_table.table.columns)
-        make = row_maker(result, columns)
-        items = [make(row[: len(columns)]) for row in rows]
-    key_of = plan.key_of
-    return [(key_of(item), item) for item in items]
+def _wrong(plan: ClaimPlan) -> ByKey:
+    """Return the SELECT of the claimed rows that have a fault, and of the fault.
+
+    It is no part of RETURNING, where SQLite 3.40 takes ``IS NULL`` for false if the table's first
+    column is NOT NULL.
+    """
+    key, fault = plan.job_table.key, plan.fault()
+    return ByKey(key, select(*key, fault).where(fault.element != 0).where)
+
+
+def _first_left(plan: ClaimPlan) -> Executable:
+    """Return the SELECT of a row that a claim of all claimable rows has left."""
+    return plan.candidates.rows.limit(1)
 
 
 def _in_order(plan: ClaimPlan, rows: Sequence[Any]) -> list[Any]:
@@ -262,7 +233,7 @@ def _in_order(plan: ClaimPlan, rows: Sequence[Any]) -> list[Any]:
     found = list(rows)
     if plan.single:
         return found
-    terms = plan.prepare("terms", _terms)
+    terms = plan.prepare(_terms)
     for behind, term in enumerate(reversed(terms), 1):
         last = operator.itemgetter(-behind)
         if len(set(map(type, map(last, found)))) == 1 and last(found[0]) is not None:

@@ -81,10 +81,10 @@ class LockWatch(Watch):
         find = find_of(self.job_table, statement, params, self.patch.target)
         if find is None:
             return None
-        tx = Transaction(connection, connection, own=False)
+        tx = Transaction(backend_for(connection.dialect), connection, connection, own=False)
         try:
             with unwatched():
-                locking = backend_for(connection.dialect).lock_read(tx, find)
+                locking = tx.backend.lock_read(tx, find)
         except (ClaimConflict, UnsupportedDialect):
             raise
         except ClaimError as error:

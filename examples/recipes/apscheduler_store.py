@@ -4,7 +4,6 @@ A claim moves the time at which a job is due a minute on. The scheduler that has
 real one when it has submitted it, which overwrites that; if it dies before, the job is due again.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,13 +15,12 @@ LEASE = 60.0
 BATCH = 5
 
 
-@lru_cache
-def jobs(table: sa.Table) -> JobTable:
-    """Declare that a job is free while it has a run time; each call adds its own time limit."""
+def jobs(table: sa.Table, now: float) -> JobTable:
+    """Declare that a job is free once its run time has come; a claim puts the time off."""
     return JobTable(
         table,
-        free=table.c.next_run_time.is_not(None),
-        claimed={"job_state": table.c.job_state},
+        free=table.c.next_run_time <= now,
+        claimed={"next_run_time": sa.literal(now + LEASE)},
         order="next_run_time",
     )
 
@@ -31,11 +29,9 @@ def patch() -> Patch:
     """Claim a few jobs per call, so that the other schedulers find some too."""
     return patch_claims(
         "apscheduler.jobstores.sqlalchemy:SQLAlchemyJobStore.get_due_jobs",
-        lambda call: jobs(call.self.jobs_t),
+        lambda call: jobs(call.self.jobs_t, datetime_to_utc_timestamp(call.now)),
         session="self.engine",
         limit=BATCH,
-        where=lambda call: call.self.jobs_t.c.next_run_time <= datetime_to_utc_timestamp(call.now),
-        values=lambda call: {"next_run_time": datetime_to_utc_timestamp(call.now) + LEASE},
         returns=_reconstituted,
     )
 

@@ -15,8 +15,6 @@ from tests.model.scenario import (
     Column,
     Declaration,
     End,
-    Fault,
-    Outside,
     Row,
     Scenario,
     Step,
@@ -28,11 +26,6 @@ from tests.model.strategies import UNFITTING
 Predicate = Callable[[Scenario, str], bool]
 
 
-def version_is_not_counted(scenario: Scenario, _: str) -> bool:
-    """Return True if the class has a version column, which claims do not count up."""
-    return "version" in scenario.mapping
-
-
 def a_role_is_not_nullable(scenario: Scenario, _: str) -> bool:
     """Return True if a column that a claim or an end clears may not be NULL."""
     said, table = scenario.declaration, scenario.table
@@ -41,12 +34,6 @@ def a_role_is_not_nullable(scenario: Scenario, _: str) -> bool:
         for role, label in said.roles
         if role in {"worker", "lease", "token", "error"}
     )
-
-
-def a_row_cannot_be_marked(scenario: Scenario, _: str) -> bool:
-    """Return True if a trigger or a unique index refuses the mark."""
-    hooked = any(row.hooked for row in scenario.rows)
-    return (scenario.table.trigger == "refuse" and hooked) or scenario.table.index == "one"
 
 
 def a_column_does_not_fit_its_role(scenario: Scenario, _: str) -> bool:
@@ -72,26 +59,6 @@ def roles_share_a_column(scenario: Scenario, _: str) -> bool:
     return len(set(labels)) < len(labels) or any(label.startswith("key") for label in labels)
 
 
-def the_state_is_bits(scenario: Scenario, _: str) -> bool:
-    """Return True if the state is a BIT(1)."""
-    return scenario.table.state.kind == "bit"
-
-
-def the_state_is_in_the_key(scenario: Scenario, _: str) -> bool:
-    """Return True if the state is part of the primary key."""
-    return scenario.table.state_in_key
-
-
-def eager_loading_is_dropped(scenario: Scenario, _: str) -> bool:
-    """Return True if a relationship is loaded by `selectin`."""
-    return "selectin" in scenario.mapping
-
-
-def the_state_is_a_domain(scenario: Scenario, _: str) -> bool:
-    """Return True if the state is of a DOMAIN."""
-    return scenario.table.state.kind == "domain"
-
-
 def a_ticket_loses_the_key(scenario: Scenario, _: str) -> bool:
     """Return True if a ticket is used: it may lose the key, or find another table."""
     return scenario.has(End, by_ticket=True)
@@ -100,12 +67,6 @@ def a_ticket_loses_the_key(scenario: Scenario, _: str) -> bool:
 def one_value_of_an_end_is_enough(scenario: Scenario, _: str) -> bool:
     """Return True if an end has several values; one alone is taken for it."""
     return len(scenario.declaration.done) > 1
-
-
-def a_type_changes_under_a_prepared_statement(scenario: Scenario, database: str) -> bool:
-    """Return True if a type changes while the server has a plan that returns it."""
-    prepared = any(bind.prepares or bind.on_loop for bind in scenario.binds)
-    return database == "postgresql" and prepared and scenario.has(Outside, what="alter")
 
 
 def an_error_does_not_fit_its_column(scenario: Scenario, _: str) -> bool:
@@ -127,37 +88,6 @@ def a_name_is_taken_for_a_role(scenario: Scenario, _: str) -> bool:
     )
 
 
-def a_row_cannot_be_read(scenario: Scenario, _: str) -> bool:
-    """Return True if a row holds what its type cannot read."""
-    return any(row.bad for row in scenario.rows)
-
-
-def an_identity_is_unknown(scenario: Scenario, _: str) -> bool:
-    """Return True if a row has a polymorphic identity that no class has."""
-    return any(row.identity == "ghost" for row in scenario.rows)
-
-
-def a_session_reads_elsewhere(scenario: Scenario, _: str) -> bool:
-    """Return True if a session sends SELECTs to another engine than writes."""
-    return any(bind.routing == "routed" for bind in scenario.binds)
-
-
-def a_claimed_row_is_free(scenario: Scenario, _: str) -> bool:
-    """Return True if the claimed value is one of the free ones."""
-    return scenario.declaration.claimed in scenario.declaration.free
-
-
-def the_mark_is_rewritten(scenario: Scenario, _: str) -> bool:
-    """Return True if a trigger vetoes the mark, or writes the state that was there."""
-    hooked = any(row.hooked for row in scenario.rows)
-    return hooked and scenario.table.trigger in {"rewrite", "veto"}
-
-
-def a_commit_listener_raises(scenario: Scenario, _: str) -> bool:
-    """Return True if a listener to the commit of our own transaction raises."""
-    return scenario.has(Fault, what="raise commit")
-
-
 def more_attempts_than_can_be_counted(scenario: Scenario, _: str) -> bool:
     """Return True if the maximum of attempts is beyond the counter's type."""
     return (scenario.declaration.max_attempts or 0) >= 2**15
@@ -166,31 +96,6 @@ def more_attempts_than_can_be_counted(scenario: Scenario, _: str) -> bool:
 def null_is_one_of_the_free_values(scenario: Scenario, _: str) -> bool:
     """Return True if NULL is one of the free values."""
     return "null" in scenario.declaration.free
-
-
-def a_mark_is_null(scenario: Scenario, _: str) -> bool:
-    """Return True if the value of a claimed or ended row is NULL."""
-    said = scenario.declaration
-    return "null" in {said.claimed, *said.done, *said.failed}
-
-
-def a_hook_raises_in_autocommit(scenario: Scenario, _: str) -> bool:
-    """Return True if an entity's listener raises after the mark in AUTOCOMMIT."""
-    return any(
-        isinstance(step, Fault)
-        and step.what == "raise load"
-        and scenario.bind(step.actor).isolation == "AUTOCOMMIT"
-        for step in scenario.steps
-    )
-
-
-def a_lock_is_gone_before_the_mark(scenario: Scenario, database: str) -> bool:
-    """Return True if AUTOCOMMIT ends a lock before the mark or the DELETE."""
-    in_autocommit = [bind for bind in scenario.binds if bind.isolation == "AUTOCOMMIT"]
-    return database == "postgresql" and any(
-        "do_orm_execute" in bind.listeners or scenario.has(Claim, deletes=True)
-        for bind in in_autocommit
-    )
 
 
 @dataclass(frozen=True)
@@ -258,22 +163,12 @@ STATUS: Final = column("state", "status", nullable=False)
 TOKEN: Final = column("token")
 KNOWN: Final = (
     Known(
-        "a mapped version_id_col",
-        version_is_not_counted,
-        example(mapping=("class", "version")),
-        "sqlite",
-    ),
-    Known(
         "trap 27",
         a_role_is_not_nullable,
-        example(columns=(column("worker", nullable=False),)),
+        example(
+            columns=(column("lease", "instant", nullable=False),), bind=Bind(kind="connection")
+        ),
         "sqlite",
-    ),
-    Known(
-        "a row that cannot be marked",
-        a_row_cannot_be_marked,
-        example(rows=(Row(hooked=True),), table={"trigger": "refuse"}),
-        "postgresql",
     ),
     Known(
         "trap 26, types of roles",
@@ -294,22 +189,6 @@ KNOWN: Final = (
         "sqlite",
     ),
     Known(
-        "BIT(1)", the_state_is_bits, example(state=column("state", "bit", nullable=False)), "mysql"
-    ),
-    Known("trap 23", the_state_is_in_the_key, example(table={"state_in_key": True}), "mariadb"),
-    Known(
-        "entities as a SELECT gives them",
-        eager_loading_is_dropped,
-        example(bind=Bind("session"), mapping=("class", "selectin")),
-        "sqlite",
-    ),
-    Known(
-        "DOMAIN",
-        the_state_is_a_domain,
-        example(state=column("state", "domain", nullable=False)),
-        "postgresql",
-    ),
-    Known(
         "trap 36",
         a_ticket_loses_the_key,
         example(
@@ -325,12 +204,6 @@ KNOWN: Final = (
         one_value_of_an_end_is_enough,
         example(state=STATUS, rows=(Row(), Row(ended=True)), done=("done", "done_at")),
         "mysql",
-    ),
-    Known(
-        "trap 30",
-        a_type_changes_under_a_prepared_statement,
-        example(A, Outside("alter"), A, bind=Bind(prepares=True), rows=(Row(), Row())),
-        "postgresql",
     ),
     Known(
         "trap 37",
@@ -351,42 +224,6 @@ KNOWN: Final = (
         "sqlite",
     ),
     Known(
-        "trap 22, a value",
-        a_row_cannot_be_read,
-        example(columns=(column("extra", "instant"),), roles=(), rows=(Row(bad=True),)),
-        "postgresql",
-    ),
-    Known(
-        "trap 22, an identity",
-        an_identity_is_unknown,
-        example(bind=Bind("session"), mapping=("single",), rows=(Row(identity="ghost"),)),
-        "sqlite",
-    ),
-    Known(
-        "trap 24, reads that are routed elsewhere",
-        a_session_reads_elsewhere,
-        example(bind=Bind("sessionmaker", routing="routed"), mapping=("class",)),
-        "mysql",
-    ),
-    Known(
-        "trap 26, claimed is free",
-        a_claimed_row_is_free,
-        example(A, A, free=("free", "claimed"), coherent=False),
-        "sqlite",
-    ),
-    Known(
-        "trap 24, a trigger",
-        the_mark_is_rewritten,
-        example(rows=(Row(hooked=True),), table={"trigger": "rewrite"}),
-        "postgresql",
-    ),
-    Known(
-        "a commit listener that raises",
-        a_commit_listener_raises,
-        example(Fault("a", "raise commit"), A),
-        "mysql",
-    ),
-    Known(
         "trap 26, max_attempts",
         more_attempts_than_can_be_counted,
         example(
@@ -405,35 +242,6 @@ KNOWN: Final = (
             state=column("state", "status"),
             rows=(Row(), Row(state="null")),
             free=("free", "null"),
-        ),
-        "postgresql",
-    ),
-    Known(
-        "trap 27, a mark that is NULL",
-        a_mark_is_null,
-        example(claimed="null", coherent=False),
-        "mysql",
-    ),
-    Known(
-        "trap 22, a hook",
-        a_hook_raises_in_autocommit,
-        example(
-            Fault("a", "raise load"),
-            A,
-            bind=Bind("session", isolation="AUTOCOMMIT"),
-            mapping=("class",),
-        ),
-        "sqlite",
-    ),
-    Known(
-        "trap 24, AUTOCOMMIT",
-        a_lock_is_gone_before_the_mark,
-        example(
-            Fault("a", "pause", 1),
-            A,
-            Claim("b"),
-            bind=Bind("session", isolation="AUTOCOMMIT", listeners=("do_orm_execute",)),
-            mapping=("class",),
         ),
         "postgresql",
     ),

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import Column, String
 
-from atomic_claim import ClaimError, claim_jobs
+from atomic_claim import ClaimError, JobTable, claim_jobs
 from tests.databases import Database
-from tests.jobs import BINDS, bound, fill, ids, job_table, rows, taken
+from tests.jobs import CALLERS, OWN, bound, fill, ids, job_table, taken
 
 
 def by_create_engine(database: Database) -> sa.Engine:
@@ -50,11 +51,28 @@ def test_it_is_refused_where_locks_must_last(
     """A claim under AUTOCOMMIT, wherever it was set, is refused and writes nothing."""
     table, engine = job_table(), make(database)
     fill(database.engine(), table, 10)
-    for kind in BINDS:
+    for kind in CALLERS:
         with bound(engine, kind) as bind, pytest.raises(ClaimError, match="AUTOCOMMIT") as raised:
             claim_jobs(bind, table, 5)
         assert 'isolation_level="READ COMMITTED"' in str(raised.value)
     assert taken(database.engine(), table) == []
+
+
+@each_way
+def test_own_transactions_begin_all_the_same(
+    database: Database, make: Callable[[Database], sa.Engine]
+) -> None:
+    """A transaction of the call's own is one, and the connection is in AUTOCOMMIT afterwards."""
+    table, engine = job_table(), make(database)
+    fill(database.engine(), table, 10)
+    for first, kind in zip((1, 4), OWN, strict=True):
+        with bound(engine, kind) as bind:
+            assert ids(claim_jobs(bind, table, 3)) == [first, first + 1, first + 2]
+        with engine.connect() as connection:
+            driver = connection.connection.dbapi_connection
+            assert driver is not None
+            assert engine.dialect.detect_autocommit_setting(driver)
+    assert taken(database.engine(), table) == list(range(1, 7))
 
 
 @pytest.mark.databases("mysql", "mariadb")
@@ -75,34 +93,17 @@ def test_the_driver_of_one_connection_is_asked(database: Database) -> None:
 def test_one_statement_needs_no_transaction(
     database: Database, make: Callable[[Database], sa.Engine]
 ) -> None:
-    """Where the claim is one statement, two workers in AUTOCOMMIT get different rows, for good."""
-    table, engine = job_table(), make(database)
+    """A claim of one statement with a token is allowed; one without could not be traced."""
+    table, engine = job_table(Column("claim_token", String(32))), make(database)
     fill(database.engine(), table, 16)
-    for first, kind in zip((1, 5, 9, 13), BINDS, strict=True):
+    without = JobTable(table, state="processing")
+    for first, kind in zip((1, 5), CALLERS, strict=True):
         with bound(engine, kind) as a, bound(engine, kind) as b:
             assert ids(claim_jobs(a, table, 2)) == [first, first + 1]
             assert ids(claim_jobs(b, table, 2)) == [first + 2, first + 3]
-    assert taken(database.engine(), table) == list(range(1, 17))
-
-
-@each_way
-@pytest.mark.databases("sqlite")
-def test_a_text_order_needs_one_on_sqlite(
-    database: Database, make: Callable[[Database], sa.Engine]
-) -> None:
-    """Several rows in a text's order take several statements, so AUTOCOMMIT is refused; one not."""
-    table, engine = job_table(), make(database)
-    table.metadata.create_all(engine)
-    with database.engine().begin() as connection:
-        values = [row | {"note": note} for row, note in zip(rows(6), "fedcba", strict=True)]
-        connection.execute(table.insert(), values)
-    for last, kind in zip((6, 5, 4, 3), BINDS, strict=True):
-        with bound(engine, kind) as bind:
-            before = taken(database.engine(), table)
             with pytest.raises(ClaimError, match="AUTOCOMMIT"):
-                claim_jobs(bind, table, 2, order_by=table.c.note)
-            assert taken(database.engine(), table) == before
-            assert ids(claim_jobs(bind, table, 1, order_by=table.c.note)) == [last]
+                claim_jobs(a, without, 2)
+    assert taken(database.engine(), table) == list(range(1, 9))
 
 
 @each_way

@@ -29,6 +29,7 @@ def made(
     engine = database.engine()
     table = job_table(
         Column("has_error", sa.Boolean),
+        Column("claim_token", sa.String(32)),
         processing=Column("processing", sa.Boolean, nullable=nullable),
     )
     table.metadata.create_all(engine)
@@ -41,7 +42,11 @@ def made(
         )
         connection.exec_driver_sql(f"CREATE INDEX jobs_free ON jobs {index}")
         connection.exec_driver_sql("ANALYZE jobs")
-    return engine, table, JobTable(table, state="processing", order="created_at")
+    return (
+        engine,
+        table,
+        JobTable(table, state="processing", order="created_at", token="claim_token"),
+    )
 
 
 def plan_of_claim(engine: sa.Engine, jobs: JobTable, limit: int) -> str:
@@ -86,7 +91,13 @@ def test_a_claim_uses_the_index(database: Database, index: str, limit: int) -> N
 def test_a_nullable_flag_of_failure_uses_its_index(database: Database, limit: int) -> None:
     """A flag that means failed and may be NULL is asked for in the index's own words."""
     engine, table, _ = made(database, NOT_FAILED)
-    jobs = JobTable(table, state="processing", failed={"has_error": True}, order="created_at")
+    jobs = JobTable(
+        table,
+        state="processing",
+        failed={"has_error": True},
+        order="created_at",
+        token="claim_token",
+    )
     plan = plan_of_claim(engine, jobs, limit)
     assert reads_in_order(plan), plan
 
@@ -95,7 +106,9 @@ def test_a_nullable_flag_of_failure_uses_its_index(database: Database, limit: in
 def test_a_nullable_state_uses_its_index(database: Database, limit: int) -> None:
     """Nor is a state that may be NULL asked for otherwise, where NULL is free."""
     engine, table, _ = made(database, "(created_at) WHERE processing IS NOT TRUE", nullable=True)
-    jobs = JobTable(table, state="processing", null_is_free=True, order="created_at")
+    jobs = JobTable(
+        table, state="processing", null_is_free=True, order="created_at", token="claim_token"
+    )
     plan = plan_of_claim(engine, jobs, limit)
     assert reads_in_order(plan), plan
 

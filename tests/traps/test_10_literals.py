@@ -50,7 +50,11 @@ def queue(database: Database) -> tuple[sa.Engine, sa.Table, JobTable]:
         connection.execute("SET plan_cache_mode = force_generic_plan")
         connection.commit()
 
-    table = job_table(Column("state", String(10), nullable=False), Column("worker", String(20)))
+    table = job_table(
+        Column("state", String(10), nullable=False),
+        Column("worker", String(20)),
+        Column("claim_token", String(32)),
+    )
     waiting = Index("jobs_waiting", table.c.created_at, postgresql_where=sa.text("state = 'w'"))
     table.append_constraint(waiting)
     table.metadata.create_all(engine)
@@ -62,7 +66,13 @@ def queue(database: Database) -> tuple[sa.Engine, sa.Table, JobTable]:
         )
         connection.exec_driver_sql("ANALYZE jobs")
     jobs = JobTable(
-        table, state="state", free="w", claimed="r", order="created_at", worker="worker"
+        table,
+        state="state",
+        free="w",
+        claimed="r",
+        order="created_at",
+        worker="worker",
+        token="claim_token",
     )
     return engine, table, jobs
 

@@ -7,6 +7,7 @@ import sqlalchemy as sa
 
 from atomic_claim import claim_jobs
 from atomic_claim.backends.mysql import MySQL
+from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import ByKey
 from tests.databases import Database
 from tests.jobs import fill, ids, job_table
@@ -51,4 +52,11 @@ def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(MySQL, "_prepared", prepared)
-    assert between(database) == ([1, 2], [1, 2])
+    # The mark looks once more, and the claim is tried again.
+    assert between(database) == ([3], [1, 2])
+    monkeypatch.setattr(ClaimPlan, "claimable", sa.true())
+    monkeypatch.setattr(ClaimPlan, "refuse_fault", lambda *_: None)
+    engine = database.engine()
+    with engine.begin() as connection:
+        connection.execute(sa.delete(JOBS))
+    assert between(database, JOBS.c.id.asc()) == ([1, 2], [1, 2])

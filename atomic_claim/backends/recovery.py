@@ -1,0 +1,157 @@
+"""Claims of rows that cannot be marked or read: the others are handed out, these are freed.
+
+In a transaction of the call's own everything is rolled back, and the rows are marked and read one
+by one under savepoints. What is committed already, or belongs to the caller's transaction, is
+read one by one, and what cannot be read is freed by key and token.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import and_, select, update
+from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
+
+from atomic_claim.errors import ClaimError
+from atomic_claim.outcomes import freeing
+from atomic_claim.plan import TOKEN, ClaimPlan
+from atomic_claim.sql_elements import key_in
+
+from .base import Key, KeyedRows, Transaction, Unreadable, hinted, mark_and_load, read_back
+
+# How often a claim passes over rows none of which can be marked and read.
+ROUNDS = 10
+
+logger = logging.getLogger("atomic_claim")
+
+
+class OneByOne:
+    """A claim that marks and reads each row under a savepoint, and passes over those that fail.
+
+    Attributes:
+        complete: called with the rows or entities that were read, to load what they lack.
+        passed: the keys of the rows that failed, and why.
+    """
+
+    def __init__(self, complete: Callable[[Transaction, KeyedRows], None]) -> None:
+        self.complete = complete
+        self.passed: dict[Key, Exception] = {}
+
+    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+        """Claim the first rows that can be marked and read.
+
+        Raises:
+            ClaimError: as many rows as ten claims take cannot be.
+        """
+        for _ in range(ROUNDS):
+            before = len(self.passed)
+            narrowed = plan.passing_over(list(self.passed))
+            found = tx.backend.claim_by_steps(tx, narrowed, params, self.mark)
+            if found or len(self.passed) == before:
+                return found
+        keys = list(self.passed)
+        raise ClaimError(
+            f"none of {len(keys)} claimable rows of {plan.job_table.table.fullname!r} can be "
+            f"marked and read, the last being {keys[-1]!r}: {self.passed[keys[-1]]}"
+        ) from self.passed[keys[-1]]
+
+    def mark(
+        self, tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]
+    ) -> KeyedRows:
+        """Mark and read rows that are locked, each under a savepoint."""
+        found: KeyedRows = []
+        for key in keys:
+            try:
+                with tx.connection.begin_nested():
+                    claimed = mark_and_load(tx, plan, [key], params)
+                    self.complete(tx, claimed)
+            except (ClaimError, ProgrammingError):
+                raise
+            except Exception as error:
+                if isinstance(error, DBAPIError) and (
+                    error.connection_invalidated or tx.backend.is_conflict(error)
+                ):
+                    raise
+                self.passed[key] = error
+                if isinstance(error, Unreadable):
+                    _log(plan, key, "read", error.__cause__)
+                    _count_attempt(tx, plan, key)
+                else:
+                    _log(plan, key, "marked", error)
+            else:
+                found += claimed
+        return found
+
+
+def salvage(
+    tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], error: BaseException
+) -> tuple[KeyedRows, list[Key]]:
+    """Hand out the rows of a failed claim that can be read, and free the others.
+
+    Returns:
+        The rows or entities with their keys, in claim order; and the keys of the others.
+
+    Raises:
+        BaseException: the claim's own error, where it has marked nothing, or has marked what it
+            must not hand out, or was interrupted: then its rows are free again.
+    """
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        raise error
+    keys = error.keys if isinstance(error, Unreadable) else traced(tx, plan, params)
+    if not keys:
+        raise error
+    if isinstance(error, ClaimError) or not isinstance(error, Exception):
+        _free(tx, plan, keys, params)
+        raise error
+    found: KeyedRows = []
+    unreadable: list[Key] = []
+    for key in keys:
+        try:
+            found += read_back(tx, plan, [key], None)
+        except Exception as unread:  # noqa: BLE001 - types, hooks and drivers raise what they like
+            _log(plan, key, "read", unread)
+            _free(tx, plan, [key], params)
+            unreadable.append(key)
+    return found, unreadable
+
+
+def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Sequence[Key]:
+    """Return the keys of the rows that bear the claim's token, in claim order."""
+    job_table = plan.job_table
+    if TOKEN not in params:
+        return ()
+    ours = and_(job_table.token == params[TOKEN], job_table.is_running)
+    try:
+        return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
+    except SQLAlchemyError:
+        # The transaction has failed, and nothing of it can be committed.
+        return ()
+
+
+def _free(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]) -> None:
+    """Free rows that this claim has marked; if that fails, keep it from being committed."""
+    job_table, hints = plan.job_table, tx.backend.hints
+    try:
+        statement = update(job_table.table).where(key_in(job_table.key, keys))
+        statement = statement.where(job_table.is_running).values(freeing(job_table))
+        if TOKEN in params:
+            statement = statement.where(job_table.token == params[TOKEN])
+        tx.execute(hinted(statement, job_table.table, hints))
+    except (SQLAlchemyError, ClaimError):
+        tx.connection.invalidate()
+        raise
+
+
+def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
+    """Count the attempt of a row that cannot be read, so that ``max_attempts`` retires it."""
+    job_table = plan.job_table
+    if job_table.attempts is not None:
+        counted = {job_table.attempts: plan.values[job_table.attempts]}
+        statement = update(job_table.table).where(key_in(job_table.key, [key])).values(counted)
+        tx.execute(hinted(statement, job_table.table, tx.backend.hints))
+
+
+def _log(plan: ClaimPlan, key: Key, what: str, error: BaseException | None) -> None:
+    logger.error("row %r of %s cannot be %s: %s", key, plan.job_table.table.fullname, what, error)
