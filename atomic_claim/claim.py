@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
-from .backends import Backend, KeyedRows, Transaction, read_back
-from .backends.base import Mark, mark_and_load
+from .backends import KeyedRows, Transaction, read_back
+from .backends.base import mark_and_load
 from .backends.by_key import claim_batch, key_search
 from .backends.recovery import OneByOne, salvage, traced
 from .errors import ClaimConflict, ClaimError
 from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
-from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan, new_token
+from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
 from .tickets import ticket_for
 
@@ -175,46 +176,48 @@ def claim_jobs(
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     job_table = job_table_of(table, ordered=order_by is not None)
-    request = ClaimRequest(checked_limit(limit), where, order_by, values, worker, lease)
+    if type(limit) is not int or limit < 1:
+        checked_limit(limit)
+    request = ClaimRequest(limit, where, order_by, values, worker, lease)
     by_session = not isinstance(bind, (Connection, Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
-    token = new_token() if job_table.token is not None else None
-    claiming = Claiming(plan, request.parameters(token))
-    found, unreadable = claiming.in_bind(bind)
+    params = request.parameters(token=job_table.token is not None)
+    claiming = Claiming(plan, params)
+    if job_table.exclusive_by is not None:
+        found, unreadable = claiming.by_key(bind)
+    else:
+        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
+        may_autocommit = TOKEN in params and bool(job_table.released)
+        found, unreadable = run_in(
+            bind,
+            job_table,
+            claiming.run,
+            single=plan if may_autocommit else None,
+            careful=claiming.run_one_by_one,
+            recoverable=TOKEN in params,
+        )
+    keys, jobs = zip(*found, strict=True) if found else ((), ())
     return Claim(
-        [job for _, job in found],
+        jobs,
         table=job_table,
-        keys=[key for key, _ in found],
-        token=token,
+        keys=keys,
+        token=params.get(TOKEN),
         worker=worker,
         lease=lease,
         unreadable=unreadable,
     )
 
 
+@dataclass(frozen=True)
 class Claiming:
     """One claim: its plan, and the parameters of this call."""
 
-    def __init__(self, plan: ClaimPlan, params: dict[str, Any]) -> None:
-        self.plan = plan
-        self.params = params
-        self.is_recoverable = TOKEN in params
-        # Rows that cannot be read are committed, and freed by key and token afterwards.
-        self.may_autocommit = self.is_recoverable and bool(plan.job_table.released)
+    plan: ClaimPlan
+    params: dict[str, Any]
 
-    def in_bind(self, bind: Bind) -> Claimed:
-        """Claim in the bind's transaction, or in a transaction of the call's own."""
-        job_table = self.plan.job_table
-        if job_table.exclusive_by is None:
-            return run_in(
-                bind,
-                job_table,
-                self.run,
-                single=self.is_single if self.may_autocommit else None,
-                careful=self.run_one_by_one,
-                recoverable=self.is_recoverable,
-            )
-        if (backend := keyed_apart(bind, job_table)) is None:
+    def by_key(self, bind: Bind) -> Claimed:
+        """Claim by exclusive keys; where their lock outlasts a transaction, search before it."""
+        if (backend := keyed_apart(bind, self.plan.job_table)) is None:
             return self._run_keyed(bind, self.run, self.run_one_by_one)
         limit = self.params[LIMIT]
         for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
@@ -225,37 +228,36 @@ class Claiming:
                 return found
         return [], []
 
-    def is_single(self, backend: Backend) -> bool:
-        """Return True if AUTOCOMMIT does on a database."""
-        return backend.commits_singly and backend.is_single(self.plan)
-
     def run(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
         """Claim, and hand out what can be read of rows that are not rolled back."""
-        _refuse_unflushed(tx.executor, self.plan)
-        if tx.after_disconnect and (keys := traced(tx, self.plan, self.params)):
-            return read_back(tx, self.plan, keys, None), []
+        plan, params = self.plan, self.params
+        if plan.entities:
+            _refuse_unflushed(tx.executor, plan)
+        if tx.after_disconnect and (keys := traced(tx, plan, params)):
+            return read_back(tx, plan, keys, None), []
         try:
-            found = self._claim(tx, mark_and_load, batch)
-            self._complete(tx, found)
+            if batch is None:
+                found = tx.backend.claim(tx, plan, params)
+            else:
+                found = claim_batch(tx, plan, batch, params, mark_and_load)
+            if plan.entities:
+                self._complete(tx, found)
         except ClaimConflict:
             raise
         except BaseException as error:
             if tx.own and not tx.autocommit:
                 raise
-            return salvage(tx, self.plan, self.params, error)
+            return salvage(tx, plan, params, error)
         return found, []
 
     def run_one_by_one(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
         """Claim once more after a failure, and pass over the rows that cause it."""
         one_by_one = OneByOne(self._complete)
-        if batch is not None:
-            return self._claim(tx, one_by_one.mark, batch), list(one_by_one.passed)
-        return one_by_one.claim(tx, self.plan, self.params), list(one_by_one.passed)
-
-    def _claim(self, tx: Transaction, mark: Mark, batch: Sequence[Candidate] | None) -> KeyedRows:
         if batch is None:
-            return tx.backend.claim(tx, self.plan, self.params)
-        return claim_batch(tx, self.plan, batch, self.params, mark)
+            found = one_by_one.claim(tx, self.plan, self.params)
+        else:
+            found = claim_batch(tx, self.plan, batch, self.params, one_by_one.mark)
+        return found, list(one_by_one.passed)
 
     def _complete(self, tx: Transaction, found: KeyedRows) -> None:
         """Load what entities lack that are about to be detached."""
@@ -268,7 +270,7 @@ class Claiming:
             self.plan.job_table,
             run,
             careful=careful,
-            recoverable=self.is_recoverable,
+            recoverable=TOKEN in self.params,
             keyed=True,
         )
 
@@ -303,7 +305,7 @@ def dequeue_jobs(
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
 
     def run(tx: Transaction) -> KeyedRows:
-        keys = tx.backend.lock(tx, plan, request.parameters(None), deletes=True)
+        keys = tx.backend.lock(tx, plan, request.parameters(), deletes=True)
         found = read_back(tx, plan, keys, None)
         if plan.entities and not isinstance(tx.executor, Connection):
             if tx.own:
@@ -327,7 +329,7 @@ def dequeue_jobs(
 
 def _refuse_unflushed(session: Session | Connection, plan: ClaimPlan) -> None:
     """Raise if reading a claimed entity would discard pending changes."""
-    if isinstance(session, Connection) or not plan.entities or session.autoflush:
+    if isinstance(session, Connection) or session.autoflush:
         return
     job_table = plan.job_table
     assert job_table.entity is not None

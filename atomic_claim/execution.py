@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, update
@@ -21,6 +20,7 @@ from .backends.base import pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
+from .plan import ClaimPlan
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -39,6 +39,7 @@ FIRST_PAUSE = 0.005
 LONGEST_PAUSE = 0.5
 FIRST_OUTAGE_PAUSE = 0.1
 LONGEST_OUTAGE_PAUSE = 2.0
+SHARED = (StaticPool, SingletonThreadPool)
 # The key of a backend's facts in the ``info`` of a DBAPI connection.
 FACTS = "atomic_claim_facts"
 UNKNOWN = (
@@ -52,7 +53,7 @@ def run_in(
     job_table: JobTable,
     run: Run[R],
     *,
-    single: Callable[[Backend], bool] | None = None,
+    single: ClaimPlan | None = None,
     careful: Run[R] | None = None,
     recoverable: bool = False,
     keyed: bool = False,
@@ -64,7 +65,7 @@ def run_in(
         bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
         job_table: the table that the statements are for.
         run: the operation. In a transaction of its own it runs again after a conflict.
-        single: whether it is one statement on that database, for which AUTOCOMMIT may do.
+        single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
         careful: the operation in another form, which runs in a transaction of its own after
             ``run`` has failed there.
         recoverable: whether ``run`` finds out from the table what became of an earlier try, so
@@ -76,6 +77,10 @@ def run_in(
         ClaimConflict: another transaction was in the way.
         ClaimError: the bind cannot be used.
     """
+    if isinstance(bind, Engine):
+        return OwnTransaction(bind, job_table, keyed, single, recoverable).run_again(
+            run, careful, tries
+        )
     if is_scoped(bind):
         bind = bind.registry()
     if is_session(bind):
@@ -87,12 +92,12 @@ def run_in(
         if bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
         return _run_in_callers(bind, bind, run, keyed)
-    if not (isinstance(bind, Engine) or is_maker(bind)):
+    if not is_maker(bind):
         raise ClaimError(
             f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
             "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
         )
-    own = OwnTransaction(bind, job_table, keyed, single, recoverable)
+    own = OwnTransaction(bind, job_table, keyed, None, recoverable)
     return own.run_again(run, careful, tries)
 
 
@@ -115,7 +120,7 @@ class OwnTransaction:
         bind: an ``Engine`` or ``sessionmaker``.
         job_table: the table that the statements are for.
         keyed: whether it makes or keeps rows with exclusive keys running.
-        single: whether the operation is one statement on a database.
+        single: the plan of a claim that may be one statement in AUTOCOMMIT.
         recoverable: whether a lost COMMIT can be looked up in the table.
         process: what the backend knows of the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
@@ -127,7 +132,7 @@ class OwnTransaction:
     bind: OwnBind
     job_table: JobTable
     keyed: bool
-    single: Callable[[Backend], bool] | None
+    single: ClaimPlan | None
     recoverable: bool
     process: Any = None
     committing: bool = False
@@ -166,38 +171,37 @@ class OwnTransaction:
         """Run once, and commit."""
         self.committing = False
         with ExitStack() as stack:
-            session, engine = self._session(stack)
-            backend = backend_for(engine.dialect)
-            _refuse_shared(backend, engine)
-            stack.enter_context(_conflicts(backend))
+            session, engine = None, self.bind
+            if not isinstance(engine, Engine):
+                session, engine = self._session(stack)
+            backend_for(engine.dialect)
+            if isinstance(engine.pool, SHARED):
+                _refuse_shared(engine)
             connection = stack.enter_context(engine.connect())
-            stack.push(partial(_roll_back, connection))
-            backend.check(connection.dialect)
-            if self.unknown:
-                backend.end_process(connection, self.process, time.monotonic() - self.lost_at)
-            if self.keyed:
-                stack.enter_context(backend.key_lock(connection, self.job_table.table))
-            autocommit = self._prepare(backend, connection, session is None)
-            if session is not None:
-                stack.enter_context(pinned(session, engine, connection))
-                stack.callback(session.close)
-            stack.enter_context(_begun(backend, connection, autocommit))
-            if self.keyed:
-                backend.begin_keyed(connection)
-            self.committing = autocommit
-            tx = Transaction(
-                backend, session or connection, connection, True, autocommit, self.unknown
-            )
-            found = run(tx)
-            self.committing = True
-            (session or connection).commit()
+            backend = backend_for(connection.dialect)
+            try:
+                self._prepare(backend, connection, session, stack)
+                found = run(
+                    Transaction(
+                        backend,
+                        session or connection,
+                        connection,
+                        own=True,
+                        autocommit=self.committing,
+                        after_disconnect=self.unknown,
+                    )
+                )
+                self.committing = True
+                (session or connection).commit()
+            except BaseException as error:
+                _fail(backend, connection, error)
+                raise
             if session is not None:
                 session.expunge_all()
         return found
 
-    def _session(self, stack: ExitStack) -> tuple[Session | None, Engine]:
-        if isinstance(self.bind, Engine):
-            return None, self.bind
+    def _session(self, stack: ExitStack) -> tuple[Session, Engine]:
+        assert not isinstance(self.bind, Engine)
         # Expiring at commit would unload the entities that are about to be detached.
         session = stack.enter_context(self.bind(expire_on_commit=False))
         if not session.in_transaction():
@@ -210,27 +214,42 @@ class OwnTransaction:
             )
         return session, engine
 
-    def _prepare(self, backend: Backend, connection: Connection, by_engine: bool) -> bool:
-        """Ask the server what is needed later, and set AUTOCOMMIT where it makes no difference."""
-        if not self.recoverable:
-            return False
-        facts = connection.info.get(FACTS)
-        if facts is None:
-            facts = connection.info[FACTS] = backend.facts(connection)
-            connection.rollback()
-        self.process = facts.process
-        if not (
-            by_engine
-            and self.single is not None
-            and facts.level == connection.dialect.default_isolation_level
-            and not connection.dispatch.begin
-            and not connection.dispatch.commit
-            and "isolation_level" not in connection.get_execution_options()
-            and self.single(backend)
-        ):
-            return False
-        connection.execution_options(isolation_level="AUTOCOMMIT")
-        return True
+    def _prepare(
+        self,
+        backend: Backend,
+        connection: Connection,
+        session: Session | None,
+        stack: ExitStack,
+    ) -> None:
+        """Begin a transaction, or set AUTOCOMMIT where that makes no difference."""
+        if self.unknown:
+            backend.end_process(connection, self.process, time.monotonic() - self.lost_at)
+        if self.recoverable:
+            facts = connection.info.get(FACTS)
+            if facts is None:
+                facts = connection.info[FACTS] = backend.facts(connection)
+                connection.rollback()
+            self.process = facts.process
+            if (
+                self.single is not None
+                and session is None
+                and facts.level == connection.dialect.default_isolation_level
+                and not (connection.dispatch.begin or connection.dispatch.commit)
+                and not connection.get_execution_options()
+                and backend.commits_singly
+                and self.single.prepare(backend.is_single)
+            ):
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                self.committing = True
+                return
+        if self.keyed:
+            stack.enter_context(backend.key_lock(connection, self.job_table.table))
+        if session is not None:
+            stack.enter_context(pinned(session, connection.engine, connection))
+            stack.callback(session.close)
+        stack.enter_context(_begun(backend, connection))
+        if self.keyed:
+            backend.begin_keyed(connection)
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
@@ -241,11 +260,8 @@ class OwnTransaction:
 
 
 @contextmanager
-def _begun(backend: Backend, connection: Connection, autocommit: bool) -> Iterator[None]:
+def _begun(backend: Backend, connection: Connection) -> Iterator[None]:
     """Begin a transaction, on a connection in the caller's AUTOCOMMIT too."""
-    if autocommit:
-        yield
-        return
     if not connection.in_transaction():
         connection.begin()
     dialect, driver = connection.dialect, connection.connection.dbapi_connection
@@ -265,15 +281,21 @@ def _begun(backend: Backend, connection: Connection, autocommit: bool) -> Iterat
             dialect.set_isolation_level(driver, "AUTOCOMMIT")
 
 
-def _roll_back(connection: Connection, error: type[BaseException] | None, *_: object) -> None:
-    """Roll back what SQLAlchemy takes for ended: a COMMIT that failed, or was vetoed.
+def _fail(backend: Backend, connection: Connection, error: BaseException) -> None:
+    """Clean up after a failed transaction, and raise a conflict as ``ClaimConflict``.
 
-    SQLite's transaction stays open if it is busy at COMMIT.
+    SQLAlchemy takes a COMMIT that failed, or was vetoed, for an end of the transaction; SQLite's
+    stays open if it is busy at COMMIT.
     """
-    if error is None or connection.closed or connection.invalidated:
-        return
-    if not connection.in_transaction():
+    if not (connection.closed or connection.invalidated or connection.in_transaction()):
         connection.connection.rollback()
+    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+        return
+    if backend.is_stale(error) and not connection.invalidated:
+        # The driver would send the prepared statement again and again.
+        connection.invalidate()
+    with _conflicts(backend):
+        raise error
 
 
 def _explain(error: Exception, committing: bool) -> None:
@@ -385,19 +407,17 @@ def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
     return backend if backend.keyed_needs_own else None
 
 
-def _refuse_shared(backend: Backend, engine: Engine) -> None:
+def _refuse_shared(engine: Engine) -> None:
     """Refuse a pool that would hand out the connection of somebody's open transaction.
 
     Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
     """
-    pool = engine.pool
+    pool, backend = engine.pool, backend_for(engine.dialect)
     if isinstance(pool, StaticPool):
         shared = backend.in_transaction(pool.connection)
-    elif isinstance(pool, SingletonThreadPool):
+    else:
         with engine.connect() as connection:
             shared = backend.in_transaction(connection.connection)
-    else:
-        return
     if shared:
         raise ClaimError(
             f"the engine's {type(pool).__name__} has one connection, and a transaction is open "

@@ -64,6 +64,10 @@ declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
 """The job tables of this process, so that a ticket finds its own again."""
 
 
+# The key of what was inferred, in the ``info`` of its table.
+INFERRED = "atomic_claim.inferred"
+
+
 class _Unset:
     def __repr__(self) -> str:
         return "..."
@@ -236,7 +240,7 @@ class JobTable:
             )
         # Kept with the table rather than in a registry of ours, so that it dies with the table.
         info = table.info if mapper is None else mapper.tables[0].info  # type: ignore[attr-defined]
-        kept = info.setdefault("atomic_claim.inferred", {})
+        kept = info.setdefault(INFERRED, {})
         known = kept.get((key, False)) or kept.get((key, ordered))
         if known is None:
             known = kept[key, ordered] = cls._infer(table, mapper, ordered=ordered)
@@ -687,6 +691,10 @@ def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
     """
     if isinstance(given, JobTable):
         return given
+    if isinstance(given, Table) and (kept := given.info.get(INFERRED)):
+        known: JobTable | None = kept.get((given, False)) or kept.get((given, ordered))
+        if known is not None:
+            return known
     return JobTable._inferred(given, ordered=ordered)  # noqa: SLF001 - this module's own
 
 

@@ -78,11 +78,11 @@ class ClaimRequest(NamedTuple):
     lease: timedelta | None = None
     deletes: bool = False
 
-    def parameters(self, token: str | None) -> dict[str, Any]:
-        """Return the parameters for one execution of the parts' statements."""
-        found: dict[str, Any] = limits(self.limit)
-        if token is not None:
-            found[TOKEN] = token
+    def parameters(self, *, token: bool = False) -> dict[str, Any]:
+        """Return the parameters for one execution of the plan's statements, with a new token."""
+        found: dict[str, Any] = {LIMIT: self.limit, SCAN_LIMIT: self.limit + MARGIN}
+        if token:
+            found[TOKEN] = secrets.token_hex(16)
         if self.worker is not None:
             found[WORKER] = self.worker
         if self.lease is not None:
@@ -213,13 +213,13 @@ class ClaimPlan:
         found = replace(found, branches=branches, rows=found.rows.where(others))
         return replace(self, candidates=found, prepared={})
 
-    @property
+    @cached_property
     def multi_table(self) -> bool:
         """Return True if the mapped class has its columns in several tables."""
         mapper = self.job_table.mapper
         return mapper is not None and len(mapper.tables) > 1
 
-    @property
+    @cached_property
     def key_of(self) -> Callable[[Any], tuple[Any, ...]]:
         """Return a function that reads the key from an entity or a row of the claim."""
         return self.prepare(_key_reader)
@@ -246,7 +246,7 @@ class ClaimPlan:
         found = (each.relationships for each in mapper.self_and_descendants)
         return any(one.lazy == "subquery" for relationships in found for one in relationships)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """How many columns of a result make up a claimed row or entity."""
         return 1 if self.entities else len(self.columns)
@@ -344,7 +344,7 @@ def claim_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     )
     if (known := job_table.statements.get(shape)) is None:
         known = job_table.statements[shape] = build_plan(job_table, request, entities=entities)
-    else:
+    elif request.worker is not None or request.lease is not None:
         _check(job_table, request)
     return known
 
@@ -398,7 +398,7 @@ def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
     places = [next(i for i, c in enumerate(columns) if c is column) for column in wanted]
     if len(places) == 1:
         place = places[0]
-        return lambda row: (row[place],)
+        return operator.itemgetter(slice(place, place + 1))
     return operator.itemgetter(*places)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 from pkgutil import resolve_name
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Dialect
 from sqlalchemy.ext.compiler import compiles
@@ -44,6 +45,7 @@ BUILT_IN = {
 }
 BACKENDS: dict[str, Backend] = {}
 """The backends that were asked for, by the name of the dialect."""
+_checked: WeakKeyDictionary[Dialect, Backend] = WeakKeyDictionary()
 
 
 def backend_for(dialect: Dialect) -> Backend:
@@ -52,6 +54,8 @@ def backend_for(dialect: Dialect) -> Backend:
     Raises:
         UnsupportedDialect: there is none, or the server is too old.
     """
+    if (known := _checked.get(dialect)) is not None:
+        return known
     backend = BACKENDS.get(dialect.name) or _loaded(dialect.name)
     if backend is None:
         raise UnsupportedDialect(
@@ -59,6 +63,9 @@ def backend_for(dialect: Dialect) -> Backend:
             "CockroachDB and YugabyteDB by their own dialects), MySQL, MariaDB and SQLite"
         )
     backend.check(dialect)
+    # A dialect that never connected knows no version yet.
+    if dialect.server_version_info is not None:
+        _checked[dialect] = backend
     return backend
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -129,19 +130,19 @@ class Transaction:
         """The database's."""
         return self.connection.dialect
 
-    def may_add_criteria(self, plan: ClaimPlan) -> bool:
-        """Return True if the session has ``do_orm_execute`` listeners, which may add criteria."""
+    def needs_steps(self, plan: ClaimPlan) -> bool:
+        """Return True if a claim has to lock, mark and read by a statement each.
+
+        That is where the session has ``do_orm_execute`` listeners, which may add criteria to a
+        SELECT; and where rows that are claimed and cannot be read could not be found again: they
+        are not rolled back, and bear no token.
+        """
+        if not self.own and plan.job_table.token is None:
+            return True
         session = self.executor
         if isinstance(session, Connection) or not plan.entities:
             return False
         return bool(session.dispatch.do_orm_execute)
-
-    def is_traceable(self, plan: ClaimPlan) -> bool:
-        """Return True if rows that were claimed and could not be read are found again.
-
-        In a transaction of the call's own they are rolled back, and else found by their token.
-        """
-        return self.own or plan.job_table.token is not None
 
     @property
     def in_autocommit(self) -> bool:
@@ -371,6 +372,10 @@ class Backend(ABC):
     def is_conflict(self, error: DBAPIError) -> bool:
         """Check whether the error is one for which the database asks to retry the transaction."""
 
+    def is_stale(self, error: DBAPIError) -> bool:
+        """Check whether the driver has sent a prepared statement that the server outdated."""
+        return False
+
     def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
         """Return the exceptions that are raised when the database cannot be reached."""
         return (DBAPIError, OSError)
@@ -454,10 +459,10 @@ def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
                     plan.refuse_fault(row[width], tuple(row[:width]))
         if not plan.entities:
             make = plan.prepare(row_maker, rows[0]._fields[:width])
-            items = [make(row[:width]) for row in rows]
+            items = list(map(make, map(operator.itemgetter(slice(width)), rows)))
     if plan.entities:
-        items = [row[0] for row in rows]
-    return [(key_of(item), item) for item in items]
+        items = list(map(operator.itemgetter(0), rows))
+    return list(zip(map(key_of, items), items, strict=True))
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:

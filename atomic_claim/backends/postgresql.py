@@ -109,6 +109,7 @@ PATIENCE, PAUSE = 200, 0.05
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
+NOT_SUPPORTED = "0A000"
 
 KEYS_UNLOCKED = "the locks on the keys would be gone before the rows change"
 
@@ -152,10 +153,12 @@ class PostgreSQL(Backend):
         return plan.job_table.exclusive_by is None and not plan.needs_select
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        if not self.is_single(plan) or tx.may_add_criteria(plan) or not tx.is_traceable(plan):
+        is_plain = tx.own and not plan.entities
+        if not plan.prepare(self.is_single) or not (is_plain or not tx.needs_steps(plan)):
             return self.claim_by_steps(tx, plan, params, mark_and_load)
-        self._check_zone(tx, plan)
-        return keyed_rows(plan, tx.rows(plan.prepare(claiming), params))
+        if plan.prepare(self._has_naive):
+            self._check_zone(tx, plan)
+        return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
 
     def claim_by_steps(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
@@ -271,15 +274,21 @@ class PostgreSQL(Backend):
         return bool(status != 0)
 
     def is_conflict(self, error: DBAPIError) -> bool:
-        found = error.orig
-        code = getattr(found, "sqlstate", None) or getattr(found, "pgcode", None)
-        return code in CONFLICTS
+        return _sqlstate(error) in CONFLICTS or self.is_stale(error)
+
+    def is_stale(self, error: DBAPIError) -> bool:
+        return _sqlstate(error) == NOT_SUPPORTED and "cached" in str(error.orig)
 
     def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
         """Of asyncpg, a refusal to connect may reach us as it was raised."""
         found = super().outages(dialect)
         driver: Any = getattr(dialect.dbapi, "asyncpg", None)
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
+
+
+def _sqlstate(error: DBAPIError) -> str | None:
+    found = error.orig
+    return getattr(found, "sqlstate", None) or getattr(found, "pgcode", None)
 
 
 def _time_zone(tx: Transaction) -> str:

@@ -85,9 +85,6 @@ class SQLite(Backend):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, plan: ClaimPlan) -> bool:
-        return plan.prepare(self._is_single)
-
-    def _is_single(self, plan: ClaimPlan) -> bool:
         if plan.needs_select or plan.job_table.exclusive_by is not None:
             return False
         if _has_cte(*plan.values.values()):
@@ -95,7 +92,7 @@ class SQLite(Backend):
         return plan.single or not (plan.changes_order or any(t.collates for t in _terms(plan)))
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        if not self.is_single(plan) or tx.may_add_criteria(plan) or not tx.is_traceable(plan):
+        if not plan.prepare(self.is_single) or tx.needs_steps(plan):
             return self.claim_by_steps(tx, plan, params, mark_and_load)
         rows = self._claimed(tx, plan, params)
         found = keyed_rows(plan, _in_order(plan, rows))

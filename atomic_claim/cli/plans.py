@@ -155,7 +155,7 @@ def accesses(
     statement = finding_statement(connection, plan)
     for preference in () if as_it_is else PREFERENCES.get(product, ()):
         connection.execute(text(preference))
-    rows = explained(connection, statement, request.parameters("0" * 32))
+    rows = explained(connection, statement, request.parameters(token=True))
     connection.rollback()
     table = plan.job_table.table
     if product == "postgresql":

@@ -136,7 +136,7 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     said = [f"{name}=..." for name in ("worker", "lease") if getattr(request, name) is not None]
     call = f"claim_jobs({', '.join(['engine', job_table.table.name, str(limit), *said])})"
     one_key = None if len(job_table.key) == 1 else (None,) * len(job_table.key)
-    given = {**request.parameters(None), TOKEN: None, WORKER: None, KEYS: [one_key]}
+    given = {**request.parameters(), TOKEN: None, WORKER: None, KEYS: [one_key]}
     try:
         plan = fresh_plan(job_table, request)
         statements = backend.statements(plan)

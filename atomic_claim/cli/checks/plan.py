@@ -65,7 +65,7 @@ def statement_of(reading: Reading) -> str:
     plan, request = claim_of(reading.job_table)
     connection = reading.patient.connection
     statement = finding_statement(connection, plan)
-    return as_sent(connection, statement, request.parameters("0" * 32))[0]
+    return as_sent(connection, statement, request.parameters(token=True))[0]
 
 
 def plan(reading: Reading) -> Iterator[Finding]:
