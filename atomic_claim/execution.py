@@ -124,6 +124,7 @@ class OwnTransaction:
         recoverable: whether a lost COMMIT can be looked up in the table.
         process: what the backend knows of the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
+        ended: whether the operation itself was over when the last try failed.
         lost: whether an earlier try lost its connection.
         unknown: whether an earlier try lost it while it may have been committed.
         lost_at: when it was lost, by ``time.monotonic()``.
@@ -136,6 +137,7 @@ class OwnTransaction:
     recoverable: bool
     process: Any = None
     committing: bool = False
+    ended: bool = False
     lost: bool = False
     unknown: bool = False
     lost_at: float = 0.0
@@ -152,7 +154,7 @@ class OwnTransaction:
                 raise
             except Exception as error:
                 if not self._is_outage(error):
-                    if careful is None or run is careful or self.unknown:
+                    if careful is None or run is careful or self.unknown or self.ended:
                         raise
                     run, self.single = careful, None
                     continue
@@ -169,7 +171,7 @@ class OwnTransaction:
 
     def run(self, run: Run[R]) -> R:
         """Run once, and commit."""
-        self.committing = False
+        self.committing = self.ended = False
         with ExitStack() as stack:
             session, engine = None, self.bind
             if not isinstance(engine, Engine):
@@ -191,7 +193,7 @@ class OwnTransaction:
                         after_disconnect=self.unknown,
                     )
                 )
-                self.committing = True
+                self.committing = self.ended = True
                 (session or connection).commit()
             except BaseException as error:
                 _fail(backend, connection, error)

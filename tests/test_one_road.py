@@ -1,0 +1,349 @@
+"""The rules of the one road: one bind, one transaction, nothing lost, a mark that is checked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Column, String
+from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    reconstructor,
+    relationship,
+    sessionmaker,
+)
+
+from atomic_claim import ClaimError, JobTable, UnsupportedDialect, backends, claim_jobs
+from atomic_claim.backends.sqlite import SQLite
+from tests.databases import Database, end_connection
+from tests.jobs import bound, fill, ids, job_table, mapped, taken
+
+SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
+
+
+# One bind.
+
+
+class Base(DeclarativeBase):
+    """Jobs with lines that a SELECT loads."""
+
+
+class Job(Base):
+    """A job; its lines are loaded by a second SELECT."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    processing: Mapped[bool] = mapped_column(default=False)
+    lines: Mapped[list["Line"]] = relationship(lazy="selectin")
+
+
+class Line(Base):
+    """A line of a job."""
+
+    __tablename__ = "lines"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"))
+
+
+def routed(writes: sa.Engine, reads: sa.Engine) -> type[Session]:
+    """Return the session class of SQLAlchemy's recipe, which sends reads to another engine."""
+
+    class Routed(Session):
+        def get_bind(self, mapper: Any = None, clause: Any = None) -> Any:  # noqa: ARG002 - the recipe's
+            if self._flushing or isinstance(clause, (sa.Update, sa.Delete, sa.Insert)):
+                return writes
+            return reads
+
+    return Routed
+
+
+def with_lines(database: Database) -> tuple[sa.Engine, sa.Engine]:
+    """Create jobs with a line each, and an engine to a database that has the tables only."""
+    writes = database.engine()
+    reads = sa.create_engine("sqlite://", poolclass=sa.pool.StaticPool)
+    for engine in (writes, reads):
+        Base.metadata.create_all(engine)
+    with Session(writes) as session:
+        session.add_all([Job(id=n, lines=[Line(id=10 * n)]) for n in range(1, 5)])
+        session.commit()
+    return writes, reads
+
+
+@pytest.mark.parametrize("kind", ["session", "sessionmaker"])
+def test_reads_are_not_routed_elsewhere(database: Database, kind: str) -> None:
+    """Rows and their relationships are read where they were claimed, and nothing stays shadowed."""
+    writes, reads = with_lines(database)
+    session_class = routed(writes, reads)
+    if kind == "sessionmaker":
+        claimed = claim_jobs(sessionmaker(class_=session_class), Job, 2)
+        assert [[line.id for line in job.lines] for job in claimed] == [[10], [20]]
+    else:
+        with session_class() as session:
+            claimed = claim_jobs(session, Job, 2)
+            assert [[line.id for line in job.lines] for job in claimed] == [[10], [20]]
+            assert "get_bind" not in vars(session)
+            assert session.get_bind() is reads
+            session.commit()
+    assert ids(claim_jobs(writes, Job.__table__, 4)) == [3, 4]
+
+
+def test_bind_arguments_alone_do_not_hold(database: Database) -> None:
+    """The twin: they reach the SELECT of the jobs, and the lines come from the empty database."""
+    writes, reads = with_lines(database)
+    lines = []
+
+    class Ignoring(routed(writes, reads)):  # type: ignore[misc]
+        def get_bind(self, mapper: Any = None, clause: Any = None, bind: Any = None) -> Any:
+            return bind or super().get_bind(mapper, clause)
+
+    with Ignoring() as session, writes.connect() as connection:
+        query = sa.select(Job).order_by(Job.id).limit(1)
+        found = session.scalars(query, bind_arguments={"bind": connection}).one()
+        lines += found.lines
+    assert (found.id, lines) == (1, [])
+
+
+# A mark that is checked.
+
+
+def trigger(database: Database, body: str) -> None:
+    """Create a trigger that runs before each UPDATE of a row whose note is `hooked`."""
+    with database.engine().begin() as connection:
+        if database.name == "postgresql":
+            connection.exec_driver_sql(
+                "CREATE FUNCTION on_update() RETURNS trigger LANGUAGE plpgsql AS "
+                f"$$ BEGIN IF new.note = 'hooked' THEN {body} END IF; RETURN new; END $$"
+            )
+            connection.exec_driver_sql(
+                "CREATE TRIGGER hook BEFORE UPDATE ON jobs "
+                "FOR EACH ROW EXECUTE FUNCTION on_update()"
+            )
+        elif database.name == "sqlite":
+            connection.exec_driver_sql(
+                "CREATE TRIGGER hook BEFORE UPDATE ON jobs WHEN new.note = 'hooked' "
+                f"BEGIN {body} END"
+            )
+        else:
+            connection.exec_driver_sql(
+                "CREATE TRIGGER hook BEFORE UPDATE ON jobs FOR EACH ROW "
+                f"BEGIN IF new.note = 'hooked' THEN {body} END IF; END"
+            )
+
+
+def hooked(database: Database) -> tuple[sa.Engine, JobTable]:
+    """Create free jobs of which the second is hooked, in a table with a token."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, 3)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id == 2).values(note="hooked"))
+    return engine, JobTable(table, state="processing", token="claim_token")
+
+
+REWRITES = {
+    "postgresql": "new.processing := false;",
+    "mysql": "SET new.processing = false;",
+    "mariadb": "SET new.processing = false;",
+}
+VETOES = {"postgresql": "RETURN NULL;", "sqlite": "SELECT RAISE(IGNORE);"}
+
+
+@pytest.mark.parametrize("kind", ["connection", "session", "engine", "sessionmaker"])
+@SERVERS
+def test_a_trigger_that_rewrites_the_mark(database: Database, kind: str) -> None:
+    """The claim fails by name of the condition, and marks nothing."""
+    engine, jobs = hooked(database)
+    trigger(database, REWRITES[database.name])
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match=r"jobs\.processing = "):
+            claim_jobs(bind, jobs, 3)
+        if hasattr(bind, "commit"):
+            bind.commit()
+    assert taken(engine, jobs.table) == []
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("kind", ["connection", "engine", "sessionmaker"])
+@pytest.mark.databases("postgresql", "sqlite")
+def test_a_trigger_that_vetoes_the_mark(database: Database, kind: str, limit: int) -> None:
+    """A row that is found and not marked fails the claim."""
+    engine, jobs = hooked(database)
+    trigger(database, VETOES[database.name])
+    where = jobs.table.c.id > 1
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match="does not bear the mark"):
+            claim_jobs(bind, jobs, limit, where=where)
+        if hasattr(bind, "commit"):
+            bind.commit()
+    assert taken(engine, jobs.table) in ([], [3] if kind == "connection" else [])
+
+
+@pytest.mark.parametrize("claimed", ["running", "x"])
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_server_that_cuts_values(database: Database, claimed: str) -> None:
+    """Without strict mode an ENUM stores '' for what it lacks, and a short column cuts a token."""
+    engine = database.engine(connect_args={"init_command": "SET sql_mode = ''"})
+    kinds = "ENUM('new', 'x')"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE jobs (id INT PRIMARY KEY, state {kinds}, claim_token VARCHAR(8))"
+        )
+        connection.exec_driver_sql("INSERT INTO jobs VALUES (1, 'new', NULL)")
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        Column("id", sa.Integer, primary_key=True),
+        Column("state", String(10)),
+        Column("claim_token", String(32)),
+    )
+    token = "claim_token" if claimed == "x" else None
+    jobs = JobTable(table, state="state", free="new", claimed=claimed, token=token)
+    with pytest.raises(ClaimError, match="does not bear the mark"):
+        claim_jobs(engine, jobs)
+    with engine.connect() as connection:
+        assert connection.scalar(sa.select(table.c.state)) == "new"
+
+
+def test_a_declaration_that_leaves_a_row_claimable(database: Database) -> None:
+    """The claim says so, and marks nothing."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 2)
+    jobs = JobTable(table, free=table.c.id > 0, claimed={"processing": True})
+    with pytest.raises(ClaimError, match="claimable right after it was claimed"):
+        claim_jobs(engine, jobs)
+    assert taken(engine, table) == []
+
+
+# Nothing is lost.
+
+
+def test_a_hook_that_raises(database: Database) -> None:
+    """An entity whose reconstructor raises is told, and the others are handed out."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 3)
+
+    class Picky(DeclarativeBase):
+        pass
+
+    class Hooked(Picky):
+        __table__ = table.to_metadata(Picky.metadata)
+
+        @reconstructor
+        def check(self) -> None:
+            if self.id == 2:
+                raise ZeroDivisionError
+
+    found = claim_jobs(sessionmaker(engine), Hooked, 3)
+    assert (ids(found), found.unreadable) == ([1, 3], ((2,),))
+    assert taken(engine, table) == [1, 3]
+
+
+@pytest.mark.parametrize("kind", ["session", "engine"])
+def test_rows_that_cannot_be_read_are_passed_over_ten_times(database: Database, kind: str) -> None:
+    """A queue whose head cannot be read goes on; one of nothing else is an empty claim."""
+    kinds = sa.Enum("mail", native_enum=False, length=10)
+    engine, table = database.engine(), job_table(Column("kind", kinds))
+    fill(engine, table, 4, kind="mail")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id < 4")
+    found = claim_jobs(sessionmaker(engine) if kind == "session" else engine, table)
+    assert (ids(found), found.unreadable) == ([4], ((1,), (2,), (3,)))
+    again = claim_jobs(engine, table, 5)
+    assert (ids(again), again.unreadable) == ([], ((1,), (2,), (3,)))
+    assert taken(engine, table) == [4]
+
+
+@pytest.mark.databases("postgresql")
+def test_a_type_that_changes_under_a_prepared_statement(database: Database) -> None:
+    """Trap 30: the connection is given up, and the claim made on another one."""
+    engine = database.engine(pool_size=1, max_overflow=0)
+    table = job_table(Column("claim_token", String(32)))
+    fill(engine, table, 40)
+    for _ in range(8):
+        claim_jobs(engine, table)
+    statement = sa.select(table).order_by(table.c.id).limit(1)
+    automatic = database.engine(isolation_level="AUTOCOMMIT", pool_size=1, max_overflow=0)
+    for _ in range(8):
+        with automatic.connect() as connection:
+            connection.execute(statement).all()
+    with database.engine().begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE jobs ALTER note TYPE varchar(200)")
+    assert ids(claim_jobs(engine, table, 2)) == [9, 10]
+    # The twin: a plain statement in AUTOCOMMIT fails each time.
+    for _ in range(3):
+        with automatic.connect() as connection, pytest.raises(sa.exc.NotSupportedError):
+            connection.execute(statement).all()
+
+
+# An outcome that is unknown.
+
+
+@SERVERS
+def test_a_lost_commit_without_a_token(database: Database) -> None:
+    """The error says that the outcome is unknown; with a token it is found out."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, 4)
+    admin = database.engine(isolation_level="AUTOCOMMIT")
+
+    def kill(connection: sa.Connection) -> None:
+        if not killed:
+            killed.append(True)
+            end_connection(admin, connection.connection.driver_connection)
+
+    for token, expected in ((None, []), ("claim_token", [1, 2])):
+        killed: list[bool] = []
+        jobs = JobTable(table, state="processing", token=token)
+        sa.event.listen(engine, "commit", kill)
+        if token is None:
+            with pytest.raises(sa.exc.DBAPIError, match="outcome is unknown"):
+                claim_jobs(engine, jobs, 2)
+        else:
+            assert ids(claim_jobs(engine, jobs, 2)) == expected
+        sa.event.remove(engine, "commit", kill)
+        assert taken(engine, table) == expected
+
+
+# A backend of another package.
+
+
+class Invented(SQLite):
+    """A backend for a dialect that nobody has heard of."""
+
+    names = ("invented",)
+
+
+class InventedDialect(SQLiteDialect_pysqlite):
+    """SQLite by another name."""
+
+    name = "invented"
+    supports_statement_cache = True
+
+
+@pytest.mark.databases("sqlite")
+def test_a_backend_by_entry_point(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dialect that is not known is refused, until a package registers its backend."""
+    table = job_table()
+    fill(database.engine(), table, 2)
+    sa.dialects.registry.register("invented", __name__, "InventedDialect")
+    engine = sa.create_engine(database.url.set(drivername="invented"))
+    with pytest.raises(UnsupportedDialect, match="'invented'"):
+        claim_jobs(engine, table)
+
+    class Point:
+        def load(self) -> Callable[[], Invented]:
+            return Invented
+
+    def points(*, group: str, name: str) -> list[Point]:
+        assert (group, name) == ("atomic_claim.backends", "invented")
+        return [Point()]
+
+    monkeypatch.setattr(backends, "entry_points", points)
+    assert ids(claim_jobs(engine, table)) == [1]
+    assert ids(claim_jobs(sessionmaker(engine), mapped(table), 2)) == [2]
+    assert taken(database.engine(), table) == [1, 2]
+    engine.dispose()
