@@ -434,7 +434,8 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
         changed = change(tx, owned.job_table, owned.keys, guard, values)
         if tx.after_disconnect and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
-            rest = [key for key in owned.keys if key not in set(changed)]
+            known = set(changed)
+            rest = [key for key in owned.keys if key not in known]
             changed += owned.changed_before(tx, rest, values)
         if not isinstance(tx.executor, Connection):
             _expire(tx.executor, owned.job_table, changed, values)
@@ -449,8 +450,8 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
     )
     if ends and owned.token is not None:
         ended_here.get(owned.token, Ended()).update(changed)
-    lost = [key for key in owned.keys if key not in set(changed)]
-    if lost:
+    ours = set(changed)
+    if lost := [key for key in owned.keys if key not in ours]:
         raise ClaimLost(
             f"{len(lost)} of {len(owned.keys)} jobs of {owned.job_table.table.fullname!r} are no "
             f"longer this claim's, their keys: {lost!r}. Another worker has them, or they have "

@@ -136,6 +136,7 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "backends",
         "backends.base",
         "backends.by_key",
+        "backends.drivers",
         "backends.recovery",
         "sql_elements",
         "errors",

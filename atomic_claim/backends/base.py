@@ -37,6 +37,8 @@ from atomic_claim.job_table import JobTable
 from atomic_claim.plan import FAULT, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
+from .drivers import in_transaction
+
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
@@ -330,10 +332,6 @@ class Backend(ABC):
         statement = update(job_table.table).values(dict(values)).returning(*job_table.key)
         return (ByKey(job_table.key, lambda is_one: statement.where(is_one, guard)),)
 
-    def changes_at_once(self, keys: Sequence[Key]) -> bool:
-        """Check whether :meth:`change` takes a single statement for these keys."""
-        return len(keys) <= CHUNK
-
     def unlocked(
         self,
         tx: Transaction,
@@ -364,9 +362,9 @@ class Backend(ABC):
         Afterwards a row that bears the claim's token was committed, and no other will be.
         """
 
-    @abstractmethod
     def in_transaction(self, pooled: Pooled) -> bool:
         """Ask the driver whether a transaction is open on its connection."""
+        return in_transaction(pooled.driver_connection)
 
     @abstractmethod
     def is_conflict(self, error: DBAPIError) -> bool:

@@ -43,7 +43,6 @@ from .base import (
     Key,
     KeyedRows,
     Mark,
-    Pooled,
     Transaction,
     chunks,
     hinted,
@@ -55,13 +54,16 @@ from .base import (
     require,
 )
 from .by_key import VIEW, keyed_statements
+from .drivers import code_of
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
 INSTANT = "atomic_claim_instant"
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
-# ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK.
-CONFLICTS = frozenset({1020, 1205, 1213})
+# ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
+CONFLICTS = frozenset({1020, 1205, 1213, 3101})
+# ER_ERROR_DURING_COMMIT, a conflict if InnoDB's own error is 149 (HA_ERR_LOCK_DEADLOCK).
+ERROR_DURING_COMMIT = 1180
 # ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
 HELD = frozenset({1205, 3572})
 # Optimisers give up on ranges of very many keys and read the whole index instead.
@@ -238,9 +240,6 @@ class MySQL(Backend):
         writing = hinted(update(table).values(dict(values)), table, self.hints)
         return ByKey(key, lambda is_one: held.where(is_one, guard)), ByKey(key, writing.where)
 
-    def changes_at_once(self, keys: Sequence[Key]) -> bool:
-        return False
-
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
         """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
@@ -277,11 +276,6 @@ class MySQL(Backend):
             f"the claim is unknown: KILL {process}"
         )
 
-    def in_transaction(self, pooled: Pooled) -> bool:
-        driver: Any = pooled.driver_connection
-        status = getattr(driver, "server_status", 0)
-        return bool(isinstance(status, int) and status & 1)  # SERVER_STATUS_IN_TRANS
-
     def is_naive(self, type_: DateTime) -> bool:
         """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""
         return not isinstance(type_, TIMESTAMP)
@@ -291,11 +285,13 @@ class MySQL(Backend):
         self.refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
 
     def is_conflict(self, error: DBAPIError) -> bool:
-        return self.code(error) in CONFLICTS
+        code = self.code(error)
+        return code in CONFLICTS or (code == ERROR_DURING_COMMIT and "149" in str(error.orig))
 
-    def code(self, error: DBAPIError) -> Any:
+    def code(self, error: DBAPIError) -> int | None:
         """Return the server's error number, or None if there is none."""
-        return error.orig.args[0] if error.orig is not None and error.orig.args else None
+        found: int | None = code_of(error, int)
+        return found
 
 
 checked: WeakKeyDictionary[Dialect, set[tuple[str | None, ...]]] = WeakKeyDictionary()

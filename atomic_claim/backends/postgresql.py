@@ -57,7 +57,6 @@ from .base import (
     Key,
     KeyedRows,
     Mark,
-    Pooled,
     Transaction,
     chunks,
     keyed_rows,
@@ -69,6 +68,7 @@ from .base import (
     require,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
+from .drivers import code_of
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC_NAMES = frozenset(
@@ -93,8 +93,6 @@ UTC_NAMES = frozenset(
         "etc/gmt-0",
     ]
 )
-# Of psycopg's transaction status.
-IDLE = 0
 ASKED = text(
     "SELECT pid, backend_start, current_setting('transaction_isolation') FROM pg_stat_activity "
     "WHERE pid = pg_backend_pid()"
@@ -264,31 +262,17 @@ class PostgreSQL(Backend):
             f"claim is unknown: SELECT pg_terminate_backend({pid})"
         )
 
-    def in_transaction(self, pooled: Pooled) -> bool:
-        driver: Any = pooled.driver_connection
-        if (connection := getattr(driver, "pgconn", None)) is not None:  # psycopg
-            return bool(connection.transaction_status != IDLE)
-        if hasattr(driver, "is_in_transaction"):  # asyncpg
-            return bool(driver.is_in_transaction())
-        status = getattr(getattr(driver, "info", None), "transaction_status", 0)  # psycopg2
-        return bool(status != 0)
-
     def is_conflict(self, error: DBAPIError) -> bool:
-        return _sqlstate(error) in CONFLICTS or self.is_stale(error)
+        return code_of(error, str) in CONFLICTS or self.is_stale(error)
 
     def is_stale(self, error: DBAPIError) -> bool:
-        return _sqlstate(error) == NOT_SUPPORTED and "cached" in str(error.orig)
+        return code_of(error, str) == NOT_SUPPORTED and "cached" in str(error.orig)
 
     def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
         """Of asyncpg, a refusal to connect may reach us as it was raised."""
         found = super().outages(dialect)
         driver: Any = getattr(dialect.dbapi, "asyncpg", None)
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
-
-
-def _sqlstate(error: DBAPIError) -> str | None:
-    found = error.orig
-    return getattr(found, "sqlstate", None) or getattr(found, "pgcode", None)
 
 
 def _time_zone(tx: Transaction) -> str:

@@ -42,7 +42,6 @@ from .base import (
     Key,
     KeyedRows,
     Mark,
-    Pooled,
     Transaction,
     chunks,
     keyed_rows,
@@ -160,10 +159,6 @@ class SQLite(Backend):
             yield
         finally:
             tx.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
-
-    def in_transaction(self, pooled: Pooled) -> bool:
-        driver: Any = pooled.driver_connection
-        return bool(driver.in_transaction)
 
     def is_conflict(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)

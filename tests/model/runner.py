@@ -408,7 +408,7 @@ class Run:
         names = [column.name for column in self.world.schema.columns.values()]
         names += [self.world.schema.table.name, "AUTOCOMMIT", "SERIALIZABLE", "transaction"]
         names += [f"{role}=" for role in ("free", "claimed", "done", "failed", "attempts")]
-        if not any(each in said for each in names):
+        if not any(each in said or repr(each)[1:-1] in said for each in names):
             self.fail(f"{what}: the refusal names neither a column nor a bind: {error!r}", error)
 
     def _judge_claim(self, step: Claim, future: Future[Any]) -> None:

@@ -1,0 +1,51 @@
+"""Facts that depend on the DBAPI driver, in one table for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+
+IDLE = 0
+SERVER_STATUS_IN_TRANS = 1
+
+IN_TRANSACTION: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("psycopg", "pgconn", lambda driver: driver.pgconn.transaction_status != IDLE),
+    ("asyncpg", "is_in_transaction", lambda driver: driver.is_in_transaction()),
+    ("pg8000", "_transaction_status", lambda driver: driver._transaction_status != b"I"),  # noqa: SLF001 - it has no public name
+    ("psycopg2", "info", lambda driver: driver.info.transaction_status != IDLE),
+    ("sqlite3, aiosqlite, mysql-connector", "in_transaction", lambda driver: driver.in_transaction),
+    (
+        "PyMySQL, asyncmy, aiomysql",
+        "server_status",
+        lambda driver: driver.server_status & SERVER_STATUS_IN_TRANS,
+    ),
+)
+"""Drivers, an attribute that their connections have, and whether a transaction is open on one."""
+
+CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("psycopg, asyncpg", lambda error: getattr(error, "sqlstate", None)),
+    ("psycopg2", lambda error: getattr(error, "pgcode", None)),
+    ("mysql-connector", lambda error: getattr(error, "errno", None)),
+    ("pg8000", lambda error: error.args[0].get("C") if isinstance(error.args[0], dict) else None),
+    ("PyMySQL, mysqlclient, asyncmy, aiomysql", lambda error: error.args[0]),
+)
+"""Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, a number of MySQL."""
+
+
+def in_transaction(driver: Any) -> bool:
+    """Return True if a transaction is open on a driver's connection; False where it cannot tell."""
+    for _, attribute, asks in IN_TRANSACTION:
+        if hasattr(driver, attribute):
+            return bool(asks(driver))
+    return False
+
+
+def code_of(error: DBAPIError, type_: type) -> Any:
+    """Return the server's code of an error, of this type, or None if there is none."""
+    found = error.orig
+    if found is None or not found.args:
+        return None
+    codes = (ask(found) for _, ask in CODES)
+    return next((code for code in codes if isinstance(code, type_)), None)
