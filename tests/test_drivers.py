@@ -1,4 +1,4 @@
-"""What depends on the driver: conflicts, lost connections, open transactions, driver by driver."""
+"""Conflicts, lost connections and open transactions, driver by driver."""
 
 import asyncio
 from typing import Any

@@ -516,7 +516,7 @@ def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
         statement = finding_statement(connection, parts)
-        rows = explained(connection, statement, ask.parameters("0" * 32))
+        rows = explained(connection, statement, ask.parameters(token=True))
     said = " ".join(str(dict(row)) for row in rows)
     marks = r"'Index Cond': '\(attempts < 5\)'|COVERING INDEX|Using index(?! condition)"
     return re.search(marks, said) is not None

@@ -137,7 +137,7 @@ def trigger(database: Database, body: str) -> None:
 
 
 def hooked(database: Database) -> tuple[sa.Engine, JobTable]:
-    """Create free jobs of which the second is hooked, in a table with a token."""
+    """Create three free jobs in a table with a token; the trigger acts on the second."""
     engine, table = database.engine(), job_table(Column("claim_token", String(32)))
     fill(engine, table, 3)
     with engine.begin() as connection:
@@ -312,7 +312,7 @@ def test_a_lost_commit_without_a_token(database: Database) -> None:
 
 
 class Invented(SQLite):
-    """A backend for a dialect that nobody has heard of."""
+    """A backend for a dialect that no package of ours knows."""
 
     names = ("invented",)
 

@@ -99,7 +99,11 @@ def salvage(
     """
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         raise error
-    keys = error.keys if isinstance(error, Unreadable) else traced(tx, plan, params)
+    try:
+        keys = error.keys if isinstance(error, Unreadable) else traced(tx, plan, params)
+    except SQLAlchemyError:
+        # The transaction has failed, and nothing of it can be committed.
+        raise error from None
     if not keys:
         raise error
     if isinstance(error, ClaimError) or not isinstance(error, Exception):
@@ -123,11 +127,7 @@ def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Seque
     if TOKEN not in params:
         return ()
     ours = and_(job_table.token == params[TOKEN], job_table.is_running)
-    try:
-        return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
-    except SQLAlchemyError:
-        # The transaction has failed, and nothing of it can be committed.
-        return ()
+    return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
 
 
 def _free(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]) -> None:
