@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for
 from .backends.base import pause
+from .backends.drivers import KNOWN
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
@@ -239,6 +240,7 @@ class OwnTransaction:
                 and not (connection.dispatch.begin or connection.dispatch.commit)
                 and not connection.get_execution_options()
                 and backend.commits_singly
+                and connection.dialect.driver in KNOWN
                 and self.single.prepare(backend.is_single)
             ):
                 connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -268,9 +270,11 @@ def _begun(backend: Backend, connection: Connection) -> Iterator[None]:
         connection.begin()
     dialect, driver = connection.dialect, connection.connection.dbapi_connection
     assert driver is not None
-    if not dialect.detect_autocommit_setting(driver) or backend.in_transaction(
-        connection.connection
-    ):
+    try:
+        in_autocommit = dialect.detect_autocommit_setting(driver)
+    except NotImplementedError:
+        in_autocommit = False
+    if not in_autocommit or backend.in_transaction(connection.connection):
         yield
         return
     assert dialect.default_isolation_level is not None

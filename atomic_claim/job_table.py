@@ -165,6 +165,11 @@ class JobTable:
                 f"{given!r} is not a table: pass a Table, a mapped class or a JobTable"
                 + (" (is the class mapped?)" if isinstance(given, type) else "")
             )
+        if mapper is not None and any(each.concrete for each in mapper.self_and_descendants):
+            raise ClaimError(
+                f"{given.__name__} has concrete table inheritance, where a row's class is told by "
+                "its table: declare the Table of each class"
+            )
         self._set("entity", mapper.class_ if mapper is not None else None)
         self._set("table", self._table_of_state(tables))
         if not self.table.primary_key.columns:

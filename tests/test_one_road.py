@@ -1,12 +1,13 @@
 """The rules of the one road: one bind, one transaction, nothing lost, a mark that is checked."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, String
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -107,6 +108,61 @@ def test_bind_arguments_alone_do_not_hold(database: Database) -> None:
         found = session.scalars(query, bind_arguments={"bind": connection}).one()
         lines += found.lines
     assert (found.id, lines) == (1, [])
+
+
+def test_a_sharded_session_is_refused(database: Database) -> None:
+    """Its statements go to several databases."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 1)
+    names = ("shard_chooser", "identity_chooser", "execute_chooser")
+    choosers: dict[str, Any] = dict.fromkeys(names, lambda *_: "one")
+    session = ShardedSession(shards={"one": engine}, **choosers)
+    with session, pytest.raises(ClaimError, match="ShardedSession"):
+        claim_jobs(session, table)
+
+
+def test_concrete_inheritance_is_refused() -> None:
+    """A row's class is told by its table, so the class has several tables to claim from."""
+
+    class Shapes(DeclarativeBase):
+        pass
+
+    class Plain(Shapes):
+        __tablename__ = "plain"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        processing: Mapped[bool]
+
+    class Special(Plain):
+        __tablename__ = "special"
+        __mapper_args__: ClassVar[dict[str, Any]] = {"concrete": True}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        processing: Mapped[bool]
+
+    for each in (Plain, Special):
+        with pytest.raises(ClaimError, match=f"{each.__name__} has concrete table inheritance"):
+            JobTable(each, state="processing")
+    assert JobTable(Special.__table__, state="processing").entity is None
+
+
+@SERVERS
+def test_a_driver_that_is_not_known(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs BEGIN and COMMIT, and is refused where AUTOCOMMIT would not be safe."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, 4)
+    dialect = type(engine.dialect)
+
+    def silent(*_: object) -> bool:
+        raise NotImplementedError
+
+    monkeypatch.setattr(dialect, "detect_autocommit_setting", silent)
+    monkeypatch.setattr(dialect, "driver", "invented")
+    begun = []
+    sa.event.listen(engine, "begin", begun.append)
+    if database.name == "postgresql":
+        assert ids(claim_jobs(engine, table, 2)) == [1, 2]
+        assert begun
+    with engine.connect() as connection, pytest.raises(ClaimError, match="'invented'"):
+        claim_jobs(connection, JobTable(table, state="processing"))
 
 
 # A mark that is checked.

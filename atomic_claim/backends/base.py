@@ -151,7 +151,13 @@ class Transaction:
         """Return True if the driver commits every statement by itself."""
         dbapi_connection = self.connection.connection.dbapi_connection
         assert dbapi_connection is not None
-        return self.dialect.detect_autocommit_setting(dbapi_connection)
+        try:
+            return self.dialect.detect_autocommit_setting(dbapi_connection)
+        except NotImplementedError:
+            raise UnsupportedDialect(
+                f"the driver {self.dialect.driver!r} does not tell whether a connection is in "
+                "AUTOCOMMIT, where this claim would not be safe: use another driver"
+            ) from None
 
 
 class Unreadable(Exception):

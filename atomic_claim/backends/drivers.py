@@ -34,6 +34,24 @@ CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 """Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, a number of MySQL."""
 
 
+KNOWN = frozenset(
+    {
+        "aiomysql",
+        "aiosqlite",
+        "asyncmy",
+        "asyncpg",
+        "mysqlconnector",
+        "mysqldb",
+        "pg8000",
+        "psycopg",
+        "psycopg2",
+        "pymysql",
+        "pysqlite",
+    }
+)
+"""SQLAlchemy's names of these drivers; any other one runs BEGIN … COMMIT only."""
+
+
 def in_transaction(driver: Any) -> bool:
     """Return True if a transaction is open on a driver's connection; False where it cannot tell."""
     for _, attribute, asks in IN_TRANSACTION:

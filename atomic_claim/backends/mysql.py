@@ -32,7 +32,7 @@ from sqlalchemy.types import TIMESTAMP, DateTime, Float, Integer, String
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LEASE, LEAST, LIMIT, Candidates, ClaimPlan, limits
+from atomic_claim.plan import LEAST, LIMIT, Candidates, ClaimPlan, limits
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
@@ -135,9 +135,11 @@ class MySQL(Backend):
     def instant(
         self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
     ) -> dict[str, Any]:
-        if LEASE not in params:
+        lease = plan.job_table.lease
+        if lease is None or plan.values[lease] is None:
             return {}
-        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), {LEAST: params[LEAST]})}
+        least = {LEAST: params.get(LEAST, 0.0)}
+        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), least)}
 
     def least(self, plan: ClaimPlan) -> ColumnElement[Any] | None:
         lease = plan.job_table.lease
