@@ -200,7 +200,8 @@ class Beat:
         with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
             free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
             # SQLite locks nothing: the block may have ended some of them meanwhile.
-            ours = set(tx.backend.extend(tx, job_table, free, guard, self.values))
+            changes = tx.backend.changes(job_table, guard, self.values)
+            ours = set(tx.backend.extend(tx, job_table, free, changes))
             # Running, and nobody else's: an end that the block had begun was rolled back.
             self.ended.difference_update(ours)
             return ours | self._standing(tx, set(self.remaining).difference(ours))

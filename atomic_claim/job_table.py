@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import (
     Column,
@@ -64,6 +64,7 @@ declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
 """The job tables of this process, so that a ticket finds its own again."""
 
 
+T = TypeVar("T")
 # The key of what was inferred, in the ``info`` of its table.
 INFERRED = "atomic_claim.inferred"
 
@@ -267,6 +268,13 @@ class JobTable:
                 arguments["text_times"] = time_format(table.columns)
                 return cls(given, **arguments)
         raise AmbiguousTable(_explain(*readings[0]))
+
+    def prepare(self, make: Callable[..., T], *given: Any) -> T:
+        """Call ``make`` with this declaration and ``given`` once, and return its cached result."""
+        key = (make, *given)
+        if key not in self.statements:
+            self.statements[key] = make(self, *given)
+        return self.statements[key]  # type: ignore[no-any-return]
 
     @cached_property
     def key(self) -> tuple[Column[Any], ...]:

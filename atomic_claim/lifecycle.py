@@ -19,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Row,
     and_,
+    bindparam,
     case,
     func,
     literal,
@@ -30,14 +31,15 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
-from .backends import CHUNK, Transaction, chunks
+from .backends import CHUNK, Backend, Transaction, chunks
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
 from .inference import plain_type
 from .job_table import JobTable, job_table_of
 from .outcomes import Values, common_values, freeing
-from .sql_elements import DatabaseTime, InlineLiteral, key_in
+from .plan import TOKEN
+from .sql_elements import ByKey, DatabaseTime, InlineLiteral, key_in
 from .tickets import job_table_of_ticket, keys_of_ticket
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def complete_jobs(
         ClaimError: the table cannot hold what was asked for.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _change(bind, owned, completion(owned.job_table))
+    return _change(bind, owned, owned.job_table.prepare(completion), prepared=True)
 
 
 def fail_jobs(
@@ -199,7 +201,7 @@ def release_left(bind: Bind, claim: Held) -> int:
     def run(tx: Transaction) -> int:
         with tx.backend.limit_wait(tx, LONGEST_LOOK):
             free = tx.backend.unlocked(tx, job_table, owned.keys, guard)
-            return len(tx.backend.change(tx, job_table, free, guard, values))
+            return len(tx.backend.change(tx, free, tx.backend.changes(job_table, guard, values)))
 
     return run_in(bind, job_table, run, tries=1)
 
@@ -267,7 +269,7 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
     def run(tx: Transaction) -> int:
         keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(spent))]
         free = tx.backend.unlocked(tx, job_table, keys, spent)
-        return len(tx.backend.change(tx, job_table, free, spent, values))
+        return len(tx.backend.change(tx, free, tx.backend.changes(job_table, spent, values)))
 
     return run_in(bind, job_table, run)
 
@@ -424,14 +426,24 @@ def _error_value(job_table: JobTable, message: str) -> Any:
     return message if length is None else message[:length]
 
 
-def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> int:
-    """Change what is still owned, and name what is not."""
-    guard = owned.guard() if ends else owned.lasting()
-    keyed = not ends and owned.job_table.exclusive_by is not None
+def _change(
+    bind: Bind, owned: Owned, values: Values, *, ends: bool = True, prepared: bool = False
+) -> int:
+    """Change what is still owned, and name what is not; ``prepared`` for a completion."""
+    job_table = owned.job_table
+    keyed = not ends and job_table.exclusive_by is not None
 
     def run(tx: Transaction) -> list[Key]:
-        change = tx.backend.change if ends else tx.backend.extend
-        changed = change(tx, owned.job_table, owned.keys, guard, values)
+        if prepared:
+            changes = job_table.prepare(_completing, tx.backend)
+            params = {} if job_table.token is None else {TOKEN: owned.token}
+            changed = tx.backend.change(tx, owned.keys, changes, params)
+        elif ends:
+            changes = tx.backend.changes(job_table, owned.guard(), values)
+            changed = tx.backend.change(tx, owned.keys, changes)
+        else:
+            changes = tx.backend.changes(job_table, owned.lasting(), values)
+            changed = tx.backend.extend(tx, job_table, owned.keys, changes)
         if tx.after_disconnect and ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             known = set(changed)
@@ -450,8 +462,9 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
     )
     if ends and owned.token is not None:
         ended_here.get(owned.token, Ended()).update(changed)
-    ours = set(changed)
-    if lost := [key for key in owned.keys if key not in ours]:
+    if len(changed) < len(owned.keys):
+        ours = set(changed)
+        lost = [key for key in owned.keys if key not in ours]
         raise ClaimLost(
             f"{len(lost)} of {len(owned.keys)} jobs of {owned.job_table.table.fullname!r} are no "
             f"longer this claim's, their keys: {lost!r}. Another worker has them, or they have "
@@ -459,6 +472,14 @@ def _change(bind: Bind, owned: Owned, values: Values, *, ends: bool = True) -> i
             keys=lost,
         )
     return len(changed)
+
+
+def _completing(job_table: JobTable, backend: Backend) -> Sequence[ByKey]:
+    """Return the statements of a completion, whose token is a parameter."""
+    guard, token = job_table.is_running, job_table.token
+    if token is not None:
+        guard = and_(token == bindparam(TOKEN, None, token.type), guard)
+    return backend.changes(job_table, guard, job_table.prepare(completion))
 
 
 def _expire(session: Session, job_table: JobTable, keys: Iterable[Key], values: Values) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Integer, and_, bindparam, or_
@@ -115,7 +116,7 @@ class ByKey:
         given = dict(params or {})
         if self.statement is None:
             return self.build(key_in(self.key, keys)), given
-        return self.statement, given | {KEYS: [values[0] for values in keys]}
+        return self.statement, given | {KEYS: list(map(itemgetter(0), keys))}
 
 
 def key_equals(

@@ -308,28 +308,26 @@ class Backend(ABC):
     def change(
         self,
         tx: Transaction,
-        job_table: JobTable,
         keys: Sequence[Key],
-        guard: ColumnElement[bool],
-        values: Mapping[Any, Any],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
-        """Change those of the rows that the guard is true for; their keys, in no order."""
+        """Change the rows that the guard of :meth:`changes` is true for.
+
+        Returns:
+            Their keys, in no order.
+        """
         changed: list[Key] = []
-        [changing] = self.changes(job_table, guard, values)
+        [changing] = changes
         for chunk in chunks(keys, CHUNK):
-            changed += [tuple(row) for row in tx.execute(*changing.of(chunk))]
+            changed += map(tuple, tx.execute(*changing.of(chunk, params)))
         return changed
 
     def extend(
-        self,
-        tx: Transaction,
-        job_table: JobTable,
-        keys: Sequence[Key],
-        guard: ColumnElement[bool],
-        values: Mapping[Any, Any],
+        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
     ) -> list[Key]:
         """:meth:`change`, such that no claim takes the rows for expired at the same time."""
-        return self.change(tx, job_table, keys, guard, values)
+        return self.change(tx, keys, changes)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

@@ -206,33 +206,28 @@ class MySQL(Backend):
     def change(
         self,
         tx: Transaction,
-        job_table: JobTable,
         keys: Sequence[Key],
-        guard: ColumnElement[bool],
-        values: Mapping[Any, Any],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
         """No RETURNING here: what the guard holds for is locked and read, then written."""
         changed: list[Key] = []
-        hold, write = self.changes(job_table, guard, values)
+        hold, write = changes
         for chunk in chunks(keys, CHUNK):
-            changed += (found := [tuple(row) for row in tx.execute(*hold.of(chunk))])
+            found = list(map(tuple, tx.execute(*hold.of(chunk, params))))
             refuse_autocommit(self, tx, "the row locks would be gone before the rows are changed")
             if found:
                 tx.execute(*write.of(found))
+            changed += found
         return changed
 
     def extend(
-        self,
-        tx: Transaction,
-        job_table: JobTable,
-        keys: Sequence[Key],
-        guard: ColumnElement[bool],
-        values: Mapping[Any, Any],
+        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
     ) -> list[Key]:
         """Under the lock of exclusive keys, no extension waits long for its rows."""
         waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(tx, 1)
         with waiting:
-            return self.change(tx, job_table, keys, guard, values)
+            return self.change(tx, keys, changes)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
