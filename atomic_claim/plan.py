@@ -257,6 +257,15 @@ class ClaimPlan:
         branches = self.job_table.claimable_branches
         return or_(*(and_(*conditions) for conditions, _ in branches))
 
+    def refuse_shared_keys(self, keys: Sequence[tuple[Any, ...]]) -> NoReturn:
+        """Raise for rows that have one key between them."""
+        shared = next(key for key in keys if keys.count(key) > 1)
+        raise ClaimError(
+            f"several rows of {self.job_table.table.fullname!r} have the key {shared!r}, so they "
+            "cannot be told apart: with PostgreSQL's INHERITS a key is unique within each table "
+            "only; declare each of the tables on its own, or make the key unique over all of them"
+        )
+
     def refuse_fault(self, fault: int | None, row: Any) -> NoReturn:
         """Raise for a row whose :meth:`fault` is not 0; None tells that it was not marked."""
         job_table = self.job_table

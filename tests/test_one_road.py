@@ -121,6 +121,27 @@ def test_a_sharded_session_is_refused(database: Database) -> None:
         claim_jobs(session, table)
 
 
+@pytest.mark.parametrize("token", ["claim_token", None])
+@pytest.mark.parametrize("kind", ["connection", "engine", "sessionmaker"])
+@pytest.mark.databases("postgresql")
+def test_inherited_tables_that_share_keys_are_refused(
+    database: Database, kind: str, token: str | None
+) -> None:
+    """Rows of a table and of one that INHERITS it may have one key, and nothing is claimed."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, 2)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE more () INHERITS (jobs)")
+        connection.exec_driver_sql("INSERT INTO more SELECT * FROM ONLY jobs WHERE id = 1")
+    jobs = JobTable(table, state="processing", token=token, order="id")
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match=r"several rows of 'jobs' have the key \(1,\)"):
+            claim_jobs(bind, jobs, 2)
+        if hasattr(bind, "commit"):
+            bind.commit()
+    assert taken(engine, table) == []
+
+
 def test_concrete_inheritance_is_refused() -> None:
     """A row's class is told by its table, so the class has several tables to claim from."""
 

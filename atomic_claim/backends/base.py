@@ -448,7 +448,8 @@ def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
     What follows them is taken off, and a column :data:`FAULT` is checked.
 
     Raises:
-        ClaimError: a row does not bear the mark of the claim, or is claimable still.
+        ClaimError: a row does not bear the mark of the claim, or is claimable still; or several
+            rows have one key.
     """
     if not rows:
         return []
@@ -464,7 +465,10 @@ def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
             items = list(map(make, map(operator.itemgetter(slice(width)), rows)))
     if plan.entities:
         items = list(map(operator.itemgetter(0), rows))
-    return list(zip(map(key_of, items), items, strict=True))
+    keys = list(map(key_of, items))
+    if len(set(keys)) < len(keys):
+        plan.refuse_shared_keys(keys)
+    return list(zip(keys, items, strict=True))
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
@@ -485,6 +489,8 @@ def mark_and_load(
         ClaimError: some rows do not bear the mark, or are claimable still.
     """
     backend = tx.backend
+    if len(set(keys)) < len(keys):
+        plan.refuse_shared_keys(keys)
     given = {name: value for name, value in params.items() if name not in LIMITS}
     given |= backend.instant(tx, plan, given) if keys else {}
     marking = plan.prepare(marking_by_key, backend)
