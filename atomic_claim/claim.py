@@ -14,8 +14,8 @@ from sqlalchemy import inspect as sa_inspect
 from .backends import KeyedRows, Transaction, read_back
 from .backends.base import mark_and_load
 from .backends.by_key import claim_batch, key_search
-from .backends.recovery import OneByOne, salvage, traced
-from .errors import ClaimConflict, ClaimError
+from .backends.recovery import ROUNDS, OneByOne, free_traced, salvage, traced
+from .errors import ClaimError
 from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
@@ -194,6 +194,7 @@ def claim_jobs(
             claiming.run,
             single=plan if may_autocommit else None,
             careful=claiming.run_one_by_one,
+            undo=claiming.undo,
             recoverable=TOKEN in params,
         )
     keys, jobs = zip(*found, strict=True) if found else ((), ())
@@ -235,20 +236,32 @@ class Claiming:
             _refuse_unflushed(tx.executor, plan)
         if tx.after_disconnect and (keys := traced(tx, plan, params)):
             return read_back(tx, plan, keys, None), []
-        try:
-            if batch is None:
-                found = tx.backend.claim(tx, plan, params)
-            else:
-                found = claim_batch(tx, plan, batch, params, mark_and_load)
-            if plan.entities:
-                self._complete(tx, found)
-        except ClaimConflict:
-            raise
-        except BaseException as error:
-            if tx.own and not tx.autocommit:
-                raise
-            return salvage(tx, plan, params, error)
-        return found, []
+        unreadable: list[Key] = []
+        for _ in range(ROUNDS):
+            try:
+                if batch is None:
+                    found = tx.backend.claim(tx, plan, params)
+                else:
+                    found = claim_batch(tx, plan, batch, params, mark_and_load)
+                if plan.entities:
+                    self._complete(tx, found)
+            except BaseException as error:
+                if tx.own and not tx.autocommit:
+                    raise
+                found, failed = salvage(tx, plan, params, error)
+                unreadable += failed
+                if not found and batch is None:
+                    plan = self.plan.passing_over(unreadable)
+                    continue
+            return found, unreadable
+        raise ClaimError(
+            f"none of {len(unreadable)} claimable rows of {plan.job_table.table.fullname!r} can be "
+            f"read; they are free again: {unreadable!r}"
+        )
+
+    def undo(self, tx: Transaction) -> None:
+        """Free the rows of a claim that was interrupted when it may have been committed."""
+        free_traced(tx, self.plan, self.params)
 
     def run_one_by_one(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
         """Claim once more after a failure, and pass over the rows that cause it."""
@@ -270,6 +283,7 @@ class Claiming:
             self.plan.job_table,
             run,
             careful=careful,
+            undo=self.undo,
             recoverable=TOKEN in self.params,
             keyed=True,
         )

@@ -56,6 +56,7 @@ def run_in(
     *,
     single: ClaimPlan | None = None,
     careful: Run[R] | None = None,
+    undo: Run[None] | None = None,
     recoverable: bool = False,
     keyed: bool = False,
     tries: int = TRIES,
@@ -69,6 +70,8 @@ def run_in(
         single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
         careful: the operation in another form, which runs in a transaction of its own after
             ``run`` has failed there.
+        undo: runs in a transaction of its own after an interrupt, if the operation may have been
+            committed.
         recoverable: whether ``run`` finds out from the table what became of an earlier try, so
             that it runs again after a lost connection whatever the outcome of the COMMIT.
         keyed: whether it makes or keeps rows with exclusive keys running.
@@ -79,9 +82,8 @@ def run_in(
         ClaimError: the bind cannot be used.
     """
     if isinstance(bind, Engine):
-        return OwnTransaction(bind, job_table, keyed, single, recoverable).run_again(
-            run, careful, tries
-        )
+        own = OwnTransaction(bind, job_table, keyed, single, recoverable)
+        return own.run_again(run, careful, undo, tries)
     if is_scoped(bind):
         bind = bind.registry()
     if is_session(bind):
@@ -99,7 +101,7 @@ def run_in(
             "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
         )
     own = OwnTransaction(bind, job_table, keyed, None, recoverable)
-    return own.run_again(run, careful, tries)
+    return own.run_again(run, careful, undo, tries)
 
 
 def _run_in_callers(
@@ -143,7 +145,9 @@ class OwnTransaction:
     unknown: bool = False
     lost_at: float = 0.0
 
-    def run_again(self, run: Run[R], careful: Run[R] | None, tries: int) -> R:
+    def run_again(
+        self, run: Run[R], careful: Run[R] | None, undo: Run[None] | None, tries: int
+    ) -> R:
         """Run, and run again after a conflict or a lost connection."""
         for tried in range(1, tries + 1):
             try:
@@ -164,6 +168,10 @@ class OwnTransaction:
                     raise
                 self.lost, self.unknown = True, self.unknown or self.committing
                 self.lost_at = time.monotonic()
+            except BaseException:
+                if undo is not None and self.committing and self.recoverable:
+                    self._undo(undo)
+                raise
             # Full jitter, so that the ones in each other's way do not meet again.
             longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
             first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
@@ -203,6 +211,12 @@ class OwnTransaction:
                 session.expunge_all()
         return found
 
+    def _undo(self, undo: Run[None]) -> None:
+        """Undo on a connection of its own: the interrupted one is in no known state."""
+        own = OwnTransaction(self.bind, self.job_table, False, None, True)
+        own.process, own.unknown, own.lost_at = self.process, True, time.monotonic()
+        own.run(undo)
+
     def _session(self, stack: ExitStack) -> tuple[Session, Engine]:
         assert not isinstance(self.bind, Engine)
         # Expiring at commit would unload the entities that are about to be detached.
@@ -241,6 +255,8 @@ class OwnTransaction:
                 and not connection.get_execution_options()
                 and backend.commits_singly
                 and connection.dialect.driver in KNOWN
+                and (driver := connection.connection.dbapi_connection) is not None
+                and not connection.dialect.detect_autocommit_setting(driver)
                 and self.single.prepare(backend.is_single)
             ):
                 connection.execution_options(isolation_level="AUTOCOMMIT")
@@ -277,8 +293,8 @@ def _begun(backend: Backend, connection: Connection) -> Iterator[None]:
     if not in_autocommit or backend.in_transaction(connection.connection):
         yield
         return
-    assert dialect.default_isolation_level is not None
-    dialect.set_isolation_level(driver, dialect.default_isolation_level)
+    # On MySQL the session has a level of its own in AUTOCOMMIT, too.
+    dialect.set_isolation_level(driver, dialect.get_isolation_level(driver))
     try:
         yield
     finally:
@@ -332,9 +348,10 @@ def pinned(
     def get_bind(mapper: Any = None, **given: Any) -> Any:
         if given.get("bind") is not None:
             return given["bind"]
-        if mapper is None or _write_bind(original, mapper) is engine:
+        if mapper is not None and _write_bind(original, mapper) is engine:
             return target
-        return original(mapper=mapper, **given)
+        found = original(mapper=mapper, **given)
+        return target if found is engine else found
 
     shadowed = session.__dict__.get("get_bind")
     session.get_bind = get_bind  # type: ignore[method-assign]

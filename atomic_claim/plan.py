@@ -46,6 +46,7 @@ TOKEN = "atomic_claim_token"  # noqa: S105 - the name of a parameter
 WORKER = "atomic_claim_worker"
 LEASE = "atomic_claim_lease"
 LEAST = "atomic_claim_least"
+INSTANT = "atomic_claim_instant"
 FAULT = "atomic_claim_fault"
 NOT_MARKED = 1
 CLAIMABLE = 2
@@ -184,19 +185,20 @@ class ClaimPlan:
             self.prepared[key] = make(self, *given)
         return self.prepared[key]  # type: ignore[no-any-return]
 
-    def fault(self, least: ColumnElement[Any] | None = None) -> ColumnElement[int]:
+    def fault(self, *, later: bool = False) -> ColumnElement[int]:
         """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
 
-        ``least`` is the time that the lease must exceed, by default counted from now. A row whose
-        lease does has not expired, so that reason to be claimable is left out.
+        The lease must exceed a time that is counted from now, or ``later``, in another statement
+        than the mark, is the parameter :data:`INSTANT`. A row whose lease does has not expired, so
+        that reason to be claimable is left out.
         """
         job_table = self.job_table
         marks, lease = list(self.marks), job_table.lease
         if lease is not None and self.values[lease] is None:
             marks.append(lease.is_(None))
         elif lease is not None:
-            seconds = bindparam(LEAST, 0.0, Float())
-            marks.append(lease > (job_table.now(lease, seconds) if least is None else least))
+            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()))
+            marks.append(lease > (bindparam(INSTANT, None, lease.type) if later else least))
         free, *others = job_table.claimable_branches
         claimable = or_(*(and_(*conditions) for conditions, _ in (free, *others[1:])))
         wrong = case((claimable, literal_column(str(CLAIMABLE))), else_=literal_column("0"))
@@ -276,6 +278,8 @@ class ClaimPlan:
                 "JobTable(free=...) excludes"
             )
         wanted = ", ".join(map(str, self.marks))
+        if job_table.lease is not None:
+            wanted += f", {job_table.lease} as written"
         raise ClaimError(
             f"{row!r} of {job_table.table.fullname!r} does not bear the mark of its claim, by the "
             f"condition {wanted}: look for a trigger that changes it or keeps it from being "

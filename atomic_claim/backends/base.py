@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 from sqlalchemy import (
@@ -21,6 +21,7 @@ from sqlalchemy import (
     Select,
     Table,
     Update,
+    bindparam,
     null,
     select,
     update,
@@ -29,12 +30,12 @@ from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
-from sqlalchemy.types import DateTime
+from sqlalchemy.types import DateTime, Float
 
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import FAULT, LIMIT, SCAN_LIMIT, ClaimPlan
+from atomic_claim.plan import FAULT, INSTANT, LEAST, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
 from .drivers import in_transaction
@@ -98,6 +99,7 @@ class Transaction:
         own: whether the transaction is the call's own.
         autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         after_disconnect: whether an earlier try lost its connection while it was committed.
+        marked: the keys of the rows that the operation has marked so far, in claim order.
     """
 
     backend: Backend
@@ -106,6 +108,7 @@ class Transaction:
     own: bool
     autocommit: bool = False
     after_disconnect: bool = False
+    marked: list[Key] = field(default_factory=list)
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -139,7 +142,8 @@ class Transaction:
         SELECT; and where rows that are claimed and cannot be read could not be found again: they
         are not rolled back, and bear no token.
         """
-        if not self.own and plan.job_table.token is None:
+        job_table = plan.job_table
+        if not self.own and (job_table.token is None or not job_table.released):
             return True
         session = self.executor
         if isinstance(session, Connection) or not plan.entities:
@@ -233,15 +237,15 @@ class Backend(ABC):
     def instant(
         self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the parameter of :meth:`least`, if it is one, before the rows are marked."""
-        return {}
+        """Return the time that the leases of rows marked from now on must exceed, as a parameter.
 
-    def least(self, plan: ClaimPlan) -> ColumnElement[Any] | None:
-        """Return the time that a lease must exceed when the rows are read back.
-
-        None where reading and marking see the same time.
+        It is read before the mark, since the rows are checked by a later statement.
         """
-        return None
+        lease = plan.job_table.lease
+        if lease is None or plan.values[lease] is None:
+            return {}
+        least = {LEAST: params.get(LEAST, 0.0)}
+        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), least)}
 
     @abstractmethod
     def is_single(self, plan: ClaimPlan) -> bool:
@@ -442,7 +446,7 @@ def row_maker(plan: ClaimPlan, names: tuple[str, ...]) -> Callable[[Iterable[Any
     return result_tuple(names, [(column, column.key) for column in plan.columns])
 
 
-def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
+def keyed_rows(tx: Transaction, plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
     """Pair rows or entities with their keys, in the order of the rows.
 
     What follows them is taken off, and a column :data:`FAULT` is checked.
@@ -497,6 +501,7 @@ def mark_and_load(
     for chunk in chunks(keys, CHUNK):
         result = cast("CursorResult[Any]", tx.execute(*marking.of(chunk, given)))
         marked = len(result.all()) if backend.has_returning else result.rowcount
+        tx.marked.extend(chunk)
         if marked != len(chunk):
             _refuse_unmarked(tx, plan, chunk, marked)
     try:
@@ -525,6 +530,12 @@ def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], mark
         f"{len(keys) - marked} of {len(keys)} rows of {name!r} were changed between their lock and "
         f"their mark: {tx.backend.cure()}"
     )
+
+
+def _instant(plan: ClaimPlan) -> Executable:
+    """Return the SELECT of the time that the lease of a row marked from now on must exceed."""
+    lease = plan.job_table.lease
+    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float())))
 
 
 def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
@@ -558,7 +569,7 @@ def read_back(
             reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
             result = tx.execute(*reading.of(chunk, params))
             rows = result.unique().all() if plan.entities else result.all()
-            found.update(keyed_rows(plan, rows))
+            found.update(keyed_rows(tx, plan, rows))
     return [(key, found[key]) for key in keys]
 
 
@@ -568,7 +579,7 @@ def reading_by_key(
     """Return the SELECT that reads claimed rows or entities by key."""
     reading = hinted(plan.reading, plan.job_table.table, backend.hints)
     if checks:
-        reading = reading.add_columns(plan.fault(backend.least(plan)))
+        reading = reading.add_columns(plan.fault(later=True))
     if lock:
         reading = reading.with_for_update()
     key = plan.key_attributes if plan.entities else plan.job_table.key

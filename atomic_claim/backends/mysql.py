@@ -27,12 +27,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import TIMESTAMP, DateTime, Float, Integer, String
+from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
 
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LEAST, LIMIT, Candidates, ClaimPlan, limits
+from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, limits
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
@@ -58,7 +58,6 @@ from .drivers import code_of
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
-INSTANT = "atomic_claim_instant"
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
 CONFLICTS = frozenset({1020, 1205, 1213, 3101})
@@ -131,19 +130,6 @@ class MySQL(Backend):
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
     ) -> KeyedRows:
         return mark(tx, plan, self.lock(tx, plan, params), params)
-
-    def instant(
-        self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        lease = plan.job_table.lease
-        if lease is None or plan.values[lease] is None:
-            return {}
-        least = {LEAST: params.get(LEAST, 0.0)}
-        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), least)}
-
-    def least(self, plan: ClaimPlan) -> ColumnElement[Any] | None:
-        lease = plan.job_table.lease
-        return None if lease is None else bindparam(INSTANT, None, lease.type)
 
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
         _check_engine(connection, table, view=VIEW)
@@ -401,12 +387,6 @@ class MariaDBStatements(MySQLStatements):
 
     LEVEL = "@@tx_isolation"
     ROLLS_BACK = "@@innodb_rollback_on_timeout"
-
-
-def _instant(plan: ClaimPlan) -> Executable:
-    """Return the SELECT of the time that the lease of a row marked from now on must exceed."""
-    lease = plan.job_table.lease
-    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float())))
 
 
 class _Search:

@@ -156,7 +156,7 @@ class PostgreSQL(Backend):
             return self.claim_by_steps(tx, plan, params, mark_and_load)
         if plan.prepare(self._has_naive):
             self._check_zone(tx, plan)
-        return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
+        return keyed_rows(tx, plan, tx.execute(plan.prepare(claiming), params).all())
 
     def claim_by_steps(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark

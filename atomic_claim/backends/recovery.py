@@ -11,15 +11,26 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import and_, select, update
-from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
+from sqlalchemy import and_, not_, select, update
+from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
-from atomic_claim.errors import ClaimError
+from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
 from atomic_claim.sql_elements import key_in
 
-from .base import Key, KeyedRows, Transaction, Unreadable, hinted, mark_and_load, read_back
+from .base import (
+    CHUNK,
+    Key,
+    KeyedRows,
+    Transaction,
+    Unreadable,
+    chunks,
+    hinted,
+    mark_and_load,
+    read_back,
+)
+from .drivers import code_of
 
 # How often a claim passes over rows none of which can be marked and read.
 ROUNDS = 10
@@ -67,12 +78,10 @@ class OneByOne:
                 with tx.connection.begin_nested():
                     claimed = mark_and_load(tx, plan, [key], params)
                     self.complete(tx, claimed)
-            except (ClaimError, ProgrammingError):
+            except (ClaimError, CompileError):
                 raise
             except Exception as error:
-                if isinstance(error, DBAPIError) and (
-                    error.connection_invalidated or tx.backend.is_conflict(error)
-                ):
+                if isinstance(error, DBAPIError) and _is_general(tx, error):
                     raise
                 self.passed[key] = error
                 if isinstance(error, Unreadable):
@@ -83,6 +92,15 @@ class OneByOne:
             else:
                 found += claimed
         return found
+
+
+def _is_general(tx: Transaction, error: DBAPIError) -> bool:
+    """Check whether an error is none of one row: a conflict, a lost connection, a wrong name."""
+    if error.connection_invalidated or tx.backend.is_conflict(error):
+        return True
+    # psycopg has RAISE EXCEPTION of a trigger as a ProgrammingError, too.
+    code = code_of(error, str)
+    return isinstance(error, ProgrammingError) and (code is None or code.startswith("42"))
 
 
 def salvage(
@@ -100,14 +118,15 @@ def salvage(
     if isinstance(error, DBAPIError) and error.connection_invalidated:
         raise error
     try:
-        keys = error.keys if isinstance(error, Unreadable) else traced(tx, plan, params)
+        keys = tx.marked or traced(tx, plan, params)
     except SQLAlchemyError:
         # The transaction has failed, and nothing of it can be committed.
         raise error from None
     if not keys:
         raise error
-    if isinstance(error, ClaimError) or not isinstance(error, Exception):
-        _free(tx, plan, keys, params)
+    statement_failed = isinstance(error, DBAPIError) and not tx.autocommit and bool(tx.marked)
+    if isinstance(error, ClaimError) or not isinstance(error, Exception) or statement_failed:
+        _undo(tx, plan, keys, params, error)
         raise error
     found: KeyedRows = []
     unreadable: list[Key] = []
@@ -116,32 +135,60 @@ def salvage(
             found += read_back(tx, plan, [key], None)
         except Exception as unread:  # noqa: BLE001 - types, hooks and drivers raise what they like
             _log(plan, key, "read", unread)
-            _free(tx, plan, [key], params)
             unreadable.append(key)
+    if unreadable:
+        _undo(tx, plan, unreadable, params, None)
+    tx.marked.clear()
     return found, unreadable
 
 
 def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Sequence[Key]:
-    """Return the keys of the rows that bear the claim's token, in claim order."""
+    """Return the keys of the rows that bear the claim's token and are not free, in claim order."""
     job_table = plan.job_table
     if TOKEN not in params:
         return ()
-    ours = and_(job_table.token == params[TOKEN], job_table.is_running)
+    ours = and_(job_table.token == params[TOKEN], not_(job_table.is_free))
     return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
 
 
-def _free(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]) -> None:
-    """Free rows that this claim has marked; if that fails, keep it from being committed."""
+def free_traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> None:
+    """Free the rows that bear the claim's token, after an interrupt."""
+    if keys := traced(tx, plan, params):
+        _undo(tx, plan, keys, params, None)
+
+
+def _undo(
+    tx: Transaction,
+    plan: ClaimPlan,
+    keys: Sequence[Key],
+    params: Mapping[str, Any],
+    cause: BaseException | None,
+) -> None:
+    """Free rows that this claim has marked; if that fails, keep them from being committed.
+
+    In a transaction the rows are locked; in AUTOCOMMIT they must bear the claim's token still.
+    """
     job_table, hints = plan.job_table, tx.backend.hints
     try:
-        statement = update(job_table.table).where(key_in(job_table.key, keys))
-        statement = statement.where(job_table.is_running).values(freeing(job_table))
+        if isinstance(cause, ClaimConflict):
+            raise cause
+        changing = hinted(update(job_table.table), job_table.table, hints)
+        changing = changing.values(freeing(job_table))
         if TOKEN in params:
-            statement = statement.where(job_table.token == params[TOKEN])
-        tx.execute(hinted(statement, job_table.table, hints))
-    except (SQLAlchemyError, ClaimError):
-        tx.connection.invalidate()
-        raise
+            changing = changing.where(job_table.token == params[TOKEN])
+        for chunk in chunks(keys, CHUNK):
+            tx.execute(changing.where(key_in(job_table.key, chunk)))
+            asked = select(*job_table.key).where(key_in(job_table.key, chunk), job_table.is_free)
+            free = tx.tuples(hinted(asked, job_table.table, hints).with_for_update())
+            if len(free) < len(chunk) and not tx.autocommit:
+                raise ClaimError(f"{len(chunk) - len(free)} rows could not be freed again")
+    except (SQLAlchemyError, ClaimError) as error:
+        # A transaction that has failed on the server cannot be committed in any case.
+        if not isinstance(cause, DBAPIError):
+            tx.connection.invalidate()
+        if cause is None:
+            raise
+        cause.add_note(f"The rows {list(keys)!r} could not be freed again: {error}")
 
 
 def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:

@@ -54,6 +54,7 @@ from .base import (
 from .by_key import claim_by_key, keyed_statements, refuse_view
 
 MARK = "/* claimable */"
+TRIGGERS = text("SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1")
 
 
 class SQLite(Backend):
@@ -93,27 +94,35 @@ class SQLite(Backend):
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
         if not plan.prepare(self.is_single) or tx.needs_steps(plan):
             return self.claim_by_steps(tx, plan, params, mark_and_load)
-        rows = self._claimed(tx, plan, params)
-        found = keyed_rows(plan, _in_order(plan, rows))
+        given = {**params, **self.instant(tx, plan, params)}
+        rows = list(tx.rows(plan.prepare(_claiming), params))
+        if len(rows) < params[LIMIT]:
+            rows += self._passed_over(tx, plan, params, len(rows))
+        found = keyed_rows(tx, plan, _in_order(plan, rows))
         keys = [key for key, _ in found]
+        tx.marked.extend(keys)
         for chunk in chunks(keys, CHUNK):
-            if wrong := tx.tuples(*plan.prepare(_wrong).of(chunk, params)):
+            if wrong := tx.tuples(*plan.prepare(_wrong).of(chunk, given)):
                 plan.refuse_fault(wrong[0][-1], wrong[0][:-1])
         return found
 
-    def _claimed(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Row[Any]]:
-        """Claim, and refuse rows that a trigger keeps from being marked without an error."""
-        limit = params[LIMIT]
-        rows = list(tx.rows(plan.prepare(_claiming), params))
-        while len(rows) < limit and (left := tx.tuples(plan.prepare(_first_left), params)):
-            # It may have become due since.
-            more = tx.rows(plan.prepare(_claiming), {**params, LIMIT: limit - len(rows)})
-            if not more and left == tx.tuples(plan.prepare(_first_left), params):
-                plan.refuse_fault(None, left[0])
-            if not more:
-                break
-            rows += more
-        return rows
+    def _passed_over(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], count: int
+    ) -> Sequence[Row[Any]]:
+        """Refuse rows that a trigger keeps from being marked without an error.
+
+        Returns:
+            Rows that have become due since the first statement.
+        """
+        if not tx.tuples(TRIGGERS, {"name": plan.job_table.table.name}):
+            return ()
+        if not (left := tx.tuples(plan.prepare(_first_left), params)):
+            return ()
+        wanted = {**params, LIMIT: params[LIMIT] - count}
+        more = tx.rows(plan.prepare(_claiming), wanted)
+        if not more and left == tx.tuples(plan.prepare(_first_left), params):
+            plan.refuse_fault(None, left[0])
+        return more
 
     def claim_by_steps(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
@@ -211,7 +220,7 @@ def _wrong(plan: ClaimPlan) -> ByKey:
     It is no part of RETURNING, where SQLite 3.40 takes ``IS NULL`` for false if the table's first
     column is NOT NULL.
     """
-    key, fault = plan.job_table.key, plan.fault()
+    key, fault = plan.job_table.key, plan.fault(later=True)
     return ByKey(key, select(*key, fault).where(fault.element != 0).where)
 
 
