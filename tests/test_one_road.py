@@ -424,3 +424,140 @@ def test_a_backend_by_entry_point(database: Database, monkeypatch: pytest.Monkey
     assert ids(claim_jobs(sessionmaker(engine), mapped(table), 2)) == [2]
     assert taken(database.engine(), table) == [1, 2]
     engine.dispose()
+
+
+# What an attack found.
+
+
+def with_kind(database: Database, count: int, *bad: int) -> tuple[sa.Engine, sa.Table]:
+    """Create free jobs; those with the numbers of `bad` cannot be read."""
+    kinds = sa.Enum("mail", native_enum=False, length=10)
+    engine = database.engine()
+    table = job_table(
+        Column("kind", kinds), Column("claim_token", String(32)), Column("k", sa.Integer)
+    )
+    fill(engine, table, count, kind="mail")
+    with engine.begin() as connection:
+        connection.execute(table.update().values(k=table.c.id))
+        for number in bad:
+            connection.exec_driver_sql(f"UPDATE jobs SET kind = 'fax' WHERE id = {number}")
+    return engine, table
+
+
+@pytest.mark.parametrize("kind", ["connection", "session", "engine", "sessionmaker"])
+def test_the_head_of_the_queue_cannot_be_read(database: Database, kind: str) -> None:
+    """A claim of one row takes the next one, by each bind."""
+    engine, table = with_kind(database, 3, 1)
+    with bound(engine, kind) as bind:
+        for expected in (2, 3):
+            found = claim_jobs(bind, table)
+            assert (ids(found), found.unreadable) == ([expected], ((1,),))
+        if hasattr(bind, "commit"):
+            bind.commit()
+    assert taken(engine, table) == [2, 3]
+
+
+@pytest.mark.parametrize("token", ["claim_token", None])
+@pytest.mark.databases("postgresql", "sqlite")
+def test_rows_of_an_earlier_round_are_handed_out(database: Database, token: str | None) -> None:
+    """A claim by exclusive keys in several rounds loses none of the first round's rows."""
+    engine, table = with_kind(database, 520, 510)
+    jobs = JobTable(table, state="processing", exclusive_by="k", token=token, order="id")
+    with engine.connect() as connection:
+        found = claim_jobs(connection, jobs, 515)
+        connection.commit()
+    assert found.unreadable == ((510,),)
+    assert len(found) >= 500
+    assert taken(engine, table) == ids(found)
+
+
+@pytest.mark.parametrize("kind", ["connection", "session", "engine", "sessionmaker"])
+@pytest.mark.parametrize("token", ["claim_token", None])
+@SERVERS
+def test_a_mark_that_becomes_another_value_is_undone(
+    database: Database, kind: str, token: str | None
+) -> None:
+    """Neither free nor claimed: the claim fails, and its other rows are free again."""
+    flag = Column("processing", sa.Boolean, nullable=True)
+    engine = database.engine()
+    table = job_table(Column("claim_token", String(32)), processing=flag)
+    fill(engine, table, 3)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id == 2).values(note="hooked"))
+    if database.name == "postgresql":
+        body = "IF new.processing THEN new.processing := NULL; END IF;"
+    else:
+        body = "SET new.processing = IF(new.processing, NULL, new.processing);"
+    trigger(database, body)
+    jobs = JobTable(table, state="processing", token=token)
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match="does not bear the mark"):
+            claim_jobs(bind, jobs, 3)
+        if hasattr(bind, "commit"):
+            bind.commit()
+    with engine.connect() as connection:
+        free = sa.select(table.c.id).where(table.c.processing == sa.false()).order_by(table.c.id)
+        assert connection.scalars(free).all() == [1, 2, 3]
+
+
+@pytest.mark.databases("postgresql")
+def test_a_trigger_that_raises(database: Database) -> None:
+    """Psycopg has it as a ProgrammingError; the row is passed over all the same."""
+    engine, jobs = hooked(database)
+    trigger(database, "RAISE EXCEPTION 'no';")
+    found = claim_jobs(engine, jobs, 3)
+    assert (ids(found), found.unreadable) == ([1, 3], ((2,),))
+
+
+@pytest.mark.databases("postgresql")
+def test_autocommit_set_by_a_listener_is_kept(database: Database) -> None:
+    """A claim by engine leaves the connection in the AUTOCOMMIT that it was in."""
+    engine, jobs = database.engine(pool_size=1), hooked(database)[1]
+
+    @sa.event.listens_for(engine, "connect")
+    def automatic(connection: Any, _: object) -> None:
+        connection.autocommit = True
+
+    assert ids(claim_jobs(engine, jobs, 2)) == [1, 2]
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        assert driver.autocommit
+
+
+def test_hooks_reach_their_own_database(database: Database) -> None:
+    """A hook of an entity writes by the session, to the engine that the session has for it."""
+    writes, reads = with_lines(database)
+    audit = sa.Table("audit", sa.MetaData(), Column("job", sa.Integer))
+    audit.create(reads)
+
+    class Routed(Session):
+        def get_bind(self, *_: Any, clause: Any = None, **__: Any) -> Any:
+            return reads if getattr(clause, "table", None) is audit else writes
+
+    def note(job: Job, context: Any) -> None:
+        context.session.execute(audit.insert().values(job=job.id))
+
+    sa.event.listen(Job, "load", note)
+    try:
+        found = claim_jobs(sessionmaker(class_=Routed), Job, 2)
+    finally:
+        sa.event.remove(Job, "load", note)
+    assert (ids(found), found.unreadable) == ([1, 2], ())
+    with reads.connect() as connection:
+        assert connection.scalars(sa.select(audit.c.job)).all() == [1, 2]
+
+
+@pytest.mark.databases("postgresql")
+def test_an_interrupt_frees_what_was_committed(database: Database) -> None:
+    """In AUTOCOMMIT the rows are freed by token, on another connection."""
+    engine, table = database.engine(), job_table(Column("claim_token", String(32)))
+    fill(engine, table, 3)
+    claim_jobs(engine, table)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    sa.event.listen(engine, "after_cursor_execute", interrupt, once=True)
+    with pytest.raises(KeyboardInterrupt):
+        claim_jobs(engine, table, 2)
+    assert taken(engine, table) == [1]

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import and_, not_, select, update
+from sqlalchemy import and_, case, literal_column, select, update
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
 from atomic_claim.errors import ClaimConflict, ClaimError
@@ -147,7 +147,9 @@ def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Seque
     job_table = plan.job_table
     if TOKEN not in params:
         return ()
-    ours = and_(job_table.token == params[TOKEN], not_(job_table.is_free))
+    # A state that a trigger has made NULL is not free either.
+    is_free = case((job_table.is_free, literal_column("1")), else_=literal_column("0"))
+    ours = and_(job_table.token == params[TOKEN], is_free == literal_column("0"))
     return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
 
 
