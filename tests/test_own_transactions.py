@@ -314,8 +314,7 @@ def test_the_isolation_level_of_execution_options(database: Database) -> None:
 @pytest.mark.databases("postgresql")
 def test_the_isolation_level_of_the_driver(database: Database, own: Own) -> None:
     """A level that a `connect` listener sets on psycopg holds, as does the server's default."""
-    engine, table = database.engine(), job_table()
-    fill(engine, table, 4)
+    _, table = with_token(database, 4)
     listening = database.engine()
 
     @sa.event.listens_for(listening, "connect")
