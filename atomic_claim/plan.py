@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 from sqlalchemy import (
@@ -58,14 +58,8 @@ MARGIN = 100
 T = TypeVar("T")
 
 
-def new_token() -> str:
-    """Generate a fencing token on the client: 128 random bits as hexadecimal digits."""
-    return secrets.token_hex(16)
-
-
-def limits(limit: int) -> dict[str, Any]:
-    """Return the parameters for how many rows to claim and how many to look at."""
-    return {LIMIT: limit, SCAN_LIMIT: limit + MARGIN}
+new_token = partial(secrets.token_hex, 16)
+"""Generates a fencing token on the client: 128 random bits as hexadecimal digits."""
 
 
 class ClaimRequest(NamedTuple):
@@ -83,7 +77,7 @@ class ClaimRequest(NamedTuple):
         """Return the parameters for one execution of the plan's statements, with a new token."""
         found: dict[str, Any] = {LIMIT: self.limit, SCAN_LIMIT: self.limit + MARGIN}
         if token:
-            found[TOKEN] = secrets.token_hex(16)
+            found[TOKEN] = new_token()
         if self.worker is not None:
             found[WORKER] = self.worker
         if self.lease is not None:
@@ -224,7 +218,7 @@ class ClaimPlan:
     @cached_property
     def key_of(self) -> Callable[[Any], tuple[Any, ...]]:
         """Return a function that reads the key from an entity or a row of the claim."""
-        return self.prepare(_key_reader)
+        return _key_reader(self)
 
     @cached_property
     def columns(self) -> tuple[Any, ...]:

@@ -51,6 +51,8 @@ Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
 T = TypeVar("T")
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
+# How often, and for how many seconds each time, the end of a process is waited for.
+PATIENCE, PAUSE = 200, 0.05
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
 LIMITS = frozenset({LIMIT, SCAN_LIMIT})
@@ -215,6 +217,8 @@ class Backend(ABC):
     """The names of the SQLAlchemy dialects that it serves."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What makes a statement reach rows through their key and lock no others, by dialect."""
+    ending: ClassVar[str] = ""
+    """The statement that ends the server's process with a number."""
     has_returning: ClassVar[bool] = True
     """Whether an UPDATE returns rows."""
     commits_singly: ClassVar[bool] = False
@@ -364,11 +368,25 @@ class Backend(ABC):
         """Ask the server what is needed after a lost connection, and for AUTOCOMMIT."""
         return Facts()
 
-    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:  # noqa: B027 - SQLite has none
+    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
         """End the server's process of a connection that was lost ``seconds`` ago, and await it.
 
         Afterwards a row that bears the claim's token was committed, and no other will be.
         """
+        for _ in range(PATIENCE):
+            is_gone = not self.asks_to_end(connection, process, seconds)
+            connection.rollback()
+            if is_gone:
+                return
+            pause.get()(PAUSE)
+        raise ClaimError(
+            f"the server's process {process[0]} of a lost connection does not end, so the outcome "
+            f"of the claim is unknown: {self.ending.format(process[0])}"
+        )
+
+    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
+        """Ask for the end of a process, and return False if it is gone; SQLite has none."""
+        return False
 
     def in_transaction(self, pooled: Pooled) -> bool:
         """Ask the driver whether a transaction is open on its connection."""
@@ -446,7 +464,7 @@ def row_maker(plan: ClaimPlan, names: tuple[str, ...]) -> Callable[[Iterable[Any
     return result_tuple(names, [(column, column.key) for column in plan.columns])
 
 
-def keyed_rows(tx: Transaction, plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
+def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
     """Pair rows or entities with their keys, in the order of the rows.
 
     What follows them is taken off, and a column :data:`FAULT` is checked.
@@ -506,11 +524,10 @@ def mark_and_load(
             _refuse_unmarked(tx, plan, chunk, marked)
     try:
         return read_back(tx, plan, keys, given)
-    except (ClaimError, DBAPIError) as error:
-        if isinstance(error, ClaimError) or error.connection_invalidated:
-            raise
-        raise Unreadable(keys) from error
     except Exception as error:
+        is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+        if is_lost or isinstance(error, ClaimError):
+            raise
         raise Unreadable(keys) from error
 
 
@@ -569,7 +586,7 @@ def read_back(
             reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
             result = tx.execute(*reading.of(chunk, params))
             rows = result.unique().all() if plan.entities else result.all()
-            found.update(keyed_rows(tx, plan, rows))
+            found.update(keyed_rows(plan, rows))
     return [(key, found[key]) for key in keys]
 
 

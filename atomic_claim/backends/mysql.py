@@ -32,7 +32,7 @@ from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, limits
+from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
@@ -48,7 +48,6 @@ from .base import (
     hinted,
     mark_and_load,
     marking_by_key,
-    pause,
     reading_by_key,
     refuse_autocommit,
     require,
@@ -77,8 +76,6 @@ MOST_READ = 10_000
 
 # A proxy may have given the process to another client since.
 PROCESS = text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
-# How often, and for how many seconds each time, the end of a process is waited for.
-END_PATIENCE, END_PAUSE = 200, 0.05
 
 SERIALIZABLE = (
     "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
@@ -109,6 +106,7 @@ class MySQL(Backend):
     names = NAMES
     # A hint for "mysql" renders nothing for mariadb://, so both names are said.
     hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+    ending = "KILL {}"
     has_returning = False
     walks_keys = False
     keyed_needs_own = NEEDS_OWN
@@ -169,7 +167,9 @@ class MySQL(Backend):
             single=False,
             marks=(),
         )
-        keys = self.lock(tx, plan, limits(min(find.limit or MOST_READ, MOST_READ)))
+        keys = self.lock(
+            tx, plan, ClaimRequest(min(find.limit or MOST_READ, MOST_READ)).parameters()
+        )
         found = find.statement.limit(None).offset(None).where(key_in(find.key, keys))
         if find.alone:
             return hinted(found, find.place, self.hints).with_for_update()
@@ -242,22 +242,15 @@ class MySQL(Backend):
         _set_session(tx, dict(zip(names, before, strict=True)))
 
     def facts(self, connection: Connection) -> Facts:
-        return Facts(connection.scalar(select(func.connection_id())))
+        return Facts((connection.scalar(select(func.connection_id())),))
 
-    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
-        for _ in range(END_PATIENCE):
-            asked = {"id": process, "since": int(seconds)}
-            found = connection.execute(PROCESS, asked).first()
-            if found is None:
-                return
-            with suppress(DBAPIError):  # It may have ended since.
-                connection.execute(text(f"KILL {int(process)}"))
-            connection.rollback()
-            pause.get()(END_PAUSE)
-        raise ClaimError(
-            f"the server's process {process} of a lost connection does not end, so the outcome of "
-            f"the claim is unknown: KILL {process}"
-        )
+    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
+        asked = {"id": process[0], "since": int(seconds)}
+        if connection.execute(PROCESS, asked).first() is None:
+            return False
+        with suppress(DBAPIError):  # It may have ended since.
+            connection.execute(text(self.ending.format(process[0])))
+        return True
 
     def is_naive(self, type_: DateTime) -> bool:
         """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""
@@ -442,7 +435,7 @@ class _Search:
 
     def _read_candidates(self, scan_limit: int) -> list[Key]:
         try:
-            rows = self.tx.tuples(self.statements.candidates, limits(scan_limit))
+            rows = self.tx.tuples(self.statements.candidates, ClaimRequest(scan_limit).parameters())
         except DBAPIError as error:
             if self.backend.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
                 raise ClaimError(SERIALIZABLE) from error
@@ -554,7 +547,7 @@ class _Search:
         return [
             tuple(row)
             for latest in self.statements.latest
-            for row in self.tx.rows(latest, limits(self.limit))
+            for row in self.tx.rows(latest, ClaimRequest(self.limit).parameters())
         ]
 
     def _some_are_gone(self) -> bool:

@@ -62,7 +62,6 @@ from .base import (
     keyed_rows,
     mark_and_load,
     marking_by_key,
-    pause,
     reading_by_key,
     refuse_autocommit,
     require,
@@ -102,8 +101,6 @@ TERMINATE = text(
     "AND backend_start = :start AND state <> 'idle' "
     "AND coalesce(xact_start, query_start) <= clock_timestamp() - make_interval(secs => :since)"
 )
-# How often, and for how many seconds each time, the end of a process is waited for.
-PATIENCE, PAUSE = 200, 0.05
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
@@ -142,6 +139,7 @@ class PostgreSQL(Backend):
 
     names = NAMES
     commits_singly = True
+    ending = "SELECT pg_terminate_backend({})"
 
     def check(self, dialect: Dialect) -> None:
         if dialect.name == "postgresql":
@@ -156,7 +154,7 @@ class PostgreSQL(Backend):
             return self.claim_by_steps(tx, plan, params, mark_and_load)
         if plan.prepare(self._has_naive):
             self._check_zone(tx, plan)
-        return keyed_rows(tx, plan, tx.execute(plan.prepare(claiming), params).all())
+        return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
 
     def claim_by_steps(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
@@ -237,25 +235,16 @@ class PostgreSQL(Backend):
         pid, start, level = connection.execute(ASKED).one()
         return Facts((pid, start), level.upper())
 
-    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
+    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
         if process is None:
             raise ClaimError(
                 f"{connection.dialect.name} does not tell which process served a lost connection, "
                 "so the outcome of the claim is unknown: its rows can be found by their token"
             )
         pid, start = process
-        for _ in range(PATIENCE):
-            # A pooler may have given the process to another client since.
-            found = connection.execute(TERMINATE, {"pid": pid, "start": start, "since": seconds})
-            is_gone = found.first() is None
-            connection.rollback()
-            if is_gone:
-                return
-            pause.get()(PAUSE)
-        raise ClaimError(
-            f"the server's process {pid} of a lost connection does not end, so the outcome of the "
-            f"claim is unknown: SELECT pg_terminate_backend({pid})"
-        )
+        # A pooler may have given the process to another client since.
+        asked = {"pid": pid, "start": start, "since": seconds}
+        return connection.execute(TERMINATE, asked).first() is not None
 
     def is_conflict(self, error: DBAPIError) -> bool:
         return code_of(error, str) in CONFLICTS or self.is_stale(error)

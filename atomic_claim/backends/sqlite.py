@@ -98,7 +98,7 @@ class SQLite(Backend):
         rows = list(tx.rows(plan.prepare(_claiming), params))
         if len(rows) < params[LIMIT]:
             rows += self._passed_over(tx, plan, params, len(rows))
-        found = keyed_rows(tx, plan, _in_order(plan, rows))
+        found = keyed_rows(plan, _in_order(plan, rows))
         keys = [key for key, _ in found]
         tx.marked.extend(keys)
         for chunk in chunks(keys, CHUNK):
