@@ -54,6 +54,7 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.selectable import SelectBase
 
+from . import predicates
 from .backends import backend_for
 from .errors import ClaimError, UnsupportedDialect
 from .inference import is_text, plain_type
@@ -225,7 +226,7 @@ class _Rules:
 
     def has_ended(self, row: TableClause) -> ColumnElement[bool]:
         """Build the condition that a column other than the state marks the row as ended."""
-        ends = self.job_table.not_ended
+        ends = predicates.not_ended(self.job_table)
         return not_(self.of(row, and_(*ends))) if ends else false()
 
     @cached_property
@@ -237,7 +238,7 @@ class _Rules:
         if state is not None and state.nullable:
             unsaid = all(mark.get(state, ...) is not None for mark in marks)
             free = or_(free, state.is_(None)) if unsaid else free
-        return self.of(self.old, and_(free, *job_table.not_ended))
+        return self.of(self.old, and_(free, *predicates.not_ended(job_table)))
 
     @cached_property
     def was_running(self) -> ColumnElement[bool]:
@@ -247,7 +248,9 @@ class _Rules:
     @cached_property
     def is_reclaimed(self) -> ColumnElement[bool]:
         """Build the condition that OLD's lease had expired and NEW is the next claim."""
-        again = [and_(*conditions) for conditions, _ in self.job_table.claimable_branches[1:]]
+        again = [
+            and_(*conditions) for conditions, _ in predicates.claimable_branches(self.job_table)[1:]
+        ]
         if not again:
             return false()
         token = self.job_table.token

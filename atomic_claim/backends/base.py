@@ -32,6 +32,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime, Float
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
@@ -534,7 +535,9 @@ def mark_and_load(
 def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], marked: int) -> None:
     job_table = plan.job_table
     name = job_table.table.fullname
-    claimable = select(*job_table.key).where(key_in(job_table.key, keys), plan.claimable)
+    claimable = select(*job_table.key).where(
+        key_in(job_table.key, keys), predicates.claimable(job_table)
+    )
     # The transaction's snapshot may be older than the lock.
     claimable = claimable.with_for_update()
     if left := tx.tuples(hinted(claimable, job_table.table, tx.backend.hints)):
@@ -561,7 +564,8 @@ def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
     marking = hinted(update(table).values(plan.values), table, backend.hints)
     if backend.has_returning:
         marking = marking.returning(*plan.job_table.key)
-    return ByKey(plan.job_table.key, marking.where(plan.claimable).where)
+    claimable = predicates.claimable(plan.job_table)
+    return ByKey(plan.job_table.key, marking.where(claimable).where)
 
 
 def read_back(

@@ -49,6 +49,7 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, labelled_terms
@@ -277,7 +278,7 @@ class KeySearch:
         rows = select(read, place).subquery(self._name("numbered"))
         key, number = rows.columns[KEY], rows.columns[PLACE]
         running = select(func.count()).select_from(job_table.table)
-        running = running.where(self._column == key, job_table.is_held).correlate(rows)
+        running = running.where(self._column == key, predicates.is_held(job_table)).correlate(rows)
         has_room = number + running.scalar_subquery() <= self._most
         return rows, or_(key.is_(None), and_(number <= self._most, has_room))
 
@@ -303,7 +304,11 @@ class KeySearch:
 
     def _walked_keys(self) -> CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
-        free = select(self._column).where(self.plan.job_table.is_free).order_by(self._column)
+        free = (
+            select(self._column)
+            .where(predicates.is_free(self.plan.job_table))
+            .order_by(self._column)
+        )
         free = free.limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
         keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
@@ -318,7 +323,7 @@ class KeySearch:
         It does if the columns before the key in the index are selected, too. The second DISTINCT
         has MySQL read them once, not once for each place that names them.
         """
-        free = self.plan.job_table.is_free
+        free = predicates.is_free(self.plan.job_table)
         own = self.plan.job_table.table.columns
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
         others = [part for part in dict.fromkeys(named) if part is not self._column]

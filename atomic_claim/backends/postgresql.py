@@ -26,10 +26,11 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
+from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import Candidates, ClaimPlan
+from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
     ByKey,

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import and_, case, literal_column, select, update
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
@@ -148,7 +149,7 @@ def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Seque
     if TOKEN not in params:
         return ()
     # A state that a trigger has made NULL is not free either.
-    is_free = case((job_table.is_free, literal_column("1")), else_=literal_column("0"))
+    is_free = case((predicates.is_free(job_table), literal_column("1")), else_=literal_column("0"))
     ours = and_(job_table.token == params[TOKEN], is_free == literal_column("0"))
     return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
 
@@ -180,7 +181,9 @@ def _undo(
             changing = changing.where(job_table.token == params[TOKEN])
         for chunk in chunks(keys, CHUNK):
             tx.execute(changing.where(key_in(job_table.key, chunk)))
-            asked = select(*job_table.key).where(key_in(job_table.key, chunk), job_table.is_free)
+            asked = select(*job_table.key).where(
+                key_in(job_table.key, chunk), predicates.is_free(job_table)
+            )
             free = tx.tuples(hinted(asked, job_table.table, hints).with_for_update())
             if len(free) < len(chunk) and not tx.autocommit:
                 raise ClaimError(f"{len(chunk) - len(free)} rows could not be freed again")

@@ -22,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 
+from atomic_claim import predicates
 from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
@@ -60,8 +61,8 @@ def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
         if not isinstance(part, Column) or not part.nullable or _means_null(job_table, part):
             continue
         lost = not_(func.coalesce(job_table.free, false()))
-        idle = not_(func.coalesce(job_table.is_running, false()))
-        found[part] = and_(part.is_(None), lost, idle, *job_table.not_ended)
+        idle = not_(func.coalesce(predicates.is_running(job_table), false()))
+        found[part] = and_(part.is_(None), lost, idle, *predicates.not_ended(job_table))
     return found
 
 
@@ -92,7 +93,7 @@ def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
         and isinstance(value, (True_, False_, InlineLiteral))
     }
     ordered = [column for column in job_table.table.columns if column in flags]
-    return {column: and_(column.is_(None), job_table.is_free) for column in ordered}
+    return {column: and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
 
 
 def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
@@ -172,10 +173,10 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
     """Build the condition that a row's state is claimed, ignoring the claim's other columns."""
     state = job_table.state
     if state is None:
-        return job_table.is_running
+        return predicates.is_running(job_table)
     value = job_table.claimed[state]
     is_claimed = state.is_not(None) if isinstance(value, DatabaseTime) else state == value
-    return and_(is_claimed, *job_table.not_ended)
+    return and_(is_claimed, *predicates.not_ended(job_table))
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
