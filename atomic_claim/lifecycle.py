@@ -31,7 +31,7 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.types import JSON, Float
 
 from . import predicates
-from .backends import CHUNK, Backend, Transaction, chunks
+from .backends import Backend, Transaction
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
@@ -39,7 +39,7 @@ from .inference import plain_type
 from .job_table import JobTable, job_table_of
 from .outcomes import Values, common_values, freeing
 from .plan import TOKEN
-from .sql_elements import ByKey, key_in
+from .sql_elements import ByKey
 from .tickets import job_table_of_ticket, keys_of_ticket
 
 if TYPE_CHECKING:
@@ -91,13 +91,9 @@ class Owned:
         self, tx: Transaction, keys: Sequence[Key], *conditions: ColumnElement[bool]
     ) -> list[Key]:
         """Return the keys of the rows that meet the conditions, as this transaction sees them."""
-        found: list[Key] = []
-        for chunk in chunks(keys, CHUNK):
-            query = select(*self.job_table.key).where(
-                key_in(self.job_table.key, chunk), *conditions
-            )
-            found += [tuple(row) for row in tx.execute(query)]
-        return found
+        key = self.job_table.key
+        asking = ByKey(key, select(*key).where(*conditions).where)
+        return [tuple(row) for _, result in tx.by_key(asking, keys) for row in result]
 
 
 class Ended(set[Key]):

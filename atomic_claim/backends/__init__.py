@@ -20,7 +20,7 @@ from atomic_claim.references import resolve
 from atomic_claim.sql_elements import DatabaseTime
 from atomic_claim.statement import ClaimStatement
 
-from .base import CHUNK, Backend, Find, KeyedRows, Transaction, chunks, read_back
+from .base import CHUNK, Backend, Find, KeyedRows, Transaction, read_back
 
 __all__ = [
     "BACKENDS",
@@ -30,7 +30,6 @@ __all__ = [
     "KeyedRows",
     "Transaction",
     "backend_for",
-    "chunks",
     "read_back",
 ]
 

@@ -64,9 +64,7 @@ from .base import (
     Read,
     Transaction,
     hinted,
-    marking_by_key,
-    reading_by_key,
-    refuse_autocommit,
+    marked_by_key,
 )
 
 KEY = "atomic_claim_key"
@@ -367,8 +365,7 @@ def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
 def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
     search = key_search(backend, plan)
-    marked = (plan.prepare(marking_by_key, backend), plan.prepare(reading_by_key, backend))
-    return (search.window, search.chosen, search.locking, *marked)
+    return (search.window, search.chosen, search.locking, *marked_by_key(plan, backend))
 
 
 def claim_by_key(
@@ -377,7 +374,7 @@ def claim_by_key(
     """Claim by exclusive keys, search and claim in one transaction."""
     found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(tx.backend, plan).batches(tx.rows, limit):
+    for batch in key_search(tx.backend, plan).batches(tx.tuples, limit):
         found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
         if len(found) == limit:
             break
@@ -416,7 +413,7 @@ def _locked(
     search = key_search(tx.backend, plan)
     tried, rest = tx.backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
-    refuse_autocommit(tx.backend, tx, "the locks would be gone before the rows are marked")
+    tx.refuse_autocommit("the locks would be gone before the rows are marked")
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}

@@ -85,8 +85,8 @@ BUGS: Final = (
     Planted(
         "guard of the lock removed on MySQL and MariaDB",
         "backends/mysql.py",
-        "self.lock = self._by_key(self._locking(skip_locked=True).where(*plan.conditions))",
-        "self.lock = self._by_key(self._locking(skip_locked=True).where(true()))",
+        "free = source.where(*plan.conditions)",
+        "free = source.where(true())",
     ),
     Planted(
         "rows that cannot be read are committed and forgotten",

@@ -24,7 +24,7 @@ from atomic_claim import (
     extend_jobs,
     predicates,
 )
-from atomic_claim.backends import by_key, mysql, named_lock, postgresql, sqlite
+from atomic_claim.backends import Transaction, mysql, named_lock, postgresql, sqlite
 from atomic_claim.backends.by_key import KeySearch
 from atomic_claim.lifecycle import Owned
 from tests.databases import Database, end_connection
@@ -163,7 +163,7 @@ def test_the_write_lock_comes_before_the_search(
     complete(engine, jobs, 2)
     engine = database.engine(isolation_level="AUTOCOMMIT")
     monkeypatch.setattr(sqlite.SQLite, "_take_write_lock", lambda *_: None)
-    monkeypatch.setattr(by_key, "refuse_autocommit", lambda *_: None)
+    monkeypatch.setattr(Transaction, "refuse_autocommit", lambda *_: None)
     with engine.begin() as connection:
         connection.execute(jobs.table.insert(), [{"id": n, "customer_id": 1} for n in (3, 4)])
     with stopped(engine, claims(engine, jobs, 4), MARK) as second:
