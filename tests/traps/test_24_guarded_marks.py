@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from atomic_claim import claim_jobs
-from atomic_claim.backends.mysql import InnoDBStatements
+from atomic_claim.backends.innodb import InnoDBStatements
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import ByKey
 from tests.databases import Database
