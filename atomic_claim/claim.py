@@ -294,7 +294,7 @@ class Claiming:
         """Search without the lock of the keys, in a transaction of its own."""
 
         def search(tx: Transaction) -> Sequence[tuple[Any, ...]]:
-            tx.backend.begin_keyed(tx.connection)
+            tx.backend.key_locks.begin(tx.connection)
             return tx.tuples(statement, params)
 
         return run_in(bind, self.plan.job_table, search, recoverable=True)

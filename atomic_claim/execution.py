@@ -16,8 +16,8 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for
-from .backends.base import pause
-from .backends.drivers import KNOWN
+from .backends.drivers import KNOWN, in_transaction
+from .backends.recovery import end_process, pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
@@ -109,8 +109,8 @@ def _run_in_callers(
 ) -> R:
     """Run in a transaction that the caller begins and ends."""
     backend = backend_for(connection.dialect)
-    if keyed and backend.keyed_needs_own:
-        raise ClaimError(backend.keyed_needs_own)
+    if keyed and backend.key_locks.needs_own:
+        raise ClaimError(backend.key_locks.needs_own)
     with _conflicts(backend):
         return run(Transaction(backend, executor, connection, own=False))
 
@@ -240,7 +240,7 @@ class OwnTransaction:
     ) -> None:
         """Begin a transaction, or set AUTOCOMMIT where that makes no difference."""
         if self.unknown:
-            backend.end_process(connection, self.process, time.monotonic() - self.lost_at)
+            end_process(backend, connection, self.process, time.monotonic() - self.lost_at)
         if self.recoverable:
             facts = connection.info.get(FACTS)
             if facts is None:
@@ -263,13 +263,13 @@ class OwnTransaction:
                 self.committing = True
                 return
         if self.keyed:
-            stack.enter_context(backend.key_lock(connection, self.job_table.table))
+            stack.enter_context(backend.key_locks.around(connection, self.job_table.table))
         if session is not None:
             stack.enter_context(pinned(session, connection.engine, connection))
             stack.callback(session.close)
-        stack.enter_context(_begun(backend, connection))
+        stack.enter_context(_begun(connection))
         if self.keyed:
-            backend.begin_keyed(connection)
+            backend.key_locks.begin(connection)
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
@@ -280,7 +280,7 @@ class OwnTransaction:
 
 
 @contextmanager
-def _begun(backend: Backend, connection: Connection) -> Iterator[None]:
+def _begun(connection: Connection) -> Iterator[None]:
     """Begin a transaction, on a connection in the caller's AUTOCOMMIT too."""
     if not connection.in_transaction():
         connection.begin()
@@ -290,7 +290,7 @@ def _begun(backend: Backend, connection: Connection) -> Iterator[None]:
         in_autocommit = dialect.detect_autocommit_setting(driver)
     except NotImplementedError:
         in_autocommit = False
-    if not in_autocommit or backend.in_transaction(connection.connection):
+    if not in_autocommit or in_transaction(connection.connection.driver_connection):
         yield
         return
     # On MySQL the session has a level of its own in AUTOCOMMIT, too.
@@ -381,7 +381,7 @@ def _conflicts(backend: Backend) -> Iterator[None]:
         if not backend.is_conflict(error):
             raise
         raise ClaimConflict(
-            f"another transaction was in the way ({error.orig}): {backend.cure()}"
+            f"another transaction was in the way ({error.orig}): {backend.cure}"
         ) from error
 
 
@@ -427,7 +427,7 @@ def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
     if not (isinstance(bind, Engine) or is_maker(bind)):
         return None
     backend = backend_for(_dialect_of(bind, job_table))
-    return backend if backend.keyed_needs_own else None
+    return backend if backend.key_locks.needs_own else None
 
 
 def _refuse_shared(engine: Engine) -> None:
@@ -435,12 +435,12 @@ def _refuse_shared(engine: Engine) -> None:
 
     Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
     """
-    pool, backend = engine.pool, backend_for(engine.dialect)
+    pool = engine.pool
     if isinstance(pool, StaticPool):
-        shared = backend.in_transaction(pool.connection)
+        shared = in_transaction(pool.connection.driver_connection)
     else:
         with engine.connect() as connection:
-            shared = backend.in_transaction(connection.connection)
+            shared = in_transaction(connection.connection.driver_connection)
     if shared:
         raise ClaimError(
             f"the engine's {type(pool).__name__} has one connection, and a transaction is open "

@@ -301,7 +301,7 @@ class JobTable(Preparing):
         if isinstance(plain_type(column.type), DateTime):
             return DatabaseTime(column.type, self.naive_times or "unsaid", offset, floor=floor)
         if is_text(column) and self.text_times is not None:
-            return DatabaseTime(column.type, "text:" + self.text_times, offset)
+            return DatabaseTime(column.type, "text:" + self.text_times, offset, floor=floor)
         raise AmbiguousTable(
             f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
             "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "

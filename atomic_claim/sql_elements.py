@@ -59,9 +59,14 @@ class DatabaseTime(ColumnElement[datetime]):
 
     ``clock`` is ``"utc"`` or ``"server"`` (for a column without a zone: UTC, or the session's
     zone), ``"unsaid"``, or ``"text:"`` and a ``strftime`` format of SQLite (UTC). ``offset`` is
-    an expression in seconds that is added. ``floor`` asks that a column which holds fewer digits
-    of the second is not given a time that is still to come. Every dialect renders it in its own
-    module.
+    an expression in seconds that is added. A column without fractions of the second is given a
+    later time rather than an earlier one, so that a lease is not cut; with ``floor`` an earlier
+    one. Every dialect renders it in its own module.
+
+    In a zone with daylight saving, seconds are added in UTC. A column without a zone cannot tell
+    the two passes of the hour that autumn repeats, so an offset that ends after the clocks went
+    back is counted by the clock on the wall, too, and the later time is taken: up to the hour
+    longer than asked, and never shorter. A negative offset takes the earlier one.
     """
 
     _traverse_internals = [  # noqa: RUF012
@@ -69,6 +74,7 @@ class DatabaseTime(ColumnElement[datetime]):
         ("clock", InternalTraversal.dp_string),
         ("offset", InternalTraversal.dp_clauseelement),
         ("floor", InternalTraversal.dp_boolean),
+        ("later", InternalTraversal.dp_boolean),
     ]
 
     def __init__(
@@ -83,6 +89,8 @@ class DatabaseTime(ColumnElement[datetime]):
         self.clock = clock
         self.offset = offset
         self.floor = floor
+        value = offset.value if isinstance(offset, BindParameter) else None
+        self.later = value is None or value >= 0
 
 
 def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from atomic_claim import ClaimConflict, JobTable, aio, claim_jobs, complete_jobs
-from atomic_claim.backends import backend_for
+from atomic_claim.backends.drivers import in_transaction
 from tests.databases import Database
 from tests.jobs import fill, hurried, ids, job_table, taken
 
@@ -69,13 +69,12 @@ def test_an_open_transaction_is_seen(database: Database) -> None:
 def check_an_open_transaction_is_seen(database: Database, driver: str) -> None:
     """Check one driver."""
     engine, jobs = by_driver(database, driver), filled(database)
-    backend = backend_for(engine.dialect)
     with engine.connect() as connection:
-        assert not backend.in_transaction(connection.connection)
+        assert not in_transaction(connection.connection.driver_connection)
         connection.execute(sa.update(jobs.table).values(note="x"))
-        assert backend.in_transaction(connection.connection)
+        assert in_transaction(connection.connection.driver_connection)
         connection.rollback()
-        assert not backend.in_transaction(connection.connection)
+        assert not in_transaction(connection.connection.driver_connection)
 
 
 @SERVERS

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
@@ -29,7 +30,7 @@ from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import ByKey
 
-from .base import Candidate, Key, Transaction
+from .base import Candidate, Key, KeyLocks, Transaction
 
 SCHEMA = "atomic_claim_schema"
 TABLE = "atomic_claim_table"
@@ -76,15 +77,6 @@ def table_name(connection: Connection, job_table: JobTable) -> dict[str, str | N
     return {SCHEMA: connection.schema_for_object(table), TABLE: table.name}
 
 
-def refuse_snapshot(level: str) -> None:
-    """Refuse a transaction whose later statements do not see what was committed since."""
-    if level not in LEVELS:
-        raise ClaimError(
-            f"the transaction is {level.upper()}, where a look for running rows sees an old "
-            'snapshot: exclusive_by needs isolation_level="READ COMMITTED"'
-        )
-
-
 def require_locks(dialect: Dialect) -> None:
     """Refuse databases whose advisory locks do nothing, such as CockroachDB's."""
     if dialect.name != "postgresql":
@@ -94,49 +86,62 @@ def require_locks(dialect: Dialect) -> None:
         )
 
 
-def limit_idleness(connection: Connection) -> None:
-    """Have the server end a transaction of our own whose worker has stopped in its middle."""
-    name: ColumnElement[str] = literal_column(f"'{TIMEOUT}'")
-    is_off = func.current_setting(name) == literal_column("'0'")
-    limited = func.set_config(name, literal_column(f"'{LONGEST_IDLE}'"), literal_column("true"))
-    connection.execute(select(case((is_off, limited))))
+class AdvisoryLocks(KeyLocks):
+    """An advisory lock for each key."""
 
+    def session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        return (LEVEL,)
 
-def lock_candidates(
-    tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-    """Lock the keys of the first candidates until the transaction ends, as many as are wanted.
+    def check_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
+        """Refuse a transaction whose later statements do not see what was committed since."""
+        if (level := found[0]) not in LEVELS:
+            raise ClaimError(
+                f"the transaction is {level.upper()}, where a look for running rows sees an old "
+                'snapshot: exclusive_by needs isolation_level="READ COMMITTED"'
+            )
 
-    Returns:
-        The candidates whose keys are locked, or that have none; and those that were not tried.
-    """
-    numbers = list(dict.fromkeys(each.lock for each in candidates if each.lock is not None))
-    if not numbers:
-        return candidates, ()
-    given = func.unnest(bindparam("numbers", numbers, type_=ARRAY(Integer)))
-    number: ColumnElement[int] = given.column_valued("claim_lock")
-    table = table_number(tx.connection.dialect)
-    locks = select(number).where(func.pg_try_advisory_xact_lock(table, number)).limit(wanted)
-    named = table_name(tx.connection, job_table)
-    ours = {row[0] for row in tx.connection.execute(locks, named)}
-    tried = len(candidates)
-    if len(ours) == wanted:
-        tried = 1 + max(place for place, each in enumerate(candidates) if each.lock in ours)
-    locked = [each for each in candidates[:tried] if each.lock is None or each.lock in ours]
-    return locked, candidates[tried:]
+    def number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
+        return lock_number(job_table, key)
 
-
-def wait_for_keys(tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> None:
-    """Lock the exclusive keys of some rows until the transaction ends, in an order of their own."""
-    column = job_table.exclusive_by
-    number = lock_number(job_table, column).label("claim_lock")
-    of_keys = select(number).where(column.is_not(None)).distinct()
-
-    def build(is_one: ColumnElement[bool]) -> Select[Any]:
-        ordered = of_keys.where(is_one).order_by(number).subquery("claim_locks")
+    def lock(
+        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+        numbers = list(dict.fromkeys(each.lock for each in candidates if each.lock is not None))
+        if not numbers:
+            return candidates, ()
+        given = func.unnest(bindparam("numbers", numbers, type_=ARRAY(Integer)))
+        number: ColumnElement[int] = given.column_valued("claim_lock")
         table = table_number(tx.connection.dialect)
-        return select(func.pg_advisory_xact_lock(table, *ordered.columns))
+        locks = select(number).where(func.pg_try_advisory_xact_lock(table, number)).limit(wanted)
+        named = table_name(tx.connection, job_table)
+        ours = {row[0] for row in tx.connection.execute(locks, named)}
+        tried = len(candidates)
+        if len(ours) == wanted:
+            tried = 1 + max(place for place, each in enumerate(candidates) if each.lock in ours)
+        locked = [each for each in candidates[:tried] if each.lock is None or each.lock in ours]
+        return locked, candidates[tried:]
 
-    named = table_name(tx.connection, job_table)
-    for _, locked in tx.by_key(ByKey(job_table.key, build), keys, named):
-        locked.all()
+    @contextmanager
+    def held(self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> Iterator[None]:
+        """Lock them in an order of their own, before the UPDATE reads the clock at its start."""
+        column = job_table.exclusive_by
+        number = lock_number(job_table, column).label("claim_lock")
+        of_keys = select(number).where(column.is_not(None)).distinct()
+
+        def build(is_one: ColumnElement[bool]) -> Select[Any]:
+            ordered = of_keys.where(is_one).order_by(number).subquery("claim_locks")
+            table = table_number(tx.connection.dialect)
+            return select(func.pg_advisory_xact_lock(table, *ordered.columns))
+
+        named = table_name(tx.connection, job_table)
+        for _, locked in tx.by_key(ByKey(job_table.key, build), keys, named):
+            locked.all()
+        tx.refuse_autocommit("the locks on the keys would be gone before the rows change")
+        yield
+
+    def begin(self, connection: Connection) -> None:
+        """Have the server end a transaction of our own whose worker has stopped in its middle."""
+        name: ColumnElement[str] = literal_column(f"'{TIMEOUT}'")
+        is_off = func.current_setting(name) == literal_column("'0'")
+        limited = func.set_config(name, literal_column(f"'{LONGEST_IDLE}'"), literal_column("true"))
+        connection.execute(select(case((is_off, limited))))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import operator
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
@@ -29,7 +27,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime, Float
 
@@ -46,14 +43,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
-pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
-"""How to wait between two tries; an event loop must not be blocked."""
-
 Key = tuple[Any, ...]
-Pooled = PoolProxiedConnection | ConnectionPoolEntry
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
-# How often, and for how many seconds each time, the end of a process is waited for.
-PATIENCE, PAUSE = 200, 0.05
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
 KeyedRows = list[tuple[Key, Any]]
@@ -164,7 +155,7 @@ class Transaction:
                 f"the driver {dialect.driver!r} does not tell whether a connection is in "
                 "AUTOCOMMIT, where this claim would not be safe: use another driver"
             ) from None
-        if in_autocommit and not self.backend.in_transaction(pooled):
+        if in_autocommit and not in_transaction(pooled.driver_connection):
             raise ClaimError(
                 f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
                 'as engine.execution_options(isolation_level="READ COMMITTED")'
@@ -189,7 +180,7 @@ Mark = Callable[[Transaction, ClaimPlan, Sequence[Key], Mapping[str, Any]], Keye
 
 @dataclass(frozen=True, eq=False)
 class Find:
-    """A SELECT of somebody else's that finds jobs.
+    """A SELECT of a patched function that finds jobs.
 
     Attributes:
         job_table: the table that it finds them in.
@@ -215,6 +206,47 @@ class Find:
         return tuple(self.place.columns[column.key] for column in self.job_table.key)
 
 
+class KeyLocks:
+    """How a database locks exclusive keys; this one has nothing to do, as with a single writer."""
+
+    needs_own: ClassVar[str | None] = None
+    """Why a claim needs a transaction of its own, where it does."""
+
+    def session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        """Return expressions that describe the session, for the search by exclusive keys."""
+        return ()
+
+    def check_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
+        """Raise if the values of :meth:`session` do not allow a claim."""
+
+    def number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Return the number of a key's lock, where keys are locked one by one, or NULL."""
+        return null()
+
+    def lock(
+        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+        """Lock the keys of the first candidates until the transaction ends, as many as are wanted.
+
+        Returns:
+            The candidates whose keys are locked, or that have none; and those that were not tried.
+        """
+        return candidates, ()
+
+    def held(
+        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
+    ) -> AbstractContextManager[None]:
+        """Lock the exclusive keys of some rows before their leases are extended."""
+        return nullcontext()
+
+    def around(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
+        """Lock a table's exclusive keys around a transaction of the call's own."""
+        return nullcontext()
+
+    def begin(self, connection: Connection) -> None:
+        """Begin a transaction of the call's own that makes or keeps rows with keys running."""
+
+
 class Backend(ABC):
     """How one database claims rows atomically."""
 
@@ -230,8 +262,10 @@ class Backend(ABC):
     """Whether a claim of one statement saves round trips in AUTOCOMMIT."""
     walks_keys: ClassVar[bool] = True
     """Whether the planner walks the keys of an index by a recursive CTE."""
-    keyed_needs_own: ClassVar[str | None] = None
-    """Why exclusive keys need a transaction of our own, where they do."""
+    key_locks: ClassVar[KeyLocks] = KeyLocks()
+    """How exclusive keys are locked."""
+    cure: ClassVar[str] = "roll back, and claim again in a new transaction"
+    """What the message of a conflict advises the owner of the transaction to do."""
 
     @abstractmethod
     def check(self, dialect: Dialect) -> None:
@@ -249,39 +283,6 @@ class Backend(ABC):
         ``mark`` marks and reads rows in a way of its own, after they were found and locked.
         """
         return (mark or mark_and_load)(tx, plan, self.lock(tx, plan, params), params)
-
-    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
-        """Return expressions that describe the session, for the search by exclusive keys."""
-        return ()
-
-    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:  # noqa: B027 - most ask nothing
-        """Raise if the values of :meth:`key_session` do not allow a claim by exclusive keys."""
-
-    def key_number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
-        """Return the number of a key's lock, where keys are locked one by one, or NULL."""
-        return null()
-
-    def lock_keys(
-        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-        """Lock the exclusive keys of the first candidates until the transaction ends.
-
-        Databases whose lock is held around the transaction have nothing to do.
-
-        Returns:
-            The candidates whose keys are locked, and those that were not tried.
-        """
-        return candidates, ()
-
-    def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
-        """Lock a table's exclusive keys around a transaction of our own.
-
-        Most databases lock them in the transaction.
-        """
-        return nullcontext()
-
-    def begin_keyed(self, connection: Connection) -> None:  # noqa: B027 - some have nothing to do
-        """Begin a transaction of our own that is about to make or keep rows with keys running."""
 
     @abstractmethod
     def lock(
@@ -331,8 +332,11 @@ class Backend(ABC):
     def extend(
         self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
     ) -> list[Key]:
-        """:meth:`change`, such that no claim takes the rows for expired at the same time."""
-        return self.change(tx, keys, changes)
+        """:meth:`change`, with the exclusive keys of the rows locked."""
+        if job_table.exclusive_by is None:
+            return self.change(tx, keys, changes)
+        with self.key_locks.held(tx, job_table, keys):
+            return self.change(tx, keys, changes)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -362,29 +366,9 @@ class Backend(ABC):
         """Ask the server what is needed after a lost connection, and for AUTOCOMMIT."""
         return Facts()
 
-    def end_process(self, connection: Connection, process: Any, seconds: float) -> None:
-        """End the server's process of a connection that was lost ``seconds`` ago, and await it.
-
-        Afterwards a row that bears the claim's token was committed, and no other will be.
-        """
-        for _ in range(PATIENCE):
-            is_gone = not self.asks_to_end(connection, process, seconds)
-            connection.rollback()
-            if is_gone:
-                return
-            pause.get()(PAUSE)
-        raise ClaimError(
-            f"the server's process {process[0]} of a lost connection does not end, so the outcome "
-            f"of the claim is unknown: {self.ending.format(process[0])}"
-        )
-
     def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
         """Ask for the end of a process, and return False if it is gone; SQLite has none."""
         return False
-
-    def in_transaction(self, pooled: Pooled) -> bool:
-        """Ask the driver whether a transaction is open on its connection."""
-        return in_transaction(pooled.driver_connection)
 
     @abstractmethod
     def is_conflict(self, error: DBAPIError) -> bool:
@@ -420,37 +404,6 @@ class Backend(ABC):
             'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
             'JobTable(naive_times="server")'
         )
-
-    def cure(self) -> str:
-        """Return the advice that a conflict's message gives to the owner of the transaction."""
-        return "roll back, and claim again in a new transaction"
-
-
-def require(
-    dialect: Dialect,
-    product: str,
-    least: tuple[int, ...],
-    because: str,
-    *,
-    prefix: tuple[int, ...] = (),
-) -> None:
-    """Refuse a server older than ``least``; a dialect that never connected has no version.
-
-    ``prefix`` is what may stand before the version that counts.
-    """
-    found = tuple(dialect.server_version_info or ())
-    if prefix and len(found) > len(prefix) and found[: len(prefix)] == prefix:
-        found = found[len(prefix) :]
-    if not found or found[: len(least)] >= least:
-        return
-    raise UnsupportedDialect(
-        f"{product} {_dotted(found)} cannot claim rows atomically: {because} came with "
-        f"{product} {_dotted(least)}; upgrade the server"
-    )
-
-
-def _dotted(version: Iterable[Any]) -> str:
-    return ".".join(str(part) for part in version)
 
 
 def row_maker(plan: ClaimPlan, names: tuple[str, ...]) -> Callable[[Iterable[Any]], Row[Any]]:
@@ -543,7 +496,7 @@ def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], mark
         )
     raise ClaimConflict(
         f"{len(keys) - marked} of {len(keys)} rows of {name!r} were changed between their lock and "
-        f"their mark: {tx.backend.cure()}"
+        f"their mark: {tx.backend.cure}"
     )
 
 
@@ -556,7 +509,7 @@ def instant(plan: ClaimPlan) -> Executable | None:
     lease = plan.job_table.lease
     if lease is None or plan.values[lease] is None:
         return None
-    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float())))
+    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True))
 
 
 def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:

@@ -105,7 +105,7 @@ class KeySearch:
         scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
         branches = self._numbered_branches([branch.limit(scan_limit) for branch in self._branches])
         rows, has_room = self._numbered(self._together(*branches, name="first"))
-        session = self.backend.key_session(self.plan.job_table)
+        session = self.backend.key_locks.session(self.plan.job_table)
         found = cast("Select[Any]", select(*session, *self._told(rows, has_room)))
         return found.order_by(*self._order(rows))
 
@@ -173,11 +173,11 @@ class KeySearch:
         tried: set[Key] = set()
         pending: list[Candidate] = []
         job_table, scan_limit = self.plan.job_table, limit + MARGIN
-        width = len(self.backend.key_session(job_table))
+        width = len(self.backend.key_locks.session(job_table))
         rows = read(self.window, {SCAN_LIMIT: scan_limit})
         if not rows:
             return
-        self.backend.check_key_session(job_table, rows[0][:width])
+        self.backend.key_locks.check_session(job_table, rows[0][:width])
         found: Sequence[Any] = [row[width:] for row in rows]
         free = [place for place, row in enumerate(found) if row[-2] == 0]
         is_all = len(found) < scan_limit
@@ -291,7 +291,7 @@ class KeySearch:
     def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
         """Return what is told of each row: its keys, its branch, and whether its key has room."""
         key = found.columns[KEY]
-        lock = self.backend.key_number(self.plan.job_table, key).label("claim_lock")
+        lock = self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")
         return [*self._ids(found), key, lock, found.columns[BRANCH], has_room.label("has_room")]
 
     def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
@@ -411,7 +411,7 @@ def _locked(
         Their primary keys in claim order, and the candidates that were not tried.
     """
     search = key_search(tx.backend, plan)
-    tried, rest = tx.backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
+    tried, rest = tx.backend.key_locks.lock(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
     tx.refuse_autocommit("the locks would be gone before the rows are marked")
     if not tried:

@@ -34,21 +34,9 @@ CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 """Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, a number of MySQL."""
 
 
-KNOWN = frozenset(
-    {
-        "aiomysql",
-        "aiosqlite",
-        "asyncmy",
-        "asyncpg",
-        "mysqlconnector",
-        "mysqldb",
-        "pg8000",
-        "psycopg",
-        "psycopg2",
-        "pymysql",
-        "pysqlite",
-    }
-)
+POSTGRESQL = {"asyncpg", "pg8000", "psycopg", "psycopg2"}
+INNODB = {"aiomysql", "asyncmy", "mysqlconnector", "mysqldb", "pymysql"}
+KNOWN = frozenset(POSTGRESQL | INNODB | {"aiosqlite", "pysqlite"})
 """SQLAlchemy's names of these drivers; any other one runs BEGIN … COMMIT only."""
 
 

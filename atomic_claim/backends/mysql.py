@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import filterfalse
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -17,10 +15,8 @@ from sqlalchemy import (
     Dialect,
     Select,
     Table,
-    and_,
     bindparam,
     func,
-    literal_column,
     select,
     text,
     true,
@@ -30,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
+from sqlalchemy.types import TIMESTAMP, DateTime, Integer
 
 from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError, UnsupportedDialect
@@ -41,34 +37,26 @@ from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .base import (
-    CHUNK,
     Backend,
     Facts,
     Find,
     Key,
+    KeyLocks,
     Transaction,
     hinted,
     marked_by_key,
-    require,
 )
 from .by_key import keyed_statements, refuse_view
 from .drivers import code_of
+from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
+from .versions import require
 
-NAMES = ("mysql", "mariadb")
-# A hint for "mysql" renders nothing for mariadb://, so both names are said.
-HINTS = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
 CONFLICTS = frozenset({1020, 1205, 1213, 3101})
 # ER_ERROR_DURING_COMMIT, a conflict if InnoDB's own error is 149 (HA_ERR_LOCK_DEADLOCK).
 ERROR_DURING_COMMIT = 1180
-# ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
-HELD = frozenset({1205, 3572})
-# Candidates beyond those that are wanted, which are tried in one statement if the order allows.
-WINDOW = 16
-# How many locks of a claim that must not skip rows may fail before it puts rows aside.
-PATIENCE = 8
 # For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
 MOST_READ = 10_000
 
@@ -82,12 +70,35 @@ PLAIN_READS_WAIT = (
     'workers hold: use isolation_level="READ COMMITTED" or "REPEATABLE READ", at which a claim is '
     "as safe"
 )
-# What has to be known of a session: its isolation level; and whether the error with which NOWAIT
-# fails rolls back all of the transaction, which MySQL's does not.
-MYSQL_SESSION = ("@@transaction_isolation", "0")
-MARIADB_SESSION = ("@@tx_isolation", "@@innodb_rollback_on_timeout")
-# Seconds by which the session's zone is ahead of UTC.
-SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
+
+
+class NamedLocks(KeyLocks):
+    """A named lock of the table, around a transaction of the call's own."""
+
+    needs_own = NEEDS_OWN
+
+    def session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
+        return (SKEW,) if MySQL().naive_columns(job_table) else ()
+
+    def check_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
+        if any(found):
+            _refuse_skew(job_table, found[0])
+
+    def held(
+        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
+    ) -> AbstractContextManager[None]:
+        """Wait for no row for long, while other claims wait for the lock of the keys."""
+        return tx.backend.limit_wait(tx, 1)
+
+    def around(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
+        place = (connection.schema_for_object(table), table.name)
+        if place not in checked.get(connection.dialect, ()):
+            _check_engine(connection, table)
+        refuse_view(connection, table)
+        return named_lock(connection, table)
+
+    def begin(self, connection: Connection) -> None:
+        read_committed(connection)
 
 
 class MySQL(Backend):
@@ -112,7 +123,7 @@ class MySQL(Backend):
     ending = "KILL {}"
     has_returning = False
     walks_keys = False
-    keyed_needs_own = NEEDS_OWN
+    key_locks = NamedLocks()
 
     def check(self, dialect: Dialect) -> None:
         if getattr(dialect, "is_mariadb", False):
@@ -120,24 +131,6 @@ class MySQL(Backend):
             require(dialect, "MariaDB", (10, 6), "SKIP LOCKED", prefix=(5, 5, 5))
         else:
             require(dialect, "MySQL", (8, 0, 1), "SKIP LOCKED")
-
-    def is_single(self, plan: ClaimPlan) -> bool:
-        return False
-
-    def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
-        _check_engine(connection, table)
-        refuse_view(connection, table)
-        return named_lock(connection, table)
-
-    def begin_keyed(self, connection: Connection) -> None:
-        read_committed(connection)
-
-    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
-        return (SKEW,) if self.naive_columns(job_table) else ()
-
-    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
-        if any(found):
-            self.refuse_skew(job_table, *found)
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -200,7 +193,7 @@ class MySQL(Backend):
         if level == SERIALIZABLE:
             raise ClaimError(PLAIN_READS_WAIT)
         if any(skew):
-            self.refuse_skew(plan.job_table, *skew)
+            _refuse_skew(plan.job_table, skew[0])
         search.may_fail = not rolls_back
         return rows, level
 
@@ -238,14 +231,6 @@ class MySQL(Backend):
             return keyed_statements(self, plan)
         lock = plan.prepare(InnoDBStatements, self, False).lock
         return (plan.candidates.select(), lock, *marked_by_key(plan, self))
-
-    def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
-    ) -> list[Key]:
-        """Under the lock of exclusive keys, no extension waits long for its rows."""
-        waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(tx, 1)
-        with waiting:
-            return self.change(tx, keys, changes)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -288,10 +273,6 @@ class MySQL(Backend):
         """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""
         return not isinstance(type_, TIMESTAMP)
 
-    def refuse_skew(self, job_table: JobTable, seconds: Any) -> NoReturn:
-        """Refuse naive times in a session that is ahead of UTC by these seconds."""
-        self.refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
-
     def is_conflict(self, error: DBAPIError) -> bool:
         code = code_of(error, int)
         return code in CONFLICTS or (code == ERROR_DURING_COMMIT and "149" in str(error.orig))
@@ -319,6 +300,11 @@ def _check_engine(connection: Connection, table: Table) -> None:
     checked.setdefault(connection.dialect, set()).add((schema, table.name))
 
 
+def _refuse_skew(job_table: JobTable, seconds: Any) -> NoReturn:
+    """Refuse naive times in a session that is ahead of UTC by these seconds, or behind it."""
+    MySQL().refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
+
+
 def _set_session(tx: Transaction, settings: Mapping[str, int]) -> None:
     assignments = ", ".join(f"{name} = {value}" for name, value in settings.items())
     tx.connection.execute(text(f"SET SESSION {assignments}"))
@@ -330,157 +316,6 @@ def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
         if not column.primary_key:
             return func.coalesce(func.length(column), 0) >= 0
     return true()
-
-
-class InnoDBStatements:
-    """The statements of a search for rows to claim, built once per plan.
-
-    Attributes:
-        candidates: reads keys in claim order, and what has to be known of the session.
-        session: reads the latter alone.
-        asks_zone: whether that includes the session's time zone.
-        lock: locks those of the rows that are free and not locked.
-        lock_first: the same, but only the first ones in the order of the key.
-        lock_all: locks those of the rows that are not locked, and returns whether they are free.
-        lock_unless_held: the same, but fails if another transaction has locked one of them.
-        latest: a locking read of the keys of each branch of the candidates.
-    """
-
-    def __init__(self, plan: ClaimPlan, backend: MySQL, is_mariadb: bool) -> None:
-        table, key = plan.job_table.table, plan.job_table.key
-        of = table if plan.multi_table else None
-        source = plan.source(*plan.key_attributes)
-        if plan.multi_table:
-            # Else the subclass's table may come first, and MariaDB locks every row of it.
-            source = source.prefix_with("STRAIGHT_JOIN")
-
-        def by_key(statement: Select[Any], **how: bool) -> ByKey:
-            return ByKey(key, hinted(statement.with_for_update(of=of, **how), table, HINTS).where)
-
-        # What has to be known of the session comes with the candidates, for no further round trip.
-        level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
-        session: list[ColumnElement[Any]] = [literal_column(level, String())]
-        session.append(literal_column(rolls_back, Integer()))
-        self.asks_zone = bool(backend.naive_columns(plan.job_table))
-        if self.asks_zone:
-            session.append(SKEW)
-        self.session = select(*session)
-        self.candidates = plan.candidates.select().add_columns(*session)
-
-        free = source.where(*plan.conditions)
-        self.lock = by_key(free, skip_locked=True)
-        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
-        first = free.order_by(*plan.key_attributes).limit(limit)
-        self.lock_first = by_key(first, skip_locked=True)
-        # That it returns whether a row is free is also what makes it read by key: a SELECT of
-        # nothing but the key is covered by the index, and then scans all of it, forced or not.
-        all_rows = source.add_columns(and_(*plan.conditions))
-        self.lock_all = by_key(all_rows, skip_locked=True)
-        self.lock_unless_held = by_key(all_rows, nowait=True)
-        self.latest = [
-            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
-            for branch in plan.candidates.branches
-        ]
-
-
-@dataclass
-class Search:
-    """The rows that one search has locked.
-
-    Attributes:
-        tx: where it runs.
-        statements: its statements.
-        limit: how many rows are wanted.
-        taken: the keys of the rows that are locked and free.
-        may_fail: whether a lock that fails leaves the transaction as it was.
-        patience: how many more locks may fail before rows are put aside.
-        aside: rows in the order of their keys that are tried again at the end.
-        is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
-    """
-
-    tx: Transaction
-    statements: InnoDBStatements
-    limit: int
-    taken: set[Key] = field(default_factory=set)
-    may_fail: bool = False
-    patience: int = PATIENCE
-    aside: list[list[Key]] = field(default_factory=list)
-    is_stale: bool = False
-
-    def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
-        """Lock the first of the candidates, and return how many were tried.
-
-        READ COMMITTED lets go at once of what does not meet the WHERE; a transaction of the
-        call's own is over soon.
-        """
-        wanted = self.limit - len(self.taken)
-        window = fresh[: min(wanted + WINDOW, CHUNK)]
-        if are_numbers and window == sorted(window):
-            # The order of the claim is that of the keys, in Python and in SQL.
-            lock = self.statements.lock_first.of(window, {LIMIT: wanted})
-        else:
-            window = window[:wanted]
-            lock = self.statements.lock.of(window)
-        self.taken.update(map(tuple, self.tx.execute(*lock)))
-        return len(window)
-
-    def lock_without_gaps(self, fresh: list[Key], are_numbers: bool) -> int:
-        """Lock likewise in a REPEATABLE READ transaction that may go on for long.
-
-        There SKIP LOCKED locks the gap behind a row that it skips: behind the table's last row,
-        no producer could insert until the transaction ends. NOWAIT fails and locks no gap; what
-        it had locked before, it takes in the next try. So the rows that are held are found by
-        trying fewer, and after some failures the rows behind one are put aside, none locked.
-        """
-        keys = fresh[: min(self.limit - len(self.taken), CHUNK)]
-        tried = ahead = len(keys)
-        if are_numbers:
-            keys.sort()
-        lock = self.statements.lock_unless_held if self.may_fail else self.statements.lock_all
-        while keys:
-            part = keys[:ahead]
-            try:
-                rows = self.tx.execute(*lock.of(part)).all()
-            except DBAPIError as error:
-                if code_of(error, int) not in HELD:
-                    raise
-                self.patience -= 1
-                if len(part) > 1:
-                    ahead = len(part) // 2 if self.patience >= 0 else 1
-                    continue
-                del keys[0]
-                if self.patience < 0 and are_numbers:
-                    self.aside.append(keys)
-                    break
-                continue
-            for row in rows:
-                if row[-1]:
-                    self.taken.add(row[:-1])
-                else:
-                    self.is_stale = True
-            if self.may_fail and len(rows) < len(part):
-                self.is_stale = True
-            del keys[:ahead]
-            ahead *= 2
-        return tried
-
-    def lock_aside(self) -> None:
-        """Lock what was put aside, which is all that is left."""
-        self.patience = sys.maxsize
-        while self.aside and len(self.taken) < self.limit:
-            keys = self.aside.pop(0)
-            if rest := keys[self.lock_without_gaps(keys, True) :]:
-                self.aside.insert(0, rest)
-
-    def lock_latest(self) -> list[Key]:
-        """Lock rows that are newer than the snapshot of the caller's transaction.
-
-        Only a locking read sees them, and it locks what it scans, so this is done only where the
-        snapshot has turned out to be old.
-        """
-        asked = ClaimRequest(self.limit).parameters()
-        found = [key for each in self.statements.latest for key in self.tx.tuples(each, asked)]
-        return [key for key in found if key not in self.taken]
 
 
 @compiles(ClaimStatement, *NAMES)
@@ -502,12 +337,17 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
 
 @compiles(DatabaseTime, *NAMES)
 def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
-    zoned = isinstance(plain_type(element.type), TIMESTAMP) or element.clock == "server"
-    sql = "CURRENT_TIMESTAMP(6)" if zoned else "UTC_TIMESTAMP(6)"
+    type_ = plain_type(element.type)
+    local = isinstance(type_, TIMESTAMP) or element.clock == "server"
     if element.offset is None:
-        return sql
+        return "CURRENT_TIMESTAMP(6)" if local else "UTC_TIMESTAMP(6)"
     microseconds = f"ROUND(({compiler.process(element.offset, **kw)}) * 1000000)"
-    if element.floor and not getattr(plain_type(element.type), "fsp", None):
-        # A column without digits of the second rounds what it is given.
-        microseconds += " - 500000"
-    return f"TIMESTAMPADD(MICROSECOND, {microseconds}, {sql})"
+    if not getattr(type_, "fsp", None):
+        # A column without fractions: MySQL rounds what it is given, MariaDB truncates.
+        microseconds += " - 500000" if element.floor else " + 999999"
+    utc = f"TIMESTAMPADD(MICROSECOND, {microseconds}, UTC_TIMESTAMP(6))"
+    if not local:
+        return utc
+    of_zone = f"CONVERT_TZ({utc}, '+00:00', @@session.time_zone)"
+    by_wall = f"TIMESTAMPADD(MICROSECOND, {microseconds}, CURRENT_TIMESTAMP(6))"
+    return f"{'GREATEST' if element.later else 'LEAST'}({of_zone}, {by_wall})"

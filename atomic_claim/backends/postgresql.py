@@ -29,7 +29,6 @@ from sqlalchemy.types import DateTime
 from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
-from atomic_claim.job_table import JobTable
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
@@ -40,18 +39,9 @@ from atomic_claim.sql_elements import (
 )
 from atomic_claim.statement import ClaimStatement, statement_of
 
-from .advisory import (
-    LEVEL,
-    limit_idleness,
-    lock_candidates,
-    lock_number,
-    refuse_snapshot,
-    require_locks,
-    wait_for_keys,
-)
+from .advisory import AdvisoryLocks, require_locks
 from .base import (
     Backend,
-    Candidate,
     Facts,
     Find,
     Key,
@@ -61,10 +51,10 @@ from .base import (
     keyed_rows,
     mark_and_load,
     marked_by_key,
-    require,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
 from .drivers import code_of
+from .versions import require
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")
@@ -82,8 +72,6 @@ TERMINATE = text(
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
 NOT_SUPPORTED = "0A000"
-
-KEYS_UNLOCKED = "the locks on the keys would be gone before the rows change"
 
 
 class PostgreSQL(Backend):
@@ -116,6 +104,7 @@ class PostgreSQL(Backend):
 
     names = NAMES
     commits_singly = True
+    key_locks = AdvisoryLocks()
     ending = "SELECT pg_terminate_backend({})"
 
     def check(self, dialect: Dialect) -> None:
@@ -139,23 +128,6 @@ class PostgreSQL(Backend):
         if plan.prepare(self._has_naive):
             self._check_zone(tx, plan)
         return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
-
-    def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
-        return (LEVEL,)
-
-    def check_key_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
-        refuse_snapshot(*found)
-
-    def key_number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
-        return lock_number(job_table, key)
-
-    def lock_keys(
-        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
-        return lock_candidates(tx, job_table, candidates, wanted)
-
-    def begin_keyed(self, connection: Connection) -> None:
-        limit_idleness(connection)
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -186,15 +158,6 @@ class PostgreSQL(Backend):
         if self.is_single(plan):
             return (plan.prepare(claiming),)
         return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
-
-    def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
-    ) -> list[Key]:
-        """Lock the exclusive keys first, since the UPDATE reads the clock at its start."""
-        if job_table.exclusive_by is not None:
-            wait_for_keys(tx, job_table, keys)
-            tx.refuse_autocommit(KEYS_UNLOCKED)
-        return self.change(tx, keys, changes)
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
@@ -350,14 +313,24 @@ def _now(
     element: DatabaseTime, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
 ) -> str:
     # now() would be the start of the transaction, which may be long ago.
-    sql = "statement_timestamp()"
-    if element.offset is not None:
-        sql = f"({sql} + make_interval(secs => {compiler.process(element.offset, **kw)}))"
+    sql = now = "statement_timestamp()"
     type_ = plain_type(element.type)
+    interval = ""
+    if element.offset is not None:
+        seconds = compiler.process(element.offset, **kw)
+        if getattr(type_, "precision", None) == 0 and not element.floor:
+            # What is without fractions is rounded.
+            seconds += " + 0.5"
+        interval = f" + make_interval(secs => {seconds})"
+        sql = f"({now}{interval})"
     if isinstance(type_, DateTime) and type_.timezone:
         return sql
     if element.clock == "server":
-        return f"CAST({sql} AS TIMESTAMP WITHOUT TIME ZONE)"
+        sql = f"CAST({sql} AS TIMESTAMP WITHOUT TIME ZONE)"
+        if not interval:
+            return sql
+        by_wall = f"CAST({now} AS TIMESTAMP WITHOUT TIME ZONE){interval}"
+        return f"{'GREATEST' if element.later else 'LEAST'}({sql}, {by_wall})"
     sql = f"timezone('UTC', {sql})"
     if element.clock == "unsaid" and guard_clock:
         # Nobody of ours is there to look at the session when the caller executes a construct.

@@ -8,10 +8,12 @@ read one by one, and what cannot be read is freed by key and token.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import and_, case, literal_column, select, update
+from sqlalchemy import Connection, and_, case, literal_column, select, update
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
 from atomic_claim import predicates
@@ -21,6 +23,7 @@ from atomic_claim.plan import TOKEN, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
 from .base import (
+    Backend,
     Key,
     KeyedRows,
     Transaction,
@@ -34,7 +37,12 @@ from .drivers import code_of
 # How often a claim passes over rows none of which can be marked and read.
 ROUNDS = 10
 
+# How often, and for how many seconds each time, the end of a process is waited for.
+PATIENCE, PAUSE = 200, 0.05
+
 logger = logging.getLogger("atomic_claim")
+pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
+"""How to wait between two tries; an event loop must not be blocked."""
 
 
 class OneByOne:
@@ -139,6 +147,23 @@ def salvage(
         _undo(tx, plan, unreadable, params, None)
     tx.marked.clear()
     return found, unreadable
+
+
+def end_process(backend: Backend, connection: Connection, process: Any, seconds: float) -> None:
+    """End the server's process of a connection that was lost ``seconds`` ago, and await it.
+
+    Afterwards a row that bears the claim's token was committed, and no other will be.
+    """
+    for _ in range(PATIENCE):
+        is_gone = not backend.asks_to_end(connection, process, seconds)
+        connection.rollback()
+        if is_gone:
+            return
+        pause.get()(PAUSE)
+    raise ClaimError(
+        f"the server's process {process[0]} of a lost connection does not end, so the outcome "
+        f"of the claim is unknown: {backend.ending.format(process[0])}"
+    )
 
 
 def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Sequence[Key]:

@@ -46,9 +46,9 @@ from .base import (
     keyed_rows,
     mark_and_load,
     marked_by_key,
-    require,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
+from .versions import require
 
 MARK = "/* claimable */"
 TRIGGERS = text("SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1")
@@ -77,6 +77,11 @@ class SQLite(Backend):
     """
 
     names = ("sqlite",)
+    cure = (
+        "roll back, and claim as the first statement of the transaction: a transaction that has "
+        "read cannot become a writer once another connection has written "
+        "(https://www.sqlite.org/lang_transaction.html)"
+    )
 
     def check(self, dialect: Dialect) -> None:
         require(dialect, "SQLite", (3, 35), "RETURNING")
@@ -168,13 +173,6 @@ class SQLite(Backend):
         code = getattr(error.orig, "sqlite_errorcode", None)
         # The low byte is the primary result code: https://www.sqlite.org/rescode.html
         return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-    def cure(self) -> str:
-        return (
-            "roll back, and claim as the first statement of the transaction: a transaction that "
-            "has read cannot become a writer once another connection has written "
-            "(https://www.sqlite.org/lang_transaction.html)"
-        )
 
 
 def _lock(job_table: JobTable) -> Update:
@@ -274,8 +272,17 @@ def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
     form, padding = "%Y-%m-%d %H:%M:%f", " || '000'"
     if element.clock.startswith("text:"):
         form, padding = element.clock.removeprefix("text:"), ""
-    modifiers = ", 'localtime'" if element.clock == "server" else ""
-    if element.offset is not None:
-        modifiers = f", ({compiler.process(element.offset, **kw)}) || ' seconds'{modifiers}"
     literal = compiler.render_literal_value(form, String())
-    return f"(strftime({literal}, 'now'{modifiers}){padding})"
+    zone = ", 'localtime'" if element.clock == "server" else ""
+    if element.offset is None:
+        return f"(strftime({literal}, 'now'{zone}){padding})"
+    seconds = f"({compiler.process(element.offset, **kw)})"
+    if "%f" not in form and not element.floor:
+        # Fractions are cut off.
+        seconds = f"({seconds} + 0.999)"
+    added = f", {seconds} || ' seconds'"
+    sql = f"strftime({literal}, 'now'{added}{zone})"
+    if zone:
+        by_wall = f"strftime({literal}, 'now'{zone}{added})"
+        sql = f"{'max' if element.later else 'min'}({sql}, {by_wall})"
+    return f"({sql}{padding})"

@@ -18,7 +18,7 @@ from sqlalchemy import Column, Connection, Engine, Integer
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import greenlet_spawn
 
-from atomic_claim.backends import backend_for
+from atomic_claim.backends.drivers import in_transaction
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.execution import async_types, patiently, sync_bind
@@ -494,12 +494,13 @@ def _leaving_unlocked(bind: Any, job_table: JobTable) -> Callable[[], None]:
             return lambda: None
         connection = bind.connection(bind_arguments=arguments)
     assert isinstance(connection, Connection)
-    backend, name = backend_for(connection.dialect), connection.dialect.name
-    if name != "sqlite" or backend.in_transaction(connection.connection):
+    if connection.dialect.name != "sqlite" or in_transaction(
+        connection.connection.driver_connection
+    ):
         return lambda: None
 
     def leave() -> None:
-        if backend.in_transaction(connection.connection):
+        if in_transaction(connection.connection.driver_connection):
             connection.exec_driver_sql("ROLLBACK")
 
     return leave

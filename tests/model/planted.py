@@ -84,7 +84,7 @@ BUGS: Final = (
     ),
     Planted(
         "guard of the lock removed on MySQL and MariaDB",
-        "backends/mysql.py",
+        "backends/innodb.py",
         "free = source.where(*plan.conditions)",
         "free = source.where(true())",
     ),

@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from atomic_claim import claim_jobs
 from atomic_claim.backends import base
-from atomic_claim.backends.mysql import InnoDBStatements
+from atomic_claim.backends.innodb import InnoDBStatements
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import ByKey
 from tests.databases import Database

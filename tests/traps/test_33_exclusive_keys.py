@@ -24,7 +24,9 @@ from atomic_claim import (
     extend_jobs,
     predicates,
 )
-from atomic_claim.backends import Transaction, mysql, named_lock, postgresql, sqlite
+from atomic_claim.backends import Transaction, mysql, named_lock, sqlite
+from atomic_claim.backends.advisory import AdvisoryLocks
+from atomic_claim.backends.base import KeyLocks
 from atomic_claim.backends.by_key import KeySearch
 from atomic_claim.lifecycle import Owned
 from tests.databases import Database, end_connection
@@ -92,9 +94,8 @@ def no_lock(connection: sa.Connection, _: Any) -> Iterator[None]:
 
 def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have claims and extensions hold no lock of the key when they commit."""
-    no_locks = lambda _, __, candidates, ___: (candidates, [])  # noqa: E731 - used once
-    monkeypatch.setattr(postgresql, "lock_candidates", no_locks)
-    monkeypatch.setattr(postgresql, "wait_for_keys", lambda *_: None)
+    for name in ("lock", "held"):
+        monkeypatch.setattr(AdvisoryLocks, name, getattr(KeyLocks, name))
     monkeypatch.setattr(mysql, "named_lock", no_lock)
 
 

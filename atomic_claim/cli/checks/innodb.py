@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sqlalchemy import select, text
 
 from atomic_claim.backends import backend_for
-from atomic_claim.backends.mysql import SKEW
+from atomic_claim.backends.innodb import SKEW
 
 from .findings import Finding, Level, Patient, Reading
 

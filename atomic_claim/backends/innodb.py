@@ -1,0 +1,194 @@
+"""The search for rows to claim on MySQL and MariaDB: its statements, and how it locks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    text,
+)
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.types import Integer, String
+
+from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
+from atomic_claim.sql_elements import ByKey
+
+from .base import CHUNK, Backend, Key, Transaction, hinted
+from .drivers import code_of
+
+NAMES = ("mysql", "mariadb")
+# A hint for "mysql" renders nothing for mariadb://, so both names are said.
+HINTS: Mapping[str, str] = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+# ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
+HELD = frozenset({1205, 3572})
+# Candidates beyond those that are wanted, which are tried in one statement if the order allows.
+WINDOW = 16
+# How many locks of a claim that must not skip rows may fail before it puts rows aside.
+PATIENCE = 8
+# What has to be known of a session: its isolation level; and whether the error with which NOWAIT
+# fails rolls back all of the transaction, which MySQL's does not.
+MYSQL_SESSION = ("@@transaction_isolation", "0")
+MARIADB_SESSION = ("@@tx_isolation", "@@innodb_rollback_on_timeout")
+# Seconds by which the session's zone is ahead of UTC.
+SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
+
+
+class InnoDBStatements:
+    """The statements of a search for rows to claim, built once per plan.
+
+    Attributes:
+        candidates: reads keys in claim order, and what has to be known of the session.
+        session: reads the latter alone.
+        asks_zone: whether that includes the session's time zone.
+        lock: locks those of the rows that are free and not locked.
+        lock_first: the same, but only the first ones in the order of the key.
+        lock_all: locks those of the rows that are not locked, and returns whether they are free.
+        lock_unless_held: the same, but fails if another transaction has locked one of them.
+        latest: a locking read of the keys of each branch of the candidates.
+    """
+
+    def __init__(self, plan: ClaimPlan, backend: Backend, is_mariadb: bool) -> None:
+        table, key = plan.job_table.table, plan.job_table.key
+        of = table if plan.multi_table else None
+        source = plan.source(*plan.key_attributes)
+        if plan.multi_table:
+            # Else the subclass's table may come first, and MariaDB locks every row of it.
+            source = source.prefix_with("STRAIGHT_JOIN")
+
+        def by_key(statement: Select[Any], **how: bool) -> ByKey:
+            return ByKey(key, hinted(statement.with_for_update(of=of, **how), table, HINTS).where)
+
+        # What has to be known of the session comes with the candidates, for no further round trip.
+        level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
+        session: list[ColumnElement[Any]] = [literal_column(level, String())]
+        session.append(literal_column(rolls_back, Integer()))
+        self.asks_zone = bool(backend.naive_columns(plan.job_table))
+        if self.asks_zone:
+            session.append(SKEW)
+        self.session = select(*session)
+        self.candidates = plan.candidates.select().add_columns(*session)
+
+        free = source.where(*plan.conditions)
+        self.lock = by_key(free, skip_locked=True)
+        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        first = free.order_by(*plan.key_attributes).limit(limit)
+        self.lock_first = by_key(first, skip_locked=True)
+        # That it returns whether a row is free is also what makes it read by key: a SELECT of
+        # nothing but the key is covered by the index, and then scans all of it, forced or not.
+        all_rows = source.add_columns(and_(*plan.conditions))
+        self.lock_all = by_key(all_rows, skip_locked=True)
+        self.lock_unless_held = by_key(all_rows, nowait=True)
+        self.latest = [
+            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
+            for branch in plan.candidates.branches
+        ]
+
+
+@dataclass
+class Search:
+    """The rows that one search has locked.
+
+    Attributes:
+        tx: where it runs.
+        statements: its statements.
+        limit: how many rows are wanted.
+        taken: the keys of the rows that are locked and free.
+        may_fail: whether a lock that fails leaves the transaction as it was.
+        patience: how many more locks may fail before rows are put aside.
+        aside: rows in the order of their keys that are tried again at the end.
+        is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
+    """
+
+    tx: Transaction
+    statements: InnoDBStatements
+    limit: int
+    taken: set[Key] = field(default_factory=set)
+    may_fail: bool = False
+    patience: int = PATIENCE
+    aside: list[list[Key]] = field(default_factory=list)
+    is_stale: bool = False
+
+    def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
+        """Lock the first of the candidates, and return how many were tried.
+
+        READ COMMITTED lets go at once of what does not meet the WHERE; a transaction of the
+        call's own is over soon.
+        """
+        wanted = self.limit - len(self.taken)
+        window = fresh[: min(wanted + WINDOW, CHUNK)]
+        if are_numbers and window == sorted(window):
+            # The order of the claim is that of the keys, in Python and in SQL.
+            lock = self.statements.lock_first.of(window, {LIMIT: wanted})
+        else:
+            window = window[:wanted]
+            lock = self.statements.lock.of(window)
+        self.taken.update(map(tuple, self.tx.execute(*lock)))
+        return len(window)
+
+    def lock_without_gaps(self, fresh: list[Key], are_numbers: bool) -> int:
+        """Lock likewise in a REPEATABLE READ transaction that may go on for long.
+
+        There SKIP LOCKED locks the gap behind a row that it skips: behind the table's last row,
+        no producer could insert until the transaction ends. NOWAIT fails and locks no gap; what
+        it had locked before, it takes in the next try. So the rows that are held are found by
+        trying fewer, and after some failures the rows behind one are put aside, none locked.
+        """
+        keys = fresh[: min(self.limit - len(self.taken), CHUNK)]
+        tried = ahead = len(keys)
+        if are_numbers:
+            keys.sort()
+        lock = self.statements.lock_unless_held if self.may_fail else self.statements.lock_all
+        while keys:
+            part = keys[:ahead]
+            try:
+                rows = self.tx.execute(*lock.of(part)).all()
+            except DBAPIError as error:
+                if code_of(error, int) not in HELD:
+                    raise
+                self.patience -= 1
+                if len(part) > 1:
+                    ahead = len(part) // 2 if self.patience >= 0 else 1
+                    continue
+                del keys[0]
+                if self.patience < 0 and are_numbers:
+                    self.aside.append(keys)
+                    break
+                continue
+            for row in rows:
+                if row[-1]:
+                    self.taken.add(row[:-1])
+                else:
+                    self.is_stale = True
+            if self.may_fail and len(rows) < len(part):
+                self.is_stale = True
+            del keys[:ahead]
+            ahead *= 2
+        return tried
+
+    def lock_aside(self) -> None:
+        """Lock what was put aside, which is all that is left."""
+        self.patience = sys.maxsize
+        while self.aside and len(self.taken) < self.limit:
+            keys = self.aside.pop(0)
+            if rest := keys[self.lock_without_gaps(keys, True) :]:
+                self.aside.insert(0, rest)
+
+    def lock_latest(self) -> list[Key]:
+        """Lock rows that are newer than the snapshot of the caller's transaction.
+
+        Only a locking read sees them, and it locks what it scans, so this is done only where the
+        snapshot has turned out to be old.
+        """
+        asked = ClaimRequest(self.limit).parameters()
+        found = [key for each in self.statements.latest for key in self.tx.tuples(each, asked)]
+        return [key for key in found if key not in self.taken]
