@@ -58,7 +58,7 @@ class DatabaseTime(ColumnElement[datetime]):
     """The database's clock at the start of the statement, in the form in which a column stores it.
 
     ``clock`` is ``"utc"`` or ``"server"`` (for a column without a zone: UTC, or the session's
-    zone), ``"unsaid"``, or ``"text:"`` and a ``strftime`` format of SQLite (UTC). ``offset`` is
+    zone) or ``"unsaid"``. ``form`` is the ``strftime`` format of a text column. ``offset`` is
     an expression in seconds that is added. ``floor`` asks that a column which holds fewer digits
     of the second is not given a time that is still to come. Every dialect renders it in its own
     module.
@@ -69,6 +69,7 @@ class DatabaseTime(ColumnElement[datetime]):
         ("clock", InternalTraversal.dp_string),
         ("offset", InternalTraversal.dp_clauseelement),
         ("floor", InternalTraversal.dp_boolean),
+        ("form", InternalTraversal.dp_string),
     ]
 
     def __init__(
@@ -78,11 +79,13 @@ class DatabaseTime(ColumnElement[datetime]):
         offset: ColumnElement[Any] | None = None,
         *,
         floor: bool = False,
+        form: str | None = None,
     ) -> None:
         self.type = type_
         self.clock = clock
         self.offset = offset
         self.floor = floor
+        self.form = form
 
 
 def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
