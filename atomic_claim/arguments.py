@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement
@@ -12,6 +11,7 @@ from sqlalchemy.sql.selectable import SelectBase
 
 from .errors import ClaimError
 from .job_table import JobTable
+from .roles import check_duration
 from .sql_elements import DatabaseTime, InlineLiteral
 
 
@@ -30,10 +30,16 @@ def check_worker(job_table: JobTable, worker: Any) -> None:
 
 def check_lease(job_table: JobTable, lease: Any) -> None:
     """Raise if the lease is no ``timedelta`` above zero or has no columns."""
+    column = job_table.lease
     if lease is None:
+        if column is not None and (column is job_table.state or not column.nullable):
+            reason = "is the state" if column is job_table.state else "is NOT NULL"
+            raise ClaimError(
+                f"{job_table.table.fullname}.{column.name} holds the lease and {reason}, so every "
+                "claim needs lease=..., a timedelta"
+            )
         return
-    if not isinstance(lease, timedelta) or lease <= timedelta(0):
-        raise ClaimError(f"lease is {lease!r}; expected a timedelta above zero")
+    check_duration("lease", lease)
     for role, type_ in (("lease", "TIMESTAMP NULL"), ("token", "VARCHAR(32) NULL")):
         if getattr(job_table, role) is None:
             raise ClaimError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
@@ -33,7 +33,7 @@ from .inference import (
     read_columns,
     time_format,
 )
-from .sql_elements import DatabaseTime, Preparing
+from .sql_elements import DatabaseTime, InlineLiteral, Preparing
 from .state_values import UNSET
 
 if TYPE_CHECKING:
@@ -45,59 +45,64 @@ declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
 
 T = TypeVar("T")
 # The key of what was inferred, in the ``info`` of its table.
+MARKS = ("claimed", "done", "failed", "withdrawn", "released")
 INFERRED = "atomic_claim.inferred"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class JobTable(Preparing):
-    """Say which columns of a job table mean what.
+    """Declare which column of a job table has which role.
 
     Columns are given as ``Column``, mapped attribute or name. Values given here are written into
     the SQL as literals, by the column's type, so that partial indexes on them serve the claim;
-    what changes from call to call belongs into the arguments of :func:`claim_jobs`.
+    what changes from call to call belongs into the arguments of :func:`claim_jobs`. Each role needs
+    a column of its own, except by ``atomic_claim.roles.MAY_SHARE``.
 
     Args:
         table: a ``Table`` with a primary key, or a mapped class.
         state: the column that says whether a job is free. A boolean (``processing``) is free when
             false, a nullable time (``locked_at``) when NULL; any other needs ``free`` and
             ``claimed``. Without ``state``, ``free`` is an expression and ``claimed`` a mapping.
-        free: the value of ``state`` that is free, a tuple of such values, or an SQLAlchemy
-            expression that is true for a free row.
+            It may be the ``lease``: then every claim needs one, and its end frees the row.
+        free: the value of ``state`` that is free, a tuple of such values, of which ``None`` may be
+            one, or an SQLAlchemy expression that is true for a free row.
         claimed: the value of ``state`` that marks a claimed row, or a mapping of columns to
             values; ``func.now()`` stands for the database's clock, as the column stores it.
-        done: likewise for a finished job. Rows that bear it are never claimed.
-        failed: likewise for a failed job. Rows that bear it are never claimed.
+        done: likewise for a finished job. Rows that bear all of its values are never claimed.
+        failed: likewise for a failed job.
         released: the value of ``state`` that a released row gets, or a mapping. Left out, the
             first of the values that are free.
         withdrawn: a mapping of further columns to values that take a row out of the queue
-            (``{"cancelled_at": func.now()}``: not free once it is set).
+            (``{"cancelled_at": func.now()}``). A row that bears one of them is never claimed.
         due: the time from which the job may run; NULL is due at once.
         order: what comes first: columns or expressions, ``table.c.priority.desc()`` for example.
             Left out, the primary key's order.
-        worker: where the claiming worker's name goes.
-        token: where the claim's token goes, a string of 32 hexadecimal digits.
-        lease: where the end of the lease goes.
-        attempts: an integer that counts the claims.
+        worker: the string column of the claiming worker's name. Clearing it writes NULL, or an
+            empty string if it is NOT NULL.
+        token: the string column of the claim's token, 32 hexadecimal digits.
+        lease: the time column of the end of the lease. Clearing it writes NULL, or the present
+            time if it is NOT NULL; then every claim needs a lease.
+        attempts: the integer column that counts the claims, up to the end of its type.
         max_attempts: how many claims are allowed, an ``int`` or a column, in which NULL is no
             maximum. A row that has had as many is not claimed.
-        error: where a failure's text goes.
-        stamps: time columns that every change of ours sets to the database's clock.
-        naive_times: what the time columns without a zone hold: ``"utc"`` or the ``"server"``'s
-            (the session's) zone. Demanded where the two differ.
+        error: the column of a failure's text, a string or JSON.
+        stamps: time columns that claims and their ends set to the database's clock.
+        naive_times: the zone of time columns that store none: ``"utc"``, or ``"server"`` for the
+            session's zone. Required if the two differ.
         text_times: the ``strftime`` format (SQLite's) of time columns that are text.
         null_is_free: whether NULL in ``state`` is free.
-        unleased: what becomes of rows that run without a lease, such as those that were running
-            before the column existed. None: they are owned for ever. A ``timedelta``: they are
-            free once the time of their claim (or else the first of ``stamps``) is so long ago.
-        exclusive_by: a column, such as the customer's id, of whose every value no more than
-            ``max_per_key`` rows run at a time; NULL restricts nothing. See
-            :mod:`atomic_claim.backends.by_key` for what it rests on and costs. Every claimer of
-            the table has to declare it.
+        unleased: a ``timedelta`` after which rows that run without a lease are free, counted from
+            the time of their claim, or else from the first of ``stamps``. Left out, they are never
+            reclaimed.
+        exclusive_by: a column, such as the customer's id. At most ``max_per_key`` rows of the same
+            value run at a time; NULL restricts nothing. Every claimer of the table has to declare
+            it. See :mod:`atomic_claim.backends.by_key` for its cost.
         max_per_key: how many rows of one key may run, an ``int`` of at least 1.
 
     Raises:
-        AmbiguousTable: something needed was not said; the message says what to write.
-        ClaimError: the table has no primary key, or a column is not one of the table's.
+        AmbiguousTable: a needed argument is missing; the message names it.
+        ClaimError: the table has no primary key, a column is not one of the table's or does not fit
+            its role, or the declared values contradict each other.
     """
 
     table: Any
@@ -125,6 +130,7 @@ class JobTable(Preparing):
     exclusive_by: Any = None
     max_per_key: int = 1
     entity: type[Any] | None = field(init=False, default=None)
+    free_values: tuple[Any, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         given, tables = self.table, tables_of(self.table)
@@ -149,10 +155,10 @@ class JobTable(Preparing):
                 self._set(name, self.column(column, name))
         if isinstance(clause(self.max_attempts), (str, ClauseElement)):
             self._set("max_attempts", self.column(self.max_attempts, "max_attempts"))
-        roles.check_attempts(self.attempts, self.max_attempts)
-        roles.check_token(self.token)
         self._set("stamps", tuple(self.column(c, "stamps") for c in listed(self.stamps)))
         self._set("order", tuple(self.term(term) for term in listed(self.order)))
+        roles.check_roles(self._roles)
+        roles.check_attempts(self.attempts, self.max_attempts)
         if self.naive_times not in {None, "utc", "server"}:
             raise ClaimError(
                 f"naive_times is {self.naive_times!r}; it must be 'utc', 'server' or None"
@@ -163,15 +169,16 @@ class JobTable(Preparing):
         self._set("withdrawn", self._mapping(self.withdrawn or {}, "withdrawn"))
         tells_age = self.lease is not None and bool(self.claim_times or self.stamps)
         roles.check_unleased(self.unleased, tells_age=tells_age)
-        roles.check_exclusive(self.exclusive_by, self.max_per_key)
-        if self.exclusive_by in self.claimed:
-            raise ClaimError(
-                f"exclusive_by={self.exclusive_by.name!r} is written by the claim itself, which "
-                "would change the row's key: name another column"
-            )
-        for column in (self.due, self.lease):
-            if column is not None:
-                self.now(column)
+        roles.check_most_rows(self.max_per_key, self.exclusive_by)
+        roles.check_claimed(self._roles, self.claimed, self.state)
+        marks = {role: dict(getattr(self, role)) for role in MARKS}
+        # A lease that is the state is claimed and released by different times.
+        marks["released"].pop(self.lease, None)
+        state_values.check_marks(marks, self.state, self.free_values)
+        written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
+        state_values.check_free_changes(self.free, written | set(self.claimed))
+        for column in self.time_columns:
+            self.now(column)
         declared_tables.add(self)
 
     def __repr__(self) -> str:
@@ -229,6 +236,7 @@ class JobTable(Preparing):
             if "state" in reading.arguments and not doubts:
                 arguments = dict(reading.arguments)
                 arguments["text_times"] = time_format(table.columns)
+                arguments["withdrawn"] = _held_back(arguments)
                 return cls(given, **arguments)
         raise AmbiguousTable(_explain(*readings[0]))
 
@@ -252,7 +260,7 @@ class JobTable(Preparing):
     def _marks(self) -> list[str]:
         return [
             f"{role}: {column.name} = {value}"
-            for role in ("claimed", "done", "failed", "released", "withdrawn")
+            for role in MARKS
             for column, value in getattr(self, role).items()
         ]
 
@@ -298,10 +306,11 @@ class JobTable(Preparing):
         floor: bool = False,
     ) -> ColumnElement[Any]:
         """Return the database's time plus ``offset`` seconds, in the format of ``column``."""
+        clock = self.naive_times or "unsaid"
         if isinstance(plain_type(column.type), DateTime):
-            return DatabaseTime(column.type, self.naive_times or "unsaid", offset, floor=floor)
+            return DatabaseTime(column.type, clock, offset, floor=floor)
         if is_text(column) and self.text_times is not None:
-            return DatabaseTime(column.type, "text:" + self.text_times, offset, floor=floor)
+            return DatabaseTime(column.type, clock, offset, form=self.text_times, floor=floor)
         raise AmbiguousTable(
             f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
             "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "
@@ -321,34 +330,33 @@ class JobTable(Preparing):
         """Return the ORDER BY term for a name, a column, an attribute or an expression."""
         return self.column(term, "order") if isinstance(term, str) else term_of(term)
 
+    @property
+    def _roles(self) -> Iterator[tuple[str, Column[Any]]]:
+        """The roles and their columns; stamps have several."""
+        for role in (*roles.COLUMNS, "max_attempts"):
+            if isinstance(column := getattr(self, role), Column):
+                yield role, column
+        for column in self.stamps:
+            yield "stamps", column
+
     def _read_state(self) -> None:
-        """Bring ``free`` and ``claimed`` into one form: an expression and a mapping."""
+        """Bring ``free``, ``claimed`` and ``released`` into one form: expressions and mappings."""
+        free, claimed = self._completed()
         state: Column[Any] | None = self.state
-        free, claimed = clause(self.free), self.claimed
-        if isinstance(claimed, Mapping):
-            claimed = {self.column(column, "claimed"): value for column, value in claimed.items()}
-        if state is not None and (free is UNSET or claimed is UNSET):
-            type_ = plain_type(state.type)
-            is_time = isinstance(type_, DateTime) or (
-                is_text(state) and self.text_times is not None
-            )
-            free, claimed = state_values.completed(state, free, claimed, is_time=is_time)
-        if free is UNSET or claimed is UNSET:
-            raise AmbiguousTable(
-                f"JobTable({self.table.fullname!r}): name the state column with state=..., or "
-                "give free=<expression> and claimed={column: value}"
-            )
         first_free: Any = UNSET
-        if not isinstance(free, ClauseElement):
+        if state is not None and state is self.lease and free is None and not state.nullable:
+            # A lease that is over frees the row, and is what a release writes.
+            free, first_free = state <= self.now(state), self.now(state)
+        elif not isinstance(free, ClauseElement):
             if state is None:
                 raise ClaimError(
                     f"free={free!r} is a value; it needs state=..., the column it is in"
                 )
-            literals = [
-                state_values.literal(state, value, self.now) for value in state_values.listed(free)
-            ]
-            first_free = literals[0]
-            free = state_values.is_one_of(state, literals, null_is_free=self.null_is_free)
+            state_values.check_not_a_column(state, free, "free", self._names)
+            found = [self._value(state, each, "free") for each in state_values.free_values(free)]
+            self._set("free_values", tuple(found))
+            first_free = found[0]
+            free = state_values.is_one_of(state, found, null_is_free=self.null_is_free)
         mapping = self._mapping(claimed, "claimed")
         if not mapping:
             raise ClaimError("claimed={} marks nothing: a claimed row would stay free")
@@ -361,6 +369,36 @@ class JobTable(Preparing):
         else:
             self._set("released", self._mapping(self.released, "released"))
 
+    def _completed(self) -> tuple[Any, Any]:
+        """Return ``free`` and ``claimed``, completed by the type of the state."""
+        state: Column[Any] | None = self.state
+        free, claimed = clause(self.free), self.claimed
+        if isinstance(claimed, Mapping):
+            claimed = {self.column(column, "claimed"): value for column, value in claimed.items()}
+        if state is not None and (free is UNSET or claimed is UNSET):
+            is_time = isinstance(plain_type(state.type), DateTime) or (
+                is_text(state) and self.text_times is not None
+            )
+            return state_values.completed(state, free, claimed, is_time=is_time)
+        if free is UNSET or claimed is UNSET:
+            raise AmbiguousTable(
+                f"JobTable({self.table.fullname!r}): name the state column with state=..., or "
+                "give free=<expression> and claimed={column: value}"
+            )
+        return free, claimed
+
+    def _value(self, column: Column[Any], value: Any, role: str) -> Any:
+        """Return a declared value as SQL, or raise if the column cannot hold it."""
+        found = state_values.literal(column, value, self.now)
+        state_values.check_value(column, value if isinstance(found, InlineLiteral) else found, role)
+        return found
+
+    @property
+    def _names(self) -> set[str]:
+        """The names by which columns can be given."""
+        names = {name for column in self.table.columns for name in (column.name, column.key)}
+        return names if self.mapper is None else names | set(self.mapper.columns.keys())
+
     def _mapping(self, given: Any, role: str) -> dict[Column[Any], Any]:
         if given is UNSET:
             return {}
@@ -370,11 +408,12 @@ class JobTable(Preparing):
                     f"{role}={given!r} is a value; without state=... it must be a mapping of "
                     "columns to values"
                 )
+            state_values.check_not_a_column(self.state, given, role, self._names)
             given = {self.state: given}
-        return {
-            (column := self.column(name, role)): state_values.literal(column, value, self.now)
-            for name, value in given.items()
-        }
+        columns = {self.column(name, role): value for name, value in given.items()}
+        for column in columns:
+            roles.check_writable(role, column)
+        return {column: self._value(column, value, role) for column, value in columns.items()}
 
 
 def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
@@ -398,6 +437,13 @@ def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozen
             if isinstance(column, Column) and column in names:
                 names[column].add(key)
     return {column: frozenset(found) for column, found in names.items()}
+
+
+def _held_back(arguments: Mapping[str, Any]) -> dict[Column[Any], Any]:
+    """Return the inferred columns of all ends: each alone holds a row back."""
+    marks = [arguments.get(role) for role in ("done", "failed", "withdrawn")]
+    found = {c: v for mark in marks if isinstance(mark, Mapping) for c, v in mark.items()}
+    return {column: value for column, value in found.items() if column is not arguments["state"]}
 
 
 def _explain(table: Table, reading: Reading) -> str:

@@ -39,6 +39,7 @@ from .inference import plain_type
 from .job_table import JobTable, job_table_of
 from .outcomes import Values, common_values, freeing
 from .plan import TOKEN
+from .roles import check_duration
 from .sql_elements import ByKey
 from .tickets import job_table_of_ticket, keys_of_ticket
 
@@ -306,8 +307,7 @@ def extension(job_table: JobTable, lease: timedelta | None) -> Values:
             "the claim has no lease: claim with claim_jobs(..., lease=...), or say how long with "
             "extend_jobs(..., lease=...)"
         )
-    if not isinstance(lease, timedelta) or lease <= timedelta(0):
-        raise ClaimError(f"lease is {lease!r}; expected a timedelta above zero")
+    check_duration("lease", lease)
     return {column: job_table.now(column, literal(lease.total_seconds(), Float()))}
 
 
@@ -385,8 +385,7 @@ def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
 def _delay(job_table: JobTable, retry: bool | timedelta) -> ColumnElement[Any]:
     """Return the delay before the next attempt, in seconds."""
     if isinstance(retry, timedelta):
-        if retry < timedelta(0):
-            raise ClaimError(f"retry is {retry!r}; expected a timedelta of at least zero")
+        check_duration("retry", retry, zero=True)
         return literal(retry.total_seconds(), Float())
     if retry is not True:
         raise ClaimError(f"retry is {retry!r}; expected True, False or a timedelta")

@@ -15,8 +15,9 @@ Values = dict[Any, Any]
 def common_values(job_table: JobTable) -> Values:
     """Return the values common to all outcomes: clear the lease, set the stamps."""
     values: Values = {column: job_table.now(column) for column in job_table.stamps}
-    if job_table.lease is not None:
-        values[job_table.lease] = null()
+    if (lease := job_table.lease) is not None:
+        # A lease that cannot be NULL ends now.
+        values[lease] = null() if lease.nullable else job_table.now(lease)
     # The token stays: after a lost reply it tells whose change it was.
     return values | job_table.next_version
 
@@ -33,6 +34,6 @@ def freeing(job_table: JobTable) -> Values:
             "with JobTable(released={column: value})"
         )
     values = {**common_values(job_table), **job_table.released}
-    if job_table.worker is not None:
-        values[job_table.worker] = null()
+    if (worker := job_table.worker) is not None:
+        values[worker] = null() if worker.nullable else ""
     return values

@@ -45,7 +45,9 @@ from .errors import ClaimError
 from .job_table import JobTable
 from .predicates import any_of, claimable, claimable_branches
 from .predicates import marks as declared_marks
+from .roles import highest
 from .sql_elements import (
+    InlineLiteral,
     Preparing,
     key_in,
     labelled_terms,
@@ -295,7 +297,8 @@ def claim_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
 
 def _check(job_table: JobTable, request: ClaimRequest) -> None:
     check_worker(job_table, request.worker)
-    check_lease(job_table, request.lease)
+    if not request.deletes:
+        check_lease(job_table, request.lease)
 
 
 def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
@@ -396,10 +399,21 @@ def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[Column[Any
     if (column := job_table.token) is not None:
         values[column] = bindparam(TOKEN, callable_=new_token, type_=column.type)
     if (column := job_table.attempts) is not None:
-        values[column] = (func.coalesce(column, 0) if column.nullable else column) + 1
+        values[column] = _counted(column, limited=isinstance(job_table.max_attempts, int))
     if (column := job_table.lease) is not None:
         values[column] = None
         if request.lease is not None:
             seconds = bindparam(LEASE, request.lease.total_seconds(), Float())
             values[column] = job_table.now(column, seconds)
     return values | job_table.next_version
+
+
+def _counted(column: Column[Any], *, limited: bool) -> ColumnElement[Any]:
+    """Count a claim; a counter at the end of its type stays there.
+
+    ``limited`` where such a row is not claimed anyway.
+    """
+    more: ColumnElement[Any] = (func.coalesce(column, 0) if column.nullable else column) + 1
+    if limited:
+        return more
+    return case((column >= InlineLiteral(highest(column.type), column.type), column), else_=more)

@@ -17,6 +17,7 @@ from sqlalchemy.types import Boolean, Float, Integer
 from .inference import plain_type
 from .job_table import JobTable
 from .sql_elements import DatabaseTime, InlineLiteral
+from .state_values import is_same
 
 T = TypeVar("T")
 Conditions = tuple[ColumnElement[bool], ...]
@@ -102,7 +103,8 @@ def claimable_branches(job_table: JobTable) -> tuple[Branch, ...]:
     """Return the reasons why a row may be claimed; the first one is that it is free."""
     found = [Branch((is_free(job_table), *is_due(job_table)))]
     lease = job_table.lease
-    if lease is not None:
+    # Where a lease that is over is what makes rows free, there is no second reason.
+    if lease is not None and (lease is not job_table.state or lease.nullable):
         running, unspent = is_running(job_table), is_unspent(job_table)
         expired = (running, lease <= job_table.now(lease), *unspent)
         found.append(Branch(expired, (lease,)))
@@ -125,12 +127,28 @@ def not_ended(job_table: JobTable) -> Conditions:
 
 def not_ended_in(job_table: JobTable, others: Collection[Column[Any]]) -> Conditions:
     """Return the :func:`not_ended` conditions that do not use the columns in ``others``."""
-    return tuple(
-        _is_not(column, value)
-        for mapping in (job_table.done, job_table.failed, job_table.withdrawn)
-        for column, value in mapping.items()
-        if column is not job_table.state and column not in others
-    )
+    found: list[ColumnElement[bool]] = []
+    for mark in (job_table.done, job_table.failed):
+        telling = _telling(job_table, mark).items()
+        terms = [_is_not(column, value) for column, value in telling if column not in others]
+        found += [or_(*terms)] if terms else []
+    for column, value in job_table.withdrawn.items():
+        found += [] if column in others else [_is_not(column, value)]
+    return tuple(found)
+
+
+def _telling(job_table: JobTable, mark: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """Return the values of an end that tell its rows from free and running ones."""
+    if any(c in mark and is_same(mark[c], value) for c, value in job_table.withdrawn.items()):
+        return {}
+    state = job_table.state
+    if state not in mark or not job_table.free_values:
+        return mark
+    # The state of a free or a running row is known: another value tells enough.
+    known = (*job_table.free_values, job_table.claimed[state])
+    if not any(is_same(mark[state], value) for value in known):
+        return {}
+    return {column: value for column, value in mark.items() if column is not state}
 
 
 @_once

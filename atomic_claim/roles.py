@@ -1,19 +1,27 @@
-"""The roles that a job table's columns play, and what a column of each role has to be."""
+"""The roles of a job table's columns: which may share one, and what a column of each has to be."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from itertools import combinations
 from typing import Any
 
 from sqlalchemy import Column
+from sqlalchemy.schema import DefaultClause
 from sqlalchemy.types import (
+    ARRAY,
     BINARY,
+    JSON,
     VARBINARY,
+    BigInteger,
     Boolean,
     Date,
     Integer,
     LargeBinary,
+    SmallInteger,
     String,
+    TypeEngine,
     Uuid,
 )
 
@@ -22,40 +30,146 @@ from .inference import is_text, plain_type
 
 COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", "exclusive_by")
 """The arguments of ``JobTable`` that name one column."""
+USES: Mapping[str, str] = {
+    "state": "tells free rows from claimed ones",
+    "due": "says from when a row may run",
+    "worker": "gets the worker's name",
+    "token": "gets the token of the claim",
+    "lease": "gets the end of the lease",
+    "attempts": "counts the claims",
+    "max_attempts": "is the maximum of the attempts",
+    "error": "gets the text of a failure",
+    "stamps": "gets the time of every change",
+    "exclusive_by": "is the key that limits how many rows run",
+}
+"""What each role uses its column for. Two roles need two columns, except by ``MAY_SHARE``."""
+MAY_SHARE: Mapping[frozenset[str], str] = {
+    frozenset({"state", "lease"}): "the row is free once its lease is over; claims need lease=",
+    frozenset({"due", "lease"}): "a row is due once its lease is over",
+    frozenset({"max_attempts", "exclusive_by"}): "both are only read",
+}
+"""The pairs of roles that may share a column, and what that means."""
 TOKEN_LENGTH = 32
 # Of exclusive keys: their equal values are written alike.
 KEY_TYPES = (Integer, String, Uuid, Date, Boolean, BINARY, LargeBinary, VARBINARY)
+WRITTEN_BY_CLAIMS = {"worker", "token", "lease", "attempts", "stamps"}
+READ_ONLY = {"due", "max_attempts", "exclusive_by"}
+UNMOVED = {"state", "lease", "due", "token"}
+# The last day that every database can store in every time zone.
+LAST = datetime(9999, 12, 30, tzinfo=UTC)
 
 
-def check_exclusive(column: Column[Any] | None, most: Any) -> None:
-    """Raise if a column cannot be an exclusive key, or if the maximum of its rows is no count."""
+def highest(type_: TypeEngine[Any]) -> int:
+    """Return the largest number that a column of this integer type can hold."""
+    plain = plain_type(type_)
+    bits = {"TINYINT": 8, "MEDIUMINT": 24}.get(plain.__visit_name__, 32)
+    if isinstance(plain, SmallInteger):
+        bits = 16
+    elif isinstance(plain, BigInteger):
+        bits = 64
+    return int(2 ** (bits if getattr(plain, "unsigned", False) else bits - 1)) - 1
+
+
+def _holds_tokens(column: Column[Any]) -> bool:
+    length = getattr(plain_type(column.type), "length", None)
+    return is_text(column) and (length is None or length >= TOKEN_LENGTH)
+
+
+def _is_integer(column: Column[Any]) -> bool:
+    return isinstance(plain_type(column.type), Integer)
+
+
+NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
+    "state": ("one value", lambda c: not isinstance(plain_type(c.type), ARRAY)),
+    "worker": ("a string", is_text),
+    "token": (f"a string of at least {TOKEN_LENGTH} characters", _holds_tokens),
+    "attempts": ("an integer", _is_integer),
+    "max_attempts": ("an integer", _is_integer),
+    "error": ("a string or JSON", lambda c: is_text(c) or isinstance(plain_type(c.type), JSON)),
+    "exclusive_by": (
+        "a number, string, enum, UUID, date, boolean or bytes, whose equal values look alike",
+        lambda c: isinstance(plain_type(c.type), KEY_TYPES),
+    ),
+}
+"""By role, the type that its column has to have. ``JobTable.now`` checks columns of times."""
+
+
+def check_roles(given: Iterable[tuple[str, Column[Any]]]) -> None:
+    """Raise if columns cannot play their roles, alone or together.
+
+    Args:
+        given: the roles and their columns.
+    """
+    pairs = list(given)
+    for role, column in pairs:
+        _check_role(role, column)
+    for (one, column), (other, same) in combinations(pairs, 2):
+        if column is same and one != other and frozenset({one, other}) not in MAY_SHARE:
+            raise ClaimError(
+                f"{one} and {other} are one column, {column.name!r}, but {one} {USES[one]} and "
+                f"{other} {USES[other]}: name another column for one of them"
+            )
+
+
+def _check_role(role: str, column: Column[Any]) -> None:
+    expected, fits = NEEDS.get(role, ("", None))
+    if fits is not None and not fits(column):
+        raise ClaimError(
+            f"{role}={column.name!r} is {column.type!r}; expected {expected}, since it {USES[role]}"
+        )
+    if role not in READ_ONLY:
+        check_writable(role, column)
+    if role in UNMOVED and is_moved(column):
+        raise ClaimError(
+            f"{role}={column.name!r} is changed by every UPDATE of its row (ON UPDATE, onupdate), "
+            "so a worker's own progress would end or take a claim: remove that, or name another "
+            "column"
+        )
+
+
+def check_writable(role: str, column: Column[Any]) -> None:
+    """Raise for a column that the database computes."""
+    if column.computed is not None:
+        raise ClaimError(
+            f"{role} writes {column.name!r}, which the database computes (GENERATED): name the "
+            "column that it is computed from, or give free=<expression>"
+        )
+
+
+def check_claimed(
+    pairs: Iterable[tuple[str, Column[Any]]],
+    claimed: Collection[Column[Any]],
+    state: Column[Any] | None,
+) -> None:
+    """Raise if the values that mark a claim are written to a column that has another role."""
+    for role, column in pairs:
+        if column in claimed and column is not state and role not in {"due", "stamps", "error"}:
+            raise ClaimError(
+                f"claimed writes {column.name!r}, but {role} {USES[role]}: leave it out of "
+                "claimed, or name another column"
+            )
+
+
+def is_moved(column: Column[Any]) -> bool:
+    """Check whether an UPDATE that does not name the column changes it."""
+    if column.onupdate is not None or column.server_onupdate is not None:
+        return True
+    default = column.server_default
+    # MySQL's ON UPDATE is reflected as a part of the default.
+    text = getattr(default.arg, "text", "") if isinstance(default, DefaultClause) else ""
+    return "on update" in text.lower()
+
+
+def check_most_rows(most: Any, column: Column[Any] | None) -> None:
+    """Raise if the maximum of running rows is no count, or there is no key to count by."""
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ClaimError(f"max_per_key is {most!r}; expected an int of at least 1")
-    if column is None:
-        if most != 1:
-            raise ClaimError("max_per_key needs exclusive_by=..., the column of the key")
-        return
-    if not isinstance(plain_type(column.type), KEY_TYPES):
-        raise ClaimError(
-            f"exclusive_by={column.name!r} is {column.type!r}; expected an integer, a string, "
-            "an enum, a UUID, a date, a boolean or bytes, whose equal values are written alike"
-        )
-
-
-def check_token(column: Column[Any] | None) -> None:
-    """Raise if a column cannot hold a token."""
-    if column is None:
-        return
-    length = getattr(plain_type(column.type), "length", None)
-    if not is_text(column) or (length is not None and length < TOKEN_LENGTH):
-        raise ClaimError(
-            f"the token column {column.name!r} is {column.type!r}; expected a string "
-            f"of at least {TOKEN_LENGTH} characters"
-        )
+    if column is None and most != 1:
+        raise ClaimError("max_per_key needs exclusive_by=..., the column of the key")
 
 
 def check_attempts(column: Column[Any] | None, limit: Any) -> None:
-    """Raise if the maximum of attempts is neither a count nor a column."""
+    """Raise if the maximum of attempts is neither a column nor a number that is ever reached."""
     if limit is None:
         return
     if column is None:
@@ -64,14 +178,36 @@ def check_attempts(column: Column[Any] | None, limit: Any) -> None:
         return
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
         raise ClaimError(f"max_attempts is {limit!r}; expected an int of at least 1, or a column")
+    if limit > (most := highest(column.type)):
+        raise ClaimError(
+            f"max_attempts is {limit}, but {column.name!r} is {column.type!r} and counts to "
+            f"{most}, so no row would ever be spent: lower it, or widen the column"
+        )
+
+
+def check_duration(name: str, value: Any, *, zero: bool = False) -> None:
+    """Raise if a value is not a ``timedelta`` above zero, or leads beyond the year 9999.
+
+    Args:
+        name: what it is, for the message.
+        value: the duration.
+        zero: whether zero is allowed.
+    """
+    least = "of at least" if zero else "above"
+    if not isinstance(value, timedelta) or value < timedelta(0) or not (value or zero):
+        raise ClaimError(f"{name} is {value!r}; expected a timedelta {least} zero")
+    if value > LAST - datetime.now(UTC):
+        raise ClaimError(
+            f"{name} is {value!r}, which ends after the year 9999, the last one that a database "
+            "stores: choose a shorter one"
+        )
 
 
 def check_unleased(unleased: Any, *, tells_age: bool) -> None:
     """Raise if rows without a lease cannot be freed by their age."""
     if unleased is None:
         return
-    if not isinstance(unleased, timedelta) or unleased <= timedelta(0):
-        raise ClaimError(f"unleased is {unleased!r}; expected a timedelta above zero")
+    check_duration("unleased", unleased)
     if not tells_age:
         raise ClaimError(
             "unleased needs lease=..., and a time from which a row's age can be told: "

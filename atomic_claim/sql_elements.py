@@ -58,10 +58,10 @@ class DatabaseTime(ColumnElement[datetime]):
     """The database's clock at the start of the statement, in the form in which a column stores it.
 
     ``clock`` is ``"utc"`` or ``"server"`` (for a column without a zone: UTC, or the session's
-    zone), ``"unsaid"``, or ``"text:"`` and a ``strftime`` format of SQLite (UTC). ``offset`` is
-    an expression in seconds that is added. A column without fractions of the second is given a
-    later time rather than an earlier one, so that a lease is not cut; with ``floor`` an earlier
-    one. Every dialect renders it in its own module.
+    zone) or ``"unsaid"``. ``form`` is the ``strftime`` format of a text column on SQLite.
+    ``offset`` is an expression in seconds that is added. A column without fractions of the second
+    is given a later time rather than an earlier one, so that a lease is not cut; with ``floor`` an
+    earlier one. Every dialect renders it in its own module.
 
     In a zone with daylight saving, seconds are added in UTC. A column without a zone cannot tell
     the two passes of the hour that autumn repeats, so an offset that ends after the clocks went
@@ -75,6 +75,7 @@ class DatabaseTime(ColumnElement[datetime]):
         ("offset", InternalTraversal.dp_clauseelement),
         ("floor", InternalTraversal.dp_boolean),
         ("later", InternalTraversal.dp_boolean),
+        ("form", InternalTraversal.dp_string),
     ]
 
     def __init__(
@@ -84,11 +85,13 @@ class DatabaseTime(ColumnElement[datetime]):
         offset: ColumnElement[Any] | None = None,
         *,
         floor: bool = False,
+        form: str | None = None,
     ) -> None:
         self.type = type_
         self.clock = clock
         self.offset = offset
         self.floor = floor
+        self.form = form
         value = offset.value if isinstance(offset, BindParameter) else None
         self.later = value is None or value >= 0
 

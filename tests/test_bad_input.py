@@ -346,12 +346,12 @@ DECLARATIONS: dict[str, tuple[Roles, type[Exception], tuple[str, ...]]] = {
     "a short token": (
         {"token": "short"},
         ClaimError,
-        ("token column 'short' is String(length=10)", "at least 32 characters"),
+        ("token='short' is String(length=10)", "at least 32 characters"),
     ),
     "a token of numbers": (
         {"token": "id"},
         ClaimError,
-        ("token column 'id' is Integer()", "a string of at least 32 characters"),
+        ("token='id' is Integer()", "a string of at least 32 characters"),
     ),
     "text as a time": (
         {"due": "note"},

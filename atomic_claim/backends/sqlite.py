@@ -270,8 +270,8 @@ def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
     # SQLAlchemy writes six digits of the second, %f gives three; as text they must be as long,
     # since '20:00:00.000000' is not <= '20:00:00'.
     form, padding = "%Y-%m-%d %H:%M:%f", " || '000'"
-    if element.clock.startswith("text:"):
-        form, padding = element.clock.removeprefix("text:"), ""
+    if element.form is not None:
+        form, padding = element.form, ""
     literal = compiler.render_literal_value(form, String())
     zone = ", 'localtime'" if element.clock == "server" else ""
     if element.offset is None:
