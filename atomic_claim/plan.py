@@ -175,9 +175,12 @@ class ClaimPlan:
         A backend passes types and methods of its own, so backends share nothing.
         """
         key = (make, *given)
-        if key not in self.prepared:
-            self.prepared[key] = make(self, *given)
-        return self.prepared[key]  # type: ignore[no-any-return]
+        try:
+            return self.prepared[key]  # type: ignore[no-any-return]
+        except KeyError:
+            pass
+        found = self.prepared[key] = make(self, *given)
+        return found
 
     def fault(self, *, later: bool = False) -> ColumnElement[int]:
         """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
