@@ -121,13 +121,13 @@ def measure(
     calls: int | None = None,
 ) -> Iterator[list[Line]]:
     """Claims per second as a part of the others' claims, for every database, table and limit."""
+    lines: list[Line] = []
     for name in ground.kinds():
-        lines: list[Line] = []
         for rich, token, limit in product((False, True), (True, False), limits):
             each = calls or max(3, JOBS_A_TURN.get(limit, MORE_JOBS) // limit)
             case = Case(name, rich, token, limit, each)
             lines += measured(sa.create_engine(ground.url(name)), case, rounds)
-        yield lines
+    yield lines
 
 
 def measured(engine: sa.Engine, case: Case, rounds: int) -> list[Line]:
