@@ -6,7 +6,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -111,8 +111,11 @@ def _run_in_callers(
     backend = backend_for(connection.dialect)
     if keyed and backend.key_locks.needs_own:
         raise ClaimError(backend.key_locks.needs_own)
-    with _conflicts(backend):
+    try:
         return run(Transaction(backend, executor, connection, own=False))
+    except DBAPIError as error:
+        _raise_conflict(backend, error)
+        raise
 
 
 @dataclass
@@ -316,8 +319,7 @@ def _fail(backend: Backend, connection: Connection, error: BaseException) -> Non
     if backend.is_stale(error) and not connection.invalidated:
         # The driver would send the prepared statement again and again.
         connection.invalidate()
-    with _conflicts(backend):
-        raise error
+    _raise_conflict(backend, error)
 
 
 def _explain(error: Exception, committing: bool) -> None:
@@ -325,12 +327,11 @@ def _explain(error: Exception, committing: bool) -> None:
         error.add_detail(UNKNOWN)
 
 
-@contextmanager
 def pinned(
     session: Session,
     engine: Engine | Connection,
     own: Connection | None = None,
-) -> Iterator[Connection]:
+) -> AbstractContextManager[Connection]:
     """Have a session send every statement for the table's engine to one connection.
 
     ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
@@ -340,9 +341,15 @@ def pinned(
     from sqlalchemy.orm import Session  # noqa: PLC0415 - loaded by the session
 
     if own is None and type(session).get_bind is Session.get_bind:
-        yield _connection_of(session, engine)
-        return
-    target: Any = engine if own is None else own
+        return nullcontext(_connection_of(session, engine))
+    return _shadowed(session, engine, engine if own is None else own)
+
+
+@contextmanager
+def _shadowed(
+    session: Session, engine: Engine | Connection, target: Engine | Connection
+) -> Iterator[Connection]:
+    """Have ``get_bind`` of the session's instance answer ``target`` in place of the engine."""
     original = session.get_bind
 
     def get_bind(mapper: Any = None, **given: Any) -> Any:
@@ -372,14 +379,9 @@ def _write_bind(get_bind: Callable[..., Any], mapper: Any) -> Any:
     return get_bind(mapper=mapper, clause=update(mapper.local_table))
 
 
-@contextmanager
-def _conflicts(backend: Backend) -> Iterator[None]:
-    """Turn what the database says of a conflict into a ``ClaimConflict``."""
-    try:
-        yield
-    except DBAPIError as error:
-        if not backend.is_conflict(error):
-            raise
+def _raise_conflict(backend: Backend, error: DBAPIError) -> None:
+    """Raise ``ClaimConflict`` if the database's error is a conflict."""
+    if backend.is_conflict(error):
         raise ClaimConflict(
             f"another transaction was in the way ({error.orig}): {backend.cure}"
         ) from error

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from atomic_claim import claim_jobs
 from tests.benchmarks.__main__ import main
+from tests.benchmarks.bare import by_hand
 from tests.benchmarks.crew import Caller
 from tests.benchmarks.ground import Rows, fill, job_table
 from tests.benchmarks.measuring import Line, in_turns, percentile
-from tests.benchmarks.overhead import by_hand
+from tests.benchmarks.overhead import LOOP, STATEMENTS, Case, measured
+from tests.benchmarks.replay import by_core, recorded, replay, steps_of
+from tests.benchmarks.showing import write
 from tests.databases import Database
 
 pytestmark = pytest.mark.once
@@ -79,7 +83,7 @@ def test_what_cannot_be_measured(
 
 
 def test_turns() -> None:
-    """Every way has its turn in every round, prepared anew, every second round in reverse."""
+    """Every way has its turn in every round, prepared before it, every second round in reverse."""
     order: list[str] = []
     ways = {"a": lambda: None, "b": lambda: None}
     found = in_turns(ways, rounds=4, calls=3, before=order.append)
@@ -96,22 +100,53 @@ def test_targets() -> None:
     assert Line(**OPTIONS, ratios=ratios).reached is None
     assert Line(**OPTIONS, ratios=ratios, least=0.8).reached is True
     assert Line(**OPTIONS, ratios=ratios, least=0.81).reached is False
+    assert Line(**OPTIONS, ratios=ratios, least=0.81, accepted=0.8).reached is True
+    assert Line(**OPTIONS, ratios=ratios, least=0.82, accepted=0.81).reached is False
     assert Line(**OPTIONS, ratios=ratios, most=0.79).reached is False
     assert percentile(range(1, 101), 0.99) == 100
 
 
-@pytest.mark.databases("mysql", "mariadb")
-def test_the_sequence_by_hand(database: Database) -> None:
-    """It claims as many as the library does, of more keys too than go into one statement."""
-    engine, jobs = database.engine(), job_table()
-    for limit in (1, 1500):
-        fill(engine, jobs, Rows(3 * limit))
-        with by_hand(engine, jobs, limit) as ways:
-            for claim in ways.values():
-                claim()
-        with engine.connect() as connection:
-            claimed = sa.select(sa.func.count()).where(jobs.table.c.processing == sa.true())
-            assert connection.scalar(claimed) == 3 * limit
+@pytest.mark.parametrize(("token", "rich"), [(True, True), (False, False)])
+def test_every_way_claims_as_much(database: Database, token: bool, rich: bool) -> None:
+    """The library, the driver alone, Core alone and the ORM alone claim whole limits."""
+    case = Case(database.engine().dialect.name, rich, token, limit=3, calls=1)
+    lines = measured(database.engine(), case, rounds=1)
+    names = {line.against for line in lines} | {line.name.partition(": ")[2] for line in lines}
+    assert {f"Core alone, {case.mode}", STATEMENTS, LOOP, "claim_jobs by Engine"} <= names
+    assert any(name.startswith("bare") for name in names)
+    is_postgresql = case.database == "postgresql"
+    assert ("claim_jobs by AsyncEngine, asyncpg" in names) == is_postgresql
+
+
+@pytest.mark.parametrize("limit", [2, 1500])
+def test_core_alone_sends_the_same_statements(database: Database, limit: int) -> None:
+    """Also where the keys go into several statements."""
+    engine, jobs = database.engine(), job_table(token=True)
+    fill(engine, jobs, Rows(4 * limit + 1000))
+    steps = steps_of(engine.url, lambda own: claim_jobs(own, jobs, limit))
+    with recorded(engine) as sent, engine.begin() as connection:
+        replay(steps, limit)(by_core(connection))
+    assert [step.text for step in sent] == [step.text for step in steps]
+    with by_hand(engine.url, steps, limit) as ways:
+        [claim, *_] = ways.values()
+        claim()
+    with engine.connect() as connection:
+        claimed = sa.select(sa.func.count()).where(jobs.table.c.processing == sa.true())
+        assert connection.scalar(claimed) == 4 * limit
+
+
+def test_a_guide_gets_the_table(tmp_path: Path) -> None:
+    """It replaces what stands between the marks; a guide without marks is refused."""
+    guide = tmp_path / "README.md"
+    guide.write_text("a\n<!-- figures -->\nold\n<!-- end of figures -->\nb\n", encoding="utf-8")
+    line = Line(**OPTIONS, ratios=(0.94,), least=0.95, accepted=0.93)
+    write(guide, "2 cores", [line])
+    text = guide.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert "| engine | 1,234 claims/s | bare | 0.94 | 0.94-0.94 | ≥ 0.95 (0.93) | PASS |" in text
+    guide.write_text("a\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no line <!-- figures -->"):
+        write(guide, "2 cores", [line])
 
 
 def test_a_worker_counts_what_reached_it() -> None:

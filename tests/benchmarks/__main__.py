@@ -16,7 +16,7 @@ from tests.benchmarks.measuring import Line
 from tests.servers import Unavailable
 
 FIGURES = {
-    "overhead": "what the library adds to its own SQL",
+    "overhead": "what the library adds to its own SQL, beside SQLAlchemy and the driver alone",
     "legacy": "against the legacy loop, a waiting lock, and the article's form",
     "peers": "against kombu, procrastinate, pgqueuer, alchemical-queues (extra bench)",
     "growth": "one claim in tables of thousands and of millions of rows",
@@ -36,12 +36,12 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     complaints = Console(stderr=True)
     try:
-        from tests.benchmarks.showing import draw, machine, show  # noqa: PLC0415
+        from tests.benchmarks.showing import draw, machine, quietness, show, write  # noqa: PLC0415
 
         urls = dict(_named_url(given) for given in options.url)
         lines: list[Line] = []
         with Ground(urls, options.databases) as ground:
-            title = machine()
+            title = f"{machine()}. {quietness()}"
             console.print(title)
             for figure in figures:
                 for found in _measured(figure, ground, options):
@@ -50,6 +50,8 @@ def main() -> int:
         if options.json:
             document = {"machine": title, "lines": [line.as_json() for line in lines]}
             options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if options.write:
+            write(options.write, title, lines)
         if options.svg:
             draw(options.svg, title, lines)
     except ModuleNotFoundError as error:
@@ -78,7 +80,7 @@ def _measured(figure: str, ground: Ground, options: argparse.Namespace) -> Itera
 def _own(figure: str, options: argparse.Namespace) -> dict[str, Any]:
     """Return the given options that apply to this figure."""
     given = {
-        "overhead": {"limits": options.limits},
+        "overhead": {"limits": options.limits, "calls": options.calls},
         "legacy": {"workers": options.workers, "seconds": options.seconds},
         "peers": {
             "workers": options.workers,
@@ -110,10 +112,11 @@ def _options() -> argparse.Namespace:
     add("--limits", type=_numbers, help="limits or batches, such as 1,100")
     add("--workers", type=_numbers, help="numbers of workers, such as 1,4,8")
     add("--rows", type=_numbers, help="sizes of the tables of growth, such as 10000,1000000")
-    add("--calls", type=_at_least(1), help="claims a turn, of growth")
+    add("--calls", type=_at_least(1), help="claims a turn, of overhead and growth")
     add("--seconds", type=float, help="of a turn of legacy, peers; of all turns of producers")
     add("--minutes", type=float, help="of churn")
     add("--svg", type=Path, metavar="FILE", help="draw a chart (.svg or .png)")
+    add("--write", type=Path, metavar="FILE", help="write the table between the marks of a guide")
     add("--json", type=Path, metavar="FILE", help="write the figures, each with its rounds")
     return parser.parse_args()
 

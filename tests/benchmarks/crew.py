@@ -45,8 +45,8 @@ class Caller:
 
     Args:
         claim: is called again and again.
-        work: so many seconds are slept after each call, which are not measured.
-        idle: so many seconds are slept after a call that found nothing; None ends the turn.
+        work: the seconds to sleep after each call, which are not measured.
+        idle: the seconds to sleep after a call that found nothing; None ends the turn.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 from atomic_claim import JobTable, claim_jobs, keep_claims
-from tests.benchmarks.ground import Ground, Rows, fill, job_table
+from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table
 from tests.benchmarks.measuring import Line, check_whole, in_turns, rates, ratios
 
 FIGURE = "features"
@@ -55,7 +55,7 @@ def _measured(
         ),
         "a lease and a heartbeat": kept,
     }
-    return in_turns(ways, rounds=rounds, calls=calls, before=_refilling(engine, jobs))
+    return in_turns(ways, rounds=rounds, calls=calls, before=lambda _: free_all(engine, jobs))
 
 
 def _by_key(
@@ -69,22 +69,11 @@ def _by_key(
         PLAIN: lambda: check_whole(claim_jobs(engine, plain, limit), limit),
         "an exclusive key": lambda: check_whole(claim_jobs(engine, by_key, limit), limit),
     }
-    refill = _refilling(engine, jobs, running)
-    return in_turns(ways, rounds=rounds, calls=calls, before=refill)
-
-
-def _refilling(engine: sa.Engine, jobs: JobTable, kept: int = 0) -> Callable[[str], None]:
-    """Free every row again but the first ones, which run all the time."""
-    table = jobs.table
-    free = table.update().values(
-        processing=False, claim_token=None, lease_until=None, attempts=0, worker=None
-    )
 
     def refill(_: str) -> None:
-        with engine.begin() as connection:
-            connection.execute(free.where(table.c.processing == sa.true(), table.c.id > kept))
+        free_all(engine, jobs, kept=running)
 
-    return refill
+    return in_turns(ways, rounds=rounds, calls=calls, before=refill)
 
 
 def _lines(found: dict[str, list[list[float]]], name: str) -> list[Line]:

@@ -1,5 +1,6 @@
 """The databases, and the tables in them: as large as asked for, filled by the database itself."""
 
+import enum
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from sqlalchemy.dialects import mysql
 from atomic_claim import JobTable
 from atomic_claim.cli.indexes import needed_indexes
 from tests.databases import KINDS, Database, SQLiteDatabase
+from tests.jobs import mapped
 from tests.processes import Workspace
 from tests.servers import DatabaseServer, MariaDB, MySQL, PostgreSQL
 
@@ -110,8 +112,32 @@ class Ground:
         return self._stack.enter_context(made).url
 
 
-def job_table(name: str = "bench_jobs", *, lease: bool = False, keys: bool = False) -> JobTable:
-    """Build a job table, with the columns for a lease and for exclusive keys if requested."""
+class Kind(enum.Enum):
+    """The values of the rich table's Enum column."""
+
+    mail = "m"
+    report = "r"
+
+
+def job_table(
+    name: str = "bench_jobs",
+    *,
+    lease: bool = False,
+    keys: bool = False,
+    token: bool = False,
+    rich: bool = False,
+) -> JobTable:
+    """Build a job table.
+
+    Args:
+        name: the table's name.
+        lease: adds the columns for a lease, a token among them.
+        keys: adds a column of exclusive keys.
+        token: adds a token column without a lease.
+        rich: adds a JSON and an Enum column, and gives the times a zone where there is one.
+    """
+    time = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
+    time = time if rich else PRECISE
     more = [
         Column("run_at", PRECISE),
         Column("worker", sa.String(40)),
@@ -124,9 +150,11 @@ def job_table(name: str = "bench_jobs", *, lease: bool = False, keys: bool = Fal
         sa.MetaData(),
         Column("id", sa.Integer, primary_key=True),
         Column("processing", sa.Boolean, nullable=False, default=False),
-        Column("completed_at", PRECISE),
-        Column("created_at", PRECISE, nullable=False),
-        Column("payload", sa.String(50)),
+        Column("completed_at", time),
+        Column("created_at", time, nullable=False),
+        Column("payload", sa.JSON if rich else sa.String(50)),
+        *([Column("kind", sa.Enum(Kind, name=f"{name}_kind"))] if rich else []),
+        *([Column("claim_token", sa.String(32))] if token else []),
         *([Column("customer_id", sa.Integer)] if keys else []),
         *(more if lease else []),
     )
@@ -140,23 +168,38 @@ def job_table(name: str = "bench_jobs", *, lease: bool = False, keys: bool = Fal
             "attempts": "attempts",
             "max_attempts": MOST_ATTEMPTS,
         }
+    if token:
+        roles |= {"token": "claim_token"}
     if keys:
         roles |= {"exclusive_by": "customer_id"}
     done = {"completed_at": sa.func.now()}
     return JobTable(table, done=done, naive_times="utc", **roles)
 
 
+def with_class(jobs: JobTable) -> JobTable:
+    """Declare a class mapped to the table of another declaration without a lease."""
+    return JobTable(
+        mapped(jobs.table),
+        state="processing",
+        order="created_at",
+        token=jobs.token,
+        done={"completed_at": sa.func.now()},
+        naive_times="utc",
+    )
+
+
 @dataclass(frozen=True)
 class Rows:
-    """How many rows there are, and what of.
+    """The content of a table.
 
     Attributes:
-        free: so many of a hundred are free; the others are done.
-        not_due: so many more come first in the order, and are not due for a year.
-        running: so many more run.
-        spent: so many more have had all their attempts.
-        keys: so many customers the rows are of, one after the other. Of the running rows there is
-            one of every tenth of them, from the first on.
+        count: the number of rows that are free or done.
+        free: the percentage of them that are free; the others are done.
+        not_due: the number of further rows that come first and are not due for a year.
+        running: the number of further rows that run.
+        spent: the number of further rows that have had all their attempts.
+        keys: the number of customers, to which the rows belong in turn. Of the running rows one
+            belongs to every tenth of them, from the first on.
     """
 
     count: int
@@ -173,7 +216,7 @@ class Rows:
 
 
 def fill(engine: sa.Engine, jobs: JobTable, rows: Rows) -> None:
-    """Make the table anew, with the indexes that ``atomic-claim migration`` writes."""
+    """Drop and create the table, with the indexes that ``atomic-claim migration`` writes."""
     table = jobs.table
     with engine.begin() as connection:
         table.drop(connection, checkfirst=True)
@@ -194,6 +237,20 @@ def fill(engine: sa.Engine, jobs: JobTable, rows: Rows) -> None:
             sequence = sa.func.pg_get_serial_sequence(table.name, "id")
             connection.execute(sa.select(sa.func.setval(sequence, rows.all)))
     add_indexes(engine, jobs)
+
+
+def free_all(engine: sa.Engine, jobs: JobTable, *, kept: int = 0) -> None:
+    """Free every running row but the first `kept` ones, so that each turn finds the same table."""
+    table = jobs.table
+    columns = {"claim_token": None, "lease_until": None, "worker": None, "attempts": 0}
+    values = {name: value for name, value in columns.items() if name in table.c}
+    free = table.update().values(processing=False, **values)
+    with engine.begin() as connection:
+        connection.execute(free.where(table.c.processing == sa.true(), table.c.id > kept))
+    if engine.dialect.name == "postgresql":
+        automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
+        with automatic.connect() as connection:
+            connection.exec_driver_sql(f"VACUUM ANALYZE {table.name}")
 
 
 def add_indexes(engine: sa.Engine, jobs: JobTable) -> None:
@@ -242,6 +299,9 @@ def _values(
         "created_at": _later(dialect, place),
         "payload": sa.literal("a payload of some length"),
     }
+    if "kind" in jobs.table.c:
+        found["payload"] = sa.literal({"to": "someone@example.org", "tries": [1, 2]}, sa.JSON)
+        found["kind"] = sa.literal(Kind.report, jobs.table.c.kind.type)
     if jobs.exclusive_by is not None:
         found["customer_id"] = sa.case((found["processing"], 10 * place), else_=place) % rows.keys
     if jobs.lease is None:

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from tests.benchmarks.crew import Crew, Task, doubled, errors, rate
-from tests.benchmarks.ground import Ground, Rows, fill, job_table
-from tests.benchmarks.loops import free_all
+from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table
 from tests.benchmarks.measuring import Line, ratios
 
 FIGURE = "legacy"
@@ -39,7 +38,7 @@ def measure(
             twice, wrong = dict.fromkeys(ways, 0), dict.fromkeys(ways, 0)
             for turn in range(rounds):
                 for name in list(ways) if turn % 2 else reversed(list(ways)):
-                    free_all(engine)
+                    free_all(engine, jobs)
                     shares = crew.run([ways[name]] * size, seconds)
                     speeds[name].append(rate(shares))
                     twice[name] += doubled(shares)

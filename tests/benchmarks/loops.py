@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from secrets import token_hex
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
-from sqlalchemy import false, select, text, true, update
+from sqlalchemy import false, select, true, update
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 
 from atomic_claim import claim_jobs, complete_jobs
+from atomic_claim.plan import TOKEN
 from tests.benchmarks.crew import Caller
-from tests.benchmarks.ground import START, job_table
+from tests.benchmarks.ground import START, job_table, with_class
 from tests.jobs import mapped
 
-TABLE = "bench_jobs"
 # So many seconds a worker waits that found nothing.
 IDLE = 0.02
 
@@ -29,16 +30,16 @@ def engine_of(url: str) -> sa.Engine:
     )
 
 
-def by_engine(url: str, limit: int) -> Caller:
+def by_engine(url: str, limit: int, token: bool = False) -> Caller:
     """``claim_jobs(engine, table, limit)``."""
-    engine, jobs = engine_of(url), job_table()
+    engine, jobs = engine_of(url), job_table(token=token)
     return Caller(lambda: [row.id for row in claim_jobs(engine, jobs, limit)])
 
 
-def by_session(url: str, limit: int) -> Caller:
+def by_session(url: str, limit: int, token: bool = False) -> Caller:
     """``claim_jobs(session, Job, limit)``, and the session's commit."""
-    jobs = job_table()
-    session, entity = Session(engine_of(url), expire_on_commit=False), _entity(jobs)
+    jobs = job_table(token=token)
+    session, entity = Session(engine_of(url), expire_on_commit=False), with_class(jobs)
 
     def claim() -> Sequence[Any]:
         found = [job.id for job in claim_jobs(session, entity, limit)]
@@ -46,6 +47,13 @@ def by_session(url: str, limit: int) -> Caller:
         return found
 
     return Caller(claim)
+
+
+def by_engine_with_lease(url: str, limit: int, name: str) -> Caller:
+    """``claim_jobs(engine, table, limit, lease=...)``."""
+    engine, jobs = engine_of(url), job_table(name, lease=True)
+    lease = timedelta(minutes=5)
+    return Caller(lambda: [row.id for row in claim_jobs(engine, jobs, limit, lease=lease)])
 
 
 def by_legacy_loop(url: str, limit: int) -> Caller:
@@ -94,7 +102,7 @@ def by_psycopg(url: str, limit: int, literal: str) -> Caller:
 
     def claim() -> Sequence[Any]:
         with connection.cursor() as cursor:
-            cursor.execute(bound, {"bench_limit": limit})
+            cursor.execute(bound, {"bench_limit": limit, TOKEN: token_hex(16)})
             return [row[0] for row in cursor.fetchall()]
 
     return Caller(claim)
@@ -148,26 +156,3 @@ def _ordered(table: sa.Table, limit: int) -> Any:
 
 def _free(table: sa.Table) -> Any:
     return (table.c.processing == false()) & table.c.completed_at.is_(None)
-
-
-def _entity(jobs: Any) -> Any:
-    from atomic_claim import JobTable  # noqa: PLC0415
-
-    return JobTable(
-        mapped(jobs.table),
-        state="processing",
-        order="created_at",
-        done={"completed_at": sa.func.now()},
-        naive_times="utc",
-    )
-
-
-def free_all(engine: sa.Engine) -> None:
-    """Free every row again: each turn finds the same table."""
-    name = engine.dialect.name
-    with engine.begin() as connection:
-        connection.execute(text(f"UPDATE {TABLE} SET processing = false WHERE processing"))
-    if name == "postgresql":
-        automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
-        with automatic.connect() as connection:
-            connection.exec_driver_sql(f"VACUUM ANALYZE {TABLE}")

@@ -22,6 +22,7 @@ class Line:
         against: what it is compared with.
         ratios: the ratio of each round, or of each slice of time; more than 1 is more of the unit.
         least: the ratio that is to be reached at least.
+        accepted: a ratio below it that is accepted.
         most: the ratio that is to be kept below.
         note: what else was seen.
     """
@@ -35,6 +36,7 @@ class Line:
     least: float | None = None
     most: float | None = None
     note: str = ""
+    accepted: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -51,7 +53,8 @@ class Line:
         """Return True if the figure meets its target, or None if it has no target."""
         if self.least is None and self.most is None:
             return None
-        enough = self.least is None or self.ratio >= self.least
+        least = self.least if self.accepted is None else self.accepted
+        enough = least is None or self.ratio >= least
         return enough and (self.most is None or self.ratio <= self.most)
 
     def as_json(self) -> dict[str, Any]:

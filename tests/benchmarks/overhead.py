@@ -1,283 +1,261 @@
-"""Overhead of ``claim_jobs`` over the same SQL run by the bare driver."""
+"""Claims by ``claim_jobs`` beside the same statements by SQLAlchemy and by the driver alone.
+
+Each side claims the same rows of the same table and commits each claim. The statements that
+SQLAlchemy executes alone are the constructs that the library executes itself, built before.
+"""
 
 import asyncio
-import re
-import sqlite3
+import secrets
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import islice
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
 
-import psycopg
-import pymysql
 import sqlalchemy as sa
-from pymysql.cursors import Cursor
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from atomic_claim import JobTable, aio, claim_jobs
-from tests.benchmarks.ground import Ground, Rows, fill, job_table
+from tests.benchmarks.bare import BOUND, by_hand
+from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table, with_class
 from tests.benchmarks.measuring import Line, Way, check_whole, in_turns, rates, ratios
-from tests.jobs import mapped
-from tests.statements import Sent, sent_by
+from tests.benchmarks.replay import by_core, by_orm, replay, steps_of
 
 FIGURE = "overhead"
-LIMITS = (1, 10, 100, 1000)
-# By PostgreSQL and limit: by engine against a bound and a literal limit, entities by session.
-WANTED = {1: (0.90, 0.70, 0.60), 100: (0.95, 0.90, 0.75)}
-JOBS_A_TURN = {1: 300, 10: 1500, 100: 4000, 1000: 10_000}
+LIMITS = (1, 50)
+JOBS_A_TURN = {1: 300, 50: 3000}
+MORE_JOBS = 10_000
+AUTOCOMMIT, BEGIN = "AUTOCOMMIT", "BEGIN … COMMIT"
+STATEMENTS = "the ORM alone, the claim's statements"
+LOOP = "the ORM alone, select, set, flush"
+ASYNC_DRIVERS = ("asyncpg", "psycopg")
 
 
-def measure(ground: Ground, *, rounds: int, limits: Sequence[int] = LIMITS) -> Iterator[list[Line]]:
-    """Claims per second against those of the driver alone, for every database and limit."""
-    for name in ground.kinds():
-        for limit in limits:
-            yield _measured(ground, name, limit, rounds)
+class Target(NamedTuple):
+    """A ratio to reach, and a smaller one that is accepted."""
+
+    least: float | None = None
+    accepted: float | None = None
 
 
-def _measured(ground: Ground, name: str, limit: int, rounds: int) -> list[Line]:
-    engine, jobs = ground.engine(name), job_table()
-    calls = max(3, JOBS_A_TURN.get(limit, 10 * limit) // limit)
-    rows = Rows(limit * (calls + 2) + 1000)
-    fill(engine, jobs, rows)
-    with by_hand(engine, jobs, limit) as bare, _ours(engine, jobs, limit) as ours:
-        refill = _refilling(engine, jobs)
-        found = in_turns({**bare, **ours}, rounds=rounds, calls=calls, before=refill)
-    speed = {way: rates(turns) for way, turns in found.items()}
-    lines = []
-    for way in ours:
-        for other in bare:
-            in_transaction = way.endswith("session, entities")
-            if name == "postgresql" and in_transaction is not ("transaction" in other):
-                continue
-            lines.append(
-                Line(
-                    FIGURE,
-                    f"{name}, {way}, limit {limit:,}",
-                    statistics.median(speed[way]),
-                    "claims/s",
-                    other,
-                    ratios(speed[way], speed[other]),
-                    least=_wanted(name, limit, way, other),
-                )
+LITTLE_ADDED = Target(0.85)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A table and what is claimed from it.
+
+    Attributes:
+        database: the kind of database.
+        rich: whether the table has JSON, Enum and, on PostgreSQL, timestamptz columns.
+        token: whether the table has a token column.
+        limit: the number of rows of a claim.
+        calls: the number of claims in a turn.
+    """
+
+    database: str
+    rich: bool
+    token: bool
+    limit: int
+    calls: int
+
+    def __str__(self) -> str:
+        table = "rich" if self.rich else "plain"
+        token = "token" if self.token else "no token"
+        return f"{self.database}, {table}, {token}, limit {self.limit:,}"
+
+    @property
+    def mode(self) -> str:
+        """The transaction mode of the library's own claim."""
+        return AUTOCOMMIT if self.token and self.database == "postgresql" else BEGIN
+
+    def by_engine(self) -> Target:
+        """Return the target of a claim by Engine against Core alone in the same mode."""
+        if self.database == "sqlite":
+            return Target()
+        if self.database != "postgresql":
+            return LITTLE_ADDED
+        return Target(0.95, 0.93) if self.token and self.limit == 1 else Target(0.93)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One way to claim by the library and those that it is compared with.
+
+    Attributes:
+        name: the name of the library's way.
+        way: the library's way.
+        others: the other ways by name.
+        targets: the targets by the name of the other way; the rest is for information.
+    """
+
+    name: str
+    way: Way
+    others: dict[str, Way]
+    targets: dict[str, Target] = field(default_factory=dict)
+
+    def lines(self, case: Case, speed: dict[str, list[float]]) -> Iterator[Line]:
+        """Yield a line for each comparison, from the rates of each round by way."""
+        for other in self.others:
+            least, accepted = self.targets.get(other, Target())
+            yield Line(
+                FIGURE,
+                f"{case}: {self.name}",
+                statistics.median(speed[self.name]),
+                "claims/s",
+                other,
+                ratios(speed[self.name], speed[other]),
+                least=least,
+                accepted=accepted,
             )
-    return lines
 
 
-def _wanted(name: str, limit: int, way: str, other: str) -> float | None:
-    if name in {"mysql", "mariadb"}:
-        return 0.85 if way == "engine" else None
-    if name == "sqlite":
-        return 0.85 if way == "engine" and limit == 100 and "bound" in other else None
-    bound, literal, entities = WANTED.get(limit, (None, None, None))
-    if way == "session, entities":
-        return entities
-    if way != "engine":
-        return None
-    return bound if "bound" in other else literal
+def measure(
+    ground: Ground,
+    *,
+    rounds: int,
+    limits: Sequence[int] = LIMITS,
+    calls: int | None = None,
+) -> Iterator[list[Line]]:
+    """Claims per second as a part of the others' claims, for every database, table and limit."""
+    lines: list[Line] = []
+    for name in ground.kinds():
+        for rich, token, limit in product((False, True), (True, False), limits):
+            each = calls or max(3, JOBS_A_TURN.get(limit, MORE_JOBS) // limit)
+            case = Case(name, rich, token, limit, each)
+            lines += measured(sa.create_engine(ground.url(name)), case, rounds)
+    yield lines
 
 
-def _refilling(engine: sa.Engine, jobs: JobTable) -> Callable[[str], None]:
-    """Free every row again: each turn finds the same table."""
-    vacuum = {"postgresql": "VACUUM ANALYZE bench_jobs"}.get(engine.dialect.name)
-    automatic = engine.execution_options(isolation_level="AUTOCOMMIT")
+def measured(engine: sa.Engine, case: Case, rounds: int) -> list[Line]:
+    """Measure one case in a table that is made for it; all ways have their turn in each round."""
+    name = "bench_rich" if case.rich else "bench_jobs"
+    jobs = job_table(name, token=case.token, rich=case.rich)
+    fill(engine, jobs, Rows(case.limit * (case.calls + 2) + 1000))
 
     def refill(_: str) -> None:
-        free = jobs.table.update().values(processing=False)
+        free_all(engine, jobs)
+
+    def turns() -> list[Line]:
+        with ExitStack() as stack:
+            stack.callback(engine.dispose)
+            groups = list(_groups(engine, jobs, case, stack))
+            ways = {group.name: group.way for group in groups}
+            ways |= {name: way for group in groups for name, way in group.others.items()}
+            found = in_turns(ways, rounds=rounds, calls=case.calls, before=refill)
+            speed = {name: rates(times) for name, times in found.items()}
+            return [line for group in groups for line in group.lines(case, speed)]
+
+    # The asynchronous ways are awaited from within the turns, on one event loop.
+    return asyncio.run(greenlet_spawn(turns))
+
+
+def _groups(engine: sa.Engine, jobs: JobTable, case: Case, stack: ExitStack) -> Iterator[Group]:
+    yield _by_engine(engine, jobs, case, stack)
+    yield _by_session(engine, jobs, case, stack)
+    if case.database == "postgresql":
+        for driver in ASYNC_DRIVERS:
+            yield _by_async_engine(engine, jobs, case, stack, driver)
+
+
+def _by_engine(engine: sa.Engine, jobs: JobTable, case: Case, stack: ExitStack) -> Group:
+    limit = case.limit
+    steps = steps_of(engine.url, lambda own: claim_jobs(own, jobs, limit))
+    claim = replay(steps, limit)
+
+    def in_transaction() -> None:
         with engine.begin() as connection:
-            connection.execute(free.where(jobs.table.c.processing == sa.true()))
-        if vacuum is not None:
-            with automatic.connect() as connection:
-                connection.exec_driver_sql(vacuum)
+            claim(by_core(connection))
 
-    return refill
+    def in_autocommit() -> None:
+        with engine.connect().execution_options(isolation_level=AUTOCOMMIT) as connection:
+            claim(by_core(connection))
+
+    others: dict[str, Way] = {f"Core alone, {BEGIN}": in_transaction}
+    if len(steps) == 1:
+        kept = stack.enter_context(engine.connect())
+        kept.execution_options(isolation_level=AUTOCOMMIT)
+        others |= {
+            f"Core alone, {AUTOCOMMIT}": in_autocommit,
+            f"Core alone, {AUTOCOMMIT}, connection kept": lambda: claim(by_core(kept)),
+        }
+    others |= stack.enter_context(by_hand(engine.url, steps, limit))
+    targets = {f"Core alone, {case.mode}": case.by_engine()}
+    if case.token and limit == 1:
+        targets[BOUND] = Target(0.80)
+    way = lambda: check_whole(claim_jobs(engine, jobs, limit), limit)  # noqa: E731
+    return Group("claim_jobs by Engine", way, others, targets)
 
 
-@contextmanager
-def _ours(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[dict[str, Way]]:
-    entity = JobTable(
-        mapped(jobs.table),
-        state="processing",
-        order="created_at",
-        done={"completed_at": sa.func.now()},
-        naive_times="utc",
-    )
-    maker = sessionmaker(engine)
-    with Session(engine) as session, _asynchronous(engine, jobs, entity, limit) as later:
+def _by_session(engine: sa.Engine, jobs: JobTable, case: Case, stack: ExitStack) -> Group:
+    """Compare with the same statements, and with the loop that applications write.
 
-        def by_session() -> None:
-            check_whole(claim_jobs(session, entity, limit), limit)
+    The target is against the former, which give the same guarantees by the same round trips.
+    """
+    table, limit = jobs.table, case.limit
+    declared = with_class(jobs)
+    entity: Any = declared.entity
+
+    def claim_by(bind: sa.Engine) -> None:
+        with Session(bind) as session:
+            check_whole(claim_jobs(session, declared, limit), limit)
             session.commit()
 
-        yield {
-            "engine": lambda: check_whole(claim_jobs(engine, jobs, limit), limit),
-            "sessionmaker, entities": lambda: check_whole(claim_jobs(maker, entity, limit), limit),
-            "session, entities": by_session,
-            **_by_the_orm(session, jobs, entity, limit),
-            **later,
-        }
+    claim = replay(steps_of(engine.url, claim_by), limit)
+    ours, theirs, own = (stack.enter_context(Session(engine)) for _ in range(3))
+    free = sa.select(entity).where(table.c.processing == sa.false(), table.c.completed_at.is_(None))
+    free = free.order_by(table.c.created_at).limit(limit)
+    free = free.with_for_update(skip_locked=True, key_share=True)
+
+    def by_us() -> None:
+        check_whole(claim_jobs(ours, declared, limit), limit)
+        ours.commit()
+
+    def by_statements() -> None:
+        claim(by_orm(theirs))
+        theirs.commit()
+
+    def by_loop() -> None:
+        found, token = own.scalars(free).all(), secrets.token_hex(16)
+        for job in found:
+            job.processing = True
+            if case.token:
+                job.claim_token = token
+        own.flush()
+        check_whole(found, limit)
+        own.commit()
+
+    others: dict[str, Way] = {STATEMENTS: by_statements, LOOP: by_loop}
+    return Group("claim_jobs by Session, entities", by_us, others, {STATEMENTS: LITTLE_ADDED})
 
 
-def _by_the_orm(session: Session, jobs: JobTable, entity: JobTable, limit: int) -> dict[str, Way]:
-    """Run the same SQL with SQLAlchemy alone, which loads the entities and commits.
+def _by_async_engine(
+    engine: sa.Engine, jobs: JobTable, case: Case, stack: ExitStack, driver: str
+) -> Group:
+    limit = case.limit
+    [step] = steps_of(engine.url, lambda own: claim_jobs(own, jobs, limit))
+    own = create_async_engine(engine.url.set(drivername=f"postgresql+{driver}"))
+    stack.callback(lambda: await_only(own.dispose()))
+    claim = replay([step], limit)
 
-    What that takes nobody who hands out entities can save.
-    """
-    engine = session.get_bind()
-    assert isinstance(engine, sa.Engine)
-    if engine.dialect.name != "postgresql":
-        return {}
-    [(sql, given)] = statements_of(engine, jobs, limit)
-    named = re.sub(r"%\((\w+)\)s", r":\1", sql).replace("%%", "%")
-    columns = sa.text(named).columns(*jobs.table.columns)
-    query, values = sa.select(entity.entity).from_statement(columns), dict(given)
+    async def by_us() -> None:
+        check_whole(await aio.claim_jobs(own, jobs, limit), limit)
 
-    def claim() -> None:
-        check_whole(session.scalars(query, values).all(), limit)
-        session.commit()
+    async def alone() -> None:
+        async with own.connect() as connection:
+            if case.mode == AUTOCOMMIT:
+                await connection.execution_options(isolation_level=AUTOCOMMIT)
+            await connection.run_sync(lambda connection: claim(by_core(connection)))
+            if case.mode != AUTOCOMMIT:
+                await connection.commit()
 
-    return {"SQLAlchemy alone, session, entities": claim}
-
-
-@contextmanager
-def _asynchronous(
-    engine: sa.Engine, jobs: JobTable, entity: JobTable, limit: int
-) -> Iterator[dict[str, Way]]:
-    """Yield the asyncio variants of a claim, each awaited on one long-lived event loop."""
-    drivers = {"postgresql": "postgresql+psycopg", "sqlite": "sqlite+aiosqlite"}
-    if engine.dialect.name not in drivers:
-        yield {}
-        return
-    url = engine.url.set(drivername=drivers[engine.dialect.name])
-    with asyncio.Runner() as runner:
-        own = create_async_engine(url)
-
-        async def by_engine() -> None:
-            check_whole(await aio.claim_jobs(own, jobs, limit), limit)
-
-        async def by_session() -> None:
-            async with AsyncSession(own) as session:
-                check_whole(await aio.claim_jobs(session, entity, limit), limit)
-                await session.commit()
-
-        yield {
-            "async engine": lambda: runner.run(by_engine()),
-            "async session, entities": lambda: runner.run(by_session()),
-        }
-        runner.run(own.dispose())
-
-
-def statements_of(engine: sa.Engine, jobs: JobTable, limit: int) -> list[Sent]:
-    """Return the statements of a claim as they reach the driver."""
-    listening = sa.create_engine(engine.url)
-    sent = sent_by(listening)
-    check_whole(claim_jobs(listening, jobs, limit), limit)
-    sent.clear()
-    check_whole(claim_jobs(listening, jobs, limit), limit)
-    listening.dispose()
-    return list(sent)
-
-
-@contextmanager
-def by_hand(engine: sa.Engine, jobs: JobTable, limit: int) -> Iterator[Mapping[str, Way]]:
-    """Yield ways to run the same SQL with the driver alone, on one open connection."""
-    sent = statements_of(engine, jobs, limit)
-    makers = {"postgresql": _bare_postgresql, "sqlite": _bare_sqlite}
-    make = makers.get(engine.dialect.name, _bare_mysql)
-    with make(engine.url, sent, limit) as found:
-        yield found
-
-
-@contextmanager
-def _bare_postgresql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[str, Way]]:
-    [(literal, given)] = sent
-    values = dict(given)
-    bound = literal.replace(f"LIMIT {limit}", "LIMIT %(bench_limit)s")
-    plain = url.set(drivername="postgresql").render_as_string(hide_password=False)
-    with psycopg.connect(plain, autocommit=True) as auto, psycopg.connect(plain) as transaction:
-
-        def claim(connection: Any, text: str, values: Any) -> None:
-            with connection.cursor() as cursor:
-                cursor.execute(text, values)
-                check_whole(cursor.fetchall(), limit)
-
-        def in_transaction() -> None:
-            claim(transaction, bound, values | {"bench_limit": limit})
-            transaction.commit()
-
-        yield {
-            "psycopg, bound LIMIT": lambda: claim(auto, bound, values | {"bench_limit": limit}),
-            "psycopg, literal LIMIT": lambda: claim(auto, literal, values),
-            "psycopg, in a transaction": in_transaction,
-        }
-
-
-@contextmanager
-def _bare_sqlite(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[str, Way]]:
-    [(literal, values)] = sent
-    bound = literal.replace(f"LIMIT {limit}", "LIMIT ?")
-    connection = sqlite3.connect(url.database or "", isolation_level=None)
-
-    def claim(text: str, values: Any) -> None:
-        check_whole(connection.execute(text, values).fetchall(), limit)
-
-    yield {
-        "sqlite3, bound LIMIT": lambda: claim(bound, (limit, *values)),
-        "sqlite3, literal LIMIT": lambda: claim(literal, values),
-    }
-    connection.close()
-
-
-@contextmanager
-def _bare_mysql(url: sa.URL, sent: list[Sent], limit: int) -> Iterator[Mapping[str, Way]]:
-    """Yield ways to run the sequence by hand: the candidates, their locks, the marks, the rows.
-
-    Locks, marks and rows take as many statements as the library sends, since it sends a great
-    many keys in several.
-    """
-    candidates, *others = sent
-    by_key = {
-        kind: [_of_keys(each) for each in others if _kind(each) == kind]
-        for kind in ("lock", "mark", "row")
-    }
-    connection = pymysql.connect(
-        host=url.host or "",
-        port=url.port or 3306,
-        user=url.username,
-        password=str(url.password or ""),
-        database=url.database,
+    other = f"Core alone, AsyncEngine, {driver}, {case.mode}"
+    return Group(
+        f"claim_jobs by AsyncEngine, {driver}",
+        lambda: await_only(by_us()),
+        {other: lambda: await_only(alone())},
+        {other: LITTLE_ADDED},
     )
-
-    def in_parts(cursor: Cursor, kind: str, keys: Sequence[Any]) -> list[Any]:
-        found, left = [], iter(keys)
-        for text, count in by_key[kind]:
-            cursor.execute(text, {"keys": list(islice(left, count))})
-            found += cursor.fetchall()
-        return found
-
-    def claim() -> None:
-        connection.begin()
-        with connection.cursor() as cursor:
-            cursor.execute(candidates.text)
-            seen = [row[0] for row in cursor.fetchall()]
-            keys = [row[0] for row in in_parts(cursor, "lock", seen)]
-            in_parts(cursor, "mark", keys)
-            check_whole(in_parts(cursor, "row", keys), limit)
-        connection.commit()
-
-    yield {"PyMySQL, the same sequence": claim}
-    connection.close()
-
-
-def _kind(sent: Sent) -> str:
-    """Return the purpose of a statement that selects by key: lock, mark or row."""
-    if sent.text.startswith("UPDATE"):
-        return "mark"
-    return "lock" if "FOR UPDATE" in sent.text else "row"
-
-
-def _of_keys(sent: Sent) -> tuple[str, int]:
-    """Return the SQL with its keys as one parameter for PyMySQL to expand, and their number."""
-    text = re.sub(r"IN \(%\(.*?\)s\)", "IN %(keys)s", sent.text, flags=re.DOTALL)
-    return text, len(sent.parameters)

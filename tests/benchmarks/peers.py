@@ -2,7 +2,7 @@
 
 A first job is enqueued by the package itself; the others are copies of its row, made by the
 database, since some packages would take minutes. What is measured is the claim alone, and nothing
-is completed.
+is completed. A package that claims one job a call is measured so beside any limit.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from queue import Empty
 from typing import Any
@@ -18,15 +19,20 @@ from uuid import uuid4
 
 import sqlalchemy as sa
 
+from atomic_claim import claim_jobs
 from tests.benchmarks.crew import Caller, Crew, Share, Task, doubled, rate
-from tests.benchmarks.ground import Ground, Rows, fill, job_table
-from tests.benchmarks.loops import engine_of, free_all
+from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table
+from tests.benchmarks.loops import engine_of
 from tests.benchmarks.measuring import Line, ratios
-from tests.benchmarks.overhead import statements_of
+from tests.benchmarks.replay import steps_of
 
 FIGURE = "peers"
-OURS = "claim_jobs by engine"
+ENGINE = "claim_jobs by Engine"
+SESSION = "claim_jobs by Session, entities"
+LEASED = "claim_jobs by Engine, with a lease"
+OURS = (ENGINE, SESSION, LEASED)
 BARE = "bare psycopg"
+LEASES = "bench_leases"
 HERE = "tests.benchmarks.peers"
 LOOPS = "tests.benchmarks.loops"
 
@@ -62,27 +68,35 @@ def measure(
     rows: int = 60_000,
 ) -> Iterator[list[Line]]:
     """Jobs per second against each of them, in PostgreSQL."""
-    engine, jobs = ground.engine("postgresql"), job_table()
+    engine, jobs = ground.engine("postgresql"), job_table(token=True)
+    leases = job_table(LEASES, lease=True)
     url = engine.url.render_as_string(hide_password=False)
     fill(engine, jobs, Rows(rows))
+    fill(engine, leases, Rows(rows))
+
+    def refill() -> None:
+        free_all(engine, jobs)
+
     refills = {}
     for peer in PEERS:
         peer.enqueue(url)
         refills[peer.name] = _refilling(engine, peer, rows)
     with Crew(max(workers)) as crew:
         for limit in limits:
-            [(literal, _)] = statements_of(engine, jobs, limit)
+            [step] = steps_of(engine.url, partial(claim_jobs, table=jobs, limit=limit))
             ways: dict[str, tuple[Task, Callable[[], None]]] = {
-                OURS: (Task(f"{LOOPS}:by_engine", (url, limit)), lambda: free_all(engine)),
-                BARE: (
-                    Task(f"{LOOPS}:by_psycopg", (url, limit, literal)),
-                    lambda: free_all(engine),
+                ENGINE: (Task(f"{LOOPS}:by_engine", (url, limit, True)), refill),
+                SESSION: (Task(f"{LOOPS}:by_session", (url, limit, True)), refill),
+                LEASED: (
+                    Task(f"{LOOPS}:by_engine_with_lease", (url, limit, LEASES)),
+                    partial(free_all, engine, leases),
                 ),
+                BARE: (Task(f"{LOOPS}:by_psycopg", (url, limit, step.text)), refill),
             }
             for peer in PEERS:
-                if limit == 1 or peer.batches:
-                    task = Task(f"{HERE}:{peer.opener}", (url, limit))
-                    ways[peer.name] = task, refills[peer.name]
+                task = Task(f"{HERE}:{peer.opener}", (url, limit))
+                name = peer.name if limit == 1 or peer.batches else f"{peer.name}, one by one"
+                ways[name] = task, refills[peer.name]
             for size in workers:
                 yield _measured(crew, ways, size=size, limit=limit, rounds=rounds, seconds=seconds)
 
@@ -107,26 +121,27 @@ def _measured(
             twice[name] += doubled(shares)
             if not speeds[name][-1]:
                 raise RuntimeError(f"{name} claimed nothing: {[share.errors for share in shares]}")
-    what = f"batch {limit}, {size} worker{'s' if size > 1 else ''}"
+    what = f"limit {limit}, {size} worker{'s' if size > 1 else ''}"
     return [
         Line(
             FIGURE,
-            f"{OURS}, {what}",
-            sorted(speeds[OURS])[rounds // 2],
+            f"{ours}, {what}",
+            sorted(speeds[ours])[rounds // 2],
             "jobs/s",
             name,
-            ratios(speeds[OURS], speeds[name]),
-            least=None if name == BARE else 1,
+            ratios(speeds[ours], speeds[name]),
+            least=1 if ours == ENGINE and name != BARE else None,
             note=f"{name}: {sorted(speeds[name])[rounds // 2]:,.0f} jobs/s"
             + (f", {twice[name]} twice" if twice[name] else ""),
         )
+        for ours in OURS
         for name in ways
-        if name != OURS
+        if name not in OURS
     ]
 
 
 def _refilling(engine: sa.Engine, peer: Peer, rows: int) -> Callable[[], None]:
-    """Have the peer's table hold so many copies of the row that it wrote itself."""
+    """Return what fills the peer's table with copies of the row that it wrote itself."""
     quote = engine.dialect.identifier_preparer.quote
     table, original = quote(peer.table), quote(f"bench_{peer.table}")
     with engine.begin() as connection:
@@ -313,7 +328,7 @@ def alchemical_enqueue(url: str) -> None:
 
 
 def open_alchemical(url: str, _: int) -> Caller:
-    """``get`` of its task queue, whose jobs come back if nobody ends them."""
+    """``get`` of its task queue, whose jobs come back if they are not ended."""
     from alchemical_queues import AlchemicalQueues  # noqa: PLC0415
 
     warnings.simplefilter("ignore", ResourceWarning)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ REACHED = "#3b78b0"
 MISSED = "#d62728"
 UNASKED = "#8c8c8c"
 # The keys are literals to Matplotlib 3.11 and strings to those before.
+VERDICTS = {True: "PASS", False: "MISS", None: ""}
+# Where a guide holds the table of the figures.
+MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 STYLE: Any = {
     "svg.hashsalt": "atomic-claim",
     "font.size": 9,
@@ -35,13 +39,24 @@ def machine() -> str:
     )
 
 
+def quietness() -> str:
+    """Describe whether the machine does nothing else, by its load of the last minute."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 4:
+        return "The machine was quiet."
+    return (
+        f"The machine was busy before the first turn (load {load:.1f}, {cores} cores): run this "
+        "again on a quiet one before you quote a ratio."
+    )
+
+
 def show(console: Console, title: str, lines: Sequence[Line]) -> None:
     """Print a table of the figures."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("measured")
     table.add_column("median", justify="right")
     table.add_column("against")
-    for name in ("ratio", "spread", "target"):
+    for name in ("ratio", "spread", "target", ""):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("also seen")
     for line in lines:
@@ -55,15 +70,39 @@ def show(console: Console, title: str, lines: Sequence[Line]) -> None:
             f"[{colour}]{ratio}[/]" if colour else ratio,
             f"{low:.2f}-{high:.2f}",
             target(line),
+            VERDICTS[line.reached],
             line.note,
         )
     console.print(table)
 
 
+def write(path: Path, title: str, lines: Sequence[Line]) -> None:
+    """Write the figures as a table between the two marks of a guide.
+
+    Raises:
+        ValueError: the guide has no marks.
+    """
+    rows = [
+        f"| {line.name} | {line.value:,.0f} {line.unit} | {line.against} | {line.ratio:.2f} "
+        f"| {line.spread[0]:.2f}-{line.spread[1]:.2f} | {target(line)} | {VERDICTS[line.reached]} |"
+        for line in lines
+    ]
+    head = (
+        "| measured | median | against | ratio | spread | target | |\n|---|--:|---|--:|--:|--:|---|"
+    )
+    section = "\n".join([title, "", head, *rows])
+    text, found = MARKED.subn(
+        lambda marks: f"{marks[1]}{section}\n{marks[2]}", path.read_text(encoding="utf-8")
+    )
+    if not found:
+        raise ValueError(f"{path} has no line <!-- figures --> and <!-- end of figures -->")
+    path.write_text(text, encoding="utf-8")
+
+
 def target(line: Line) -> str:
     """Format the target of a figure."""
     if line.least is not None:
-        return f"≥ {line.least:g}"
+        return f"≥ {line.least:g}" + (f" ({line.accepted:g})" if line.accepted else "")
     return "" if line.most is None else f"≤ {line.most:g}"
 
 
