@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Column, DateTime, String
+from sqlalchemy import Column, DateTime, String, event
 from sqlalchemy.dialects import mysql
 
 from atomic_claim import JobTable, claim_jobs, extend_jobs, fail_jobs
@@ -105,7 +105,7 @@ class Night:
         table.metadata.create_all(self.engine)
         name, self._now = add_zone(database, zone), 0.0
 
-        @sa.event.listens_for(self.engine, "checkout")
+        @event.listens_for(self.engine, "checkout")
         def checkout(connection: Any, _: object, __: object) -> None:
             with connection.cursor() as cursor:
                 cursor.execute(f"SET time_zone = '{name}', timestamp = {self._now}")
@@ -177,8 +177,8 @@ def clock(
     database: Database, zone: str, monkeypatch: pytest.MonkeyPatch, type_: Any, naive_times: Any
 ) -> Callable[[datetime, timedelta | None], Any]:
     """Return a function of a moment and an offset that returns what a column would hold."""
-    options = {"connect_args": {"options": f"-c TimeZone={zone}"}}
-    engine = database.engine(**options if database.name == "postgresql" else {})
+    options = {"options": f"-c TimeZone={zone}"} if database.name == "postgresql" else {}
+    engine = database.engine(connect_args=options)
     if database.name == "sqlite":
         monkeypatch.setenv("TZ", zone)
         time.tzset()
