@@ -64,8 +64,8 @@ class JobTable(Preparing):
             false, a nullable time (``locked_at``) when NULL; any other needs ``free`` and
             ``claimed``. Without ``state``, ``free`` is an expression and ``claimed`` a mapping.
             It may be the ``lease``: then every claim needs one, and its end frees the row.
-        free: the value of ``state`` that is free, a tuple of such values, of which ``None`` may be
-            one, or an SQLAlchemy expression that is true for a free row.
+        free: the value of ``state`` that is free, a tuple of such values (``None`` is NULL), or an
+            SQLAlchemy expression that is true for a free row.
         claimed: the value of ``state`` that marks a claimed row, or a mapping of columns to
             values; ``func.now()`` stands for the database's clock, as the column stores it.
         done: likewise for a finished job. Rows that bear all of its values are never claimed.
