@@ -440,10 +440,11 @@ def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozen
 
 
 def _held_back(arguments: Mapping[str, Any]) -> dict[Column[Any], Any]:
-    """Return the inferred columns of all ends: each alone holds a row back."""
-    marks = [arguments.get(role) for role in ("done", "failed", "withdrawn")]
-    found = {c: v for mark in marks if isinstance(mark, Mapping) for c, v in mark.items()}
-    return {column: value for column, value in found.items() if column is not arguments["state"]}
+    """Return the inferred values of which each alone holds a row back, not only all together."""
+    marks = [arguments.get(role) for role in ("done", "failed")]
+    found = {c: v for m in marks if isinstance(m, Mapping) and len(m) > 1 for c, v in m.items()}
+    found.pop(arguments["state"], None)
+    return {**found, **arguments.get("withdrawn", {})}
 
 
 def _explain(table: Table, reading: Reading) -> str:
