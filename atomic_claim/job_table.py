@@ -440,7 +440,7 @@ def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozen
 
 
 def _held_back(arguments: Mapping[str, Any]) -> dict[Column[Any], Any]:
-    """Return the inferred values of which each alone holds a row back, not only all together."""
+    """Return the inferred values that hold a row back each on its own, not only together."""
     marks = [arguments.get(role) for role in ("done", "failed")]
     found = {c: v for m in marks if isinstance(m, Mapping) and len(m) > 1 for c, v in m.items()}
     found.pop(arguments["state"], None)
