@@ -64,8 +64,8 @@ class JobTable(Preparing):
             false, a nullable time (``locked_at``) when NULL; any other needs ``free`` and
             ``claimed``. Without ``state``, ``free`` is an expression and ``claimed`` a mapping.
             It may be the ``lease``: then every claim needs one, and its end frees the row.
-        free: the value of ``state`` that is free, a tuple of such values, of which ``None`` may be
-            one, or an SQLAlchemy expression that is true for a free row.
+        free: the value of ``state`` that is free, a tuple of such values (``None`` is NULL), or an
+            SQLAlchemy expression that is true for a free row.
         claimed: the value of ``state`` that marks a claimed row, or a mapping of columns to
             values; ``func.now()`` stands for the database's clock, as the column stores it.
         done: likewise for a finished job. Rows that bear all of its values are never claimed.
@@ -440,10 +440,11 @@ def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozen
 
 
 def _held_back(arguments: Mapping[str, Any]) -> dict[Column[Any], Any]:
-    """Return the inferred columns of all ends: each alone holds a row back."""
-    marks = [arguments.get(role) for role in ("done", "failed", "withdrawn")]
-    found = {c: v for mark in marks if isinstance(mark, Mapping) for c, v in mark.items()}
-    return {column: value for column, value in found.items() if column is not arguments["state"]}
+    """Return the inferred values that hold a row back each on its own, not only together."""
+    marks = [arguments.get(role) for role in ("done", "failed")]
+    found = {c: v for m in marks if isinstance(m, Mapping) and len(m) > 1 for c, v in m.items()}
+    found.pop(arguments["state"], None)
+    return {**found, **arguments.get("withdrawn", {})}
 
 
 def _explain(table: Table, reading: Reading) -> str:
