@@ -23,6 +23,7 @@ ROOMS = [
     "orm",
     "sql_elements",
     "inference",
+    "layouts",
     "job_table",
     "tickets",
     "outcomes",
