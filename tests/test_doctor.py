@@ -507,7 +507,7 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
     found = ails(command, database, timeout="0.2")
     assert list(found) == ["meaning of the columns", "busy timeout"]
     assert "which value of 'status' is 'free'?" in str(found)
-    assert "JobTable(table, state='status'" in found["meaning of the columns"]["fix"]
+    assert "JobTable.infer(" in found["meaning of the columns"]["fix"]
 
 
 @pytest.mark.databases("sqlite")

@@ -19,6 +19,8 @@ from sqlalchemy.ext.automap import automap_base
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from atomic_claim import AmbiguousTable, ClaimError, JobTable, claim_jobs, inference
+from atomic_claim.patch.tables import Later
+from atomic_claim.patch.tables import table_of as table_of_a_file
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -627,6 +629,19 @@ def test_an_override_of_a_parent_s_column() -> None:
     assert (roles.table.name, roles.due) == ("jobs", Job.__table__.c.run_at)
     with pytest.raises(ClaimError, match="'nope'"):
         JobTable.infer(Mail, state="nope", free="new", claimed="busy")
+
+
+# A table as a file of patches names it.
+MAIL = table_of(status(), *ends(), Column("priority", Integer), Column("run_at", DateTime))
+
+
+def test_a_file_of_patches_takes_the_same() -> None:
+    """The arguments of a table in TOML settle what is in doubt, and the rest is read."""
+    options = {"free": "new", "claimed": "busy", "order": "-priority"}
+    roles = table_of_a_file(Later(f"{__name__}:MAIL", options))
+    assert (roles.state, roles.due) == (MAIL.c.status, MAIL.c.run_at)
+    assert list(roles.withdrawn) == [MAIL.c.deleted_at]
+    assert [str(term) for term in roles.order] == ["jobs.priority DESC"]
 
 
 def test_overrides_of_a_declaration_in_the_table_s_info() -> None:
