@@ -149,7 +149,7 @@ def read_table(table: Table, names: Names, given: Mapping[str, Any], *, ordered:
     """
     layout = layout_of(table)
     columns = {column.name: column for column in table.columns}
-    known = {"text_times": time_format(table.columns)}
+    known: dict[str, Any] = {"text_times": time_format(table.columns)}
     for role, value in layout.roles.items() if layout is not None else ():
         known[role] = value(columns) if callable(value) else value
     reading = read_columns(table, names, {**known, **given}, ordered=ordered)
