@@ -1,193 +1,25 @@
 """Inference of a job table's columns from conventional names and types.
 
-Only names that mean one thing are read. ``priority`` has no natural direction and a status
-column of plain strings has no values that could be read from it, so both are problems to report,
-not guesses to make.
+Only names that mean one thing are read, and only where type, nullability, foreign keys and
+computed defaults fit. ``priority`` has no natural direction, a status column of plain strings has
+no values that could be read from it, and ``paused`` may or may not hold a row back: these are
+problems to report, not guesses to make. What the caller says settles them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Column, Table
 from sqlalchemy.schema import DefaultClause
-from sqlalchemy.types import (
-    Boolean,
-    DateTime,
-    Enum,
-    Integer,
-    String,
-    TypeDecorator,
-    TypeEngine,
-)
+from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
-CLAIMED_FLAGS = (
-    "processing",
-    "is_processing",
-    "in_progress",
-    "is_in_progress",
-    "in_process",
-    "running",
-    "is_running",
-    "claimed",
-    "is_claimed",
-    "locked",
-    "is_locked",
-    "picked",
-    "taken",
-    "reserved",
-    "is_reserved",
-    "executing",
-)
-FREE_FLAGS = (
-    "visible",
-    "is_visible",
-    "available",
-    "is_available",
-)
-CLAIMED_TIMES = (
-    "locked_at",
-    "claimed_at",
-    "picked_at",
-    "reserved_at",
-    "taken_at",
-    "leased_at",
-)
-STATUSES = (
-    "status",
-    "state",
-    "job_status",
-    "job_state",
-)
-DONE_TIMES = (
-    "completed_at",
-    "finished_at",
-    "done_at",
-    "processed_at",
-    "ended_at",
-    "succeeded_at",
-)
-DONE_FLAGS = (
-    "done",
-    "is_done",
-    "completed",
-    "is_completed",
-    "finished",
-    "is_finished",
-    "processed",
-    "is_processed",
-)
-FAILED_TIMES = (
-    "failed_at",
-    "dead_at",
-    "discarded_at",
-)
-FAILED_FLAGS = (
-    "has_error",
-    "failed",
-    "is_failed",
-    "errored",
-    "is_dead",
-)
-WITHDRAWN_TIMES = (
-    "cancelled_at",
-    "canceled_at",
-    "deleted_at",
-    "archived_at",
-)
-WITHDRAWN_FLAGS = (
-    "cancelled",
-    "is_cancelled",
-    "canceled",
-    "is_canceled",
-    "deleted",
-    "is_deleted",
-    "archived",
-    "is_archived",
-)
-DUE = (
-    "wait_until",
-    "run_at",
-    "due_at",
-    "scheduled_at",
-    "scheduled_for",
-    "available_at",
-    "not_before",
-    "run_after",
-    "execute_at",
-    "visible_at",
-    "next_run_at",
-    "eta",
-)
-ORDER = (
-    "created_at",
-    "created",
-    "created_on",
-    "inserted_at",
-    "enqueued_at",
-    "queued_at",
-    "submitted_at",
-    "added_at",
-)
-WORKERS = ("worker", "worker_id", "locked_by", "claimed_by", "reserved_by", "picked_by")
-TOKENS = ("claim_token", "lease_token", "fencing_token", "lock_token", "token")
-LEASES = ("lease_until", "leased_until", "lease_expires_at", "locked_until", "claimed_until")
-ATTEMPTS = ("attempts", "attempt_count", "claim_attempts")
-ERRORS = ("last_error", "error", "error_message")
-STAMPS = ("updated_at", "modified_at", "last_modified", "updated_on")
-UNDIRECTED = (
-    "priority",
-    "prio",
-    "rank",
-    "weight",
-)
-
-WAITING_VALUES = (
-    "waiting",
-    "pending",
-    "queued",
-    "new",
-    "ready",
-    "todo",
-    "enqueued",
-)
-RUNNING_VALUES = (
-    "running",
-    "processing",
-    "in_progress",
-    "active",
-    "started",
-    "claimed",
-    "executing",
-)
-DONE_VALUES = (
-    "done",
-    "completed",
-    "complete",
-    "finished",
-    "succeeded",
-    "success",
-)
-FAILED_VALUES = (
-    "failed",
-    "failure",
-    "error",
-    "errored",
-    "dead",
-)
-
-ROLES_BY_NAME: Mapping[str, tuple[str, ...]] = {
-    "due": DUE,
-    "order": ORDER,
-    "worker": WORKERS,
-    "token": TOKENS,
-    "lease": LEASES,
-    "attempts": ATTEMPTS,
-    "error": ERRORS,
-}
+Names = Mapping[Column[Any], frozenset[str]]
+"""Each column's own and attribute names."""
 
 
 class Now:
@@ -198,27 +30,6 @@ class Now:
 
 
 NOW = Now()
-
-
-@dataclass
-class Reading:
-    """The result of inference: arguments of ``JobTable``, and what remains ambiguous.
-
-    Attributes:
-        arguments: what is certain.
-        understood: the names of its columns, by role, for people.
-        unknown: the columns that mean nothing here.
-        problems: what is in doubt, whatever is asked for.
-        undirected: what is in doubt unless the order is said.
-        asked: the arguments that would answer.
-    """
-
-    arguments: dict[str, Any] = field(default_factory=dict)
-    understood: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    undirected: list[str] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
 
 
 def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
@@ -240,7 +51,7 @@ def is_flag(column: Column[Any]) -> bool:
         return False
     if getattr(type_, "display_width", None) == 1:
         return True
-    return _default_text(column) in {"0", "1", "false", "true"}
+    return default_text(column) in {"0", "1", "false", "true"}
 
 
 def is_time(column: Column[Any]) -> bool:
@@ -254,26 +65,152 @@ def is_text(column: Column[Any]) -> bool:
     return isinstance(type_, String) and not isinstance(type_, Enum)
 
 
-def time_format(columns: Iterable[Column[Any]]) -> str | None:
-    """Return the ``strftime`` format that the text columns' SQLite defaults share, or None."""
-    formats = {
-        found
-        for column in columns
-        if is_text(column) and (found := _format_of(_default_text(column))) is not None
-    }
-    return formats.pop() if len(formats) == 1 else None
+def _is_token(column: Column[Any]) -> bool:
+    # "token" alone is as often a credential; beside a lease it is the fence.
+    alone = column.name == "token" and not any(c.name in LEASES for c in column.table.columns)
+    return is_text(column) and not alone
 
 
-def _format_of(default: str) -> str | None:
-    match = re.fullmatch(r"strftime\(\s*'([^']+)'\s*,\s*'now'\s*\)", default)
-    if match:
-        return match.group(1)
-    if default in {"current_timestamp", "datetime('now')"}:
-        return "%Y-%m-%d %H:%M:%S"
-    return None
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
 
-def _default_text(column: Column[Any]) -> str:
+def _flags(text: str) -> tuple[str, ...]:
+    return tuple(name for each in text.split() for name in (each, f"is_{each}"))
+
+
+CLAIMED_FLAGS = _flags(
+    "processing in_progress in_process running claimed locked picked taken reserved executing"
+)
+FREE_FLAGS = _flags("visible available")
+CLAIMED_TIMES = _names("locked_at claimed_at picked_at reserved_at taken_at leased_at")
+STATUSES = _names("status state job_status job_state")
+DUE = _names(
+    "wait_until run_at due_at scheduled_at scheduled_for available_at not_before run_after "
+    "execute_at visible_at next_run_at eta"
+)
+ORDER = _names(
+    "created_at created created_on inserted_at enqueued_at queued_at submitted_at added_at"
+)
+WORKERS = _names("worker worker_id locked_by claimed_by reserved_by picked_by")
+TOKENS = _names("claim_token lease_token fencing_token lock_token token")
+LEASES = _names("lease_until leased_until lease_expires_at locked_until claimed_until")
+ATTEMPTS = _names("attempts attempt_count claim_attempts")
+STAMPS = _names("updated_at modified_at last_modified updated_on")
+UNDIRECTED = _names("priority prio rank weight position sort_order")
+WAITING_VALUES = _names("waiting pending queued new ready todo enqueued")
+VALUES: Mapping[str, tuple[str, ...]] = {
+    "free": WAITING_VALUES,
+    "claimed": _names("running processing in_progress active started claimed executing"),
+    "done": _names("done completed complete finished succeeded success"),
+    "failed": _names("failed failure error errored dead"),
+}
+END_TIMES: Mapping[str, tuple[str, ...]] = {
+    "done": _names("completed_at finished_at done_at processed_at ended_at succeeded_at"),
+    "failed": _names("failed_at dead_at discarded_at"),
+    "withdrawn": _names("cancelled_at canceled_at deleted_at archived_at paused_at suspended_at"),
+}
+END_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "done": _flags("done completed finished processed"),
+    "failed": ("has_error", *_flags("failed errored dead")),
+    "withdrawn": _flags("cancelled canceled deleted archived"),
+}
+# What may keep a row from running, by what would say so: a flag while it has this value, a time
+# that is due, or an expression.
+HELD: Mapping[bool | str, tuple[str, ...]] = {
+    True: _flags("paused suspended on_hold hold held blocked draft disabled skip skipped ignored"),
+    False: _flags("enabled active approved confirmed published verified"),
+    "due": _names("retry_at retry_after next_retry_at next_attempt_at snoozed_until delayed_until")
+    + _names("delay_until postponed_until hold_until blocked_until start_after starts_at"),
+    "free": _names("expires_at expire_at expires_on expiry valid_from valid_until not_after")
+    + _names("deadline depends_on depends_on_id blocked_by waits_for"),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Conventional names of one meaning, and what a column must be to have it.
+
+    Attributes:
+        role: the argument of ``JobTable``.
+        fits: whether the column's type can have the meaning.
+        names: the names, the likeliest first.
+        expected: what a column that does not fit should have been, if ignoring it could hand out
+            rows that must not run.
+        empty: whether the column has to be nullable.
+    """
+
+    role: str
+    fits: Callable[[Column[Any]], bool]
+    names: tuple[str, ...]
+    expected: str = ""
+    empty: bool = False
+
+
+UNTIL_THEN = "a time that is empty until then"
+CLAIMED_FLAG = Kind("state", is_flag, CLAIMED_FLAGS, "yes or no")
+FREE_FLAG = Kind("state", is_flag, FREE_FLAGS)
+STATUS = Kind("state", lambda _: True, STATUSES)
+CLAIMED_TIME = Kind("state", is_time, CLAIMED_TIMES, empty=True)
+STATES = (CLAIMED_FLAG, FREE_FLAG, STATUS, CLAIMED_TIME)
+KINDS = (
+    *STATES,
+    *(Kind(role, is_time, names, UNTIL_THEN, empty=True) for role, names in END_TIMES.items()),
+    *(Kind(role, is_flag, names, "yes or no") for role, names in END_FLAGS.items()),
+    Kind("failed", is_flag, ("error",)),
+    Kind("due", is_time, DUE, "a time"),
+    Kind("order", lambda column: not is_flag(column), ORDER),
+    Kind("worker", is_text, WORKERS, empty=True),
+    Kind("token", _is_token, TOKENS, empty=True),
+    Kind("lease", is_time, LEASES, "a time"),
+    Kind("attempts", lambda c: isinstance(plain_type(c.type), Integer), ATTEMPTS),
+    Kind("error", is_text, _names("last_error error error_message"), empty=True),
+    Kind("stamps", lambda c: is_time(c) and c.onupdate is None, STAMPS),
+)
+# What free=<expression> settles, beside the state's own value.
+EXPRESSION = "an expression"
+
+
+@dataclass
+class Reading:
+    """The result of inference: arguments of ``JobTable``, and what remains ambiguous.
+
+    Attributes:
+        names: each column's own and attribute names, without those of the key.
+        given: the arguments that the caller gave.
+        settled: the arguments that raise no doubt.
+        arguments: what is certain, the caller's included.
+        understood: the names of its columns, by role, for people.
+        unknown: the columns that mean nothing here.
+        problems: what is in doubt.
+        proposed: the arguments that would settle it, by role, as source.
+        found: the columns of each kind, by name.
+    """
+
+    names: Names
+    given: Mapping[str, Any]
+    settled: set[str]
+    arguments: dict[str, Any]
+    understood: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    proposed: dict[str, str] = field(default_factory=dict)
+    found: dict[Kind, list[Column[Any]]] = field(default_factory=dict)
+
+    def doubt(self, problem: str, *settled_by: str, **proposed: str) -> None:
+        """Add a problem, and what would settle it, unless that was given."""
+        if self.settled.isdisjoint(settled_by):
+            self.problems.append(problem)
+            self.proposed.update(proposed)
+
+    def named(self, names: Iterable[str]) -> list[Column[Any]]:
+        """Return the columns that have one of the names, in the order of the names."""
+        by_name = {name: column for column, known in self.names.items() for name in known}
+        return list(dict.fromkeys(by_name[name] for name in names if name in by_name))
+
+
+def default_text(column: Column[Any]) -> str:
+    """Return the column's server default as text, without its quotes and parentheses."""
     default = column.server_default
     if not isinstance(default, DefaultClause):
         return ""
@@ -285,168 +222,200 @@ def _default_text(column: Column[Any]) -> str:
     return text.strip("'\"").lower() if "(" not in text else text.lower()
 
 
-def read_columns(table: Table, names: Mapping[Column[Any], frozenset[str]]) -> Reading:
-    """Read the columns of ``table``; ``names`` holds each column's own and attribute names."""
-    reading = Reading()
-    columns = [column for column in table.columns if not column.primary_key]
+def read_columns(
+    table: Table, names: Names, given: Mapping[str, Any] | None = None, *, ordered: bool = False
+) -> Reading:
+    """Read the columns of a table.
 
-    def named(wanted: Iterable[str]) -> list[Column[Any]]:
-        wanted = list(wanted)
-        found = [c for c in columns if not names[c].isdisjoint(wanted)]
-        return sorted(found, key=lambda c: min(wanted.index(n) for n in names[c] if n in wanted))
-
-    _read_state(reading, named)
-    _read_ends(reading, named)
-    for role, conventional in ROLES_BY_NAME.items():
-        _read_role(reading, role, named(conventional))
-    stamps = [c for c in named(STAMPS) if is_time(c) and c.onupdate is None]
-    if stamps:
-        reading.arguments["stamps"] = tuple(stamps)
-        reading.understood["stamps"] = ", ".join(c.name for c in stamps)
-    if (priorities := named(UNDIRECTED)) and "order" not in table.info.get("atomic_claim", ()):
-        reading.asked.append("order")
-        reading.undirected.append(
-            f"{priorities[0].name!r} has no natural direction: does the highest or the lowest "
-            f"come first? Say it with order=[table.c.{priorities[0].key}.desc(), ...]"
-        )
-    used = _columns_of(reading.arguments)
-    reading.unknown = [c.name for c in columns if c not in used and c not in priorities]
+    Args:
+        table: the table.
+        names: each column's own and attribute names.
+        given: arguments of ``JobTable``, which settle what is in doubt.
+        ordered: whether the order comes from elsewhere.
+    """
+    given = given or {}
+    free = given.get("free")
+    settled = {*given, *(["order"] if ordered else ())}
+    if isinstance(free, ClauseElement) or hasattr(free, "__clause_element__"):
+        settled |= {EXPRESSION, *(["state"] if "claimed" in given else ())}
+    own = {column: names[column] for column in table.columns if not column.primary_key}
+    reading = Reading(own, given, settled, dict(given))
+    _find(reading)
+    _read_state(reading)
+    _read_ends(reading)
+    _read_roles(reading)
+    used = set(_columns_of(reading))
+    unused = [column for column in own if column not in used]
+    _read_held(reading, unused)
+    reading.unknown = [c.name for c in unused if own[c].isdisjoint(UNDIRECTED)]
     return reading
 
 
-def _columns_of(arguments: Mapping[str, Any]) -> set[Column[Any]]:
-    used: set[Column[Any]] = set()
-    for value in arguments.values():
-        if isinstance(value, Column):
-            used.add(value)
-        elif isinstance(value, (dict, tuple)):
-            used.update(part for part in value if isinstance(part, Column))
-    return used
+def _find(reading: Reading) -> None:
+    """Sort the columns by kind; raise doubt about those that only have the name of one."""
+    reading.found = {
+        kind: [column for column in reading.named(kind.names) if _fits(kind, column)]
+        for kind in KINDS
+    }
+    clear = {column for columns in reading.found.values() for column in columns}
+    clear.update(_columns_of(reading))
+    for kind in KINDS:
+        for column in reading.named(kind.names if kind.expected else ()):
+            if column not in clear:
+                _doubt(reading, column, kind)
 
 
-def _read_state(reading: Reading, named: Any) -> None:
-    flags = [c for c in named(CLAIMED_FLAGS) if is_flag(c)]
-    inverted = [c for c in named(FREE_FLAGS) if is_flag(c)]
-    statuses = named(STATUSES)
-    times = [c for c in named(CLAIMED_TIMES) if is_time(c) and c.nullable]
-    found = flags + inverted + statuses
-    # A boolean or status beside a claim time: the time is the stamp of the state.
-    states = found or times
-    if not states:
-        reading.problems.append(
-            "no column says whether a job is claimed: name it with state=..., or give free=... "
-            "and claimed=..."
-        )
+def _fits(kind: Kind, column: Column[Any]) -> bool:
+    if column.computed is not None or (column.foreign_keys and kind is not STATUS):
+        return False
+    return kind.fits(column) and (bool(column.nullable) or not kind.empty)
+
+
+def _doubt(reading: Reading, column: Column[Any], kind: Kind) -> None:
+    """Say that a column has the name of something that it cannot be."""
+    if kind.role == "state" and column.computed is not None:
         return
-    if len(states) > 1:
-        reading.problems.append(
-            "several columns could be the state ("
-            + ", ".join(repr(c.name) for c in states)
-            + "): name one with state=..."
+    more = "" if column.nullable else ", not nullable,"
+    more += ", a foreign key," if column.foreign_keys else ""
+    more += ", generated," if column.computed is not None else ""
+    reading.doubt(
+        f"{column.name!r} is {column.type!r}{more} which cannot be read as {kind.expected}: say "
+        f"what it means with {kind.role}=..., or with free=<expression>",
+        kind.role,
+        EXPRESSION,
+        # No value of another type means "at some time", or "until now".
+        **{"free" if kind.fits is is_time else kind.role: "..."},
+    )
+
+
+def _columns_of(reading: Reading) -> Iterator[Column[Any]]:
+    """Return the columns that the arguments so far speak of."""
+    for role, value in reading.arguments.items():
+        if isinstance(value, (Mapping, list, tuple)):
+            parts = list(value)
+        else:
+            parts = [] if role in VALUES else [value]
+        for part in parts:
+            yield from reading.named([part if isinstance(part, str) else getattr(part, "key", "")])
+
+
+def _read_state(reading: Reading) -> None:
+    found, times = reading.found, reading.found[CLAIMED_TIME]
+    # A boolean or status beside a claim time: the time is the stamp of the state.
+    states = found[CLAIMED_FLAG] + found[FREE_FLAG] + found[STATUS] or times
+    if "state" in reading.given:
+        state = reading.given["state"]
+        states = reading.named([state if isinstance(state, str) else getattr(state, "key", "")])
+    elif "state" in reading.settled:
+        return
+    if len(states) != 1:
+        several = ", ".join(repr(c.name) for c in states)
+        reading.doubt(
+            f"several columns could be the state ({several}): name one with state=..."
+            if states
+            else "no column says whether a job is claimed: name it with state=..., or give "
+            "free=... and claimed=...",
+            "state",
+            state="...",
         )
         return
     state = states[0]
-    reading.arguments["state"] = state
     reading.understood["state"] = state.name
-    if state in inverted:
-        reading.arguments.update(free=True, claimed=False)
-    elif state in statuses:
-        _read_status(reading, state)
-    if found and len(times) == 1:
-        claimed = reading.arguments.get("claimed", True)
+    if is_flag(state):
+        free = state in found[FREE_FLAG]
+        values: dict[str, Any] = {"free": free, "claimed": not free}
+    elif state in times or isinstance(plain_type(state.type), DateTime):
+        values = {"free": None, "claimed": NOW}
+    else:
+        values = _read_status(reading, state)
+    reading.arguments = values | reading.arguments | {"state": state}
+    claimed = reading.arguments.get("claimed")
+    if len(times) == 1 and times[0] is not state and not isinstance(claimed, Mapping):
         reading.arguments["claimed"] = {state: claimed, times[0]: NOW}
         reading.understood["claimed"] = f"{state.name}, {times[0].name}"
 
 
-def _read_status(reading: Reading, state: Column[Any]) -> None:
+def _read_status(reading: Reading, state: Column[Any]) -> dict[str, Any]:
     type_ = plain_type(state.type)
-    if not isinstance(type_, Enum):
-        reading.asked += ["free", "claimed"]
-        reading.problems.append(
-            f"{state.name!r} is a status whose values nobody named: give free=..., claimed=... "
-            "(and done=..., failed=...) as they stand in the column"
-        )
-        return
-    members: dict[str, Any] = (
-        dict(type_.enum_class.__members__) if type_.enum_class else {e: e for e in type_.enums}
-    )
-    for role, conventional in (
-        ("free", WAITING_VALUES),
-        ("claimed", RUNNING_VALUES),
-        ("done", DONE_VALUES),
-        ("failed", FAILED_VALUES),
-    ):
+    members: dict[str, Any] = {}
+    if isinstance(type_, Enum):
+        enum_class = type_.enum_class
+        members = dict(enum_class.__members__) if enum_class else {e: e for e in type_.enums}
+    one_of = f" ({', '.join(members)})" if members else ""
+    values: dict[str, Any] = {}
+    for role, conventional in VALUES.items():
         found = [name for name in members if name.lower() in conventional]
         if len(found) == 1:
-            reading.arguments[role] = members[found[0]]
+            values[role] = members[found[0]]
             reading.understood[role] = f"{state.name} = {found[0]}"
         elif found or role in {"free", "claimed"}:
-            reading.asked.append(role)
-            reading.problems.append(
-                f"which value of {state.name!r} ({', '.join(members)}) is {role!r}? "
-                f"Say it with {role}=..."
+            reading.doubt(
+                f"which value of {state.name!r}{one_of} is {role!r}? Say it with {role}=...",
+                role,
+                **{role: "..."},
             )
+    return values
 
 
-def _read_ends(reading: Reading, named: Any) -> None:
-    for role, times, flags in (
-        ("done", DONE_TIMES, DONE_FLAGS),
-        ("failed", FAILED_TIMES, FAILED_FLAGS),
-        ("withdrawn", WITHDRAWN_TIMES, WITHDRAWN_FLAGS),
-    ):
-        ends: dict[Column[Any], Any] = {}
-        for column in named(times):
-            if is_time(column) and column.nullable:
-                ends[column] = NOW
-            else:
-                _doubt(reading, column, "a time that is empty until then", role)
-        for column in named(flags):
-            if is_flag(column):
-                ends[column] = True
-            else:
-                _doubt(reading, column, "yes or no", role)
-        if not ends:
+def _read_ends(reading: Reading) -> None:
+    for role in END_TIMES:
+        ends: dict[Any, Any] = {
+            column: True if kind.fits is is_flag else NOW
+            for kind, columns in reading.found.items()
+            if kind.role == role
+            for column in columns
+        }
+        value = reading.arguments.get(role)
+        if isinstance(value, Mapping):
+            # Each column that withdraws a row is a reason of its own; an end is all of them.
+            ends = {**ends, **value} if role == "withdrawn" else {}
+        elif value is not None and "state" in reading.arguments and ends:
+            ends[reading.arguments["state"]] = value
+        if ends:
+            reading.arguments[role] = ends
+            reading.understood[role] = ", ".join(getattr(c, "name", str(c)) for c in ends)
+
+
+def _read_roles(reading: Reading) -> None:
+    """Read the roles of one column each, the stamps, and the order."""
+    for kind, columns in reading.found.items():
+        role = kind.role
+        if not columns or role in {"state", *END_TIMES, *reading.given}:
             continue
-        if role in reading.arguments:
-            ends[reading.arguments["state"]] = reading.arguments[role]
-        reading.arguments[role] = ends
-        reading.understood[role] = ", ".join(column.name for column in ends)
-
-
-def _doubt(reading: Reading, column: Column[Any], expected: str, role: str) -> None:
-    """Say that a column has the name of something that its type cannot be."""
-    null = "" if column.nullable else ", not nullable,"
-    reading.asked.append(role)
-    reading.problems.append(
-        f"{column.name!r} is {column.type!r}{null} which cannot be read as {expected}: say what "
-        f"it means with {role}=..., or with free=<expression> and claimed=..."
-    )
-
-
-def _read_role(reading: Reading, role: str, found: list[Column[Any]]) -> None:
-    if role in {"due", "lease"}:
-        for column in found:
-            if not is_time(column):
-                _doubt(reading, column, "a time", role)
-        found = [c for c in found if is_time(c)]
-    elif role == "attempts":
-        found = [c for c in found if isinstance(plain_type(c.type), Integer)]
-    elif role == "token":
-        # "token" alone is as often a credential; beside a lease it is the fence.
-        found = [c for c in found if is_text(c) and (c.name != "token" or _has_lease(c))]
-    if not found:
-        return
-    if len(found) > 1 and role in {"due", "lease", "worker", "token"}:
-        reading.problems.append(
-            f"several columns could be {role!r} ("
-            + ", ".join(repr(c.name) for c in found)
-            + f"): name one with {role}=..."
+        if len(columns) > 1 and role in {"due", "lease", "worker", "token"}:
+            several = ", ".join(repr(c.name) for c in columns)
+            problem = f"several columns could be {role!r} ({several}): name one with {role}=..."
+            reading.doubt(problem, role, **{role: "..."})
+            continue
+        read = columns if role == "stamps" else columns[:1]
+        reading.arguments[role] = tuple(read) if role in {"order", "stamps"} else read[0]
+        reading.understood[role] = ", ".join(c.name for c in read)
+    if priorities := reading.named(UNDIRECTED):
+        reading.doubt(
+            f"{priorities[0].name!r} has no natural direction: does the highest or the lowest "
+            f"come first? Say it with order=[table.c.{priorities[0].key}.desc(), ...]",
+            "order",
+            order="[...]",
         )
-        return
-    reading.arguments[role] = (found[0],) if role == "order" else found[0]
-    reading.understood[role] = found[0].name
 
 
-def _has_lease(column: Column[Any]) -> bool:
-    """Check whether the column's table has a conventionally named lease."""
-    return any(c.name in LEASES for c in column.table.columns)
+def _read_held(reading: Reading, unused: list[Column[Any]]) -> None:
+    """Raise doubt about columns without a role that may keep a row from running."""
+    flags: dict[str, bool] = {}
+    for held, names in HELD.items():
+        for column in reading.named(names):
+            if column not in unused:
+                continue
+            role, said = "free", "<expression>"
+            if isinstance(held, bool) and is_flag(column):
+                flags[column.key] = held
+                role, said = "withdrawn", repr({column.key: held})
+            elif held == "due" and is_time(column) and "due" not in reading.arguments:
+                role, said = "due", repr(column.key)
+            proposed = {"free": "...", "withdrawn": repr(flags)}.get(role, said)
+            reading.doubt(
+                f"{column.name!r} may hold a row back: say when with {role}={said}, or with "
+                "withdrawn={} if it never does",
+                *{"withdrawn", EXPRESSION, role} - {"free"},
+                **{role: proposed},
+            )

@@ -30,9 +30,8 @@ from .inference import (
     Reading,
     is_text,
     plain_type,
-    read_columns,
-    time_format,
 )
+from .layouts import read_table
 from .sql_elements import DatabaseTime, InlineLiteral, Preparing
 from .state_values import UNSET
 
@@ -191,54 +190,75 @@ class JobTable(Preparing):
         return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
 
     @classmethod
-    def infer(cls, table: Any) -> JobTable:
+    def infer(cls, table: Any, **overrides: Any) -> JobTable:
         """Read the meaning of conventionally named columns, or refuse.
 
-        A declaration in ``table.info["atomic_claim"]``, a dictionary of this class's arguments
-        with columns by name, goes before the names.
+        Tables of known queues are recognised by their columns, see :mod:`atomic_claim.layouts`. A
+        declaration in ``table.info["atomic_claim"]``, a dictionary of this class's arguments with
+        columns by name, goes before the names.
 
         Args:
             table: a ``Table`` (reflected or declared) or a mapped class.
+            **overrides: arguments of this class. Each settles what is in doubt about it, and what
+                was understood of the others is kept. A value in ``claimed``, ``done`` or
+                ``failed`` is one of the state, beside which the conventionally named times are
+                kept; a mapping is all that is written. A mapping in ``withdrawn`` adds to what
+                was understood; ``withdrawn={}`` says that no other column holds a row back.
 
         Returns:
-            The ``JobTable``; the same one for the same table.
+            The ``JobTable``; without overrides, the same one for the same table.
 
         Raises:
             AmbiguousTable: it lists what was understood, what was not, and what to write.
             ClaimError: it is not a table, or has no primary key.
         """
-        return cls._inferred(table, ordered=False)
+        return cls._inferred(table, overrides, ordered=False)
 
     @classmethod
-    def _inferred(cls, table: Any, *, ordered: bool) -> JobTable:
+    def _inferred(cls, table: Any, overrides: Mapping[str, Any], *, ordered: bool) -> JobTable:
         """Read the names; ``ordered`` where the order comes from elsewhere."""
         mapper = mapper_of(table)
         key = mapper if mapper is not None else table
         tables = tables_of(table)
+        if overrides:
+            return cls._infer(table, mapper, overrides, ordered=ordered)
         # Kept with the table rather than in a registry of ours, so that it dies with the table.
         kept = tables[0].info.setdefault(INFERRED, {})
         known = kept.get((key, False)) or kept.get((key, ordered))
         if known is None:
-            known = kept[key, ordered] = cls._infer(table, mapper, ordered=ordered)
+            known = kept[key, ordered] = cls._infer(table, mapper, {}, ordered=ordered)
         return known  # type: ignore[no-any-return]
 
     @classmethod
-    def _infer(cls, given: Any, mapper: Mapper[Any] | None, *, ordered: bool) -> JobTable:
+    def _infer(
+        cls,
+        given: Any,
+        mapper: Mapper[Any] | None,
+        overrides: Mapping[str, Any],
+        *,
+        ordered: bool,
+    ) -> JobTable:
         tables = [t for t in mapper.tables if isinstance(t, Table)] if mapper else [given]
-        readings = [(table, read_columns(table, _names(table, mapper))) for table in tables]
-        for table, reading in readings:
+        readings: list[tuple[Table, Reading]] = []
+        for table in tables:
             declared = table.info.get("atomic_claim")
             if isinstance(declared, JobTable):
+                if overrides:
+                    raise ClaimError(
+                        f"{table.fullname!r} has a JobTable in its info, which is complete: leave "
+                        "out the overrides, or put a dictionary there"
+                    )
                 return declared
-            if declared is not None:
-                return cls(given, **declared)
-            doubts = reading.problems or (reading.undirected and not ordered)
-            if "state" in reading.arguments and not doubts:
-                arguments = dict(reading.arguments)
-                arguments["text_times"] = time_format(table.columns)
-                arguments["withdrawn"] = _held_back(arguments)
-                return cls(given, **arguments)
-        raise AmbiguousTable(_explain(*readings[0]))
+            if isinstance(declared, Mapping):
+                return cls(given, **{**declared, **overrides})
+            names = _names(table, mapper)
+            readings.append((table, read_table(table, names, overrides, ordered=ordered)))
+        clear = [reading for _, reading in readings if not reading.problems]
+        stated = [r for r in clear if isinstance(r.arguments.get("state"), Column)]
+        for reading in stated or clear:
+            held_back = _held_back(reading.arguments, overrides)
+            return cls(given, **{**reading.arguments, "withdrawn": held_back})
+        raise AmbiguousTable(_explain(given, *readings[0], overrides))
 
     @cached_property
     def key(self) -> tuple[Column[Any], ...]:
@@ -427,7 +447,7 @@ def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
         known: JobTable | None = kept.get((given, False)) or kept.get((given, ordered))
         if known is not None:
             return known
-    return JobTable._inferred(given, ordered=ordered)  # noqa: SLF001 - this module's own
+    return JobTable._inferred(given, {}, ordered=ordered)  # noqa: SLF001 - this module's own
 
 
 def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozenset[str]]:
@@ -439,29 +459,27 @@ def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozen
     return {column: frozenset(found) for column, found in names.items()}
 
 
-def _held_back(arguments: Mapping[str, Any]) -> dict[Column[Any], Any]:
+def _held_back(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[Any, Any]:
     """Return the inferred values that hold a row back each on its own, not only together."""
-    marks = [arguments.get(role) for role in ("done", "failed")]
+    marks = [arguments.get(role) for role in ("done", "failed") if role not in overrides]
     found = {c: v for m in marks if isinstance(m, Mapping) and len(m) > 1 for c, v in m.items()}
-    found.pop(arguments["state"], None)
+    found.pop(arguments.get("state"), None)
     return {**found, **arguments.get("withdrawn", {})}
 
 
-def _explain(table: Table, reading: Reading) -> str:
+def _explain(given: Any, table: Table, reading: Reading, overrides: Mapping[str, Any]) -> str:
     understood = "; ".join(f"{role}: {names}" for role, names in reading.understood.items())
-    arguments = ["table"]
-    for role, value in reading.arguments.items():
-        if isinstance(value, Column):
-            arguments.append(f"{role}={value.name!r}")
-    if "state" not in reading.arguments:
-        arguments.append('state="<column>"')
-    arguments += [f"{role}=<...>" for role in dict.fromkeys(reading.asked)]
+    name = given.__name__ if isinstance(given, type) else table.name
+    said = {
+        role: repr(value) if isinstance(value, (str, type(None))) else "..."
+        for role, value in overrides.items()
+    }
+    arguments = [f"{role}={value}" for role, value in (said | reading.proposed).items()]
+    call = ", ".join([name if name.isidentifier() else "table", *arguments])
     return (
         f"table {table.fullname!r} cannot be read with certainty.\n"
         f"  understood: {understood or 'nothing'}\n"
         f"  not understood: {', '.join(reading.unknown) or 'nothing'}\n"
-        + "".join(
-            f"  in doubt: {problem}\n" for problem in [*reading.problems, *reading.undirected]
-        )
-        + f"  write: JobTable({', '.join(arguments)})"
+        + "".join(f"  in doubt: {problem}\n" for problem in reading.problems)
+        + f"  write: JobTable.infer({call})"
     )

@@ -506,8 +506,8 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
     filled(database, statuses, status="new")
     found = ails(command, database, timeout="0.2")
     assert list(found) == ["meaning of the columns", "busy timeout"]
-    assert "'status' is a status whose values nobody named" in str(found)
-    assert "JobTable(table, state='status'" in found["meaning of the columns"]["fix"]
+    assert "which value of 'status' is 'free'?" in str(found)
+    assert "JobTable.infer(" in found["meaning of the columns"]["fix"]
 
 
 @pytest.mark.databases("sqlite")
@@ -920,4 +920,4 @@ def test_what_cannot_be_watched(database: Database, command: Command) -> None:
     """A table that cannot be read is refused, with what to write."""
     filled(database, statuses, status="new")
     said = doctor(command, database, "--watch").refused()
-    assert "'status' is a status whose values nobody named" in said
+    assert "which value of 'status' is 'free'?" in said

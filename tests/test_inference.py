@@ -3,6 +3,7 @@
 import enum
 import gc
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -25,6 +26,8 @@ from atomic_claim import (
     inference,
     predicates,
 )
+from atomic_claim.patch.tables import Later
+from atomic_claim.patch.tables import table_of as table_of_a_file
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -39,6 +42,23 @@ def table_of(*columns: Column[Any], **options: Any) -> Table:
 def processing() -> Column[Any]:
     """Build the state column of most tables here."""
     return Column("processing", Boolean, nullable=False)
+
+
+def created() -> Column[Any]:
+    """Build the column of the order."""
+    return Column("created_at", DateTime)
+
+
+def ends() -> list[Column[Any]]:
+    """Build the columns of a row that is done, failed or withdrawn."""
+    return [
+        Column("completed_at", DateTime),
+        Column("has_error", Boolean),
+        Column("deleted_at", DateTime),
+    ]
+
+
+LATER = datetime(9000, 1, 1)  # noqa: DTZ001
 
 
 def refusal(table: Any) -> str:
@@ -97,7 +117,12 @@ def test_statuses_of_an_enum(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("role", "name"),
-    [(role, name) for role, names in inference.ROLES_BY_NAME.items() for name in names],
+    [
+        (kind.role, name)
+        for kind in inference.KINDS
+        if kind.role not in {"state", "stamps", *inference.END_TIMES}
+        for name in kind.names
+    ],
 )
 def test_roles_by_name(role: str, name: str) -> None:
     """Times, workers, tokens, counters and texts of errors are known by these names."""
@@ -112,15 +137,12 @@ def test_roles_by_name(role: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("role", "names", "type_"),
     [
-        ("done", inference.DONE_TIMES, DateTime),
-        ("done", inference.DONE_FLAGS, Boolean),
-        ("failed", inference.FAILED_TIMES, DateTime),
-        ("failed", inference.FAILED_FLAGS, Boolean),
-        ("withdrawn", inference.WITHDRAWN_TIMES, DateTime),
-        ("withdrawn", inference.WITHDRAWN_FLAGS, Boolean),
+        *((role, names, DateTime) for role, names in inference.END_TIMES.items()),
+        *((role, names, Boolean) for role, names in inference.END_FLAGS.items()),
+        ("failed", ("error",), Boolean),
     ],
 )
-def test_ends(role: str, names: frozenset[str], type_: Any) -> None:
+def test_ends(role: str, names: tuple[str, ...], type_: Any) -> None:
     """Each of these columns takes a row out of the queue once it is set."""
     for name in sorted(names):
         table = table_of(processing(), Column(name, type_))
@@ -208,21 +230,22 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
         (
             "understood: state: status; order: created_at",
             "not understood: x",
-            "'status' is a status whose values nobody named",
-            "write: JobTable(table, state='status', free=<...>, claimed=<...>)",
+            "which value of 'status' is 'free'?",
+            "which value of 'status' is 'claimed'?",
+            "write: JobTable.infer(jobs, free=..., claimed=...)",
         ),
     ),
     "a status of numbers": (
         lambda: [Column("state", Integer)],
-        ("'state' is a status whose values nobody named", "state='state', free=<...>"),
+        ("which value of 'state' is 'free'?", "infer(jobs, free=..., claimed=...)"),
     ),
     "a status without a value for what runs": (
         lambda: [Column("status", Enum("new", "done", name="status"))],
-        ("which value of 'status' (new, done) is 'claimed'?", "claimed=<...>"),
+        ("which value of 'status' (new, done) is 'claimed'?", "infer(jobs, claimed=...)"),
     ),
     "a status with two values for what waits": (
         lambda: [Column("status", Enum("new", "queued", "running", name="status"))],
-        ("which value of 'status' (new, queued, running) is 'free'?", "free=<...>"),
+        ("which value of 'status' (new, queued, running) is 'free'?", "infer(jobs, free=...)"),
     ),
     "a priority": (
         lambda: [processing(), Column("priority", Integer), Column("created_at", DateTime)],
@@ -230,8 +253,7 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
             "understood: state: processing",
             "'priority' has no natural direction",
             "order=[table.c.priority.desc(), ...]",
-            "state='processing'",
-            "order=<...>",
+            "write: JobTable.infer(jobs, order=[...])",
         ),
     ),
     "two flags": (
@@ -240,7 +262,7 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
             "several columns could be the state (",
             "'processing'",
             "'locked'",
-            'state="<column>"',
+            "write: JobTable.infer(jobs, state=...)",
             "not understood: processing, locked",
         ),
     ),
@@ -258,7 +280,7 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
             "no column says whether a job is claimed",
             "understood: order: created_at",
             "not understood: name",
-            'state="<column>"',
+            "write: JobTable.infer(jobs, state=...)",
         ),
     ),
     "a time of a claim that is never empty": (
@@ -314,20 +336,329 @@ def test_refusals(shape: str) -> None:
     """The message lists what was understood, what was not, and what to write."""
     columns, words = REFUSALS[shape]
     message = refusal(table_of(*columns()))
-    for word in ("understood: ", "not understood: ", "write: JobTable(table, ", *words):
+    for word in ("understood: ", "not understood: ", "write: JobTable.infer(jobs, ", *words):
         assert word in message
 
 
-def test_what_the_message_says_to_write_is_accepted() -> None:
-    """Filled in, the declaration of the message is one that the table is claimed by."""
-    table = table_of(
-        Column("status", String(10)), Column("created_at", DateTime), Column("run_at", DateTime)
+def status(*values: str) -> Column[Any]:
+    """Build a status column, an Enum of these values, or a string without any."""
+    type_ = Enum(*values, name="status") if values else String(10)
+    return Column("status", type_, nullable=False)
+
+
+NEW, BUSY = {"status": "new"}, {"status": "busy"}
+ENDED: list[dict[str, Any]] = [
+    {"completed_at": START},
+    {"has_error": True},
+    {"deleted_at": START},
+]
+# The columns; what a free row has; what rows have that must not be handed out; what only the
+# caller can know, by argument.
+PROPOSALS: dict[str, tuple[Callable[[], list[Column[Any]]], Any, list[Any], dict[str, str]]] = {
+    "a priority": (
+        lambda: [processing(), *ends(), Column("priority", Integer), created()],
+        {},
+        ENDED,
+        {"order": "[jobs.c.priority.desc()]"},
+    ),
+    "a status of strings": (
+        lambda: [status(), *ends(), Column("priority", Integer)],
+        NEW,
+        [{"status": "done"}, *ENDED],
+        {"free": "'new'", "claimed": "'busy'", "order": "['priority']"},
+    ),
+    "a status with two values for what waits": (
+        lambda: [status("new", "queued", "running", "done"), *ends()],
+        NEW,
+        [{"status": "done"}, *ENDED],
+        {"free": "('new', 'queued')"},
+    ),
+    "a status without a value for what runs": (
+        lambda: [status("new", "busy", "done"), *ends()],
+        NEW,
+        [{"status": "done"}, *ENDED],
+        {"claimed": "'busy'"},
+    ),
+    "two flags": (
+        lambda: [processing(), Column("locked", Boolean), *ends()],
+        {},
+        ENDED,
+        {"state": "'processing'"},
+    ),
+    "a flag and a status": (
+        lambda: [Column("processing", Boolean, default=False), status(), *ends()],
+        NEW,
+        [{"status": "done"}, *ENDED],
+        {"state": "'status'", "free": "'new'", "claimed": "'busy'"},
+    ),
+    "no state": (
+        lambda: [Column("stage", String(10)), *ends(), created()],
+        {"stage": "new"},
+        [{"stage": "done"}, *ENDED],
+        {"state": "'stage'", "free": "'new'", "claimed": "'busy'"},
+    ),
+    "a flag of strings": (
+        lambda: [Column("processing", String(5)), *ends()],
+        {"processing": "no"},
+        [{"processing": "yes"}, *ENDED],
+        {"state": "'processing'", "free": "'no'", "claimed": "'yes'"},
+    ),
+    "flags that hold a row back": (
+        lambda: [processing(), Column("paused", Boolean), Column("enabled", Boolean), *ends()],
+        {"enabled": True},
+        [{"paused": True}, {"enabled": False}, *ENDED],
+        {},
+    ),
+    "a time that holds a row back": (
+        lambda: [processing(), Column("retry_at", DateTime), *ends()],
+        {},
+        [{"retry_at": LATER}, *ENDED],
+        {},
+    ),
+    "a time at which a row expires": (
+        lambda: [processing(), Column("expires_at", DateTime), *ends()],
+        {"expires_at": LATER},
+        [{"expires_at": START}, *ENDED],
+        {"free": "sa.and_(~jobs.c.processing, jobs.c.expires_at > sa.func.now())"},
+    ),
+    "a word that holds a row back": (
+        lambda: [processing(), Column("enabled", String(1)), *ends()],
+        {"enabled": "y"},
+        [{"enabled": "n"}, *ENDED],
+        {"free": "sa.and_(~jobs.c.processing, jobs.c.enabled == 'y')"},
+    ),
+    "two times that are due": (
+        lambda: [processing(), Column("run_at", DateTime), Column("eta", DateTime), *ends()],
+        {"eta": LATER},
+        [{"run_at": LATER}, *ENDED],
+        {"due": "'run_at'"},
+    ),
+    "a number as time of completion": (
+        lambda: [processing(), Column("finished_at", sa.BigInteger), *ends()],
+        {},
+        [{"finished_at": 1}, *ENDED],
+        {"free": "sa.and_(~jobs.c.processing, jobs.c.finished_at.is_(None))"},
+    ),
+    "a flag of failure in numbers": (
+        lambda: [processing(), Column("failed", Integer), *ends()[::2]],
+        {},
+        [{"failed": 1}, *ENDED[::2]],
+        {"failed": "{'failed': 1}"},
+    ),
+    "a table of Laravel's": (
+        lambda: [
+            *(Column(name, Text) for name in ("queue", "payload")),
+            *(Column(f"{name}_at", Integer) for name in ("reserved", "available", "created")),
+            Column("attempts", Integer),
+            *ends(),
+        ],
+        {"available_at": 1},
+        [{"reserved_at": 1}, {"available_at": 2**40}, *ENDED],
+        {
+            "free": "sa.and_(jobs.c.reserved_at.is_(None), jobs.c.available_at < 2**33)",
+            "claimed": "{'reserved_at': 1}",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", PROPOSALS)
+def test_the_proposal_of_the_message_is_complete(shape: str) -> None:
+    """Filled in, the call of the message hands out what is free, and nothing that has ended."""
+    columns, free, ended, filled = PROPOSALS[shape]
+    jobs = table_of(*columns())
+    said, told = ["JobTable.infer(jobs)"], None
+    while told is None:
+        try:
+            told = eval(said[-1], {"JobTable": JobTable, "jobs": jobs, "sa": sa})  # noqa: S307
+        except AmbiguousTable as error:
+            said.append(str(error).rpartition("write: ")[2])
+        for role, value in filled.items():
+            said[-1] = re.sub(rf"\b{role}=(\[\.\.\.\]|\.\.\.)", f"{role}={value}", said[-1])
+        assert said.count(said[-1]) == 1
+    engine = sa.create_engine("sqlite://", poolclass=sa.StaticPool)
+    jobs.metadata.create_all(engine)
+    with engine.begin() as connection:
+        for each in [free, *({**free, **end} for end in ended)]:
+            connection.execute(jobs.insert(), {"processing": False} | each)
+    assert ids(claim_jobs(engine, told, 10)) == [1]
+
+
+def test_the_message_names_the_class_and_keeps_what_was_given() -> None:
+    """The proposed call can be copied: it has the class, and the arguments given so far."""
+    job = mapped(table_of(Column("state", String(9)), Column("status", String(9))))
+    with pytest.raises(AmbiguousTable) as raised:
+        JobTable.infer(job, state="status", free=("new", "again"), worker=None)
+    assert str(raised.value).endswith(
+        f"write: JobTable.infer({job.__name__}, state='status', free=..., worker=None, claimed=...)"
     )
-    written = refusal(table).rpartition("write: ")[2]
-    for place, value in (("free=<...>", "'new'"), ("claimed=<...>", "'busy'")):
-        written = written.replace(place, f"{place.partition('=')[0]}={value}")
-    roles = eval(written, {"JobTable": JobTable, "table": table})  # noqa: S307
-    assert (roles.state, roles.due) == (table.c.status, table.c.run_at)
+
+
+# --- what a name alone does not make
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        Column("worker_id", Integer, sa.ForeignKey("people.id")),
+        Column("worker_id", String(9), sa.ForeignKey("people.id")),
+        Column("worker_id", Integer),
+        Column("claimed_by", sa.ARRAY(Text)),
+        Column("locked_by", Text, nullable=False),
+        Column("lock_token", sa.LargeBinary),
+        Column("attempts", Integer, sa.ForeignKey("people.id")),
+        Column("attempts", String(9)),
+        Column("last_error", sa.JSON),
+        Column("error", sa.JSON),
+        Column("created", Boolean),
+        Column("updated_at", Integer),
+        Column("locked", Boolean, sa.Computed("processing")),
+        Column("locked_at", DateTime, sa.Computed("run")),
+    ],
+    ids=lambda column: f"{column.name} {column.type!r}",
+)
+def test_a_column_that_only_has_the_name_means_nothing(column: Column[Any]) -> None:
+    """A type, a foreign key or a computed default that does not fit leaves the column alone."""
+    table = table_of(processing(), column._copy())
+    roles = JobTable.infer(table)
+    assert (roles.worker, roles.token, roles.attempts, roles.error) == (None, None, None, None)
+    assert (roles.order, roles.stamps) == ((), ())
+    assert roles.state is table.c.processing
+    assert list(roles.claimed) == [table.c.processing]
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (Column("completed", Integer, sa.ForeignKey("people.id")), "a foreign key"),
+        (Column("done", Boolean, sa.Computed("processing")), "generated"),
+        (Column("run_at", DateTime, sa.Computed("processing")), "generated"),
+        (Column("locked", String(5)), "yes or no"),
+    ],
+    ids=lambda given: getattr(given, "name", ""),
+)
+def test_a_column_that_could_hold_a_row_back_is_in_doubt(column: Column[Any], said: str) -> None:
+    """Where ignoring a column could hand out rows that must not run, it is not ignored."""
+    message = refusal(table_of(processing(), column._copy()))
+    assert repr(column.name) in message
+    assert said in message
+
+
+@pytest.mark.parametrize("type_", [Boolean, DateTime, Integer], ids=lambda type_: type_.__name__)
+def test_names_that_hold_a_row_back(type_: Any) -> None:
+    """Beside a state each of these is in doubt, whatever its type, until something is said."""
+    for name in (name for names in inference.HELD.values() for name in names):
+        table = table_of(processing(), Column(name, type_))
+        assert f"{name!r} may hold a row back" in refusal(table)
+        assert JobTable.infer(table, withdrawn={}).withdrawn == {}
+
+
+# --- overrides
+
+
+def test_an_override_settles_a_doubt_and_keeps_the_rest() -> None:
+    """Whatever else was understood stays as it was."""
+    table = table_of(
+        *(status(), *ends(), Column("priority", Integer), Column("locked_at", DateTime)),
+        *(Column("run_at", DateTime), Column("worker", Text), Column("finished_at", DateTime)),
+    )
+    roles = JobTable.infer(
+        table, free="new", claimed="busy", done="done", order=[table.c.priority.desc()]
+    )
+    assert (roles.state, roles.due, roles.worker) == (
+        table.c.status,
+        table.c.run_at,
+        table.c.worker,
+    )
+    assert list(roles.claimed) == [table.c.status, table.c.locked_at]
+    assert set(roles.done) == {table.c.status, table.c.completed_at, table.c.finished_at}
+    assert (list(roles.failed), list(roles.withdrawn)) == (
+        [table.c.has_error],
+        [table.c.deleted_at],
+    )
+    assert [str(term) for term in roles.order] == ["jobs.priority DESC"]
+
+
+def test_a_mapping_is_all_that_is_written() -> None:
+    """An end that is given as a mapping is not added to; what withdraws a row is."""
+    table = table_of(processing(), *ends(), Column("locked_at", DateTime), Column("hold", Boolean))
+    roles = JobTable.infer(
+        table,
+        claimed={"processing": True},
+        done={"completed_at": sa.func.now()},
+        withdrawn={"hold": True},
+    )
+    assert list(roles.claimed) == [table.c.processing]
+    assert list(roles.done) == [table.c.completed_at]
+    assert list(roles.withdrawn) == [table.c.deleted_at, table.c.hold]
+
+
+def test_an_override_takes_a_column_s_role_away() -> None:
+    """None says that a column of that name means nothing."""
+    table = table_of(processing(), Column("worker", Text), Column("error", Text))
+    roles = JobTable.infer(table, worker=None)
+    assert (roles.worker, roles.error) == (None, table.c.error)
+    assert JobTable.infer(table).worker is table.c.worker
+
+
+@pytest.mark.parametrize("named", ["name", "column", "attribute"])
+def test_an_override_by_name_column_or_attribute(named: str) -> None:
+    """A state is found however it is named, and its enum's values are read."""
+    table = table_of(processing(), status("new", "running", "done"))
+    job = mapped(table)
+    given = {"name": "status", "column": table.c.status, "attribute": job.status}[named]
+    roles = JobTable.infer(job, state=given)
+    assert (roles.state, str(roles.free)) == (table.c.status, "jobs.status = 'new'")
+
+
+def test_an_override_of_a_parent_s_column() -> None:
+    """In joined inheritance the table that has the given state is the one that is read."""
+
+    class Own(DeclarativeBase):
+        """The classes of this test."""
+
+    class Job(Own):
+        """The state is here."""
+
+        __tablename__ = "jobs"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        stage: Mapped[str]
+        run_at: Mapped[datetime | None]
+
+    class Mail(Job):
+        """It has nothing to say of its own."""
+
+        __tablename__ = "mails"
+        id: Mapped[int] = mapped_column(sa.ForeignKey("jobs.id"), primary_key=True)
+        text: Mapped[str]
+
+    roles = JobTable.infer(Mail, state="stage", free="new", claimed="busy")
+    assert (roles.table.name, roles.due) == ("jobs", Job.__table__.c.run_at)
+    with pytest.raises(ClaimError, match="'nope'"):
+        JobTable.infer(Mail, state="nope", free="new", claimed="busy")
+
+
+# A table as a file of patches names it.
+MAIL = table_of(status(), *ends(), Column("priority", Integer), Column("run_at", DateTime))
+
+
+def test_a_file_of_patches_takes_the_same() -> None:
+    """The arguments of a table in TOML settle what is in doubt, and the rest is read."""
+    options = {"free": "new", "claimed": "busy", "order": "-priority"}
+    roles = table_of_a_file(Later(f"{__name__}:MAIL", options))
+    assert (roles.state, roles.due) == (MAIL.c.status, MAIL.c.run_at)
+    assert list(roles.withdrawn) == [MAIL.c.deleted_at]
+    assert [str(term) for term in roles.order] == ["jobs.priority DESC"]
+
+
+def test_overrides_of_a_declaration_in_the_table_s_info() -> None:
+    """They go before a dictionary there; a JobTable there is complete."""
+    declared = {"state": "status", "free": "n", "claimed": "r"}
+    table = table_of(status(), Column("run_at", DateTime), info={"atomic_claim": declared})
+    assert str(JobTable.infer(table, free="w").free) == "jobs.status = 'w'"
+    table.info["atomic_claim"] = JobTable(table, **declared)
+    with pytest.raises(ClaimError, match="leave out the overrides"):
+        JobTable.infer(table, free="w")
 
 
 def test_text_as_due_time_without_a_format() -> None:
@@ -476,7 +807,7 @@ def test_reflected(database: Database) -> None:
             {"id": 1, "completed_at": START},
             {"id": 2, "has_error": True},
             {"id": 3, "processing": True},
-            {"id": 4, "run_at": datetime(9000, 1, 1)},  # noqa: DTZ001
+            {"id": 4, "run_at": LATER},
             {"id": 5, "has_error": None},
             {"id": 6, "run_at": START},
         ]

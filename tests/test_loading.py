@@ -133,6 +133,7 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "claim",
         "job_table",
         "inference",
+        "layouts",
         "backends",
         "backends.base",
         "backends.by_key",

@@ -27,6 +27,7 @@ ROOMS = [
     "inference",
     "roles",
     "state_values",
+    "layouts",
     "job_table",
     "tickets",
     "outcomes",

@@ -78,8 +78,9 @@ def read_file(path: Path) -> list[Entry]:
 
     Each table is named after its target and holds the arguments of :func:`patch_claims`, or of what
     ``by`` names. ``"module:name"`` stands for an object. ``table`` may be a table itself, of the
-    arguments of a :class:`JobTable`, in which ``"now()"`` is the database's clock. In a file that
-    is not ``pyproject.toml``, ``[patches]`` will do.
+    arguments of :meth:`JobTable.infer`, in which ``"now()"`` is the database's clock; what they
+    leave out is read from the columns' names. In a file that is not ``pyproject.toml``,
+    ``[patches]`` will do.
 
     Raises:
         PatchError: the file cannot be read, or says what no patch can be made of.

@@ -31,7 +31,8 @@ def stateless(table: Any) -> JobTable:
         return JobTable.infer(table)
     except AmbiguousTable:
         own = _table_of(table)
-        reading = read_columns(own, {column: frozenset([column.name]) for column in own.columns})
+        names = {column: frozenset([column.name]) for column in own.columns}
+        reading = read_columns(own, names, ordered=True)
         if len(reading.problems) > 1 or "state" in reading.arguments:
             raise
         found = reading.arguments
@@ -110,7 +111,7 @@ def table_of(given: Any) -> Any:
     options = dict(given.options)
     if isinstance(options.get("order"), (str, list)):
         options["order"] = order_of(table, options["order"])
-    return JobTable(table, **options)
+    return JobTable.infer(table, **options)
 
 
 def referred(name: str) -> Any:

@@ -1,0 +1,38 @@
+-- queue_job 19.0.2.4.0.1 (odoo-addon-queue-job), rewritten column by column from its model with the
+-- types that Odoo gives its fields; the columns of mail.thread are none of its own:
+-- https://github.com/OCA/queue/blob/19.0/queue_job/models/queue_job.py
+CREATE TABLE queue_job (
+    id serial NOT NULL PRIMARY KEY,
+    user_id integer,
+    company_id integer,
+    priority integer,
+    retry integer,
+    max_retries integer,
+    job_function_id integer,
+    worker_pid integer,
+    uuid varchar NOT NULL,
+    graph_uuid varchar,
+    name varchar,
+    model_name varchar,
+    method_name varchar,
+    func_string varchar,
+    state varchar NOT NULL,
+    exc_name varchar,
+    exc_message varchar,
+    channel_method_name varchar,
+    channel varchar,
+    identity_key varchar,
+    records text,
+    dependencies text,
+    args text,
+    kwargs text,
+    exc_info text,
+    result text,
+    date_created timestamp without time zone,
+    date_started timestamp without time zone,
+    date_enqueued timestamp without time zone,
+    date_done timestamp without time zone,
+    date_cancelled timestamp without time zone,
+    eta timestamp without time zone,
+    exec_time double precision
+);
