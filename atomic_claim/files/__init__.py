@@ -39,7 +39,6 @@ Beside the jobs there are, all below ``processing`` and all beginning with a dot
   nothing is claimed from here.
 """
 
-from .adapt import claiming
 from .claim import claim_files
 from .claimed import ClaimedFile
 from .ends import complete_files, fail_files, release_files
@@ -50,7 +49,6 @@ from .workers import touch_worker
 __all__ = [
     "ClaimedFile",
     "claim_files",
-    "claiming",
     "complete_files",
     "fail_files",
     "put_file",

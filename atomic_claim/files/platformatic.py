@@ -24,12 +24,20 @@ from atomic_claim.errors import ClaimError
 
 from .system import found_at
 
+LAYOUTS = ["plain", "platformatic"]
 SUFFIX = ".msg"
 NUMBER = re.compile("[0-9]+")
 # Theirs to return (`processing`), or at their end already.
 THEIRS = ("processing:", "completed:", "failed:")
 # Their numbers begin with 1: what was taken from the queue before goes before all of them.
 FIRST = "000000000000-"
+
+
+def is_shared(layout: str) -> bool:
+    """Return True for the layout on which platformatic's own consumers work, too."""
+    if layout not in LAYOUTS:
+        raise ClaimError(f"layout is {layout!r}; expected one of {LAYOUTS}")
+    return layout == LAYOUTS[1]
 
 
 def place(name: str) -> float:

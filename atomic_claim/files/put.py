@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from atomic_claim.errors import ClaimError
@@ -15,6 +14,7 @@ from .system import (
     found_at,
     is_same,
     refused,
+    remove,
     rename_new,
     sync_folder,
     write_new,
@@ -52,25 +52,23 @@ def put_file(waiting: StrPath, name: str, data: Data, *, durable: bool = True) -
     target = os.path.join(folder, checked_name(name, "name"))
     content = data.encode() if isinstance(data, str) else bytes(data)
     hidden = os.path.join(folder, f"{PREFIX}{new_id()}")
+    kept = "Nothing was put"
     try:
         write_new(hidden, content, durable=durable)
         _place(hidden, target)
+        listing.note(folder, name)
+        kept = "The job waits, but may not outlive a power failure"
+        if durable:
+            sync_folder(folder)
     except FileExistsError:
-        _remove(hidden)
         raise ClaimError(
             f"cannot put {target!r}: a job, or a folder, of that name is there already and was "
             "left as it is; choose another name"
         ) from None
     except OSError as error:
-        _remove(hidden)
-        raise refused(f"put {target!r}", error, kept="Nothing was put") from error
-    listing.note(folder, name)
-    if durable:
-        try:
-            sync_folder(folder)
-        except OSError as error:
-            kept = "The job waits, but may not outlive a power failure"
-            raise refused(f"flush the folder of {target!r}", error, kept=kept) from error
+        raise refused(f"put {target!r}", error, kept=kept) from error
+    finally:
+        remove(hidden)
     return Path(target)
 
 
@@ -78,15 +76,10 @@ def _place(hidden: str, target: str) -> None:
     try:
         rename_new(hidden, target)
     except NoReplaceUnknownError:
+        # A kill after it leaves the hidden name, which is never claimed.
         try:
             os.link(hidden, target)
         except FileExistsError:
             # link(2), BUGS: over NFS it may have been linked all the same.
             if not is_same(found_at(hidden), found_at(target)):
                 raise
-        _remove(hidden)
-
-
-def _remove(hidden: str) -> None:
-    with suppress(OSError):
-        os.unlink(hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from functools import cache
 
 from atomic_claim.errors import ClaimError
 
@@ -16,24 +17,16 @@ HEARTBEAT = ".heartbeat"
 TRIES = 10
 
 
-class _Own:
-    """A token that tells this process from others, even from one with the same pid before."""
-
-    token = new_id()[:8]
-
-    @classmethod
-    def renew(cls) -> None:
-        cls.token = new_id()[:8]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Own.renew)
+@cache
+def _token(pid: int) -> str:
+    """Return a token that tells this process from an earlier one with the same pid."""
+    return f"{pid}-{new_id()[:8]}"
 
 
 def own_name() -> str:
     """Return a worker name unique to this process, for callers that give none."""
     host = socket.gethostname().replace(os.sep, "_").lstrip(".")[:64]
-    return f"{host}-{os.getpid()}-{_Own.token}"
+    return f"{host}-{_token(os.getpid())}"
 
 
 def worker_name(worker: str | None) -> str:
@@ -90,17 +83,3 @@ def last_beat(processing: str, worker: str) -> int:
     except FileNotFoundError:
         # The folder is made just before it, and both are removed together.
         return os.lstat(folder).st_mtime_ns
-
-
-def clock(processing: str) -> int:
-    """Return the file system's time in nanoseconds, on NFS the server's and not this machine's."""
-    probe = os.path.join(processing, f".clock-{new_id()}")
-    try:
-        os.close(os.open(probe, MAKE | os.O_EXCL, 0o666))
-        try:
-            os.utime(probe)
-            return os.lstat(probe).st_mtime_ns
-        finally:
-            os.unlink(probe)
-    except OSError as error:
-        raise refused(f"ask the file system's time by {probe!r}", error) from error
