@@ -167,7 +167,7 @@ def test_an_idle_claim_changes_nothing_but_the_heartbeat(queue: FileQueue) -> No
     with recorded() as calls:
         assert queue.claim() == []
     changed = [name for name, _ in calls if name in CHANGING]
-    assert changed == ["mkdir", "utime"]
+    assert changed == ["mkdir", "open", "utime"]
     assert sorted(p.name for p in queue.processing.rglob("*")) == [HEARTBEAT, "w1"]
 
 
@@ -579,7 +579,7 @@ def test_a_claim_is_a_sign_of_life(queue: FileQueue) -> None:
 def test_the_file_systems_clock_counts(
     queue: FileQueue, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
-    """A machine whose clock is hours off takes nobody for dead, and misses no dead one."""
+    """A machine whose clock is hours off takes no living worker's job, and misses no dead one's."""
     queue.put("a", "b")
     queue.claim(1, "alive")
     queue.claim(1, "dead")
@@ -640,7 +640,7 @@ def test_folders_of_dead_workers_are_removed(queue: FileQueue) -> None:
 
 
 def test_a_claim_goes_on_when_its_folders_are_removed(queue: FileQueue) -> None:
-    """A worker that was taken for dead between two calls makes its folders anew."""
+    """A worker that was taken for dead between two calls makes its folders again."""
     for place in range(100):
         case = FileQueue.make(queue.base / str(place))
         case.put("a")
@@ -669,7 +669,7 @@ def test_a_claim_goes_on_when_its_folders_are_removed(queue: FileQueue) -> None:
 
 
 def test_one_workers_jobs_alone(queue: FileQueue) -> None:
-    """A worker that begins anew under its old name returns what it had, and no one else's."""
+    """A worker that restarts under its old name returns its own jobs, and no others."""
     queue.put("a", "b")
     queue.claim(1, "w1")
     queue.claim(1, "w2")
@@ -1102,7 +1102,7 @@ def listings(calls: list[tuple[str, tuple[object, ...]]], folder: Path) -> int:
 
 
 def fill(folder: Path, count: int) -> None:
-    """Make so many empty jobs."""
+    """Make empty jobs, numbered from 0."""
     for number in range(count):
         os.close(os.open(folder / f"{number:09d}", os.O_CREAT | os.O_WRONLY))
 

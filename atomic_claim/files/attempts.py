@@ -7,6 +7,7 @@ is kept by name: a job may rewrite its file, or replace it.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import NamedTuple
 
 from .claimed import new_id, tag_of
@@ -34,16 +35,13 @@ def _record(processing: str, name: str) -> str:
 
 def spent(processing: str, name: str) -> Spent:
     """Return the attempts recorded for a job of this name."""
-    try:
-        number = os.open(_record(processing, name), os.O_RDONLY)
-    except FileNotFoundError:
-        return Spent()
-    try:
-        count, _, crashed = os.read(number, 100).decode(errors="replace").partition(" ")
-    finally:
-        os.close(number)
-    # A power failure can leave the record empty.
-    return Spent(int(count), crashed == CRASHED) if count.isdecimal() else Spent()
+    path = _record(processing, name)
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as record:
+        count, _, crashed = record.read().partition(" ")
+        # A power failure can leave the record empty.
+        if count.isdecimal():
+            return Spent(int(count), crashed == CRASHED)
+    return Spent()
 
 
 def remember(processing: str, name: str, count: int, *, crashed: bool) -> None:

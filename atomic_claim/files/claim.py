@@ -11,7 +11,7 @@ from atomic_claim.errors import ClaimError
 from . import attempts, listing
 from .claimed import ClaimedFile, StrPath, claim_folder
 from .folders import checked_folders, refuse_unclaimed
-from .platformatic import SUFFIX, is_shared, place, refuse_theirs
+from .platformatic import layout_of, refuse_theirs
 from .returning import claimed_in, put_back, remove_empty
 from .system import found_at, make_folder, refused
 from .workers import TRIES, beat, worker_name
@@ -62,8 +62,8 @@ def claim_files(
 
     Raises:
         ClaimError: a folder is missing, is on another file system, forbids the claim or is full;
-            the folders are swapped; or an entry of the waiting folder is a link
-            or a device. Nothing was claimed. The message names the path.
+            the folders are swapped; or an entry of the waiting folder is neither a file nor a
+            folder. Nothing was claimed. The message names the path.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     if isinstance(limit, bool) or not isinstance(limit, int):
@@ -72,7 +72,7 @@ def claim_files(
         raise ValueError(f"limit is {limit!r}; expected an int of at least 1")
     name = worker_name(worker)
     source, target = checked_folders(waiting, processing)
-    suffix, order = ("", str) if not is_shared(layout) else (SUFFIX, place)
+    suffix, order = layout_of(layout)
     query = listing.Query(source, pattern, suffix, key or order)
     if suffix:
         refuse_theirs(target, name)
@@ -83,10 +83,11 @@ def claim_files(
         batch.fill(query, limit)
     except ClaimError:
         listing.drop(query)
+        batch.give_back(batch.taken)
         if not batch.taken:
             raise
     except BaseException:
-        batch.give_back()
+        batch.give_back([])
         raise
     if not batch.taken:
         refuse_unclaimed(target)
@@ -128,13 +129,14 @@ class Batch:
             if self.taken and (crashed or len(self.taken) == limit):
                 return
 
-    def give_back(self) -> None:
-        """Return every file in this call's folders, noted as taken or not yet."""
+    def give_back(self, kept: list[ClaimedFile]) -> None:
+        """Return the other files in this call's folders, noted as taken or not yet."""
         for folder in self._folders:
             for file in claimed_in(folder, self._waiting):
                 # A file that cannot be returned now comes with a recovery.
                 with suppress(ClaimError):
-                    put_back(file, file.attempt - 1)
+                    if file not in kept:
+                        put_back(file, file.attempt - 1)
         remove_empty(self._folders)
 
     def _take(self, source: str, name: str) -> None:
@@ -146,18 +148,9 @@ class Batch:
         path = self._moved(source, name)
         if path is None:
             return
-        file = ClaimedFile.at(path, self._waiting)
-        try:
-            if not _is_file(source, path):
-                # It was recovered already: this process has slept for longer than older_than.
-                return
-        except ClaimError:
-            # It was exchanged between the look and the rename.
-            with suppress(ClaimError):
-                put_back(file, 0)
-            raise
-        if numbered := self._numbered(file):
-            self.taken.append(numbered)
+        # It may have been exchanged between the look and the rename, or been recovered already.
+        if _is_file(source, path) and (file := self._numbered(ClaimedFile.at(path, self._waiting))):
+            self.taken.append(file)
 
     def _moved(self, source: str, name: str) -> str | None:
         """Move the file into a new folder; return None if another worker was faster."""

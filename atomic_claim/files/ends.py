@@ -14,8 +14,6 @@ from .claimed import LONGEST, ClaimedFile, StrPath, full_path, lost, tag_of
 from .returning import put_back, remove_empty
 from .system import NoReplaceUnknownError, found_at, refused, remove, rename_new, write_new
 
-REASON = ".reason"
-
 Files = ClaimedFile | Iterable[ClaimedFile]
 End = Callable[[ClaimedFile], bool]
 
@@ -32,7 +30,7 @@ def complete_files(files: Files, *, done: StrPath | None = None) -> int:
             By default the files are removed.
 
     Returns:
-        The number of files, all of which were ended.
+        The number of files: all were ended.
 
     Raises:
         ClaimLost: some are no longer this claim's; its ``keys`` has their names. The others are
@@ -43,8 +41,7 @@ def complete_files(files: Files, *, done: StrPath | None = None) -> int:
     """
     if done is None:
         return _end(files, _remove)
-    folder = full_path(done)
-    return _end(files, lambda file: put_aside(file, folder))
+    return _end(files, lambda file: put_aside(file, done))
 
 
 def release_files(files: Files) -> int:
@@ -56,7 +53,7 @@ def release_files(files: Files) -> int:
         files: as for :func:`complete_files`.
 
     Returns:
-        The number of files, all of which were returned.
+        The number of files: all were returned.
 
     Raises:
         ClaimLost: as for :func:`complete_files`.
@@ -89,7 +86,7 @@ def fail_files(
         max_attempts: with ``retry``, the number of attempts after which a job is failed instead.
 
     Returns:
-        The number of files, all of which were failed or returned.
+        The number of files: all were failed or returned.
 
     Raises:
         ClaimLost, ClaimError: as for :func:`complete_files`; with ``retry`` as for
@@ -100,16 +97,9 @@ def fail_files(
     def end(file: ClaimedFile) -> bool:
         if retry and (max_attempts is None or file.attempt < max_attempts):
             return put_back(file, file.attempt)
-        return put_aside(file, failed_folder(str(file.processing), failed), reason)
+        return put_aside(file, failed, reason)
 
     return _end(files, end)
-
-
-def failed_folder(processing: str, failed: StrPath | None) -> str:
-    """Return the full path of the folder of the failed jobs."""
-    if failed is None:
-        return os.path.join(os.path.dirname(processing), "failed")
-    return full_path(failed)
 
 
 def _end(files: Files, end: End) -> int:
@@ -148,12 +138,12 @@ def _remove(file: ClaimedFile) -> bool:
     return True
 
 
-def put_aside(file: ClaimedFile, folder: str, reason: str | None = None) -> bool:
+def put_aside(file: ClaimedFile, into: StrPath | None, reason: str | None = None) -> bool:
     """Move a claimed file into a flat folder.
 
     Args:
         file: the claimed file.
-        folder: the full path of the folder, made if only it is missing.
+        into: the folder, made if only it is missing; None for that of the failed jobs.
         reason: written beside it, unless empty; None in a folder without reasons.
 
     Returns:
@@ -163,6 +153,7 @@ def put_aside(file: ClaimedFile, folder: str, reason: str | None = None) -> bool
         ClaimError: the system refuses; the file is where it was.
     """
     path = str(file.path)
+    folder = full_path(file.processing.parent / "failed" if into is None else into)
     if folder in {str(file.waiting), str(file.processing)}:
         raise ClaimError(
             f"cannot move {path!r} to {folder!r}: jobs wait or are claimed there; name another"
@@ -183,7 +174,7 @@ def put_aside(file: ClaimedFile, folder: str, reason: str | None = None) -> bool
 
 def _moved(path: str, folder: str, name: str, suffix: str, reason: str | None) -> bool:
     target = os.path.join(folder, _shortened(name, suffix))
-    beside = os.path.join(folder, _shortened(name, f"{suffix}{REASON}"))
+    beside = os.path.join(folder, _shortened(name, f"{suffix}.reason"))
     if not suffix and (found_at(target) or (reason is not None and found_at(beside))):
         raise FileExistsError
     if reason:
@@ -194,26 +185,20 @@ def _moved(path: str, folder: str, name: str, suffix: str, reason: str | None) -
             # A recovery that was killed has written it for this claim.
             if not suffix:
                 raise
-    moved = False
     try:
-        moved = _renamed(path, target, unique=bool(suffix))
-    finally:
-        if reason and not moved and not (suffix and found_at(target)):
-            remove(beside)
-    return moved
-
-
-def _renamed(path: str, target: str, *, unique: bool) -> bool:
-    try:
-        if unique:
+        if suffix:
             os.rename(path, target)
         else:
             rename_new(path, target)
-    except FileNotFoundError:
+    except (OSError, NoReplaceUnknownError):
+        # rename(2), BUGS: over NFS it may have been renamed all the same.
+        if suffix and found_at(target) is not None:
+            return True
+        if reason:
+            remove(beside)
         if found_at(path) is not None:
             raise
-        # rename(2), BUGS: over NFS it may have been renamed all the same.
-        return unique and found_at(target) is not None
+        return False
     return True
 
 

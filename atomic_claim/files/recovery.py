@@ -12,9 +12,9 @@ from pathlib import Path
 from atomic_claim.errors import ClaimError
 
 from .claimed import ClaimedFile, StrPath, checked_name, new_id
-from .ends import failed_folder, put_aside
+from .ends import put_aside
 from .folders import checked_folders, refuse_unclaimed, visible
-from .platformatic import is_shared, left_by_theirs
+from .platformatic import layout_of, left_by_theirs
 from .returning import NameTakenError, claimed_in, move_back, names_in, put_back, remove_empty
 from .system import found_at, make_folder, refused, remove, write_new
 from .workers import HEARTBEAT, last_beat
@@ -68,16 +68,15 @@ def recover_files(
             message names the path. Everything else that could be returned is waiting.
         ValueError: ``older_than`` is negative, or not a time.
     """
-    age = _nanoseconds(older_than)
-    shared = is_shared(layout)
+    shared = layout_of(layout)[0] != ""
     source, target = checked_folders(waiting, processing)
     if worker is not None:
         checked_name(worker, "worker")
-    before = _clock(target, source) - age
+    before = _clock(target, source) - _nanoseconds(older_than)
     refuse_unclaimed(target)
-    aside = failed_folder(target, failed)
-    recovery = Recovery(source, target, before, max_attempts, aside, shared)
-    for name in [TAKEN, *([worker] if worker is not None else _workers(target))]:
+    recovery = Recovery(source, target, before, max_attempts, failed, shared)
+    workers = [each.name for each in visible(target) if each.is_dir(follow_symlinks=False)]
+    for name in [TAKEN, *(sorted(workers) if worker is None else [worker])]:
         with recovery.noted(os.path.join(target, name)):
             recovery.recover(name)
     if recovery.refusals:
@@ -111,10 +110,6 @@ def _clock(processing: str, waiting: str) -> int:
     return now
 
 
-def _workers(processing: str) -> list[str]:
-    return sorted(each.name for each in visible(processing) if each.is_dir(follow_symlinks=False))
-
-
 @dataclass
 class Recovery:
     """One call's recovery of one worker after the other.
@@ -124,7 +119,7 @@ class Recovery:
         processing: the full path of the processing folder.
         before: workers without a sign of life since this time are dead, in nanoseconds.
         max_attempts: the number of attempts after which a job is failed, or None.
-        failed: the full path of the folder of the failed jobs.
+        failed: the folder of the failed jobs, or None for the usual one.
         shared: True if consumers of platformatic's work on the folders.
         returned: the paths that wait again.
         refusals: the errors of jobs that could not be returned.
@@ -134,7 +129,7 @@ class Recovery:
     processing: str
     before: int
     max_attempts: int | None
-    failed: str
+    failed: StrPath | None
     shared: bool
     returned: list[str] = field(default_factory=list)
     refusals: list[ClaimError] = field(default_factory=list)

@@ -24,7 +24,6 @@ MAKE = os.O_WRONLY | os.O_CREAT | NO_FOLLOW
 CURES = {
     errno.ENOENT: "make the missing folder, or correct the path",
     errno.ENOTDIR: "a file or a symbolic link stands where a folder is expected: correct the path",
-    errno.EISDIR: "a folder stands where a file is expected: move it away",
     errno.EXDEV: "a rename cannot leave its file system: put all folders of a queue on one",
     errno.EACCES: "let this user write to, and search, both folders; workers share one user",
     errno.EPERM: "let this user write to both folders; in a sticky one files must be its own",
@@ -55,15 +54,11 @@ def refused(
     return ClaimError(f"cannot {doing}: {error.strerror or error} ({name}). {kept}; {cure}")
 
 
-def _found_renameat2() -> Any:
-    """Return the C library's function, or None: glibc from 2.28, musl from 1.2.5, macOS 10.12."""
-    try:
-        return getattr(ctypes.CDLL(None, use_errno=True), CALL)
-    except (OSError, AttributeError, TypeError):
-        return None
-
-
-_renameat2 = _found_renameat2()
+try:
+    # glibc has it from 2.28, musl from 1.2.5, macOS from 10.12.
+    _renameat2: Any = getattr(ctypes.CDLL(None, use_errno=True), CALL)
+except (OSError, AttributeError, TypeError):
+    _renameat2 = None
 
 
 def renameat2(source: str, target: str, flags: int) -> None:
@@ -107,11 +102,6 @@ def found_at(path: str) -> os.stat_result | None:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def is_same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
-    """Check whether both describe the same file."""
-    return one is not None and other is not None and os.path.samestat(one, other)
 
 
 def make_folder(path: str) -> None:

@@ -35,14 +35,14 @@ def worker_name(worker: str | None) -> str:
 
 
 def touch_worker(processing: StrPath, worker: str | None = None) -> None:
-    """Say that a worker is alive; every claim says so too.
+    """Record that a worker is alive, as every claim does.
 
     Call it more often than the ``older_than`` of :func:`recover_files`, for as long as the worker
-    holds jobs: from its loop, or from a thread that dies with it.
+    has jobs: from its loop, or from a thread that ends with it.
 
     Args:
-        processing: the folder of all that is claimed.
-        worker: its name; left out, this process's own.
+        processing: the folder of the claimed jobs.
+        worker: the worker's name; by default the name of this process.
 
     Raises:
         ClaimError: the folder is missing or cannot be written.
@@ -51,18 +51,17 @@ def touch_worker(processing: StrPath, worker: str | None = None) -> None:
 
 
 def beat(processing: str, worker: str) -> None:
-    """Renew the heartbeat, and make it and the worker's folder if need be."""
+    """Renew the heartbeat; create it and the worker's folder if necessary."""
     folder = os.path.join(processing, worker)
     heartbeat = os.path.join(folder, HEARTBEAT)
     try:
         for _ in range(TRIES):
             make_folder(folder)
             with suppress(FileNotFoundError):
+                os.close(os.open(heartbeat, MAKE, 0o666))
                 # Without a time it is the file system's: on NFS the server's (utimensat(2)).
                 os.utime(heartbeat)
                 return
-            with suppress(FileNotFoundError):
-                os.close(os.open(heartbeat, MAKE, 0o666))
         raise ClaimError(
             f"cannot renew {heartbeat!r}: its folder vanished {TRIES} times. Is a recovery "
             "running with an older_than that is shorter than a claim takes?"
@@ -72,7 +71,7 @@ def beat(processing: str, worker: str) -> None:
 
 
 def last_beat(processing: str, worker: str) -> int:
-    """When the worker was last alive, in nanoseconds of the file system's clock.
+    """Return the worker's last sign of life, in nanoseconds of the file system's clock.
 
     Raises:
         FileNotFoundError: there is no such worker.

@@ -273,13 +273,14 @@ def directory(file: ClaimedFile) -> None:
     assert_type(release_files(found[:1]), int)
     assert_type(fail_files(file, ValueError("no"), retry=True), int)
     assert_type(fail_files(file, "no", retry=True, max_attempts=3), int)
-    folders = {"waiting": "waiting", "processing": "processing"}
-    assert_type(recover_files(**folders, older_than=minutes, max_attempts=3), list[Path])
-    assert_type(recover_files(**folders, older_than=0.5, worker="w1"), list[Path])
+    recovered = recover_files(
+        waiting="waiting", processing="processing", older_than=minutes, max_attempts=3, worker="w1"
+    )
+    assert_type(recovered, list[Path])
+    recover_files(waiting=Path("waiting"), processing=Path("processing"), older_than=0.5)
     touch_worker("processing")
     assert_type(file.read_bytes(), bytes)
-    claim_files("3", **folders)  # type: ignore[arg-type]
-    claim_files("waiting", "processing")  # type: ignore[misc, arg-type, call-arg]
+    claim_files("3", waiting="waiting", processing="processing")  # type: ignore[arg-type]
     complete_files("processing/w1/a")  # type: ignore[arg-type]
 
 
