@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL on Windows"),
 ]
 
-JOBS, WORKERS = 10_000, 8
+JOBS, WORKERS = 4_000, 8
 LEGACY_JOBS = 2_000
 # The loop shows itself at its first step already, so once would do almost always.
 ATTEMPTS = 3
@@ -205,7 +205,7 @@ def run(
 
 
 def test_eight_processes_run_each_job_once(memory: Path) -> None:
-    """The work itself records 10,000 jobs, each once; the loop before it has some run again."""
+    """The work itself records 4,000 jobs, each once; the loop before it has some run again."""
     claimed, queue = run(drain, memory / "claimed", JOBS, WORKERS)
     assert claimed == Counter(f"{number:06d}" for number in range(JOBS))
     assert queue.places() == {}

@@ -119,6 +119,8 @@ class Batch:
         for name in listing.names(query):
             source = os.path.join(self._waiting, name)
             try:
+                if not _is_file(source, source):
+                    continue
                 crashed = attempts.spent(self._processing, name).crashed
                 if crashed and self.taken:
                     listing.note(self._waiting, name)
@@ -140,8 +142,6 @@ class Batch:
         remove_empty(self._folders)
 
     def _take(self, source: str, name: str) -> None:
-        if not _is_file(source, source):
-            return
         if not self._folders:
             # Its presence tells the processing folder from the waiting one.
             make_folder(os.path.join(self._processing, attempts.FOLDER))

@@ -12,7 +12,15 @@ from atomic_claim.errors import ClaimError
 
 from .claimed import LONGEST, ClaimedFile, StrPath, full_path, lost, tag_of
 from .returning import put_back, remove_empty
-from .system import NoReplaceUnknownError, found_at, refused, remove, rename_new, write_new
+from .system import (
+    NoReplaceUnknownError,
+    found_at,
+    make_folder,
+    refused,
+    remove,
+    rename_new,
+    write_new,
+)
 
 Files = ClaimedFile | Iterable[ClaimedFile]
 End = Callable[[ClaimedFile], bool]
@@ -162,7 +170,7 @@ def put_aside(file: ClaimedFile, into: StrPath | None, reason: str | None = None
         if found_at(path) is None:
             return False
         if not os.path.isdir(folder):
-            os.mkdir(folder)
+            make_folder(folder)
         try:
             return _moved(path, folder, file.name, "", reason)
         except (FileExistsError, NoReplaceUnknownError):
