@@ -166,7 +166,7 @@ class Actor:
         assert self._stands.acquire(timeout=60), "it does not come to its next call"
 
     def go(self, calls: int | None) -> None:
-        """Let it make a number of calls, or all it has, and wait until it stands before the next."""
+        """Let it make some calls, or all it has, and wait until it stands before the next."""
         if self.ended or calls == 0:
             return
         # The first leave is for the start, which is no call.

@@ -927,6 +927,7 @@ def test_another_file_system(tmp_path: Path) -> None:
         queue.put("a")
         with pytest.raises(ClaimError, match=r"EXDEV.*put all folders of a queue on one"):
             claim_files(waiting=queue.waiting, processing=other)
+        assert list(other.glob("*/*-*")) == []
         file = queue.one()
         with pytest.raises(ClaimError, match="EXDEV"):
             complete_files(file, done=other)

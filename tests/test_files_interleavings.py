@@ -114,6 +114,30 @@ def test_two_recoveries_of_many_jobs(memory: Path) -> None:
         assert queue.drain() == dict.fromkeys("abcd", 1)
 
 
+def test_two_failures_of_equal_names(memory: Path) -> None:
+    """Two jobs of one name that fail at once keep one reason each, each its own."""
+    for before in range(60):
+        queue = FileQueue.make(memory / str(before))
+        files = []
+        for content in ("first", "second"):
+            (queue.waiting / "a").write_text(content, encoding="utf-8")
+            files.append(queue.one(content))
+        with stepwise():
+            first = Actor(partial(fail_files, files[0], "first"))
+            first.go(before + 1)
+            ended = first.ended
+            Actor(partial(fail_files, files[1], "second")).finish()
+            first.finish()
+        jobs = [path for path in queue.failed.iterdir() if path.suffix != ".reason"]
+        assert len(jobs) == 2
+        for job in jobs:
+            reason = job.with_name(f"{job.name}.reason").read_text(encoding="utf-8")
+            assert reason == f"{job.read_text(encoding='utf-8')}\n", before
+        if ended:
+            break
+    assert before > 5
+
+
 def test_two_returns_of_equal_names(memory: Path) -> None:
     """Two jobs of one name that go back at once: one waits, the other is claimed still."""
     for before in range(60):
