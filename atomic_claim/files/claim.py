@@ -145,8 +145,7 @@ class Batch:
         if not self._folders:
             # Its presence tells the processing folder from the waiting one.
             make_folder(os.path.join(self._processing, attempts.FOLDER))
-        path = self._moved(source, name)
-        if path is None:
+        if (path := self._moved(source, name)) is None:
             return
         # It may have been exchanged between the look and the rename, or been recovered already.
         if _is_file(source, path) and (file := self._numbered(ClaimedFile.at(path, self._waiting))):

@@ -7,20 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 from atomic_claim.errors import ClaimError
 
 from .claimed import LONGEST, ClaimedFile, StrPath, full_path, lost, tag_of
 from .returning import put_back, remove_empty
-from .system import (
-    NoReplaceUnknownError,
-    found_at,
-    make_folder,
-    refused,
-    remove,
-    rename_new,
-    write_new,
-)
+from .system import NoReplaceUnknownError, found_at, refused, remove, rename_new, write_new
 
 Files = ClaimedFile | Iterable[ClaimedFile]
 End = Callable[[ClaimedFile], bool]
@@ -169,8 +162,8 @@ def put_aside(file: ClaimedFile, into: StrPath | None, reason: str | None = None
     try:
         if found_at(path) is None:
             return False
-        if not os.path.isdir(folder):
-            make_folder(folder)
+        with suppress(FileExistsError):
+            os.mkdir(folder)
         try:
             return _moved(path, folder, file.name, "", reason)
         except (FileExistsError, NoReplaceUnknownError):
