@@ -71,7 +71,9 @@ class FileQueue:
 
     def claim(self, limit: int = 1, worker: str = "w1", **options: Any) -> list[ClaimedFile]:
         """Claim jobs."""
-        return claim_files(self.waiting, self.processing, limit, worker=worker, **options)
+        return claim_files(
+            limit, waiting=self.waiting, processing=self.processing, worker=worker, **options
+        )
 
     def one(self, worker: str = "w1", **options: Any) -> ClaimedFile:
         """Claim one job, which has to be there."""
@@ -80,7 +82,9 @@ class FileQueue:
 
     def recover(self, older_than: float = 0, **options: Any) -> list[str]:
         """Recover what workers left, by default of all of them, and give the names."""
-        found = recover_files(self.processing, self.waiting, older_than, **options)
+        found = recover_files(
+            waiting=self.waiting, processing=self.processing, older_than=older_than, **options
+        )
         return [path.name for path in found]
 
     def silence(self, worker: str, seconds: int = 3600) -> None:

@@ -15,7 +15,6 @@ from atomic_claim.files import (
     complete_files,
     fail_files,
     put_file,
-    recover_files,
     release_files,
 )
 from tests.file_queue import FileQueue
@@ -67,7 +66,7 @@ def work(record: Path, content: bytes) -> None:
 def drain(base: Path, record: Path, limit: int) -> None:
     """Claim, work and complete until nothing waits."""
     queue = FileQueue(base)
-    while files := claim_files(queue.waiting, queue.processing, limit):
+    while files := claim_files(limit, waiting=queue.waiting, processing=queue.processing):
         for file in files:
             work(record, file.read_bytes())
         complete_files(files)
@@ -104,13 +103,6 @@ def strict_legacy_drain(base: Path, record: Path, limit: int) -> None:
             (queue.processing / name).unlink(missing_ok=True)
 
 
-def recover_for_ever(base: Path, older_than: float) -> None:
-    """Return what dead workers leave, again and again."""
-    queue = FileQueue(base)
-    while True:
-        recover_files(queue.processing, queue.waiting, older_than)
-
-
 def platformatic_drain(base: Path, worker: str, record: Path, idle: int = 3) -> None:
     """Drain a queue of platformatic's, as a consumer of theirs or as one of ours."""
     if worker.startswith("node"):
@@ -118,7 +110,10 @@ def platformatic_drain(base: Path, worker: str, record: Path, idle: int = 3) -> 
         return
     while idle:
         files = claim_files(
-            base / "queue", base / "processing", worker=worker, layout="platformatic"
+            waiting=base / "queue",
+            processing=base / "processing",
+            worker=worker,
+            layout="platformatic",
         )
         for file in files:
             text = file.read_text()

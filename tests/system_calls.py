@@ -23,13 +23,14 @@ NAMES = (
     "mkdir",
     "open",
     "rename",
+    "replace",
     "rmdir",
     "scandir",
     "unlink",
     "utime",
     "write",
 )
-CHANGING = {"link", "mkdir", "open", "rename", "renameat2", "rmdir", "unlink", "utime", "write"}
+CHANGING = {*NAMES, "renameat2"} - {"close", "fstat", "fsync", "listdir", "lstat", "scandir"}
 
 Before = Callable[[str, tuple[Any, ...]], None]
 
@@ -82,30 +83,6 @@ def without_renameat2(*, absent: bool = True) -> Iterator[None]:
         yield
 
 
-def killed_where(reached: Callable[[str], bool], work: Callable[[], Any]) -> bool:
-    """Do the work as if it were killed before the first call of which `reached` says so.
-
-    Whatever ``finally`` and ``with`` do afterwards comes to nothing, as after a SIGKILL.
-
-    Returns:
-        Whether it was killed; False if the work came to its end.
-    """
-    dead = False
-
-    def before(name: str, _: tuple[Any, ...]) -> None:
-        nonlocal dead
-        dead = dead or reached(name)
-        if dead:
-            raise Killed
-
-    try:
-        with before_each(before):
-            work()
-    except Killed:
-        return True
-    return False
-
-
 def killed_before(place: int, work: Callable[[], Any]) -> bool:
     """Do the work as if killed before its changing call at this place, counted from 0.
 
@@ -117,24 +94,19 @@ def killed_before(place: int, work: Callable[[], Any]) -> bool:
     """
     count = 0
 
-    def reached(name: str) -> bool:
+    def before(name: str, _: tuple[Any, ...]) -> None:
         nonlocal count
         count += name in CHANGING
-        return count > place
+        # After it, nothing that `finally` and `with` still do has any effect.
+        if count > place:
+            raise Killed
 
-    return killed_where(reached, work)
-
-
-def killed_after(call: str, work: Callable[[], Any]) -> bool:
-    """Do the work as if killed right after its first such call."""
-    seen = False
-
-    def reached(name: str) -> bool:
-        nonlocal seen
-        before, seen = seen, seen or name == call
-        return before
-
-    return killed_where(reached, work)
+    try:
+        with before_each(before):
+            work()
+    except Killed:
+        return True
+    return False
 
 
 def every_kill(work: Callable[[], Any]) -> Iterator[int]:
@@ -194,7 +166,7 @@ class Actor:
         assert self._stands.acquire(timeout=60), "it does not come to its next call"
 
     def go(self, calls: int | None) -> None:
-        """Let it make so many calls, or all it has, and wait until it stands before the next."""
+        """Let it make some calls, or all it has, and wait until it stands before the next."""
         if self.ended or calls == 0:
             return
         # The first leave is for the start, which is no call.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from atomic_claim import ClaimLost
-from atomic_claim.files import ClaimedFile, claim_files, complete_files, fail_files, release_files
+from atomic_claim.files import ClaimedFile, complete_files, fail_files, release_files
 from tests.file_queue import FileQueue, in_memory
 from tests.system_calls import Actor, before_each, recorded, stepwise, without_renameat2
 
@@ -29,13 +29,6 @@ def memory(tmp_path: Path) -> Iterator[Path]:
     """Yield an in-memory folder if there is one: the tests make thousands of small queues."""
     with in_memory(tmp_path) as folder:
         yield folder
-
-
-@pytest.fixture(params=["renameat2", "link"])
-def either(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Provide a file system that renames without overwriting, then one that cannot."""
-    with without_renameat2(absent=request.param == "link"):
-        yield request.param
 
 
 class Case:
@@ -70,7 +63,7 @@ class Case:
 
 @pytest.mark.parametrize("other", ["claim", "recover"])
 @pytest.mark.parametrize("one", ["claim", "complete", "release", "fail", "recover"])
-def test_each_job_is_in_one_place(memory: Path, either: str, one: str, other: str) -> None:
+def test_each_job_is_in_one_place(memory: Path, one: str, other: str) -> None:
     """Each job has one owner, wherever one worker stops and however far the other proceeds."""
     last = Case(memory / "alone").count(one)
     for before in range(last):
@@ -84,7 +77,7 @@ def test_each_job_is_in_one_place(memory: Path, either: str, one: str, other: st
                 second.go(during)
                 kept = first.finish()
                 second.finish()
-            _check(case, one, kept, (either, before, during))
+            _check(case, one, kept, (before, during))
 
 
 def _check(case: Case, one: str, kept: bool, where: object) -> None:
@@ -93,8 +86,7 @@ def _check(case: Case, one: str, kept: bool, where: object) -> None:
     expected = ["b"] if gone else ["a", "b"]
     places = queue.places()
     assert sorted(places) == expected, where
-    # An unfinished way back is the next recovery's; claimable, or claimed, it is once.
-    owned = [p for paths in places.values() for p in paths if ".returning" not in p]
+    owned = [p for paths in places.values() for p in paths]
     assert len(owned) == len(expected) == len({p.rpartition("/")[2] for p in owned}), (where, owned)
     paths = [str(file.path) for file in case.claimed]
     assert len(paths) == len(set(paths)), where
@@ -104,7 +96,7 @@ def _check(case: Case, one: str, kept: bool, where: object) -> None:
     assert queue.drain() == dict.fromkeys({"a", "b"} - ended, 1), where
 
 
-def test_two_recoveries_of_many_jobs(memory: Path, either: str) -> None:
+def test_two_recoveries_of_many_jobs(memory: Path) -> None:
     """Two recoveries that take turns call by call return each job once between them."""
     for turn in (1, 2, 3, 5, 7):
         queue = FileQueue.make(memory / str(turn))
@@ -118,14 +110,35 @@ def test_two_recoveries_of_many_jobs(memory: Path, either: str) -> None:
                     actor.go(turn)
             returned = [actor.finish() for actor in both]
         names = sorted(chain(*returned))
-        if either == "link":
-            # One can have ended what the other began; both then say that the job waits.
-            names = sorted(set(names))
-        assert names == ["a", "b", "c", "d"], (either, turn)
+        assert names == ["a", "b", "c", "d"], turn
         assert queue.drain() == dict.fromkeys("abcd", 1)
 
 
-def test_two_returns_of_equal_names(memory: Path, either: str) -> None:
+def test_two_failures_of_equal_names(memory: Path) -> None:
+    """Two jobs of one name that fail at once keep one reason each, each its own."""
+    for before in range(60):
+        queue = FileQueue.make(memory / str(before))
+        files = []
+        for content in ("first", "second"):
+            (queue.waiting / "a").write_text(content, encoding="utf-8")
+            files.append(queue.one(content))
+        with stepwise():
+            first = Actor(partial(fail_files, files[0], "first"))
+            first.go(before + 1)
+            ended = first.ended
+            Actor(partial(fail_files, files[1], "second")).finish()
+            first.finish()
+        jobs = [path for path in queue.failed.iterdir() if path.suffix != ".reason"]
+        assert len(jobs) == 2
+        for job in jobs:
+            reason = job.with_name(f"{job.name}.reason").read_text(encoding="utf-8")
+            assert reason == f"{job.read_text(encoding='utf-8')}\n", before
+        if ended:
+            break
+    assert before > 5
+
+
+def test_two_returns_of_equal_names(memory: Path) -> None:
     """Two jobs of one name that go back at once: one waits, the other is claimed still."""
     for before in range(60):
         queue = FileQueue.make(memory / str(before))
@@ -139,7 +152,7 @@ def test_two_returns_of_equal_names(memory: Path, either: str) -> None:
             ended = first.ended
             Actor(partial(queue.recover, worker="second")).finish()
             first.finish()
-        assert queue.waits() == ["a"], (either, before)
+        assert queue.waits() == ["a"], before
         assert sorted(queue.places()) == ["first", "second"]
         ran = queue.drain()
         queue.recover()
@@ -190,7 +203,8 @@ def test_legacy_loops_that_take_turns_share_jobs(memory: Path) -> None:
     assert len(ran) > len(set(ran))
 
 
-def test_a_claim_among_puts(memory: Path, either: str) -> None:
+@pytest.mark.parametrize("absent", [False, True])
+def test_a_claim_among_puts(memory: Path, absent: bool) -> None:
     """A claim that goes on between any two calls of a put gets the whole job, or another."""
     calls = 0
     for before in range(60):
@@ -202,16 +216,16 @@ def test_a_claim_among_puts(memory: Path, either: str) -> None:
         def between(_: str, __: tuple[object, ...]) -> None:
             nonlocal count
             if count == before:
-                found = claim_files(queue.waiting, queue.processing, worker="w1")
+                found = queue.claim()
                 got.extend(file.read_text() for file in found)
             count += 1
 
-        with before_each(between):
+        with without_renameat2(absent=absent), before_each(between):
             (queue.waiting / "other").exists()
             from atomic_claim.files import put_file  # noqa: PLC0415
 
             put_file(queue.waiting, "a", content)
-        assert got in ([], [content]), (either, before)
+        assert got in ([], [content]), before
         calls = count
         if count <= before:
             break

@@ -25,7 +25,7 @@ from atomic_claim.files import (
 from tests.file_queue import in_memory
 from tests.file_worker import platformatic_drain
 from tests.platformatic import FileStorage
-from tests.system_calls import Actor, killed_before, stepwise, without_renameat2
+from tests.system_calls import Actor, killed_before, stepwise
 
 pytestmark = pytest.mark.once
 
@@ -45,13 +45,17 @@ def storage(tmp_path: Path) -> Iterator[FileStorage]:
 def claim(storage: FileStorage, limit: int = 1, worker: str = "python") -> list[ClaimedFile]:
     """Claim as a Python worker does beside their consumers."""
     queue, processing = storage.base / "queue", storage.base / "processing"
-    return claim_files(queue, processing, limit, worker=worker, layout="platformatic")
+    return claim_files(
+        limit, waiting=queue, processing=processing, worker=worker, layout="platformatic"
+    )
 
 
 def recover(storage: FileStorage, older_than: float = 0) -> list[str]:
     """Recover beside their consumers; the names that wait again."""
     queue, processing = storage.base / "queue", storage.base / "processing"
-    found = recover_files(processing, queue, older_than, layout="platformatic")
+    found = recover_files(
+        waiting=queue, processing=processing, older_than=older_than, layout="platformatic"
+    )
     return [path.name for path in found]
 
 
@@ -117,7 +121,7 @@ def test_what_they_unlink_is_not_ours(storage: FileStorage) -> None:
 
 
 def test_a_claim_under_their_name_would_be_unlinked(storage: FileStorage) -> None:
-    """The twin: at ``processing/<worker>/<id>.msg`` a job is theirs to remove."""
+    """The twin: at ``processing/<worker>/<id>.msg`` their consumer removes the job."""
     storage.enqueue("a")
     path = storage.base / "processing" / "python" / "a.msg"
     path.parent.mkdir()
@@ -158,26 +162,24 @@ def test_what_their_reaper_never_returns_is_recovered(storage: FileStorage) -> N
     assert FileStorage(storage.base).dequeue("other") == "b"
 
 
-@pytest.mark.parametrize("link", [False, True], ids=["renameat2", "link"])
-def test_a_recovery_of_theirs_killed_anywhere(storage: FileStorage, link: bool) -> None:
+def test_a_recovery_of_theirs_killed_anywhere(storage: FileStorage) -> None:
     """A platformatic job whose recovery was killed waits once after the next recovery."""
-    with without_renameat2(absent=link):
-        for place in range(50):
-            storage.enqueue(f"a{place}")
-            assert storage.dequeue("node") == f"a{place}"
-            killed = killed_before(place, partial(recover, storage))
-            recover(storage)
-            assert waits(storage) == [f"000000000000-a{place}.msg"], place
-            assert storage.dequeue("node") == f"a{place}"
-            storage.ack(f"a{place}", "node")
-            assert recover(storage) == []
-            if not killed:
-                break
+    for place in range(50):
+        storage.enqueue(f"a{place}")
+        assert storage.dequeue("node") == f"a{place}"
+        killed = killed_before(place, partial(recover, storage))
+        recover(storage)
+        assert waits(storage) == [f"000000000000-a{place}.msg"], place
+        assert storage.dequeue("node") == f"a{place}"
+        storage.ack(f"a{place}", "node")
+        assert recover(storage) == []
+        if not killed:
+            break
     assert place > 3
 
 
 def test_a_job_of_unknown_state_is_recovered(storage: FileStorage) -> None:
-    """Without a state nobody of theirs returns it either; theirs drop it if it was cancelled."""
+    """A job without a state is not returned by their reaper, and dropped if it was cancelled."""
     storage.enqueue("a")
     storage.dequeue("node")
     (storage.base / "jobs" / "a.state").unlink()

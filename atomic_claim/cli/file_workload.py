@@ -60,7 +60,7 @@ def legacy_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) -
 
 def claim_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) -> None:
     """Claim waiting files until there are none."""
-    while files := claim_files(waiting, processing, limit):
+    while files := claim_files(limit, waiting=waiting, processing=processing):
         for file in files:
             run(FileJob(int(file.name), file.read_text()))
         complete_files(files)

@@ -1,6 +1,6 @@
-"""Directory queues: a file a job, each claimed by exactly one worker, by one atomic rename.
+"""Directory queues: one file per job, each claimed by exactly one worker, by one atomic rename.
 
-Where a job's file can be, and what moves it on:
+The places of a job's file, and the calls that move it:
 
 .. code-block:: text
 
@@ -14,32 +14,39 @@ Where a job's file can be, and what moves it on:
         │ complete_files: one unlink, or one rename
         │ fail_files: one rename
         ▼
-    nowhere, done/<worker>/<attempt>-<id>/<name>, failed/<worker>/<attempt>-<id>/<name>
+    removed, or done/<name>, or failed/<name> beside failed/<name>.reason
 
-``<id>`` is new at every claim, so no two claims ever share a path: a rename onto it cannot
-overwrite, and a worker that comes back late finds its path gone (``ClaimLost``), never its
-successor's. The folder is made before the rename, so a SIGKILL before it leaves the job waiting
-and an empty folder, and a SIGKILL after it leaves a claimed job of a worker that is silent: that
-is what :func:`recover_files` returns. The same holds for every other arrow: each is one system
-call, before which the job is where it was, and after which it is where it goes.
+``<id>`` is 16 hexadecimal digits that stand for the name and 16 random ones. A claim thus has a
+path of its own: a rename onto it cannot overwrite, and a worker that comes back late finds its
+path gone (``ClaimLost``). In its folder only the file of that name is a job; whatever else the job
+writes there is never returned, nor counted as one.
 
-Beside the jobs there are, all below ``processing`` and all beginning with a dot:
+Each arrow is one system call: before it the job is where it was, after it the job is where it
+goes. A SIGKILL before the claim's rename leaves an empty folder. One after it leaves a claimed job
+of a worker without a sign of life, which :func:`recover_files` returns.
 
-- ``<worker>/.heartbeat``: touched by every claim and by :func:`touch_worker`. It is there before
-  the first job, and whoever recovers reads it after having seen the jobs: a job that was claimed
-  by a living worker is never taken for a dead one's. Its age is counted by the clock of the file
-  system, asked by touching a file there.
-- ``.attempts/<inode>-<mtime>-<name's hash>.<n>``: the n-th attempt of this file is spent. Written
-  before a job is returned, so that the number survives under the job's own name; never lowered by
-  anybody but the worker that has ended the job.
-- ``.returning/<attempt>-<id>/<name>``: only where the file system cannot rename without
-  overwriting (NFS; all but Linux and Windows). There a job is moved here, linked to its name in
-  ``waiting``, and unlinked. A SIGKILL between the last two leaves two names of one file: the next
-  claim of it, and every recovery, removes this one. Before that it is not claimable twice, since
-  nothing is claimed from here.
+In ``done`` and ``failed`` a name that exists already is left as it is: the next job of that name is
+``<name>.<attempt>-<id>``, and its reason ``<name>.<attempt>-<id>.reason``. Names that would exceed
+255 bytes are cut and end in ``~`` and 16 hexadecimal digits, before any of these endings.
+
+Other entries of ``processing``; each begins with a dot:
+
+- ``<worker>/.heartbeat``: touched by every claim and by :func:`touch_worker`. It exists before the
+  worker's first job, and a recovery reads it after it has listed the jobs: a job that a living
+  worker has claimed is never taken from it. Its age is counted by the clock of the file system.
+- ``.attempts/<id of the name>``: the number of attempts that a waiting job has spent. It is written
+  before the job waits; the next claim moves the number into its path. It is kept by name: a job
+  may rewrite its file. Two jobs that use one name at the same time may exchange their numbers.
+  The folder exists from the first claim on, which tells ``processing`` from ``waiting``.
+- ``.recovered/<attempt>-<id>/``: the folder of a claim that was taken from a dead worker. The
+  job is returned from here, so that a late worker cannot write it again. Other files that the job
+  has written stay here.
+
+Nothing is returned where no rename is known not to overwrite (NFS; systems other than Linux, macOS
+and Windows): a link and an unlink in its place would leave, after a SIGKILL between the two, a job
+that two workers can have.
 """
 
-from .adapt import claiming
 from .claim import claim_files
 from .claimed import ClaimedFile
 from .ends import complete_files, fail_files, release_files
@@ -50,7 +57,6 @@ from .workers import touch_worker
 __all__ = [
     "ClaimedFile",
     "claim_files",
-    "claiming",
     "complete_files",
     "fail_files",
     "put_file",

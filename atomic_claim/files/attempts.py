@@ -1,49 +1,60 @@
-"""How often a job was claimed, kept beside it while it waits under its own name.
+"""The number of attempts a job has spent, kept under its name while it waits.
 
-A marker a spent attempt, named after what a rename does not change: the inode, the time of the last
-write, the name. Nobody has to read and rewrite a number, so nobody can set one back.
+A claim moves the number into its own path, and whatever returns the job writes it here again. It
+is kept by name: a job may rewrite its file, or replace it.
 """
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
-from hashlib import blake2b
+from typing import NamedTuple
 
-from .system import MAKE, found_at, make_folder
+from .claimed import new_id, tag_of
+from .system import make_folder, remove, write_new
 
 FOLDER = ".attempts"
+CRASHED = "crashed"
 
 
-def identity(name: str, found: os.stat_result) -> str:
-    """Return an id that differs from those of other files with the same name or a reused inode."""
-    digest = blake2b(os.fsencode(name), digest_size=8).hexdigest()
-    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{digest}"
+class Spent(NamedTuple):
+    """The attempts that a waiting job has behind it.
+
+    Attributes:
+        attempts: the number of attempts.
+        crashed: True if the worker of the last attempt died.
+    """
+
+    attempts: int = 0
+    crashed: bool = False
 
 
-def _marker(processing: str, job: str, attempt: int) -> str:
-    return os.path.join(processing, FOLDER, f"{job}.{attempt}")
+def _record(processing: str, name: str) -> str:
+    return os.path.join(processing, FOLDER, tag_of(name))
 
 
-def spent(processing: str, job: str, known: int = 0) -> int:
-    """How many attempts are spent, at least those that are known to be."""
-    while found_at(_marker(processing, job, known + 1)) is not None:
-        known += 1
-    return known
+def spent(processing: str, name: str) -> Spent:
+    """Return the attempts recorded for a job of this name."""
+    path = _record(processing, name)
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as record:
+        count, _, crashed = record.read().partition(" ")
+        # A power failure can leave the record empty.
+        if count.isdecimal():
+            return Spent(int(count), crashed == CRASHED)
+    return Spent()
 
 
-def remember(processing: str, job: str, count: int) -> None:
-    """Have this many attempts counted as spent; never fewer than before."""
-    if count == 0 or found_at(_marker(processing, job, count)) is not None:
+def remember(processing: str, name: str, count: int, *, crashed: bool) -> None:
+    """Record the attempts of a job before it waits; a recorded number is never lowered."""
+    if count <= spent(processing, name).attempts:
         return
-    make_folder(os.path.join(processing, FOLDER))
-    for attempt in range(1, count + 1):
-        # An empty file: there is nothing of it that could be half-written.
-        os.close(os.open(_marker(processing, job, attempt), MAKE, 0o666))
+    record = _record(processing, name)
+    make_folder(os.path.dirname(record))
+    written = f"{os.path.dirname(record)}/.{new_id()}"
+    write_new(written, f"{count} {CRASHED if crashed else ''}".encode())
+    os.replace(written, record)
 
 
-def forget(processing: str, job: str, count: int) -> None:
-    """Drop the markers of a job that has ended; what is left of them does no harm."""
-    for attempt in range(count, 0, -1):
-        with suppress(OSError):
-            os.unlink(_marker(processing, job, attempt))
+def forget(processing: str, name: str) -> None:
+    """Drop the record: the number is in the path of a claim again."""
+    remove(_record(processing, name))

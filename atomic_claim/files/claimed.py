@@ -1,4 +1,4 @@
-"""A claimed job: a path that is nobody else's."""
+"""A claimed job: a file at a path that no other claim has."""
 
 from __future__ import annotations
 
@@ -6,33 +6,43 @@ import os
 import re
 import secrets
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 from atomic_claim.errors import ClaimError, ClaimLost
 
 from .system import refused
 
-CLAIM = re.compile(r"([1-9][0-9]*)-([0-9a-f]{32})")
-# Between a claimed path and the folder of all that is claimed: the claim, the worker.
+CLAIM = re.compile(r"([1-9][0-9]*)-([0-9a-f]{16})[0-9a-f]{16}")
+# Folders between a claimed file and the processing folder: the claim's and the worker's.
 DEPTH = 3
+LONGEST = 255  # bytes: NAME_MAX of all common file systems
 
 StrPath = str | os.PathLike[str]
 
 
 def new_id() -> str:
-    """128 random bits: no two claims have ever the same."""
-    return secrets.token_hex(16)
+    """Return 64 random bits as 16 hexadecimal digits."""
+    return secrets.token_hex(8)
 
 
-def claim_folder(attempt: int, id_: str) -> str:
-    """Return the name of a claim's folder."""
-    return f"{attempt}-{id_}"
+def tag_of(name: str) -> str:
+    """Return a name of 16 hexadecimal digits that stands for a job's name of any length."""
+    return blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 
-def attempt_of(folder: str) -> int | None:
-    """Parse the attempt from the name of a claim's folder, or return None for other folders."""
+def claim_folder(attempt: int, name: str) -> str:
+    """Return a new name for the folder of one claim of one job."""
+    return f"{attempt}-{tag_of(name)}{new_id()}"
+
+
+def attempt_of(folder: str, name: str) -> int | None:
+    """Return the attempt in a claim folder's name, or None if the claim is not of this file.
+
+    Any other file in the folder was written by the job, and is no job.
+    """
     found = CLAIM.fullmatch(folder)
-    return None if found is None else int(found[1])
+    return int(found[1]) if found is not None and found[2] == tag_of(name) else None
 
 
 def full_path(path: StrPath) -> str:
@@ -42,33 +52,32 @@ def full_path(path: StrPath) -> str:
 
 def checked_name(name: object, what: str) -> str:
     """Return the name, or raise if it is no valid file name or begins with a dot."""
-    if not isinstance(name, str):
-        raise ClaimError(f"{what} is {name!r}; expected a str")
-    if not name or os.path.split(name)[1] != name or "\0" in name:
+    if (
+        not isinstance(name, str)
+        or os.path.basename(name) != name
+        or name[:1] in {"", "."}
+        or "\0" in name
+        or len(os.fsencode(name)) > LONGEST
+    ):
         raise ClaimError(
-            f"{what} is {name!r}; expected one name without a slash, that stays in its folder"
+            f"{what} is {name!r}; expected a str that is one file name of at most {LONGEST} bytes "
+            "without a dot in front, since hidden files may be half-written"
         )
-    if name.startswith("."):
-        raise ClaimError(
-            f"{what} is {name!r}; expected a name that begins with no dot: such files are never "
-            "claimed, since they may be half-written"
-        )
-    if len(os.fsencode(name)) > 255:  # noqa: PLR2004 - NAME_MAX of all common file systems
-        raise ClaimError(f"{what} is {name!r}; expected a name of at most 255 bytes")
     return name
 
 
 @dataclass(frozen=True)
 class ClaimedFile:
-    """A job's file that is ours as long as it is at this path.
+    """A claimed job's file. The job is yours for as long as the file is at this path.
 
-    It goes wherever a path goes (``open(file)``), and, pickled, to other processes.
+    It can be passed wherever a path can (``open(file)``), and can be pickled. A job may rewrite
+    its file, or replace it by a rename. Other files that it writes beside it are never jobs.
 
     Attributes:
         path: ``processing/<worker>/<attempt>-<id>/<name>``; unique to this claim.
         name: the name under which it waited.
-        attempt: 1 at the first claim; recovered and retried jobs count on.
-        worker: who claimed it.
+        attempt: 1 at the first claim; one more for each attempt that was recovered or retried.
+        worker: the name of the worker that claimed it.
         waiting: the folder that it was claimed from.
     """
 
@@ -80,21 +89,24 @@ class ClaimedFile:
 
     @classmethod
     def at(cls, path: StrPath, waiting: StrPath) -> ClaimedFile:
-        """Create the claim for a claimed file's path, for code that received only the path.
+        """Return the claim of a claimed file's path, for code that received only the path.
 
         Args:
-            path: a :attr:`path`.
+            path: the :attr:`path` of a claimed file.
             waiting: the folder that it was claimed from.
+
+        Returns:
+            The claim. Whether a file is at its path is not looked at.
 
         Raises:
             ClaimError: the path is not one that :func:`claim_files` makes.
         """
         found = Path(full_path(path))
-        attempt = attempt_of(found.parent.name)
+        attempt = attempt_of(found.parent.name, found.name)
         if attempt is None or len(found.parts) <= DEPTH:
             raise ClaimError(
                 f"{os.fspath(path)!r} is not the path of a claimed file; expected "
-                "processing/<worker>/<attempt>-<id>/<name>, as claim_files gives it"
+                "processing/<worker>/<attempt>-<id>/<name>, as claim_files returns it"
             )
         worker = found.parent.parent.name
         return cls(found, found.name, attempt, worker, Path(full_path(waiting)))
@@ -104,7 +116,7 @@ class ClaimedFile:
 
     @property
     def processing(self) -> Path:
-        """The folder of all that is claimed."""
+        """Return the processing folder."""
         return self.path.parents[DEPTH - 1]
 
     def read_bytes(self) -> bytes:
@@ -123,6 +135,10 @@ class ClaimedFile:
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return the job's content as text, without translating line ends.
+
+        Args:
+            encoding: as for :meth:`bytes.decode`.
+            errors: as for :meth:`bytes.decode`.
 
         Raises:
             ClaimLost: it was recovered, or has ended.

@@ -18,7 +18,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 
 from atomic_claim.errors import ClaimError
 
@@ -39,6 +41,20 @@ def place(name: str) -> float:
     """
     found = NUMBER.match(name)
     return int(found[0]) if found is not None else math.inf
+
+
+# The end of the names, and what orders them. Only platformatic's folders are shared.
+LAYOUTS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "plain": ("", str),
+    "platformatic": (SUFFIX, place),
+}
+
+
+def layout_of(layout: str) -> tuple[str, Callable[[str], Any]]:
+    """Return the end of the names of a layout, empty for a plain one, and their sort key."""
+    if layout not in LAYOUTS:
+        raise ClaimError(f"layout is {layout!r}; expected one of {sorted(LAYOUTS)}")
+    return LAYOUTS[layout]
 
 
 def refuse_theirs(processing: str, worker: str) -> None:
@@ -69,14 +85,12 @@ def left_by_theirs(processing: str, worker: str, before: int) -> Iterator[tuple[
         # A rename sets this time, on the common file systems of Linux.
         if found is None or found.st_ctime_ns > before:
             continue
-        if not _state(processing, name.removesuffix(SUFFIX)).startswith(THEIRS):
+        if not _is_theirs(processing, name.removesuffix(SUFFIX)):
             yield path, FIRST + name
 
 
-def _state(processing: str, job: str) -> str:
+def _is_theirs(processing: str, job: str) -> bool:
     path = os.path.join(os.path.dirname(processing), "jobs", f"{job}.state")
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(100)
-    except FileNotFoundError:
-        return ""
+    with suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(100).startswith(THEIRS)
+    return False

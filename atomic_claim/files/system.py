@@ -1,4 +1,4 @@
-"""The system calls that ``os`` does not have, and what their errors mean to a queue."""
+"""System calls that ``os`` does not have, and the cures of their errors."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import errno
 import os
 import stat
 import sys
+from contextlib import suppress
 from typing import Any
 
 from atomic_claim.errors import ClaimError
 
-AT_FDCWD = -100
-RENAME_NOREPLACE = 1
-# What a kernel, a C library or a file system answers that does not know the flag.
-UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+# macOS has the same call under another name, with constants of its own.
+CALL, AT_FDCWD, NO_REPLACE = (
+    ("renameatx_np", -2, 4) if sys.platform == "darwin" else ("renameat2", -100, 1)
+)
+# Answers of a kernel, a C library or a file system that does not know the flag.
+UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 MAKE = os.O_WRONLY | os.O_CREAT | NO_FOLLOW
 
 CURES = {
     errno.ENOENT: "make the missing folder, or correct the path",
-    errno.ENOTDIR: "a file stands where a folder is expected: correct the path",
-    errno.EISDIR: "a folder stands where a file is expected: move it away",
+    errno.ENOTDIR: "a file or a symbolic link stands where a folder is expected: correct the path",
     errno.EXDEV: "a rename cannot leave its file system: put all folders of a queue on one",
     errno.EACCES: "let this user write to, and search, both folders; workers share one user",
     errno.EPERM: "let this user write to both folders; in a sticky one files must be its own",
@@ -34,7 +36,7 @@ CURES = {
 
 
 class NoReplaceUnknownError(Exception):
-    """Nothing here renames without overwriting."""
+    """Raised where the system or file system has no rename that never overwrites."""
 
 
 def refused(
@@ -49,37 +51,14 @@ def refused(
     """
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     cure = CURES.get(error.errno or 0, "see errno(3)")
-    if isinstance(error, FileNotFoundError) and (folder := _missing_folder(error)) is not None:
-        cure = f"make the folder {folder!r}, or correct the path"
     return ClaimError(f"cannot {doing}: {error.strerror or error} ({name}). {kept}; {cure}")
 
 
-def _missing_folder(error: OSError) -> str | None:
-    """Return the topmost missing folder of the error's paths, or None."""
-    for path in (error.filename, error.filename2):
-        missing, above = None, os.path.dirname(path) if isinstance(path, str) else ""
-        while above and not os.path.lexists(above):
-            missing, above = above, os.path.dirname(above)
-        if missing is not None:
-            return missing
-    return None
-
-
-def _found_renameat2() -> Any:
-    """Return the C library's function, or None: Linux, glibc from 2.28 and musl from 1.2.5."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        found = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return None
-    path = ctypes.c_char_p
-    found.argtypes = (ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint)
-    found.restype = ctypes.c_int
-    return found
-
-
-_renameat2 = _found_renameat2()
+try:
+    # glibc has it from 2.28, musl from 1.2.5, macOS from 10.12.
+    _renameat2: Any = getattr(ctypes.CDLL(None, use_errno=True), CALL)
+except (OSError, AttributeError, TypeError):
+    _renameat2 = None
 
 
 def renameat2(source: str, target: str, flags: int) -> None:
@@ -90,12 +69,10 @@ def renameat2(source: str, target: str, flags: int) -> None:
     """
     number = errno.ENOSYS
     if _renameat2 is not None:
-        while True:
-            names = os.fsencode(source), os.fsencode(target)
-            if _renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], flags) == 0:
-                return
-            if (number := ctypes.get_errno()) != errno.EINTR:
-                break
+        names = os.fsencode(source), os.fsencode(target)
+        if _renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], flags) == 0:
+            return
+        number = ctypes.get_errno()
     raise OSError(number, os.strerror(number), source, None, target)
 
 
@@ -112,7 +89,7 @@ def rename_new(source: str, target: str) -> None:
         os.rename(source, target)
         return
     try:
-        renameat2(source, target, RENAME_NOREPLACE)
+        renameat2(source, target, NO_REPLACE)
     except OSError as error:
         if error.errno in UNKNOWN:
             raise NoReplaceUnknownError from error
@@ -127,33 +104,27 @@ def found_at(path: str) -> os.stat_result | None:
         return None
 
 
-def is_same(one: os.stat_result | None, other: os.stat_result | None) -> bool:
-    """Check whether both describe the same file."""
-    return one is not None and other is not None and os.path.samestat(one, other)
-
-
 def make_folder(path: str) -> None:
-    """Make a folder, if it is not there; a link to one, or a file, is refused.
+    """Make a folder, if it does not exist.
 
     Raises:
-        OSError: it cannot be made; ``ELOOP`` and ``ENOTDIR`` say what stands in its place.
+        OSError: it cannot be made; ``ENOTDIR`` if a file, or a link to a folder, is in its place.
     """
     try:
         os.mkdir(path)
     except FileExistsError:
         found = found_at(path)
         if found is not None and not stat.S_ISDIR(found.st_mode):
-            number = errno.ELOOP if stat.S_ISLNK(found.st_mode) else errno.ENOTDIR
-            raise OSError(number, os.strerror(number), path) from None
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
 
 
 def write_new(path: str, content: bytes, *, durable: bool = False) -> None:
-    """Write a file that is not there yet.
+    """Write a file that does not exist yet; remove it again if it cannot be written whole.
 
     Args:
-        path: where to.
-        content: all of it.
-        durable: whether it is flushed by fsync(2).
+        path: the path of the new file.
+        content: all of its content.
+        durable: True to flush it by fsync(2).
     """
     number = os.open(path, MAKE | os.O_EXCL, 0o666)
     try:
@@ -163,8 +134,17 @@ def write_new(path: str, content: bytes, *, durable: bool = False) -> None:
             rest = rest[os.write(number, rest) :]
         if durable:
             os.fsync(number)
+    except BaseException:
+        remove(path)
+        raise
     finally:
         os.close(number)
+
+
+def remove(path: str) -> None:
+    """Remove a file of the library's own, if the system lets it."""
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def sync_folder(path: str) -> None:

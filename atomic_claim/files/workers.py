@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import suppress
+from functools import cache
 
 from atomic_claim.errors import ClaimError
 
@@ -16,24 +17,16 @@ HEARTBEAT = ".heartbeat"
 TRIES = 10
 
 
-class _Own:
-    """A token that tells this process from others, even from one with the same pid before."""
-
-    token = new_id()[:8]
-
-    @classmethod
-    def renew(cls) -> None:
-        cls.token = new_id()[:8]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_Own.renew)
+@cache
+def _token(pid: int) -> str:
+    """Return a token that tells this process from an earlier one with the same pid."""
+    return f"{pid}-{new_id()[:8]}"
 
 
 def own_name() -> str:
     """Return a worker name unique to this process, for callers that give none."""
     host = socket.gethostname().replace(os.sep, "_").lstrip(".")[:64]
-    return f"{host}-{os.getpid()}-{_Own.token}"
+    return f"{host}-{_token(os.getpid())}"
 
 
 def worker_name(worker: str | None) -> str:
@@ -42,14 +35,14 @@ def worker_name(worker: str | None) -> str:
 
 
 def touch_worker(processing: StrPath, worker: str | None = None) -> None:
-    """Say that a worker is alive; every claim says so too.
+    """Record that a worker is alive, as every claim does.
 
     Call it more often than the ``older_than`` of :func:`recover_files`, for as long as the worker
-    holds jobs: from its loop, or from a thread that dies with it.
+    has jobs: from its loop, or from a thread that ends with it.
 
     Args:
-        processing: the folder of all that is claimed.
-        worker: its name; left out, this process's own.
+        processing: the folder of the claimed jobs.
+        worker: the worker's name; by default the name of this process.
 
     Raises:
         ClaimError: the folder is missing or cannot be written.
@@ -58,18 +51,17 @@ def touch_worker(processing: StrPath, worker: str | None = None) -> None:
 
 
 def beat(processing: str, worker: str) -> None:
-    """Renew the heartbeat, and make it and the worker's folder if need be."""
+    """Renew the heartbeat; create it and the worker's folder if necessary."""
     folder = os.path.join(processing, worker)
     heartbeat = os.path.join(folder, HEARTBEAT)
     try:
         for _ in range(TRIES):
             make_folder(folder)
             with suppress(FileNotFoundError):
+                os.close(os.open(heartbeat, MAKE, 0o666))
                 # Without a time it is the file system's: on NFS the server's (utimensat(2)).
                 os.utime(heartbeat)
                 return
-            with suppress(FileNotFoundError):
-                os.close(os.open(heartbeat, MAKE, 0o666))
         raise ClaimError(
             f"cannot renew {heartbeat!r}: its folder vanished {TRIES} times. Is a recovery "
             "running with an older_than that is shorter than a claim takes?"
@@ -79,7 +71,7 @@ def beat(processing: str, worker: str) -> None:
 
 
 def last_beat(processing: str, worker: str) -> int:
-    """When the worker was last alive, in nanoseconds of the file system's clock.
+    """Return the worker's last sign of life, in nanoseconds of the file system's clock.
 
     Raises:
         FileNotFoundError: there is no such worker.
@@ -90,17 +82,3 @@ def last_beat(processing: str, worker: str) -> int:
     except FileNotFoundError:
         # The folder is made just before it, and both are removed together.
         return os.lstat(folder).st_mtime_ns
-
-
-def clock(processing: str) -> int:
-    """Return the file system's time in nanoseconds, on NFS the server's and not this machine's."""
-    probe = os.path.join(processing, f".clock-{new_id()}")
-    try:
-        os.close(os.open(probe, MAKE | os.O_EXCL, 0o666))
-        try:
-            os.utime(probe)
-            return os.lstat(probe).st_mtime_ns
-        finally:
-            os.unlink(probe)
-    except OSError as error:
-        raise refused(f"ask the file system's time by {probe!r}", error) from error

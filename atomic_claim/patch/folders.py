@@ -65,9 +65,9 @@ class FileClaiming(Replacing):
         waiting = Path(self.directory.read(call))
         processing = self.processing.read(call)
         claimed = self.claim_files(
-            waiting,
-            waiting.parent / PROCESSING if processing is None else processing,
             ALL if limit is None else limit,
+            waiting=waiting,
+            processing=waiting.parent / PROCESSING if processing is None else processing,
             worker=self.worker.read(call),
         )
         self.patch.count(claimed=len(claimed))

@@ -56,7 +56,6 @@ from atomic_claim import (
 from atomic_claim.files import (
     ClaimedFile,
     claim_files,
-    claiming,
     complete_files,
     fail_files,
     put_file,
@@ -266,21 +265,22 @@ async def asynchronous(
 
 def directory(file: ClaimedFile) -> None:
     """Call the functions of directory queues with paths and strings, one file or several."""
-    found = claim_files("waiting", Path("processing"), 3, worker="w1", key=len)
+    found = claim_files(3, waiting="waiting", processing=Path("processing"), worker="w1", key=len)
     assert_type(found, list[ClaimedFile])
     assert_type(put_file(Path("waiting"), "a", b"x"), Path)
     assert_type(complete_files(found), int)
     assert_type(complete_files(file, done="done"), int)
     assert_type(release_files(found[:1]), int)
     assert_type(fail_files(file, ValueError("no"), retry=True), int)
-    assert_type(recover_files("processing", "waiting", minutes), list[Path])
-    assert_type(recover_files("processing", "waiting", 0, worker="w1"), list[Path])
+    assert_type(fail_files(file, "no", retry=True, max_attempts=3), int)
+    recovered = recover_files(
+        waiting="waiting", processing="processing", older_than=minutes, max_attempts=3, worker="w1"
+    )
+    assert_type(recovered, list[Path])
+    recover_files(waiting=Path("waiting"), processing=Path("processing"), older_than=0.5)
     touch_worker("processing")
     assert_type(file.read_bytes(), bytes)
-    take = claiming("waiting", "processing", gives=ClaimedFile.read_text)
-    assert_type(take(3), list[str])
-    assert_type(claiming("waiting", "processing", gives=Path)(1), list[Path])
-    claim_files("waiting", "processing", "3")  # type: ignore[arg-type]
+    claim_files("3", waiting="waiting", processing="processing")  # type: ignore[arg-type]
     complete_files("processing/w1/a")  # type: ignore[arg-type]
 
 
