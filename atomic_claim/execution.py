@@ -431,7 +431,7 @@ def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
 
 
 def _refuse_shared(engine: Engine) -> None:
-    """Refuse a pool that would hand out the connection of somebody's open transaction.
+    """Refuse a pool that would hand out a connection on which a transaction is open.
 
     Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
     """

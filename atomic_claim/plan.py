@@ -444,7 +444,8 @@ def _is_mark(declared: Any, value: Any) -> bool:
     return declared is None and value is None
 
 
-def _conditions(where: Any) -> tuple[Any, ...]:
+def conditions_of(where: Any) -> tuple[Any, ...]:
+    """Return the conditions of a call, or raise if one is no expression."""
     if where is None:
         return ()
     given = tuple(where) if isinstance(where, (list, tuple)) else (where,)
@@ -468,7 +469,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         job_table.order if request.order_by is None else _order_terms(job_table, request.order_by)
     )
     order = order or key
-    where = _conditions(request.where)
+    where = conditions_of(request.where)
     _check_tables(job_table, (*where, *order))
     values = _claim_values(job_table, request) | given
     moved = [column.name for column in job_table.key if column in values]

@@ -225,6 +225,8 @@ class Backend(ABC):
     """Whether a claim of one statement saves round trips in AUTOCOMMIT."""
     walks_keys: ClassVar[bool] = True
     """Whether the planner walks the keys of an index by a recursive CTE."""
+    checks_text: ClassVar[bool] = True
+    """Whether a text can be refused for its characters or its length."""
     keyed_needs_own: ClassVar[str | None] = None
     """Why exclusive keys need a transaction of our own, where they do."""
 
@@ -332,10 +334,15 @@ class Backend(ABC):
         return changed
 
     def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
+        self,
+        tx: Transaction,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
         """:meth:`change`, such that no claim takes the rows for expired at the same time."""
-        return self.change(tx, keys, changes)
+        return self.change(tx, keys, changes, params)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

@@ -33,7 +33,7 @@ from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, ClaimRequest
-from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
+from atomic_claim.sql_elements import ByKey, DatabaseTime, RandomFraction, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .base import (
@@ -208,12 +208,17 @@ class MySQL(Backend):
         return changed
 
     def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
+        self,
+        tx: Transaction,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
         """Under the lock of exclusive keys, no extension waits long for its rows."""
         waiting = nullcontext() if job_table.exclusive_by is None else self.limit_wait(tx, 1)
         with waiting:
-            return self.change(tx, keys, changes)
+            return self.change(tx, keys, changes, params)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -592,6 +597,11 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     ).subquery("claimable")
     claim = update(element.table).values(element.written)
     return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
+
+
+@compiles(RandomFraction, *NAMES)
+def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
+    return "rand()"
 
 
 @compiles(DatabaseTime, *NAMES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -215,14 +215,19 @@ class PostgreSQL(Backend):
         return (plan.prepare(_locked_candidates, False), *marked)
 
     def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
+        self,
+        tx: Transaction,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
         """Lock the exclusive keys first, since the UPDATE reads the clock at its start."""
         if job_table.exclusive_by is not None:
             for chunk in chunks(keys, CHUNK):
                 wait_for_keys(tx, job_table, chunk)
             refuse_autocommit(self, tx, KEYS_UNLOCKED)
-        return self.change(tx, keys, changes)
+        return self.change(tx, keys, changes, params)
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
