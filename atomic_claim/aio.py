@@ -27,8 +27,9 @@ from . import claim as _claim
 from . import lifecycle as _lifecycle
 from .claim import Claim
 from .errors import ClaimError
-from .execution import async_types, patiently, sync_bind
+from .execution import patiently
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
+from .orm import async_types, sync_bind
 
 __all__ = [
     "claim_jobs",

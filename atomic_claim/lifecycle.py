@@ -462,9 +462,10 @@ def _raise_unchanged(
     name, total = owned.job_table.table.fullname, len(owned.keys)
     error: ClaimError | None = None
     for cause in refused.values():
+        reason = getattr(cause, "orig", cause)
         error = ClaimError(
             f"the database refused the change of {len(refused)} of {total} jobs of {name!r}, "
-            f"their keys: {list(refused)!r}, the last one: {getattr(cause, 'orig', cause)}. They are still this claim's; "
+            f"their keys: {list(refused)!r}, the last one: {reason}. They are still this claim's; "
             f"the other {len(changed)} were changed"
         )
         error.__cause__ = cause

@@ -1,7 +1,9 @@
 """Ends of jobs at their edges: texts, refused rows, dead letters."""
 
 import asyncio
+import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from atomic_claim import (
     requeue_jobs,
 )
 from tests.databases import Database
+from tests.guides import PATHS, blocks
 from tests.jobs import fill, ids, job_table
 from tests.test_aio import DRIVERS
 from tests.test_lease import LEASE, made, row
@@ -60,6 +63,28 @@ def failing(error: Any, *more: Any) -> JobTable:
         token="claim_token",
         error="last_error",
     )
+
+
+@pytest.mark.once
+@pytest.mark.databases("sqlite")
+def test_the_guides_run_as_shown(
+    database: Database,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The guide's example prints what stands below it; a ticket's ends its jobs."""
+    monkeypatch.chdir(tmp_path)
+    guide = PATHS["leases"].with_name("retries_and_dead_letters.md").read_text(encoding="utf-8")
+    example, shown = re.findall(r"^```(?:python|text)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    found: dict[str, Any] = {}
+    exec(example, found)  # noqa: S102 - the guides are ours
+    found["engine"].dispose()
+    assert capsys.readouterr().out == shown
+    (example,) = [block for block in blocks("leases", "python") if "from_ticket" in block]
+    engine, jobs = made(database, 2)
+    exec(example, {"engine": engine, "jobs": jobs})  # noqa: S102 - the guides are ours
+    assert row(engine, jobs, 2).done_at is not None
 
 
 @pytest.mark.parametrize("what", TEXTS)

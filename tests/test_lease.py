@@ -204,7 +204,7 @@ def test_release_gives_the_attempt_back(database: Database) -> None:
 
 
 def test_extend(database: Database) -> None:
-    """An extension counts from now, also when the lease has run out and the row is not claimed again."""
+    """An extension counts from now, also for a row whose lease has run out."""
     engine, jobs = made(database, 1)
     claim = claim_jobs(engine, jobs, lease=LEASE)
     before = row(engine, jobs, 1).lease_until

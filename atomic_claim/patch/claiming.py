@@ -21,8 +21,9 @@ from sqlalchemy.util import greenlet_spawn
 from atomic_claim.backends import backend_for
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
 from atomic_claim.errors import ClaimError, PatchError
-from atomic_claim.execution import async_types, patiently, sync_bind
+from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.orm import async_types, sync_bind
 
 from . import filters
 from .calls import Call, Reading
