@@ -13,7 +13,14 @@ from .errors import (
     UnsupportedDialect,
 )
 from .job_table import JobTable
-from .lifecycle import complete_jobs, extend_jobs, fail_jobs, release_jobs, sweep_jobs
+from .lifecycle import (
+    complete_jobs,
+    extend_jobs,
+    fail_jobs,
+    release_jobs,
+    requeue_jobs,
+    sweep_jobs,
+)
 from .statement import ClaimStatement, claim_statement
 
 if typing.TYPE_CHECKING:
@@ -42,6 +49,7 @@ __all__ = [
     "lock_reads",
     "patch_claims",
     "release_jobs",
+    "requeue_jobs",
     "sweep_jobs",
 ]
 

@@ -8,10 +8,11 @@ Each function takes what its synchronous twin takes, and is awaited. The bind is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar, overload
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -26,9 +27,9 @@ from . import claim as _claim
 from . import lifecycle as _lifecycle
 from .claim import Claim
 from .errors import ClaimError
-from .execution import async_types, patiently, sync_bind
+from .execution import patiently
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
-from .lifecycle import Held
+from .orm import async_types, sync_bind
 
 __all__ = [
     "claim_jobs",
@@ -37,6 +38,7 @@ __all__ = [
     "fail_jobs",
     "keep_claims",
     "release_jobs",
+    "requeue_jobs",
     "sweep_jobs",
 ]
 
@@ -48,107 +50,70 @@ AsyncBind = (
     | async_sessionmaker[Any]
 )
 J = TypeVar("J")
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@overload
-async def claim_jobs(
-    bind: AsyncSession | async_scoped_session[Any] | async_sessionmaker[Any],
-    table: type[J],
-    limit: int = 1,
-    *,
-    where: Any = None,
-    order_by: Any = None,
-    values: Mapping[Any, Any] | None = None,
-    worker: str | None = None,
-    lease: timedelta | None = None,
-) -> Claim[J]: ...
-@overload
-async def claim_jobs(
-    bind: AsyncBind,
-    table: Any,
-    limit: int = 1,
-    *,
-    where: Any = None,
-    order_by: Any = None,
-    values: Mapping[Any, Any] | None = None,
-    worker: str | None = None,
-    lease: timedelta | None = None,
-) -> Claim[Any]: ...
-async def claim_jobs(
-    bind: AsyncBind,
-    table: Any,
-    limit: int = 1,
-    *,
-    where: Any = None,
-    order_by: Any = None,
-    values: Mapping[Any, Any] | None = None,
-    worker: str | None = None,
-    lease: timedelta | None = None,
-) -> Claim[Any]:
-    """Claim free rows; see :func:`atomic_claim.claim_jobs`."""
-    return await _run(
-        _claim.claim_jobs,
-        bind,
-        table,
-        limit,
-        where=where,
-        order_by=order_by,
-        values=values,
-        worker=worker,
-        lease=lease,
-    )
+def _twin(
+    function: Callable[Concatenate[Any, P], R],
+) -> Callable[Concatenate[AsyncBind, P], Coroutine[Any, Any, R]]:
+    """Return the asynchronous twin of a function, with its other arguments."""
+
+    @wraps(function, assigned=("__name__", "__qualname__"))
+    async def twin(bind: AsyncBind, /, *args: P.args, **options: P.kwargs) -> R:
+        call = partial(patiently, function, _checked(bind), *args, **options)
+        found: R = await greenlet_spawn(call)
+        return found
+
+    summary = (function.__doc__ or "").partition("\n")[0]
+    twin.__doc__ = f"{summary}\n\nSee :func:`atomic_claim.{function.__name__}`."
+    return twin
 
 
-async def complete_jobs(
-    bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
-) -> int:
-    """Mark claimed jobs as done; see :func:`atomic_claim.complete_jobs`."""
-    return await _run(_lifecycle.complete_jobs, bind, claim, jobs, unfenced=unfenced)
+class _ClaimJobs(Protocol):
+    """The types of :func:`claim_jobs`: a mapped class by session gives its entities."""
+
+    @overload
+    async def __call__(
+        self,
+        bind: AsyncSession | async_scoped_session[Any] | async_sessionmaker[Any],
+        table: type[J],
+        limit: int = 1,
+        *,
+        where: Any = None,
+        order_by: Any = None,
+        values: Mapping[Any, Any] | None = None,
+        worker: str | None = None,
+        lease: timedelta | None = None,
+    ) -> Claim[J]: ...
+    @overload
+    async def __call__(
+        self,
+        bind: AsyncBind,
+        table: Any,
+        limit: int = 1,
+        *,
+        where: Any = None,
+        order_by: Any = None,
+        values: Mapping[Any, Any] | None = None,
+        worker: str | None = None,
+        lease: timedelta | None = None,
+    ) -> Claim[Any]: ...
 
 
-async def fail_jobs(
-    bind: AsyncBind,
-    claim: Held,
-    jobs: Iterable[Any] | None = None,
-    *,
-    retry: bool | timedelta = False,
-    error: str | BaseException | None = None,
-    unfenced: bool = False,
-) -> int:
-    """Mark claimed jobs as failed, or free them for later; see :func:`atomic_claim.fail_jobs`."""
-    return await _run(
-        _lifecycle.fail_jobs, bind, claim, jobs, retry=retry, error=error, unfenced=unfenced
-    )
-
-
-async def release_jobs(
-    bind: AsyncBind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
-) -> int:
-    """Give claimed jobs back; see :func:`atomic_claim.release_jobs`."""
-    return await _run(_lifecycle.release_jobs, bind, claim, jobs, unfenced=unfenced)
-
-
-async def extend_jobs(
-    bind: AsyncBind,
-    claim: Held,
-    jobs: Iterable[Any] | None = None,
-    *,
-    lease: timedelta | None = None,
-) -> int:
-    """Prolong the leases of claimed jobs; see :func:`atomic_claim.extend_jobs`."""
-    return await _run(_lifecycle.extend_jobs, bind, claim, jobs, lease=lease)
-
-
-async def sweep_jobs(bind: AsyncBind, table: Any) -> int:
-    """Mark as failed what has spent its attempts; see :func:`atomic_claim.sweep_jobs`."""
-    return await _run(_lifecycle.sweep_jobs, bind, table)
+claim_jobs: _ClaimJobs = _twin(_claim.claim_jobs)  # type: ignore[assignment]
+complete_jobs = _twin(_lifecycle.complete_jobs)
+fail_jobs = _twin(_lifecycle.fail_jobs)
+release_jobs = _twin(_lifecycle.release_jobs)
+extend_jobs = _twin(_lifecycle.extend_jobs)
+sweep_jobs = _twin(_lifecycle.sweep_jobs)
+requeue_jobs = _twin(_lifecycle.requeue_jobs)
 
 
 @asynccontextmanager
 async def keep_claims(
     bind: AsyncEngine | async_sessionmaker[Any],
-    claim: Held,
+    claim: Claim[Any],
     *,
     every: timedelta | None = None,
     on_lost: OnLost | None = None,
@@ -161,13 +126,10 @@ async def keep_claims(
     stopped = asyncio.Event()
 
     async def run() -> None:
-        try:
+        with beat.beating():
             while not await _is_set(stopped, beat.pause()):
                 if (lost := await greenlet_spawn(beat.once)) and on_lost is not None:
                     on_lost(lost)
-        finally:
-            if not stopped.is_set():
-                beat.give_up()
 
     task = asyncio.create_task(run(), name="atomic_claim.keep_claims")
     try:
@@ -179,6 +141,7 @@ async def keep_claims(
         _, late = await asyncio.wait([task], timeout=LONGEST_END)
         for each in late:
             each.cancel()
+    beat.raise_crash()
 
 
 async def _is_set(event: asyncio.Event, seconds: float) -> bool:
@@ -187,10 +150,6 @@ async def _is_set(event: asyncio.Event, seconds: float) -> bool:
         async with asyncio.timeout(seconds):
             await event.wait()
     return event.is_set()
-
-
-async def _run(function: Callable[..., R], bind: Any, *args: Any, **options: Any) -> R:
-    return await greenlet_spawn(patiently, function, _checked(bind), *args, **options)
 
 
 def _checked(bind: Any) -> Any:

@@ -84,7 +84,7 @@ def _is_mark(declared: Any, value: Any) -> bool:
     return declared is None and value is None
 
 
-def conditions(where: Any) -> tuple[Any, ...]:
+def conditions_of(where: Any) -> tuple[Any, ...]:
     """Return the conditions of ``where``, or raise if one is no expression."""
     if where is None:
         return ()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, Select, bindparam, delete
+from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
 from .backends import KeyedRows, Transaction, read_back
@@ -20,7 +21,7 @@ from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
-from .tickets import ticket_for
+from .tickets import part_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -33,12 +34,14 @@ Claimed = tuple[KeyedRows, Sequence[Key]]
 J = TypeVar("J")
 
 
-class Claim(list[J]):
-    """The claimed rows or entities, in claim order, and what proves that they are ours.
+@dataclass(frozen=True, eq=False, repr=False)
+class Claim(Sequence[J]):
+    """An immutable sequence of the claimed rows or entities, in claim order.
 
-    A slice is a ``Claim`` too.
+    A slice is a ``Claim`` too. It equals a list, tuple or claim of equal jobs, and can be pickled.
 
     Attributes:
+        jobs: the rows or entities; the keys, in a claim that was made from a ticket.
         table: the ``JobTable``.
         keys: the rows' primary keys, a tuple each, in claim order.
         token: the claim's token, if the table has a column for it.
@@ -48,62 +51,139 @@ class Claim(list[J]):
             marked or read; they are free.
     """
 
-    def __init__(
-        self,
-        jobs: Iterable[J] = (),
-        *,
-        table: JobTable,
-        keys: Sequence[Key] = (),
-        token: str | None = None,
-        worker: str | None = None,
-        lease: timedelta | None = None,
-        unreadable: Sequence[Key] = (),
-    ) -> None:
-        super().__init__(jobs)
-        self.table = table
-        self.keys = tuple(keys)
-        self.token = token
-        self.worker = worker
-        self.lease = lease
-        self.unreadable = tuple(unreadable)
+    jobs: tuple[J, ...] = ()
+    _: KW_ONLY
+    table: JobTable
+    keys: tuple[Key, ...] = ()
+    token: str | None = None
+    worker: str | None = None
+    lease: timedelta | None = None
+    unreadable: tuple[Key, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Claim of {len(self)} from {self.table.table.fullname}: {list(self)!r}>"
 
-    def ticket(self, job: J) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Claim):
+            return self.table.table is other.table.table and self.jobs == other.jobs
+        return isinstance(other, (list, tuple)) and self.jobs == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @overload
+    def __getitem__(self, place: int, /) -> J: ...
+    @overload
+    def __getitem__(self, place: slice, /) -> Claim[J]: ...
+    def __getitem__(self, place: int | slice, /) -> J | Claim[J]:
+        if isinstance(place, slice):
+            return replace(self, jobs=self.jobs[place], keys=self.keys[place])
+        return self.jobs[place]
+
+    def __reduce__(self) -> Any:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return _unpickled, (pickled(values.pop("table")), values)
+
+    def keys_of(self, jobs: Iterable[Any]) -> tuple[Key, ...]:
+        """Return the primary keys of some of the claim's jobs.
+
+        Args:
+            jobs: entities (merged into another session, too), rows or keys.
+
+        Returns:
+            The keys, a tuple each, in the order of ``jobs``, each once.
+
+        Raises:
+            ClaimError: ``jobs`` is no list of jobs, or one is not of this claim.
+        """
+        single = isinstance(jobs, (str, bytes, Row, Mapping)) or not isinstance(jobs, Iterable)
+        if single or _identity(jobs) is not None:
+            raise ClaimError(f"jobs is {jobs!r}; expected a list of the claim's jobs: write [job]")
+        known = set(self.keys)
+        ours = {id(job): key for job, key in zip(self.jobs, self.keys, strict=True)}
+        found: dict[Key, None] = {}
+        for job in jobs:
+            key = ours[id(job)] if id(job) in ours else _key_of(self.table, job)
+            if key not in known:
+                raise ClaimError(
+                    f"{job!r} is not one of the claim's {len(known)} jobs, whose keys are "
+                    f"{reprlib.repr(self.keys)}"
+                )
+            found[key] = None
+        return tuple(found)
+
+    def ticket(self, job: Any) -> dict[str, Any]:
         """Return a JSON-serializable handle on one job, for other processes and queues.
 
         Args:
-            job: one of the claim's entities or rows.
+            job: one of the claim's jobs, as an entity, a row or a key.
 
         Returns:
-            A dictionary of plain values, which ``complete_jobs`` and its like accept in place of
-            the claim. It holds the token: who has it can end the job.
+            A dictionary of plain values for :meth:`from_ticket`. It holds the token: who has it
+            can end the job.
 
         Raises:
-            ClaimError: the job is not one of this claim's.
+            ClaimError: the job is not one of this claim's, or its key does not survive JSON.
         """
-        for mine, key in zip(self, self.keys, strict=True):
-            if mine is job or (isinstance(job, tuple) and mine == job):
-                return ticket_for(self.table, [key], self.token, self.lease)
-        raise ClaimError(f"{job!r} is not one of the claim's {len(self)} jobs")
+        [key] = self.keys_of([job])
+        parts = zip(self.table.key, key, strict=True)
+        return {
+            "table": self.table.table.name,
+            "key": {column.name: written(column, part) for column, part in parts},
+            "token": self.token,
+            "lease": None if self.lease is None else self.lease.total_seconds(),
+        }
 
-    @overload
-    def __getitem__(self, place: SupportsIndex, /) -> J: ...
-    @overload
-    def __getitem__(self, place: slice, /) -> Claim[J]: ...
-    def __getitem__(self, place: SupportsIndex | slice, /) -> J | Claim[J]:
-        if not isinstance(place, slice):
-            return super().__getitem__(place)
-        return Claim(
-            super().__getitem__(place),
-            table=self.table,
-            keys=self.keys[place],
-            token=self.token,
-            worker=self.worker,
-            lease=self.lease,
-            unreadable=self.unreadable,
-        )
+    @classmethod
+    def from_ticket(cls, table: Any, ticket: Mapping[str, Any]) -> Claim[Any]:
+        """Return the claim of a ticket's job, for :func:`complete_jobs` and its like.
+
+        Args:
+            table: the ``Table``, mapped class or :class:`JobTable` that the job was claimed from.
+            ticket: what :meth:`ticket` returned.
+
+        Returns:
+            A claim of one job, which is its key.
+
+        Raises:
+            ClaimError: it is not a ticket, or one of another table.
+        """
+        job_table = job_table_of(table, ordered=True)
+        name, key, token = (part_of(ticket, part) for part in ("table", "key", "token"))
+        names = {column.name for column in job_table.key}
+        fits = name == job_table.table.name and (token is None) == (job_table.token is None)
+        if not fits or not isinstance(key, Mapping) or key.keys() != names:
+            raise ClaimError(
+                f"the ticket is of the table {name!r} and the key {key!r}; expected one of "
+                f"{job_table!r} with the key {sorted(names)!r}: pass the table of the claim"
+            )
+        found = tuple(read(column, key[column.name]) for column in job_table.key)
+        seconds = part_of(ticket, "lease")
+        lease = None if seconds is None else timedelta(seconds=seconds)
+        return Claim((found,), table=job_table, keys=(found,), token=token, lease=lease)
+
+
+def _unpickled(table: tuple[Any, bytes], values: dict[str, Any]) -> Claim[Any]:
+    return Claim(table=unpickled(*table), **values)
+
+
+def _identity(job: Any) -> Key | None:
+    """Return the primary key of an entity, which is empty before it is flushed; else None."""
+    state: Any = sa_inspect(job, raiseerr=False)
+    return tuple(state.identity or ()) if hasattr(state, "identity") else None
+
+
+def _key_of(job_table: JobTable, job: Any) -> Key | None:
+    """Return the key of an entity, a row or a key; None if there can be none."""
+    if isinstance(job, Row):
+        found = job._mapping  # noqa: SLF001 - Row's public name
+        names = [column.key for column in job_table.key]
+        return tuple(found[name] for name in names) if found.keys() >= set(names) else None
+    if not isinstance(job, tuple):
+        job = (job,) if (identity := _identity(job)) is None else identity
+    return job if all(isinstance(part, Hashable) for part in job) else None
 
 
 @overload
@@ -205,7 +285,7 @@ def claim_jobs(
         token=params.get(TOKEN),
         worker=worker,
         lease=lease,
-        unreadable=unreadable,
+        unreadable=tuple(unreadable),
     )
 
 
@@ -338,7 +418,8 @@ def dequeue_jobs(
         return found
 
     found = run_in(bind, job_table, run)
-    return Claim((job for _, job in found), table=job_table, keys=[key for key, _ in found])
+    keys, jobs = zip(*found, strict=True) if found else ((), ())
+    return Claim(jobs, table=job_table, keys=keys)
 
 
 def _refuse_unflushed(session: Session | Connection, plan: ClaimPlan) -> None:

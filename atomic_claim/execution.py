@@ -81,7 +81,7 @@ def run_in(
         ClaimConflict: another transaction was in the way.
         ClaimError: the bind cannot be used.
     """
-    if isinstance(bind, Engine):
+    if isinstance(bind, Engine) or is_maker(bind):
         own = OwnTransaction(bind, job_table, keyed, single, recoverable)
         return own.run_again(run, careful, undo, tries)
     if is_scoped(bind):
@@ -95,13 +95,10 @@ def run_in(
         if bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
         return _run_in_callers(bind, bind, run, keyed)
-    if not is_maker(bind):
-        raise ClaimError(
-            f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
-            "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
-        )
-    own = OwnTransaction(bind, job_table, keyed, None, recoverable)
-    return own.run_again(run, careful, undo, tries)
+    raise ClaimError(
+        f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
+        "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+    )
 
 
 def _run_in_callers(
@@ -167,7 +164,8 @@ class OwnTransaction:
                     run, self.single = careful, None
                     continue
                 if tried == tries or (self.committing and not self.recoverable):
-                    _explain(error, self.committing)
+                    if self.committing and isinstance(error, DBAPIError):
+                        error.add_detail(UNKNOWN)
                     raise
                 self.lost, self.unknown = True, self.unknown or self.committing
                 self.lost_at = time.monotonic()
@@ -433,7 +431,7 @@ def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
 
 
 def _refuse_shared(engine: Engine) -> None:
-    """Refuse a pool that would hand out the connection of somebody's open transaction.
+    """Refuse a pool that would hand out a connection on which a transaction is open.
 
     Asked before anything is checked out: giving a StaticPool's connection back rolls it back.
     """
@@ -449,44 +447,6 @@ def _refuse_shared(engine: Engine) -> None:
             "on it, which a claim by engine would commit: pass the Session or Connection that "
             "owns the transaction, or end it first"
         )
-
-
-def async_types() -> tuple[type[Any], ...]:
-    """Return the asynchronous bind classes, or an empty tuple if they are not imported."""
-    module: Any = sys.modules.get("sqlalchemy.ext.asyncio")
-    if module is None:
-        return ()
-    return (
-        module.AsyncSession,
-        module.async_scoped_session,
-        module.AsyncConnection,
-        module.AsyncEngine,
-        module.async_sessionmaker,
-    )
-
-
-def sync_bind(bind: Any) -> Any:
-    """Return the synchronous bind behind an asynchronous one, and any other bind unchanged."""
-    if not isinstance(bind, async_types()):
-        return bind
-    if hasattr(bind, "registry"):
-        bind = bind.registry()
-    for name in ("sync_session", "sync_connection", "sync_engine"):
-        if hasattr(bind, name):
-            return getattr(bind, name)
-    return _sync_maker(bind)
-
-
-def _sync_maker(maker: Any) -> sessionmaker[Any]:
-    from sqlalchemy.orm import sessionmaker  # noqa: PLC0415 - loaded with the asynchronous one
-
-    options = dict(maker.kw)
-    if options.get("bind") is not None:
-        options["bind"] = sync_bind(options["bind"])
-    if options.get("binds"):
-        options["binds"] = {key: sync_bind(each) for key, each in options["binds"].items()}
-    session_class = options.pop("sync_session_class", None) or maker.class_.sync_session_class
-    return sessionmaker(class_=session_class, **options)
 
 
 def patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:

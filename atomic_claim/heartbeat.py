@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,18 +10,22 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Float, literal
+from sqlalchemy import ColumnElement, Engine, Float, and_, literal, or_
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from . import predicates
 from .backends import Transaction
-from .claim import Key
+from .claim import Claim, Key
 from .errors import ClaimConflict, ClaimError, ClaimLost
 from .execution import OwnBind, outages, run_in
-from .lifecycle import Ended, Held, Owned, ended_here, extension, owned_rows
+from .lifecycle import Ended, Owned, ended_here, owned_rows
 from .orm import is_maker
+from .outcomes import extension
 
 OnLost = Callable[[tuple[Key, ...]], Any]
+
+logger = logging.getLogger("atomic_claim")
 
 LONGEST_WAIT = 0.25
 """Seconds that a beat waits for a lock at most: the end of the block waits for the beat."""
@@ -41,26 +46,31 @@ class Keeper:
     def lost(self) -> tuple[Key, ...]:
         """The keys of the rows that are no longer the claim's, a tuple each.
 
-        All of them are once no beat has got through for as long as the lease.
+        All of them are once none could be extended for as long as the lease.
         """
         beat = self._beat
         gone = beat.lost.union(beat.remaining) if beat.is_over else beat.lost
         return tuple(key for key in beat.owned.keys if key in gone and key not in beat.ended)
 
+    @property
+    def error(self) -> Exception | None:
+        """Why leases are not extended: the first error since the last extension, or None."""
+        return self._beat.error
+
     def check(self) -> None:
-        """Raise ``ClaimLost`` if a row is no longer the claim's."""
+        """Raise ``ClaimLost`` if a row is no longer the claim's; :attr:`error` is its cause."""
         if lost := self.lost:
             raise ClaimLost(
                 f"{len(lost)} jobs are no longer this claim's, their keys: "
                 f"{list(lost)!r}; stop working on them",
                 keys=lost,
-            )
+            ) from self.error
 
 
 @contextmanager
 def keep_claims(
     bind: OwnBind,
-    claim: Held,
+    claim: Claim[Any],
     *,
     every: timedelta | None = None,
     on_lost: OnLost | None = None,
@@ -68,20 +78,26 @@ def keep_claims(
     """Extend the leases of a claim from a thread while the block runs.
 
     Rows that the block itself has locked (by a completion that is not yet committed) are passed
-    over, and never waited for; those that it has ended are let go. If the database cannot be
-    reached, it is tried again, and when the lease is over the rows count as lost.
+    over, and never waited for; those that it has ended are let go. If the leases cannot be
+    extended, because the database cannot be reached or, on SQLite, while the block itself is
+    writing, it is tried again, the reason is logged once, and when the lease is over the rows count
+    as lost.
 
     Args:
         bind: an ``Engine`` or ``sessionmaker``, since the thread needs a connection of its own.
         claim: what ``claim_jobs`` returned with a ``lease``, or a ticket of it. It must be
             committed.
         every: how often; a third of the lease if left out.
-        on_lost: called from the thread with the keys of rows that are no longer the claim's.
+        on_lost: called from the thread with the keys of rows that are no longer the claim's. If it
+            raises, leases are extended no more, and the end of the block raises its exception,
+            unless the block has raised one.
 
     Yields:
-        A :class:`Keeper`, whose ``lost`` and ``check()`` tell the block what it lost.
+        A :class:`Keeper`, whose ``lost``, ``error`` and ``check()`` tell the block what it lost.
 
     Raises:
+        ClaimLost: rows had ended, were cancelled or taken before the block; its ``keys`` names
+            them, and the other rows are still the claim's.
         ClaimError: the claim has no lease, is not committed, or the bind is no ``Engine`` or
             ``sessionmaker``.
     """
@@ -89,13 +105,10 @@ def keep_claims(
     stopped = threading.Event()
 
     def run() -> None:
-        try:
+        with beat.beating():
             while not stopped.wait(beat.pause()):
                 if (lost := beat.once()) and on_lost is not None:
                     on_lost(lost)
-        finally:
-            if not stopped.is_set():
-                beat.give_up()
 
     thread = threading.Thread(target=run, name="atomic_claim.keep_claims", daemon=True)
     thread.start()
@@ -105,6 +118,7 @@ def keep_claims(
         beat.stop()
         stopped.set()
         thread.join(LONGEST_END)
+    beat.raise_crash()
 
 
 class Beat:
@@ -124,7 +138,8 @@ class Beat:
         self.ended = ended_here.setdefault(owned.token, Ended())
         self.least = max(self.lease / 2, 2 * self.every)
         self.reached = time.monotonic() - max(0, self.lease - self.least)
-        self.failed = False
+        self.error: Exception | None = None
+        self.crash: Exception | None = None
         self.stopped: float | None = None
 
     @property
@@ -137,29 +152,43 @@ class Beat:
         """Keep what is known now: what becomes of the rows later is not the block's affair."""
         self.stopped = time.monotonic()
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Keep an exception for the block, and count all rows as lost."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - of on_lost, and raised by the block
+            self.error = self.crash = error
+        finally:
+            if self.stopped is None:
+                self.give_up()
+
+    def raise_crash(self) -> None:
+        """Raise what has ended the beats before the block did."""
+        if self.crash is not None:
+            raise self.crash
+
     def pause(self) -> float:
-        """Seconds until the next beat; short after one that did not get through."""
-        return min(self.every, 0.5) if self.failed else self.every
+        """Return the seconds until the next beat; few after one that failed."""
+        return self.every if self.error is None else min(self.every, 0.5)
 
     def once(self) -> tuple[Key, ...]:
-        """Extend what is still ours; the keys that turned out to be lost."""
+        """Extend what is still the claim's, and return the keys that turned out to be lost."""
         if not self.remaining:
             return ()
         began = time.monotonic()
         found = self._run(self._extend, keyed=self.owned.job_table.exclusive_by is not None)
-        self.failed = found is None
-        if found is None:
-            # On SQLite nobody can write while the block's own transaction has, and nobody does.
-            found = self._run(self._look)
-        if found is None:
-            return self.give_up() if self.is_over else ()
-        lost = self._keep(found)
-        self.reached = began
-        return lost
+        if found is not None:
+            self.reached, self.error = began, None
+            return self._keep(found)
+        # On SQLite nobody can write while the block's own transaction has, but anybody can read.
+        found = self._run(self._look)
+        lost = () if found is None else self._keep(found)
+        return lost + self.give_up() if self.is_over else lost
 
     def give_up(self) -> tuple[Key, ...]:
-        """Count all that is left as lost."""
-        return self._keep(set())
+        """Count all that is left as lost, but not what the block has ended."""
+        return self._keep(set(self.ended))
 
     def outlasts(self) -> ColumnElement[bool]:
         """Build the condition that a row's lease does not need extension before the first beat."""
@@ -178,22 +207,24 @@ class Beat:
         self, run: Callable[[Transaction], set[Key]], *, keyed: bool = False
     ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
+        job_table = self.owned.job_table
         try:
-            return run_in(
-                self.bind,
-                self.owned.job_table,
-                run,
-                keyed=keyed,
-                tries=1,
-            )
-        except ClaimConflict:
-            return None
+            return run_in(self.bind, job_table, run, keyed=keyed, tries=1)
+        except ClaimConflict as error:
+            failed: Exception = error
         except ClaimError:
             raise
-        except SQLAlchemyError:
-            return None
-        except outages(self.bind, self.owned.job_table):
-            return None
+        except SQLAlchemyError as error:
+            failed = error
+        except outages(self.bind, job_table) as error:
+            failed = error
+        if self.error is None:
+            self.error = failed
+            name = job_table.table.fullname
+            logger.warning(
+                "%d leases of %s are not extended: %s", len(self.remaining), name, failed
+            )
+        return None
 
     def _extend(self, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
@@ -211,14 +242,20 @@ class Beat:
             return self._standing(tx, set(self.remaining))
 
     def _standing(self, tx: Transaction, keys: set[Key]) -> set[Key]:
-        """Return the keys still owned by committed state: the block itself may lock the rows."""
-        ours = set(self.owned.visible(tx, tuple(keys), self.owned.lasting()))
+        """Return the keys still owned by committed state: the block itself may lock the rows.
+
+        A row that was not extended in time may be claimed at any moment, unless the block has
+        ended it and not committed yet.
+        """
+        lasting, held = self.owned.lasting(), predicates.is_held(self.owned.job_table)
+        ours = set(self.owned.visible(tx, tuple(keys), lasting, held))
+        ours.update(self.owned.visible(tx, tuple(keys & self.ended), lasting))
         if rest := tuple(keys.difference(ours)):
             self.ended.update(self.owned.visible(tx, rest, self.owned.is_ended()))
         return ours
 
 
-def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
+def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat:
     """Create the heartbeat of a claim, or raise if the claim has no lease to keep."""
     if not (isinstance(bind, Engine) or is_maker(bind)):
         raise ClaimError(
@@ -234,21 +271,37 @@ def prepared_beat(bind: Any, claim: Held, every: timedelta | None) -> Beat:
 
     beat = Beat(bind, owned, every)
 
-    def look(tx: Transaction) -> tuple[set[Key], set[Key]]:
+    def look(tx: Transaction) -> tuple[list[Key], set[Key], list[Key]]:
         _refuse_single(tx.connection.engine)
         seen = set(owned.visible(tx, owned.keys, owned.lasting()))
-        return seen, set(owned.visible(tx, owned.keys, owned.lasting(), beat.outlasts()))
+        safe = set(owned.visible(tx, owned.keys, owned.lasting(), beat.outlasts()))
+        missing = [key for key in owned.keys if key not in seen]
+        return missing, seen - safe, owned.visible(tx, missing, _is_unclaimed(owned))
 
-    seen, safe = run_in(bind, owned.job_table, look)
-    if missing := [key for key in owned.keys if key not in seen]:
+    missing, urgent, uncommitted = run_in(bind, owned.job_table, look)
+    if uncommitted:
         raise ClaimError(
-            f"the claim of {missing!r} is not to be seen from another connection: commit it "
+            f"the claim of {uncommitted!r} is not to be seen from another connection: commit it "
             "before keep_claims, or it is lost already"
         )
-    if len(safe) < len(seen):
+    if missing:
+        raise ClaimLost(
+            f"{len(missing)} of {len(owned.keys)} jobs are not this claim's before keep_claims, "
+            f"their keys: {missing!r}. They have ended, or were cancelled or taken: keep the "
+            "others, which still are",
+            keys=missing,
+        )
+    if urgent:
         # Claimed a while ago: the first beat may not wait.
         beat.once()
     return beat
+
+
+def _is_unclaimed(owned: Owned) -> ColumnElement[bool]:
+    """Build the condition that a row is as it was before a claim that is not committed."""
+    job_table = owned.job_table
+    others = or_(job_table.token.is_(None), job_table.token != owned.token)
+    return and_(others, predicates.is_unowned(job_table))
 
 
 def _refuse_single(engine: Engine) -> None:

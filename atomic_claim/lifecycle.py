@@ -7,49 +7,43 @@ an entity that a commit has expired would read the successor's.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Row,
-    and_,
-    bindparam,
-    case,
-    func,
-    literal,
-    not_,
-    or_,
-    select,
-)
-from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.types import JSON, Float
+from sqlalchemy import ColumnElement, Connection, Engine, and_, bindparam, not_, select
+from sqlalchemy.exc import DBAPIError
 
 from . import predicates
+from .arguments import conditions_of
 from .backends import Backend, Transaction
+from .backends.recovery import is_general
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
-from .inference import plain_type
 from .job_table import JobTable, job_table_of
-from .outcomes import Values, common_values, freeing
-from .plan import TOKEN
-from .roles import check_duration
+from .orm import is_maker
+from .outcomes import (
+    Outcome,
+    completion,
+    extension,
+    failures,
+    release,
+    requeuing,
+    sweeping,
+)
+from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
-from .tickets import job_table_of_ticket, keys_of_ticket
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-Held = Claim[Any] | Mapping[str, Any]
+Runner = Callable[[Callable[[Transaction], list[Key]]], list[Key]]
 
-FIRST_RETRY = timedelta(seconds=10)
-DOUBLINGS = 12
 LONGEST_LOOK = 0.25
 """Seconds that is waited for others before rows are left to the end of their lease."""
 
@@ -65,36 +59,30 @@ class Owned:
 
     def guard(self) -> ColumnElement[bool]:
         """Build the condition that a row still belongs to this claim."""
-        running = predicates.is_running(self.job_table)
-        if self.job_table.token is None:
-            return running
-        return and_(self.job_table.token == self.token, running)
+        return _owned_by(self.job_table, self.token)
 
     def lasting(self) -> ColumnElement[bool]:
-        """Build the condition that a row still belongs to this claim and may be extended.
-
-        Once its lease is over, a row with an exclusive key has given the key away.
-        """
-        if self.job_table.exclusive_by is None:
-            return self.guard()
-        return and_(self.guard(), predicates.is_held(self.job_table))
+        """Build the condition that a row still belongs to this claim and may be extended."""
+        return and_(self.guard(), *lasting(self.job_table))
 
     def is_ended(self) -> ColumnElement[bool]:
         """Build the condition that this claim was a row's last owner and has ended it."""
         return and_(self.job_table.token == self.token, not_(predicates.is_running(self.job_table)))
 
-    def changed_before(self, tx: Transaction, keys: Sequence[Key], values: Values) -> list[Key]:
+    def changed_before(self, tx: Transaction, keys: Sequence[Key], outcome: Outcome) -> list[Key]:
         """Return the keys of rows that an earlier try ended before its connection was lost."""
-        otherwise = predicates.not_ended_in(self.job_table, values)
-        return self.visible(tx, keys, self.is_ended(), *predicates.bears(values), *otherwise)
+        otherwise = predicates.not_ended_in(self.job_table, outcome.values)
+        return self.visible(
+            tx, keys, self.is_ended(), *predicates.bears(outcome.values), *otherwise
+        )
 
     def visible(
         self, tx: Transaction, keys: Sequence[Key], *conditions: ColumnElement[bool]
     ) -> list[Key]:
         """Return the keys of the rows that meet the conditions, as this transaction sees them."""
         key = self.job_table.key
-        asking = ByKey(key, select(*key).where(*conditions).where)
-        return [tuple(row) for _, result in tx.by_key(asking, keys) for row in result]
+        query = ByKey(key, select(*key).where(*conditions).where)
+        return [tuple(row) for _, rows in tx.by_key(query, keys) for row in rows]
 
 
 class Ended(set[Key]):
@@ -106,14 +94,15 @@ ended_here: WeakValueDictionary[str, Ended] = WeakValueDictionary()
 
 
 def complete_jobs(
-    bind: Bind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
+    bind: Bind, claim: Claim[Any], jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
     """Mark claimed jobs as done, those that this claim still owns.
 
     Args:
         bind: as for :func:`claim_jobs`; the claim's own transaction, or any later one.
-        claim: what ``claim_jobs`` returned, a slice of it, or a :meth:`Claim.ticket`.
-        jobs: some of the claim's jobs, as entities, rows or keys; all of them if left out.
+        claim: what ``claim_jobs`` or :meth:`Claim.from_ticket` returned, or a slice of it.
+        jobs: a list of some of the claim's jobs, as entities, rows or keys; all of them if left
+            out.
         unfenced: agree to a table without a token column, where a row that was freed and claimed
             again by another worker passes for this claim's own, and is marked done for both.
 
@@ -124,15 +113,18 @@ def complete_jobs(
         ClaimLost: some rows are no longer this claim's; its ``keys`` names them. The others are
             done: by ``Engine`` or ``sessionmaker`` that is committed already.
         ClaimConflict: another transaction was in the way.
-        ClaimError: the table cannot hold what was asked for.
+        ClaimError: the table cannot hold what was asked for, or the database refused the change of
+            some rows, by a constraint or a trigger: by ``Engine`` or ``sessionmaker`` the message
+            names them, and the others are done. In the caller's transaction the database's own
+            error is raised.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _change(bind, owned, owned.job_table.prepare(completion), prepared=True)
+    return Change(bind, owned, owned.job_table.prepare(_completing)).apply()
 
 
 def fail_jobs(
     bind: Bind,
-    claim: Held,
+    claim: Claim[Any],
     jobs: Iterable[Any] | None = None,
     *,
     retry: bool | timedelta = False,
@@ -147,9 +139,11 @@ def fail_jobs(
         jobs: as for :func:`complete_jobs`.
         retry: ``False`` marks the rows as failed. A ``timedelta`` frees them and makes them due
             that long from now; ``True`` chooses 10 s, doubled with every attempt after the first
-            (up to 12 times), times a random factor between 0.5 and 1.5. The attempt stays
-            counted.
-        error: what went wrong; stored if the table has a column for it.
+            (up to 12 times), times a random factor between 0.5 and 1.5 of each row. The attempt
+            stays counted; rows that have no attempts left are marked as failed.
+        error: what went wrong; stored if the table has a column for it, the name of its type if
+            the exception has no message. What the column cannot hold is escaped, and
+            what is too long for it ends with ``...``.
         unfenced: as for :func:`complete_jobs`.
 
     Returns:
@@ -159,11 +153,15 @@ def fail_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _change(bind, owned, failure(owned.job_table, retry=retry, error=error))
+    outcomes = failures(owned.job_table, retry=retry, error=error)
+    if error is None or owned.job_table.error is None:
+        return Change(bind, owned, outcomes).apply()
+    plain = failures(owned.job_table, retry=retry, error=error, plain=True)
+    return Change(bind, owned, outcomes, plain).apply()
 
 
 def release_jobs(
-    bind: Bind, claim: Held, jobs: Iterable[Any] | None = None, *, unfenced: bool = False
+    bind: Bind, claim: Claim[Any], jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
     """Give claimed jobs back as if they had not been claimed; the attempt does not count.
 
@@ -180,11 +178,11 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _change(bind, owned, release(owned.job_table))
+    return Change(bind, owned, [Outcome(release(owned.job_table))]).apply()
 
 
-def release_left(bind: Bind, claim: Held) -> int:
-    """Give back what of a claim is still marked as running, and passes by what others have locked.
+def release_left(bind: Bind, claim: Claim[Any]) -> int:
+    """Free the rows of a claim that still run, and skip those that are locked elsewhere.
 
     For the end of a loop that has ended its jobs in its own way: what it has not got to is freed.
 
@@ -192,27 +190,25 @@ def release_left(bind: Bind, claim: Held) -> int:
         How many rows were freed.
     """
     owned = owned_rows(claim, None, unfenced=False)
-    job_table, guard = owned.job_table, owned.guard()
-    values = release(job_table)
+    outcomes = [Outcome(release(owned.job_table))]
 
     def run(tx: Transaction) -> int:
         with tx.backend.limit_wait(tx, LONGEST_LOOK):
-            free = tx.backend.unlocked(tx, job_table, owned.keys, guard)
-            return len(tx.backend.change(tx, free, tx.backend.changes(job_table, guard, values)))
+            return _change_unlocked(tx, owned.job_table, owned.keys, owned.guard(), outcomes)
 
-    return run_in(bind, job_table, run, tries=1)
+    return run_in(bind, owned.job_table, run, tries=1)
 
 
 def extend_jobs(
     bind: Bind,
-    claim: Held,
+    claim: Claim[Any],
     jobs: Iterable[Any] | None = None,
     *,
     lease: timedelta | None = None,
 ) -> int:
     """Prolong the leases of claimed jobs, counted from now by the database's clock.
 
-    A lease that is over can be prolonged as long as nobody has claimed the row; but not where the
+    A lease that is over can be prolonged until another worker claims the row; but not where the
     table has exclusive keys, since the row's key may be another's by now.
 
     Args:
@@ -228,14 +224,15 @@ def extend_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=False)
-    return _change(bind, owned, extension(owned.job_table, lease or owned.lease), ends=False)
+    values = extension(owned.job_table, lease or owned.lease)
+    return Change(bind, owned, [Outcome(values, lasting(owned.job_table))], ends=False).apply()
 
 
 def sweep_jobs(bind: Bind, table: Any) -> int:
-    """Mark as failed what has spent its attempts and is neither owned nor ended.
+    """Mark as failed the rows that have no attempts left, and neither run nor have ended.
 
-    Such a row is never claimed again, so without this it stays in limbo. Rows that somebody has
-    locked are left for the next time.
+    Such a row is never claimed again: its lease ran out during its last attempt. An error that it
+    has is kept. Rows that are locked elsewhere are left for the next time.
 
     Args:
         bind: as for :func:`claim_jobs`.
@@ -248,230 +245,270 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         ClaimConflict: another transaction was in the way.
         ClaimError: the table has no attempts, no maximum or no mark for failed rows.
     """
-    job_table = job_table_of(table)
-    if not predicates.is_unspent(job_table):
+    job_table = job_table_of(table, ordered=True)
+    unspent = predicates.is_unspent(job_table)
+    if not unspent:
         raise ClaimError(
             f"{job_table!r} says neither attempts=... nor max_attempts=...: nothing can be spent"
         )
-    attempts, most = _needed(job_table, "attempts", "sweep_jobs"), job_table.max_attempts
-    values = _ending(job_table, job_table.failed, "failed")
-    if job_table.error is not None:
-        values[job_table.error] = _error_value(job_table, "all attempts are spent")
-    unowned = [predicates.is_free(job_table)]
-    if job_table.lease is not None:
-        expired = job_table.lease <= job_table.now(job_table.lease)
-        unowned.append(and_(predicates.is_running(job_table), expired))
-    spent = and_(attempts >= most, or_(*unowned))
+    spent = and_(*map(not_, unspent), predicates.is_unowned(job_table))
+    outcomes = sweeping(job_table)
 
     def run(tx: Transaction) -> int:
-        keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(spent))]
-        free = tx.backend.unlocked(tx, job_table, keys, spent)
-        return len(tx.backend.change(tx, free, tx.backend.changes(job_table, spent, values)))
+        keys = tx.tuples(select(*job_table.key).where(spent))
+        return _change_unlocked(tx, job_table, keys, spent, outcomes)
 
     return run_in(bind, job_table, run)
 
 
-def completion(job_table: JobTable) -> Values:
-    """Return the values that mark a row as done."""
-    return _ending(job_table, job_table.done, "done")
+def requeue_jobs(
+    bind: Bind,
+    table: Any,
+    *,
+    where: Any = None,
+    limit: int | None = None,
+    keep_error: bool = True,
+) -> int:
+    """Free failed rows again, with all their attempts.
 
+    Rows that run, are done or are locked elsewhere are left as they are.
 
-def failure(
-    job_table: JobTable, *, retry: bool | timedelta, error: str | BaseException | None
-) -> Values:
-    """Return the values that mark a row as failed or free it for another attempt."""
-    if retry is False:
-        values = _ending(job_table, job_table.failed, "failed")
-    else:
-        values = freeing(job_table)
-        due = _needed(job_table, "due", "fail_jobs(retry=...)")
-        values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
-    if error is not None and job_table.error is not None:
-        values[job_table.error] = _error_value(job_table, str(error))
-    return values
+    Args:
+        bind: as for :func:`claim_jobs`.
+        table: a ``Table``, a mapped class or a :class:`JobTable` with a mark for failed rows.
+        where: further conditions on the table's own columns, an expression or a sequence of them.
+        limit: how many rows at most, the first ones in the table's order; all if left out.
+        keep_error: keep the error's text, or remove it.
 
+    Returns:
+        How many rows were freed.
 
-def release(job_table: JobTable) -> Values:
-    """Return the values that free a row and do not count the attempt."""
-    values = freeing(job_table)
-    if (attempts := job_table.attempts) is not None:
-        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
-    return values
+    Raises:
+        ClaimConflict: another transaction was in the way.
+        ClaimError: the table has no mark for failed rows, or nothing says how they become free.
+        ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
+    """
+    job_table = job_table_of(table, ordered=True)
+    outcomes = [Outcome(requeuing(job_table, keep_error=keep_error))]
+    failed = and_(
+        *predicates.bears(job_table.failed),
+        *predicates.not_ended_in(job_table, job_table.failed),
+    )
+    query = select(*job_table.key).where(failed, *conditions_of(where)).order_by(*job_table.order)
+    if limit is not None:
+        query = query.limit(checked_limit(limit))
 
+    def run(tx: Transaction) -> int:
+        return _change_unlocked(tx, job_table, tx.tuples(query), failed, outcomes)
 
-def extension(job_table: JobTable, lease: timedelta | None) -> Values:
-    """Return the values that extend a row's lease, counted from now."""
-    column = _needed(job_table, "lease", "extend_jobs")
-    if lease is None:
-        raise ClaimError(
-            "the claim has no lease: claim with claim_jobs(..., lease=...), or say how long with "
-            "extend_jobs(..., lease=...)"
-        )
-    check_duration("lease", lease)
-    return {column: job_table.now(column, literal(lease.total_seconds(), Float()))}
+    return run_in(bind, job_table, run)
 
 
 def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
-    """Return the rows of a claim or a ticket, or only those of ``jobs``."""
-    if isinstance(claim, Claim):
-        found = Owned(claim.table, claim.keys, claim.token, claim.lease)
-    elif isinstance(claim, Mapping):
-        job_table = job_table_of_ticket(claim)
-        keys = keys_of_ticket(job_table, claim)
-        seconds = claim.get("lease")
-        lease = None if seconds is None else timedelta(seconds=seconds)
-        found = Owned(job_table, keys, claim.get("token"), lease)
-    else:
-        raise ClaimError(
-            f"{claim!r} is not a claim: pass what claim_jobs returned, or a Claim.ticket(job)"
+    """Return the rows of a claim, or only those of ``jobs``."""
+    if not isinstance(claim, Claim):
+        cure = (
+            "pass Claim.from_ticket(table, ticket)"
+            if isinstance(claim, Mapping)
+            else ("pass what claim_jobs returned")
         )
-    if jobs is not None:
-        keys = tuple(_key_of(found.job_table, job, found.keys) for job in jobs)
-        found = Owned(found.job_table, keys, found.token, found.lease)
-    if found.token is None and not unfenced:
+        raise ClaimError(f"{claim!r} is not a claim: {cure}")
+    if claim.token is None and not unfenced:
         raise ClaimError(
-            f"{found.job_table.table.fullname!r} has no token column that is known, so a row that "
+            f"{claim.table.table.fullname!r} has no token column that is known, so a row that "
             "was freed and claimed again cannot be told from this claim's: name one with "
             "JobTable(token=...), or agree to that with unfenced=True"
         )
-    return found
+    keys = claim.keys if jobs is None else claim.keys_of(jobs)
+    return Owned(claim.table, keys, claim.token, claim.lease)
 
 
-def _key_of(job_table: JobTable, job: Any, known: tuple[Key, ...]) -> Key:
-    """Return the key of an entity, a row or a key, or raise if it is not one of the claim's."""
-    key: Any
-    if isinstance(job, Row):
-        names = [column.key for column in job_table.key]
-        key = tuple(job._mapping[name] for name in names)  # noqa: SLF001 - Row's public name
-    elif isinstance(job, tuple):
-        key = job
-    elif (state := sa_inspect(job, raiseerr=False)) is not None and hasattr(state, "identity"):
-        key = tuple(state.identity or ())
-    else:
-        key = (job,)
-    found: Key = key
-    if found not in known:
-        raise ClaimError(
-            f"{job!r} is not one of the claim's {len(known)} jobs, whose keys are {list(known)!r}"
-        )
-    return found
+def lasting(job_table: JobTable) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions of an extension beside the claim's own.
+
+    Once its lease is over, a row with an exclusive key has given the key away.
+    """
+    return () if job_table.exclusive_by is None else (predicates.is_held(job_table),)
 
 
-def _needed(job_table: JobTable, role: str, what: str) -> Any:
-    column = getattr(job_table, role)
-    if column is None:
-        name = {"lease": "lease_until", "due": "run_at"}.get(role, role)
-        type_ = {"lease": "TIMESTAMP", "due": "TIMESTAMP"}.get(role, "INTEGER")
-        raise ClaimError(
-            f"{what} needs a {role} column, and {job_table.table.fullname!r} has none that is "
-            f"known: name it with JobTable({role}=...), or add one: ALTER TABLE "
-            f"{job_table.table.fullname} ADD COLUMN {name} {type_} NULL"
-        )
-    return column
+def _owned_by(job_table: JobTable, token: Any) -> ColumnElement[bool]:
+    """Build the condition that a row runs for the claim with a token."""
+    if job_table.token is None:
+        return predicates.is_running(job_table)
+    return and_(job_table.token == token, predicates.is_running(job_table))
 
 
-def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
-    if not mark:
-        raise ClaimError(
-            f"nothing marks a row of {job_table.table.fullname!r} as {role}: say it with "
-            f"JobTable({role}=...)"
-        )
-    # The mark alone keeps the row from being claimed, so a flag can go back to what it was.
-    undone = {} if job_table.state in mark else job_table.released
-    kept = {column: value for column, value in undone.items() if column is job_table.state}
-    return {**kept, **common_values(job_table), **mark}
-
-
-def _delay(job_table: JobTable, retry: bool | timedelta) -> ColumnElement[Any]:
-    """Return the delay before the next attempt, in seconds."""
-    if isinstance(retry, timedelta):
-        check_duration("retry", retry, zero=True)
-        return literal(retry.total_seconds(), Float())
-    if retry is not True:
-        raise ClaimError(f"retry is {retry!r}; expected True, False or a timedelta")
-    jitter = random.uniform(0.5, 1.5)  # noqa: S311 - no secret
-    first = literal(FIRST_RETRY.total_seconds() * jitter, Float())
-    if job_table.attempts is None:
-        return first
-    doubled = func.coalesce(job_table.attempts, 1) - 1
-    # A chain of CASEs: SQLite's power() is not always built in.
-    factor = case(
-        *((doubled <= place, literal(float(2**place), Float())) for place in range(DOUBLINGS)),
-        else_=literal(float(2**DOUBLINGS), Float()),
-    )
-    return first * factor
-
-
-def _error_value(job_table: JobTable, message: str) -> Any:
-    type_ = plain_type(job_table.error.type)
-    if isinstance(type_, JSON):
-        return {"message": message}
-    length = getattr(type_, "length", None)
-    return message if length is None else message[:length]
-
-
-def _change(
-    bind: Bind, owned: Owned, values: Values, *, ends: bool = True, prepared: bool = False
+def _change_unlocked(
+    tx: Transaction,
+    job_table: JobTable,
+    keys: Sequence[Key],
+    guard: ColumnElement[bool],
+    outcomes: Sequence[Outcome],
 ) -> int:
-    """Change what is still owned, and name what is not; ``prepared`` for a completion."""
-    job_table = owned.job_table
-    keyed = not ends and job_table.exclusive_by is not None
+    """Change the rows that the guard is true for, except those that are locked elsewhere."""
+    left, changed = tx.backend.unlocked(tx, job_table, keys, guard), 0
+    for outcome in outcomes:
+        guarded = and_(guard, *outcome.conditions)
+        changes = tx.backend.changes(job_table, guarded, outcome.values)
+        found = set(tx.backend.change(tx, left, changes))
+        left = [key for key in left if key not in found]
+        changed += len(found)
+    return changed
 
-    def run(tx: Transaction) -> list[Key]:
-        if prepared:
-            changes = job_table.prepare(_completing, tx.backend)
-            params = {} if job_table.token is None else {TOKEN: owned.token}
-            changed = tx.backend.change(tx, owned.keys, changes, params)
-        elif ends:
-            changes = tx.backend.changes(job_table, owned.guard(), values)
-            changed = tx.backend.change(tx, owned.keys, changes)
-        else:
-            changes = tx.backend.changes(job_table, owned.lasting(), values)
-            changed = tx.backend.extend(tx, job_table, owned.keys, changes)
-        if tx.after_disconnect and ends:
-            # Afterwards: the earlier try may have been running still, and the change waits for it.
-            known = set(changed)
-            rest = [key for key in owned.keys if key not in known]
-            changed += owned.changed_before(tx, rest, values)
-        if not isinstance(tx.executor, Connection):
-            _expire(tx.executor, owned.job_table, changed, values)
+
+@dataclass
+class Change:
+    """One call's change of a claim's rows.
+
+    Attributes:
+        bind: where it runs.
+        owned: the rows, and what proves that they are the claim's.
+        outcomes: what becomes of them; the first whose conditions are true counts.
+        plain: the outcomes with an error's text that every column can hold, if there is a text.
+        ends: whether the rows run no longer afterwards.
+        refused: the rows whose change the database has refused, and its errors.
+    """
+
+    bind: Bind
+    owned: Owned
+    outcomes: Sequence[Outcome]
+    plain: Sequence[Outcome] | None = None
+    ends: bool = True
+    refused: dict[Key, Exception] = field(default_factory=dict)
+
+    def apply(self) -> int:
+        """Change what is still owned, and raise for what is not, or what the database refuses."""
+        owned = self.owned
+        run = partial(
+            run_in,
+            self.bind,
+            owned.job_table,
+            keyed=not self.ends and owned.job_table.exclusive_by is not None,
+            recoverable=owned.token is not None,
+        )
+        try:
+            changed = run(partial(self._run, keys=owned.keys))
+        except (DBAPIError, UnicodeError) as error:
+            changed = self._run_parts(run, owned.keys, error)
+        if self.ends and owned.token is not None:
+            ended_here.get(owned.token, Ended()).update(changed)
+        if len(changed) < len(owned.keys):
+            _raise_unchanged(owned, changed, self.refused)
+        return len(changed)
+
+    def _run_parts(self, run: Runner, keys: Sequence[Key], error: Exception) -> list[Key]:
+        """Change the rows in two transactions, and so on, until the ones refused are alone.
+
+        A row that is refused alone gets a plain text; if that helps, the rows after it too.
+        """
+        if is_general(error) or not (isinstance(self.bind, Engine) or is_maker(self.bind)):
+            raise error
+        before, half = (self.outcomes, self.plain), len(keys) // 2
+        if half == 0 and self.plain is None:
+            self.refused[keys[0]] = error
+            return []
+        if half == 0:
+            self.outcomes, self.plain = self.plain or (), None
+        changed: list[Key] = []
+        for part in filter(None, (keys[:half], keys[half:])):
+            try:
+                changed += run(partial(self._run, keys=part))
+            except (DBAPIError, UnicodeError) as refusal:
+                changed += self._run_parts(run, part, refusal)
+        if half == 0 and not changed:
+            self.outcomes, self.plain = before
         return changed
 
-    changed = run_in(
-        bind,
-        owned.job_table,
-        run,
-        keyed=keyed,
-        recoverable=owned.token is not None,
-    )
-    if ends and owned.token is not None:
-        ended_here.get(owned.token, Ended()).update(changed)
-    if len(changed) < len(owned.keys):
-        ours = set(changed)
-        lost = [key for key in owned.keys if key not in ours]
-        raise ClaimLost(
-            f"{len(lost)} of {len(owned.keys)} jobs of {owned.job_table.table.fullname!r} are no "
-            f"longer this claim's, their keys: {lost!r}. Another worker has them, or they have "
-            f"ended: do not apply their results. The other {len(changed)} were changed",
-            keys=lost,
+    def _run(self, tx: Transaction, keys: Sequence[Key]) -> list[Key]:
+        if self.plain and tx.backend.checks_text and not tx.own:
+            return self._run_in_callers(tx, keys)
+        job_table, changed = self.owned.job_table, list[Key]()
+        params = {} if job_table.token is None else {TOKEN: self.owned.token}
+        for outcome in self.outcomes:
+            left = _without(keys, changed) if changed else keys
+            if (changes := outcome.statements.get(tx.backend)) is None:
+                changes = outcome.statements[tx.backend] = _changes(job_table, outcome, tx.backend)
+            if self.ends:
+                changed += tx.backend.change(tx, left, changes, params)
+            else:
+                changed += tx.backend.extend(tx, job_table, left, changes, params)
+        if tx.after_disconnect and self.ends:
+            # Afterwards: the earlier try may have been running still, and the change waits for it.
+            for outcome in self.outcomes:
+                changed += self.owned.changed_before(tx, _without(keys, changed), outcome)
+        if not isinstance(tx.executor, Connection):
+            written = {column for outcome in self.outcomes for column in outcome.values}
+            _expire(tx.executor, job_table, changed, written)
+        return changed
+
+    def _run_in_callers(self, tx: Transaction, keys: Sequence[Key]) -> list[Key]:
+        """Change the rows in the caller's transaction, which outlasts a text that is refused."""
+        plain, self.plain = self.plain, None
+        try:
+            driver: Any = tx.connection.connection.dbapi_connection
+            is_open = not tx.connection.dialect.detect_autocommit_setting(driver)
+            with tx.connection.begin_nested() if is_open else nullcontext():
+                return self._run(tx, keys)
+        except (DBAPIError, UnicodeError) as error:
+            conflicts = isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
+            if conflicts or is_general(error):
+                raise
+        self.outcomes = plain or ()
+        return self._run(tx, keys)
+
+
+def _raise_unchanged(
+    owned: Owned, changed: Sequence[Key], refused: Mapping[Key, Exception]
+) -> NoReturn:
+    """Raise for the rows that are not the claim's, or that the database has refused."""
+    name, total = owned.job_table.table.fullname, len(owned.keys)
+    error: ClaimError | None = None
+    for cause in refused.values():
+        reason = getattr(cause, "orig", cause)
+        error = ClaimError(
+            f"the database refused the change of {len(refused)} of {total} jobs of {name!r}, "
+            f"their keys: {list(refused)!r}, the last one: {reason}. They are still this claim's; "
+            f"the other {len(changed)} were changed"
         )
-    return len(changed)
+        error.__cause__ = cause
+    lost = _without(owned.keys, [*changed, *refused])
+    if error is not None and not lost:
+        raise error
+    raise ClaimLost(
+        f"{len(lost)} of {total} jobs of {name!r} are no longer this claim's, their keys: "
+        f"{lost!r}. Another worker has them, or they have ended: do not apply their results. "
+        f"The other {len(changed)} were changed",
+        keys=lost,
+    ) from error
 
 
-def _completing(job_table: JobTable, backend: Backend) -> Sequence[ByKey]:
-    """Return the statements of a completion, whose token is a parameter."""
-    guard, token = predicates.is_running(job_table), job_table.token
-    if token is not None:
-        guard = and_(token == bindparam(TOKEN, None, token.type), guard)
-    return backend.changes(job_table, guard, job_table.prepare(completion))
+def _without(keys: Sequence[Key], others: Collection[Key]) -> Sequence[Key]:
+    """Return the keys without the others, in their order."""
+    known = set(others)
+    return [key for key in keys if key not in known]
 
 
-def _expire(session: Session, job_table: JobTable, keys: Iterable[Key], values: Values) -> None:
+def _completing(job_table: JobTable) -> Sequence[Outcome]:
+    """Return the outcome of a completion, whose statements are prepared once."""
+    return (Outcome(completion(job_table)),)
+
+
+def _changes(job_table: JobTable, outcome: Outcome, backend: Backend) -> Sequence[ByKey]:
+    """Return the statements of an outcome, whose token is a parameter."""
+    token = job_table.token
+    given = None if token is None else bindparam(TOKEN, None, token.type)
+    guard = and_(_owned_by(job_table, given), *outcome.conditions)
+    return backend.changes(job_table, guard, outcome.values)
+
+
+def _expire(
+    session: Session, job_table: JobTable, keys: Iterable[Key], columns: Iterable[Any]
+) -> None:
     """Have the claim's entities read again what was written behind their back."""
     mapper = job_table.mapper
     if mapper is None:
         return
-    names = [mapper.get_property_by_column(column).key for column in values]
+    names = [mapper.get_property_by_column(column).key for column in columns]
     for key in keys:
         entity = session.identity_map.get(mapper.identity_key_from_primary_key(key))
         if entity is not None:

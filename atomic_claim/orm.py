@@ -2,11 +2,13 @@
 
 A session, a session factory or a mapped class can only come from who has imported
 ``sqlalchemy.orm``, so without that nothing is one. The package has it as an attribute only once its
-import is complete, so what another thread is still importing is not looked at.
+import is complete, so what another thread is still importing is not looked at. Asynchronous binds
+are led back to the synchronous ones behind them likewise.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import sqlalchemy
@@ -34,3 +36,39 @@ def is_maker(given: object) -> TypeGuard[sessionmaker[Any]]:
 def is_mapper(given: object) -> TypeGuard[Mapper[Any]]:
     """Check whether the object is a mapped class's ``Mapper``."""
     return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.Mapper)
+
+
+def async_types() -> tuple[type[Any], ...]:
+    """Return the asynchronous bind classes, or an empty tuple if they are not imported."""
+    module: Any = sys.modules.get("sqlalchemy.ext.asyncio")
+    if module is None:
+        return ()
+    return (
+        module.AsyncSession,
+        module.async_scoped_session,
+        module.AsyncConnection,
+        module.AsyncEngine,
+        module.async_sessionmaker,
+    )
+
+
+def sync_bind(bind: Any) -> Any:
+    """Return the synchronous bind behind an asynchronous one, and any other bind unchanged."""
+    if not isinstance(bind, async_types()):
+        return bind
+    if hasattr(bind, "registry"):
+        bind = bind.registry()
+    for name in ("sync_session", "sync_connection", "sync_engine"):
+        if hasattr(bind, name):
+            return getattr(bind, name)
+    return _sync_maker(bind)
+
+
+def _sync_maker(maker: Any) -> sessionmaker[Any]:
+    options = dict(maker.kw)
+    if options.get("bind") is not None:
+        options["bind"] = sync_bind(options["bind"])
+    if options.get("binds"):
+        options["binds"] = {key: sync_bind(each) for key, each in options["binds"].items()}
+    session_class = options.pop("sync_session_class", None) or maker.class_.sync_session_class
+    return sqlalchemy.orm.sessionmaker(class_=session_class, **options)

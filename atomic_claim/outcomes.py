@@ -1,15 +1,39 @@
-"""The values that free a claimed row, for every operation that does."""
+"""The values that end a claim: done, failed, freed, extended."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import null
+from sqlalchemy import ColumnElement, case, func, literal, not_, null
+from sqlalchemy.sql.elements import False_, True_
+from sqlalchemy.types import JSON, Float
 
 from .errors import ClaimError
+from .inference import plain_type
 from .job_table import JobTable
+from .predicates import is_unspent
+from .roles import check_duration
+from .sql_elements import RandomFraction
 
 Values = dict[Any, Any]
+
+FIRST_RETRY = timedelta(seconds=10)
+DOUBLINGS = 12
+# Bytes of an error's text at most: MySQL's TEXT; and of a text that was refused: its TINYTEXT.
+LONGEST_TEXT, LONGEST_PLAIN = 65_535, 255
+CUT = "..."
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Values for the rows that meet the conditions, and the statements by backend."""
+
+    values: Values
+    conditions: tuple[ColumnElement[bool], ...] = ()
+    statements: dict[Any, Any] = field(default_factory=dict)
 
 
 def common_values(job_table: JobTable) -> Values:
@@ -37,3 +61,171 @@ def freeing(job_table: JobTable) -> Values:
     if (worker := job_table.worker) is not None:
         values[worker] = null() if worker.nullable else ""
     return values
+
+
+def completion(job_table: JobTable) -> Values:
+    """Return the values that mark a row as done."""
+    return _ending(job_table, job_table.done, "done")
+
+
+def failure(
+    job_table: JobTable,
+    *,
+    retry: bool | timedelta,
+    error: str | BaseException | None,
+    plain: bool = False,
+) -> Values:
+    """Return the values that mark a row as failed or free it for another attempt.
+
+    ``plain`` reduces the error's text to what every column can hold.
+    """
+    if retry is False:
+        values = _ending(job_table, job_table.failed, "failed")
+    else:
+        values = freeing(job_table)
+        due = needed(job_table, "due", "fail_jobs(retry=...)")
+        values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
+    if error is not None and job_table.error is not None:
+        text = error if isinstance(error, str) else str(error) or type(error).__qualname__
+        values[job_table.error] = error_value(job_table, text, plain=plain)
+    return values
+
+
+def failures(
+    job_table: JobTable,
+    *,
+    retry: bool | timedelta,
+    error: str | BaseException | None,
+    plain: bool = False,
+) -> Sequence[Outcome]:
+    """Return the outcomes of a failure: rows without attempts left are not freed for another."""
+    found = [Outcome(failure(job_table, retry=retry, error=error, plain=plain))]
+    if retry is not False and job_table.failed and is_unspent(job_table):
+        ended = failure(job_table, retry=False, error=error, plain=plain)
+        found.insert(0, Outcome(ended, tuple(map(not_, is_unspent(job_table)))))
+    return found
+
+
+def sweeping(job_table: JobTable) -> Sequence[Outcome]:
+    """Return the outcomes that mark spent rows as failed, and keep the last error."""
+    needed(job_table, "attempts", "sweep_jobs")
+    values = _ending(job_table, job_table.failed, "failed")
+    error = job_table.error
+    if error is None:
+        return (Outcome(values),)
+    spent = {**values, error: error_value(job_table, "all attempts are spent")}
+    return Outcome(spent, (error.is_(None),)), Outcome(values)
+
+
+def release(job_table: JobTable) -> Values:
+    """Return the values that free a row and do not count the attempt."""
+    values = freeing(job_table)
+    if (attempts := job_table.attempts) is not None:
+        values[attempts] = case((attempts > 0, attempts - 1), else_=0)
+    return values
+
+
+def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
+    """Return the values that free a failed row, with all its attempts."""
+    name = job_table.table.fullname
+    if not job_table.failed:
+        raise ClaimError(
+            f"nothing marks a row of {name!r} as failed, so none can be freed again: say it with "
+            "JobTable(failed=...)"
+        )
+    values = freeing(job_table)
+    for column, value in job_table.failed.items():
+        if column in job_table.released:
+            continue
+        if isinstance(value, (True_, False_)):
+            values[column] = not_(value)
+        elif column.nullable:
+            values[column] = null()
+        else:
+            raise ClaimError(
+                f"nothing says what {column.name!r} of {name!r} is for a row that has not failed, "
+                "and it cannot be NULL: say it with JobTable(released={column: value})"
+            )
+    if job_table.attempts is not None:
+        values[job_table.attempts] = 0
+    if job_table.error is not None and not keep_error:
+        values[job_table.error] = null()
+    return values
+
+
+def extension(job_table: JobTable, lease: timedelta | None) -> Values:
+    """Return the values that extend a row's lease, counted from now."""
+    column = needed(job_table, "lease", "extend_jobs")
+    if lease is None:
+        raise ClaimError(
+            "the claim has no lease: claim with claim_jobs(..., lease=...), or say how long with "
+            "extend_jobs(..., lease=...)"
+        )
+    check_duration("lease", lease)
+    return {column: job_table.now(column, literal(lease.total_seconds(), Float()))}
+
+
+def error_value(job_table: JobTable, text: str, *, plain: bool = False) -> Any:
+    """Return an error's text as the column can hold it, cut visibly where it is too long.
+
+    NUL and surrogates are escaped, which no database stores; ``plain`` escapes all that is not
+    ASCII, for a column whose character set is not known.
+    """
+    type_ = plain_type(job_table.error.type)
+    escaped = text.replace("\0", "\\x00").encode("ascii" if plain else "utf-8", "backslashreplace")
+    most = LONGEST_PLAIN if plain else LONGEST_TEXT
+    if len(escaped) > most:
+        escaped = escaped[: most - len(CUT)] + CUT.encode()
+    text = escaped.decode("utf-8", "ignore")
+    if isinstance(type_, JSON):
+        return {"message": text}
+    length = getattr(type_, "length", None)
+    if length is None or len(text) <= length:
+        return text
+    return text[: max(0, length - len(CUT))] + CUT[:length]
+
+
+def needed(job_table: JobTable, role: str, what: str) -> Any:
+    """Return the column of a role, or raise with the ALTER TABLE that adds one."""
+    column = getattr(job_table, role)
+    if column is None:
+        name = {"lease": "lease_until", "due": "run_at"}.get(role, role)
+        type_ = {"lease": "TIMESTAMP", "due": "TIMESTAMP"}.get(role, "INTEGER")
+        raise ClaimError(
+            f"{what} needs a {role} column, and {job_table.table.fullname!r} has none that is "
+            f"known: name it with JobTable({role}=...), or add one: ALTER TABLE "
+            f"{job_table.table.fullname} ADD COLUMN {name} {type_} NULL"
+        )
+    return column
+
+
+def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
+    if not mark:
+        raise ClaimError(
+            f"nothing marks a row of {job_table.table.fullname!r} as {role}: say it with "
+            f"JobTable({role}=...)"
+        )
+    # The mark alone keeps the row from being claimed, so a flag can go back to what it was.
+    undone = {} if job_table.state in mark else job_table.released
+    kept = {column: value for column, value in undone.items() if column is job_table.state}
+    return {**kept, **common_values(job_table), **mark}
+
+
+def _delay(job_table: JobTable, retry: bool | timedelta) -> ColumnElement[Any]:
+    """Return the delay before the next attempt, in seconds."""
+    if isinstance(retry, timedelta):
+        check_duration("retry", retry, zero=True)
+        return literal(retry.total_seconds(), Float())
+    if retry is not True:
+        raise ClaimError(f"retry is {retry!r}; expected True, False or a timedelta")
+    # The database draws, so that every row of a batch has a delay of its own.
+    first = FIRST_RETRY.total_seconds() * (RandomFraction() + literal(0.5, Float()))
+    if job_table.attempts is None:
+        return first
+    doubled = func.coalesce(job_table.attempts, 1) - 1
+    # A chain of CASEs: SQLite's power() is not always built in.
+    factor = case(
+        *((doubled <= place, literal(float(2**place), Float())) for place in range(DOUBLINGS)),
+        else_=literal(float(2**DOUBLINGS), Float()),
+    )
+    return first * factor

@@ -37,7 +37,7 @@ from .arguments import (
     check_tables,
     check_worker,
     checked_values,
-    conditions,
+    conditions_of,
     order_terms,
 )
 from .candidates import Candidates
@@ -332,7 +332,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         job_table.order if request.order_by is None else order_terms(job_table, request.order_by)
     )
     order = order or key
-    where = conditions(request.where)
+    where = conditions_of(request.where)
     check_tables(job_table, (*where, *order))
     values = _claim_values(job_table, request) | given
     moved = [column.name for column in job_table.key if column in values]

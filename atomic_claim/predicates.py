@@ -101,17 +101,27 @@ def claimable(job_table: JobTable) -> ColumnElement[bool]:
 @_once
 def claimable_branches(job_table: JobTable) -> tuple[Branch, ...]:
     """Return the reasons why a row may be claimed; the first one is that it is free."""
-    found = [Branch((is_free(job_table), *is_due(job_table)))]
-    lease = job_table.lease
-    # Where a lease that is over is what makes rows free, there is no second reason.
-    if lease is not None and (lease is not job_table.state or lease.nullable):
-        running, unspent = is_running(job_table), is_unspent(job_table)
-        expired = (running, lease <= job_table.now(lease), *unspent)
-        found.append(Branch(expired, (lease,)))
-        if job_table.unleased is not None:
-            old = (running, lease.is_(None), _is_old(job_table), *unspent)
-            found.append(Branch(old, (claimed_since(job_table),)))
-    return tuple(found)
+    unspent = is_unspent(job_table)
+    expired = (Branch((*each.conditions, *unspent), each.order) for each in _expired(job_table))
+    return (Branch((is_free(job_table), *is_due(job_table))), *expired)
+
+
+def _expired(job_table: JobTable) -> tuple[Branch, ...]:
+    """Return the reasons why a running row's worker no longer owns it."""
+    lease, running = job_table.lease, is_running(job_table)
+    # Where a lease that is over is what makes rows free, there is no other reason.
+    if lease is None or (lease is job_table.state and not lease.nullable):
+        return ()
+    over = Branch((running, lease <= job_table.now(lease)), (lease,))
+    if job_table.unleased is None:
+        return (over,)
+    return over, Branch((running, lease.is_(None), _is_old(job_table)), (claimed_since(job_table),))
+
+
+@_once
+def is_unowned(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that no worker owns the row, and that it has not ended."""
+    return or_(is_free(job_table), any_of(_expired(job_table)))
 
 
 def any_of(branches: Collection[Branch]) -> ColumnElement[bool]:

@@ -96,6 +96,18 @@ class DatabaseTime(ColumnElement[datetime]):
         self.later = value is None or value >= 0
 
 
+class RandomFraction(ColumnElement[float]):
+    """A random number from 0 to 1, drawn by the database for each row."""
+
+    inherit_cache = True
+    type = Float()
+
+
+@compiles(RandomFraction)
+def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
+    return "random()"
+
+
 def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
     """Build the condition that a row's key is one of ``keys``.
 

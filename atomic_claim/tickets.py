@@ -1,92 +1,149 @@
-"""A claim as JSON: what lets another process, or another queue, end a job."""
+"""Claims for other processes: keys as JSON, and the ``JobTable`` of a pickled claim."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from datetime import date, datetime, timedelta
+import io
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Column
+from sqlalchemy import Column, Table
+from sqlalchemy import inspect as sa_inspect
+from sqlalchemy.engine.default import DefaultDialect
 
-from .errors import AmbiguousTable, ClaimError
-from .job_table import JobTable, declared_tables
-from .references import resolve
+from .errors import ClaimError
+from .job_table import JobTable
+from .orm import is_mapper
 
-Key = tuple[Any, ...]
+THROUGH = "column"
+# A subclass stands before its base class.
+READERS: dict[type, Callable[[str], Any]] = {
+    bool: "True".__eq__,
+    int: int,
+    str: str,
+    float: float,
+    bytes: bytes.fromhex,
+    Decimal: Decimal,
+    datetime: datetime.fromisoformat,
+    date: date.fromisoformat,
+    time: time.fromisoformat,
+    timedelta: lambda text: timedelta(microseconds=int(text)),
+    UUID: UUID,
+}
+KINDS = {kind.__name__: read for kind, read in READERS.items()}
+_dialect = DefaultDialect()
+_dialect.supports_native_decimal = True
 
 
-def ticket_for(
-    job_table: JobTable, keys: Sequence[Key], token: str | None, lease: timedelta | None
-) -> dict[str, Any]:
-    """Build a JSON-serializable ticket that identifies the rows and holds the claim's token."""
-    entity = job_table.entity
-    return {
-        "table": job_table.table.fullname,
-        "entity": None if entity is None else f"{entity.__module__}:{entity.__qualname__}",
-        "shape": job_table.shape,
-        "keys": [[_written(part) for part in key] for key in keys],
-        "token": token,
-        "lease": None if lease is None else lease.total_seconds(),
-    }
+def written(column: Column[Any], value: Any) -> list[str]:
+    """Write a part of a key as its type and its text.
 
+    Both are strings: JavaScript rounds integers above 2^53. A value of another type is converted
+    by the column's bind processing first, and ``"column"`` stands before the two.
 
-def job_table_of_ticket(ticket: Mapping[str, Any]) -> JobTable:
-    """Return this process's ``JobTable`` for the table and columns of a ticket.
-
-    It is one that was declared or inferred here, or else is inferred from the mapped class, which
-    is imported if need be.
+    Raises:
+        ClaimError: reading it again would give another value.
     """
-    name, shape = _part(ticket, "table"), _part(ticket, "shape")
-    for known in declared_tables:
-        if known.table.fullname == name and known.shape == shape:
-            return known
-    found = None if ticket.get("entity") is None else _inferred(ticket["entity"])
-    if found is None or found.shape != shape:
-        raise ClaimError(
-            f"nothing in this process says what the columns of {name!r} mean, as the claim of "
-            "this ticket took it: import the module that declares its JobTable, or call "
-            "JobTable.infer(table), before the ticket is used"
-        )
-    return found
-
-
-def keys_of_ticket(job_table: JobTable, ticket: Mapping[str, Any]) -> tuple[Key, ...]:
-    """Return the ticket's keys, converted to the types of the table's columns."""
-    return tuple(
-        tuple(_read(column, part) for column, part in zip(job_table.key, key, strict=True))
-        for key in _part(ticket, "keys")
+    through = type(value) not in READERS
+    process = column.type.dialect_impl(_dialect).bind_processor(_dialect) if through else None
+    stored = value if process is None else process(value)
+    for kind in READERS:
+        if isinstance(stored, kind):
+            part = [*[THROUGH] * through, kind.__name__, _text(stored)]
+            if read(column, part) == value:
+                return part
+            break
+    raise ClaimError(
+        f"the key {column.name}={value!r} of type {type(value).__name__} does not survive JSON; "
+        f"expected {', '.join(KINDS)}, or a value that the column's type converts to one of them "
+        "and back: give the claim's rows to other processes by pickle"
     )
 
 
-def _part(ticket: Mapping[str, Any], name: str) -> Any:
-    if name not in ticket:
-        raise ClaimError(f"{dict(ticket)!r} is not a ticket: it has no {name!r}")
+def read(column: Column[Any], part: Any) -> Any:
+    """Read a part of a key that :func:`written` has written."""
+    try:
+        *through, kind, text = part
+        stored = KINDS[kind](text)
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        raise ClaimError(
+            f"{part!r} is not a key of {column.name!r}: expected what Claim.ticket(job) wrote, "
+            'such as ["int", "7"]'
+        ) from None
+    if not through:
+        return stored
+    process = column.type.dialect_impl(_dialect).result_processor(_dialect, None)
+    return stored if process is None else process(stored)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, timedelta):
+        return str(value // timedelta(microseconds=1))
+    return str(value)
+
+
+def part_of(ticket: Mapping[str, Any], name: str) -> Any:
+    """Return an entry of a ticket, or raise if it has none."""
+    if not isinstance(ticket, Mapping) or name not in ticket:
+        raise ClaimError(
+            f"{ticket!r} is not a ticket: it has no {name!r}; expected what Claim.ticket(job) "
+            "returned"
+        )
     return ticket[name]
 
 
-def _inferred(named: str) -> JobTable | None:
-    try:
-        return JobTable.infer(resolve(named))
-    except (ImportError, AttributeError, ValueError, AmbiguousTable):
-        return None
+class _Pickler(pickle.Pickler):
+    """Pickles a ``JobTable`` without its statements; its class's mapper and tables by reference."""
+
+    def __init__(self, file: io.BytesIO, tables: Sequence[Any]) -> None:
+        super().__init__(file)
+        self.tables = tables
+
+    def persistent_id(self, obj: Any) -> type[Any] | tuple[int, str | None] | None:
+        if is_mapper(obj):
+            return obj.class_
+        table = obj.table if isinstance(obj, Column) else obj
+        if not isinstance(table, Table) or table not in self.tables:
+            return None
+        return self.tables.index(table), None if obj is table else obj.key
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, JobTable):
+            return NotImplemented
+        state = {each.name: getattr(obj, each.name) for each in fields(obj)}
+        return object.__new__, (JobTable,), state | {"statements": {}}
 
 
-def _written(part: Any) -> Any:
-    if isinstance(part, bytes):
-        return part.hex()
-    return part if isinstance(part, (int, float, str, type(None))) else str(part)
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tables: Sequence[Any]) -> None:
+        super().__init__(file)
+        self.tables = tables
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, type):
+            return sa_inspect(pid)
+        place, key = pid
+        return self.tables[place] if key is None else self.tables[place].columns[key]
 
 
-def _read(column: Column[Any], part: Any) -> Any:
-    if not isinstance(part, str):
-        return part
-    readers: dict[type, Any] = {
-        UUID: UUID,
-        bytes: bytes.fromhex,
-        Decimal: Decimal,
-        datetime: datetime.fromisoformat,
-        date: date.fromisoformat,
-    }
-    return readers.get(column.type.python_type, str)(part)
+def pickled(job_table: JobTable) -> tuple[type[Any] | None, bytes]:
+    """Pickle a declaration: a mapped class by its name, a ``Table`` with its metadata."""
+    file = io.BytesIO()
+    _Pickler(file, _tables(job_table.entity)).dump(job_table)
+    return job_table.entity, file.getvalue()
+
+
+def unpickled(entity: type[Any] | None, state: bytes) -> JobTable:
+    """Return the declaration that :func:`pickled` has pickled."""
+    found: JobTable = _Unpickler(io.BytesIO(state), _tables(entity)).load()
+    return found
+
+
+def _tables(entity: type[Any] | None) -> Sequence[Any]:
+    return () if entity is None else sa_inspect(entity).tables

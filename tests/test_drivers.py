@@ -111,10 +111,10 @@ def check_a_conflict(database: Database, driver: str) -> None:
 
 
 def _of_others(jobs: JobTable) -> Any:
-    """Return the ticket of a row that is locked."""
+    """Return a claim of a row that is locked."""
     from atomic_claim.claim import Claim  # noqa: PLC0415 - used here alone
 
-    return Claim([(1,)], table=jobs, keys=[(1,)], token="x" * 32)
+    return Claim(((1,),), table=jobs, keys=((1,),), token="x" * 32)
 
 
 @SERVERS

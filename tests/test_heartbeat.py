@@ -113,7 +113,8 @@ def test_a_ticket_is_kept_too(database: Database) -> None:
     """A ticket that has been through JSON stands for its claim."""
     engine, jobs = made(database, 1)
     claim = claim_jobs(engine, jobs, lease=LEASE)
-    with keep_claims(engine, json.loads(json.dumps(claim.ticket(claim[0]))), every=EVERY):
+    ticket = json.loads(json.dumps(claim.ticket(claim[0])))
+    with keep_claims(engine, Claim.from_ticket(jobs, ticket), every=EVERY):
         grows(engine, jobs, 1)
 
 
@@ -192,23 +193,30 @@ def test_an_uncommitted_completion_is_passed_over(database: Database) -> None:
 
 
 @pytest.mark.databases("sqlite")
-def test_sqlite_lets_nobody_else_write(database: Database) -> None:
-    """While the block's transaction has written, no beat gets through: nothing is lost by that."""
+def test_a_failed_extension_is_not_a_beat(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While SQLite's block writes, its leases run out: the others are lost, by the reason kept.
+
+    The row that the block has ended is not: it is extended again after the rollback.
+    """
     engine, jobs = made(database, 2)
     keeping = database.engine()
-    lease = timedelta(seconds=0.5)
-    claim = claim_jobs(engine, jobs, 2, lease=lease)
-    with engine.connect() as connection, beats(keeping) as seen:
-        with keep_claims(keeping, claim, every=EVERY) as keeper:
-            complete_jobs(connection, claim[:1])
-            until = time.monotonic() + 2 * lease.total_seconds()
-            wait_until(lambda: time.monotonic() > until)
-            tried = len(seen)
-            wait_until(lambda: len(seen) > tried)
-            assert keeper.lost == ()
-            connection.commit()
-            grows(engine, jobs, 2)
+    claim = claim_jobs(engine, jobs, 2, lease=timedelta(seconds=1))
+    with engine.connect() as connection, keep_claims(keeping, claim, every=EVERY) as keeper:
+        complete_jobs(connection, claim[:1])
+        wait_until(lambda: keeper.error)
         assert keeper.lost == ()
+        wait_until(lambda: keeper.lost)
+        with pytest.raises(ClaimLost) as raised:
+            keeper.check()
+        assert (raised.value.keys, raised.value.__cause__) == (((2,),), keeper.error)
+        connection.rollback()
+        grows(engine, jobs, 1)
+        assert keeper.error is None
+    assert [each.getMessage().partition(":")[0] for each in caplog.records] == [
+        "2 leases of jobs are not extended"
+    ]
 
 
 def test_a_beat_does_not_wait_long(database: Database) -> None:
@@ -344,25 +352,74 @@ def test_a_row_taken_by_another_worker_is_lost(database: Database) -> None:
     assert (owned.claim_token, owned.lease_until) == (successor.token, successor[0].lease_until)
 
 
-def test_a_failing_callback_does_not_hide_a_loss(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where on_lost raises, nothing is kept any more, and the block learns of it."""
+def fail(_: object) -> None:
+    """Raise, as a callback."""
+    raise ZeroDivisionError
+
+
+def test_a_failing_callback_reaches_the_block(database: Database) -> None:
+    """Where on_lost raises, nothing is kept any more, and the end of the block raises it."""
     engine, jobs = made(database, 2)
     claim = claim_jobs(engine, jobs, 2, lease=LEASE)
-    raised: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", raised.append)
+    keeping = ExitStack()
+    keeper = keeping.enter_context(keep_claims(engine, claim, every=EVERY, on_lost=fail))
+    take(engine, jobs, 2)
+    wait_until(lambda: not threads())
+    with pytest.raises(ClaimLost) as raised:
+        keeper.check()
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    assert keeper.lost == ((1,), (2,))
+    with pytest.raises(ZeroDivisionError):
+        keeping.close()
 
-    def fail(_: object) -> None:
-        raise ZeroDivisionError
 
-    with keep_claims(engine, claim, every=EVERY, on_lost=fail) as keeper:
-        take(engine, jobs, 2)
-        wait_until(lambda: not threads())
-        with pytest.raises(ClaimLost):
-            keeper.check()
-        assert keeper.lost == ((1,), (2,))
-    assert [each.exc_type for each in raised] == [ZeroDivisionError]
+def test_a_failing_callback_reaches_an_asynchronous_block(database: Database) -> None:
+    """The twin of a task: its end raises what on_lost raised, once."""
+    engine, jobs = made(database, 1)
+    claim = claim_jobs(engine, jobs, lease=LEASE)
+
+    async def block() -> None:
+        url = database.url.set(drivername=DRIVERS[database.name][0])
+        keeping = create_async_engine(url)
+        try:
+            async with aio.keep_claims(keeping, claim, every=EVERY, on_lost=fail) as keeper:
+                take(engine, jobs, 1)
+                while not keeper.error:
+                    await asyncio.sleep(0.01)
+        finally:
+            await keeping.dispose()
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(block(), 60))
+
+
+def test_rows_that_are_not_the_claims_before_the_block(database: Database) -> None:
+    """Ended, cancelled, taken: ClaimLost names these rows, and the others can be kept."""
+    engine, jobs = made(database, 4)
+    claim = claim_jobs(engine, jobs, 4, lease=LEASE)
+    complete_jobs(engine, claim[:1])
+    with engine.begin() as connection:
+        connection.execute(jobs.table.delete().where(jobs.table.c.id == 2))
+    take(engine, jobs, 3)
+    with pytest.raises(ClaimLost) as raised, keep_claims(engine, claim, every=EVERY):
+        pass
+    assert raised.value.keys == ((1,), (2,), (3,))
+    with keep_claims(engine, claim[3:], every=EVERY):
+        grows(engine, jobs, 4)
+
+
+@pytest.mark.databases(*ON_SERVERS)
+def test_a_row_that_stays_locked_is_lost_with_its_lease(database: Database) -> None:
+    """A row that a beat passes over for longer than its lease is not extended, so it is lost."""
+    engine, jobs = made(database, 2)
+    claim = claim_jobs(engine, jobs, 2, lease=timedelta(seconds=1))
+    with engine.connect() as connection, keep_claims(engine, claim, every=EVERY) as keeper:
+        connection.execute(
+            jobs.table.update().where(jobs.table.c.id == 1).values(last_error="slow")
+        )
+        wait_until(lambda: keeper.lost)
+        assert keeper.lost == ((1,),)
+        connection.rollback()
 
 
 def test_a_pool_without_a_free_connection(database: Database) -> None:
@@ -457,7 +514,7 @@ def test_asynchronous_blocks_end_cleanly(database: Database) -> None:
 
 
 def test_a_beat_leaves_the_connection_as_it_was(database: Database) -> None:
-    """How long a beat waits for locks is no affair of whoever gets its connection next."""
+    """A beat limits its wait for locks, and gives its connection back without the limit."""
     asked = {
         "sqlite": "PRAGMA busy_timeout",
         "postgresql": "SHOW lock_timeout",

@@ -265,7 +265,7 @@ class Stage:
         return future.done() or (may_wait and self.database.lock_waiters() > 0)
 
     def expire(self, connection: sa.Connection) -> None:
-        """Let the lease run out, by whoever can write to the row."""
+        """Let the lease run out, on a connection that can write to the row."""
         if self.holds:
             expire(connection, self.jobs, self.number)
             self.time_passed = True

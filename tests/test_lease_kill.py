@@ -33,7 +33,7 @@ context.set_forkserver_preload(["tests.worker", "psycopg", "pymysql"])
 
 @contextmanager
 def processes() -> Iterator[list[ForkServerProcess]]:
-    """Room for worker processes, none of which outlives the block."""
+    """Collect worker processes, which end with the block."""
     running: list[ForkServerProcess] = []
     try:
         yield running

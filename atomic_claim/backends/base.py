@@ -266,6 +266,8 @@ class Backend(ABC):
     """How exclusive keys are locked."""
     cure: ClassVar[str] = "roll back, and claim again in a new transaction"
     """What the message of a conflict advises the owner of the transaction to do."""
+    checks_text: ClassVar[bool] = True
+    """Whether a text can be refused for its characters or its length."""
 
     @abstractmethod
     def check(self, dialect: Dialect) -> None:
@@ -330,13 +332,18 @@ class Backend(ABC):
         return changed
 
     def extend(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
+        self,
+        tx: Transaction,
+        job_table: JobTable,
+        keys: Sequence[Key],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
     ) -> list[Key]:
         """:meth:`change`, with the exclusive keys of the rows locked."""
         if job_table.exclusive_by is None:
-            return self.change(tx, keys, changes)
+            return self.change(tx, keys, changes, params)
         with self.key_locks.held(tx, job_table, keys):
-            return self.change(tx, keys, changes)
+            return self.change(tx, keys, changes, params)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

@@ -33,7 +33,7 @@ from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
-from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
+from atomic_claim.sql_elements import ByKey, DatabaseTime, RandomFraction, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .base import (
@@ -333,6 +333,11 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     ).subquery("claimable")
     claim = update(element.table).values(element.written)
     return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
+
+
+@compiles(RandomFraction, *NAMES)
+def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
+    return "rand()"
 
 
 @compiles(DatabaseTime, *NAMES)

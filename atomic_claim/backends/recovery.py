@@ -88,7 +88,9 @@ class OneByOne:
             except (ClaimError, CompileError):
                 raise
             except Exception as error:
-                if isinstance(error, DBAPIError) and _is_general(tx, error):
+                if isinstance(error, DBAPIError) and (
+                    is_general(error) or tx.backend.is_conflict(error)
+                ):
                     raise
                 self.passed[key] = error
                 if isinstance(error, Unreadable):
@@ -101,9 +103,11 @@ class OneByOne:
         return found
 
 
-def _is_general(tx: Transaction, error: DBAPIError) -> bool:
-    """Check whether an error is none of one row: a conflict, a lost connection, a wrong name."""
-    if error.connection_invalidated or tx.backend.is_conflict(error):
+def is_general(error: Exception) -> bool:
+    """Check whether an error is none of one row: a lost connection, a wrong name."""
+    if not isinstance(error, DBAPIError):
+        return False
+    if error.connection_invalidated:
         return True
     # psycopg has RAISE EXCEPTION of a trigger as a ProgrammingError, too.
     code = code_of(error, str)

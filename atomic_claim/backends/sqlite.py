@@ -32,7 +32,7 @@ from sqlalchemy.types import NullType, String
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import INSTANT, LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm
+from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm, RandomFraction
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .base import (
@@ -77,6 +77,7 @@ class SQLite(Backend):
     """
 
     names = ("sqlite",)
+    checks_text = False
     cure = (
         "roll back, and claim as the first statement of the transaction: a transaction that has "
         "read cannot become a writer once another connection has written "
@@ -263,6 +264,12 @@ def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     ctes = ", \n".join((compiler.ctes or {}).values())
     before, _, statement = sql.partition(ctes) if ctes else ("", "", sql)
     return statement.lstrip().replace(f"SELECT {MARK}", f"{before}{ctes} SELECT".lstrip())
+
+
+@compiles(RandomFraction, "sqlite")
+def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
+    # A signed integer of 64 bits: https://www.sqlite.org/lang_corefunc.html#random
+    return "(random() / 18446744073709551616.0 + 0.5)"
 
 
 @compiles(DatabaseTime, "sqlite")

@@ -16,8 +16,8 @@ from sqlalchemy import Dialect
 from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
-from atomic_claim.lifecycle import Owned, completion, extension, failure, release
-from atomic_claim.outcomes import Values
+from atomic_claim.lifecycle import Owned
+from atomic_claim.outcomes import Values, completion, extension, failure, release
 from atomic_claim.plan import TOKEN, WORKER, ClaimRequest
 from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url

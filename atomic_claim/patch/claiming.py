@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
@@ -21,8 +21,9 @@ from sqlalchemy.util import greenlet_spawn
 from atomic_claim.backends.drivers import in_transaction
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
 from atomic_claim.errors import ClaimError, PatchError
-from atomic_claim.execution import async_types, patiently, sync_bind
+from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.orm import async_types, sync_bind
 
 from . import filters
 from .calls import Call, Reading
@@ -118,8 +119,8 @@ def patch_claims(
         lease: for how long the claim holds, a ``timedelta`` or seconds.
         worker: the claiming worker's name.
         returns: makes what the function returns of what was claimed: a callable that gets the
-            job, or the list where there is a ``limit``, and if it takes two arguments the call;
-            or the name of an attribute of the jobs.
+            job, or the :class:`Claim` where there is a ``limit``, and if it takes two arguments
+            the call; or the name of an attribute of the jobs.
         empty: what the function returns if nothing was claimed: None or an empty list if left
             out. An exception is raised.
         when: whether this call claims; a parameter's name may have ``not`` before it. If it does
@@ -363,13 +364,13 @@ class Claiming(Replacing):
                 )
 
     @contextmanager
-    def claimed(self, call: Call) -> Iterator[list[Any]]:
+    def claimed(self, call: Call) -> Iterator[Sequence[Any]]:
         """Claim for a call of a function; yield the jobs while its session is open."""
         with _opened(_made(self.session.read(call))) as bind:
             yield self._claim(call, self._synchronous(bind))
 
     @asynccontextmanager
-    async def claimed_async(self, call: Call) -> AsyncIterator[list[Any]]:
+    async def claimed_async(self, call: Call) -> AsyncIterator[Sequence[Any]]:
         """Claim for a call of a coroutine; yield the jobs while its session is open."""
         given = _made(self.session.read(call))
         if inspect.isawaitable(given):

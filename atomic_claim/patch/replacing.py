@@ -6,7 +6,7 @@ import copy
 import inspect
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
@@ -105,11 +105,11 @@ class Replacing(ABC):
             )
 
     @abstractmethod
-    def claimed(self, call: Call) -> AbstractContextManager[list[Any]]:
+    def claimed(self, call: Call) -> AbstractContextManager[Sequence[Any]]:
         """Claim for a call of a function; yield the jobs while they can be read."""
 
     @abstractmethod
-    def claimed_async(self, call: Call) -> AbstractAsyncContextManager[list[Any]]:
+    def claimed_async(self, call: Call) -> AbstractAsyncContextManager[Sequence[Any]]:
         """Claim for a call of a coroutine; yield the jobs while they can be read."""
 
     def run(
@@ -181,7 +181,7 @@ class Replacing(ABC):
         limit = self.in_all.read(call) if self.yields.commits_between else 1
         return ALL if limit is None else limit
 
-    def _part(self, call: Call, claim: list[Any]) -> Iterable[Any]:
+    def _part(self, call: Call, claim: Sequence[Any]) -> Iterable[Any]:
         """Return what a generator yields for one claim; a context manager always yields once."""
         answer = self._answer(call, claim)
         if self.target.is_context:
@@ -190,7 +190,7 @@ class Replacing(ABC):
             return [answer] if claim else []
         return answer  # type: ignore[no-any-return]
 
-    def _answer(self, call: Call, claim: list[Any]) -> Any:
+    def _answer(self, call: Call, claim: Sequence[Any]) -> Any:
         """Return the function's result, or raise its exception."""
         if claim:
             return self.returns(claim[0] if self.single else claim, call)
@@ -222,7 +222,7 @@ def _is_answer(given: Any) -> bool:
 
 def _adapter(given: Any, *, single: bool) -> Callable[[Any, Call], Any]:
     if given is None:
-        return lambda found, _: found
+        return lambda found, _: found if single else list(found)
     if isinstance(given, str):
         try:
             read = operator.attrgetter(given)

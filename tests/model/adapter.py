@@ -126,7 +126,8 @@ def end(player: Player, step: End, owned: Handed) -> Any:
     held: Any = owned.claim
     jobs = list(owned.jobs)[:1] if step.only_first else None
     if step.by_ticket:
-        held, jobs = json.loads(json.dumps(held.ticket(owned.jobs[0]))), None
+        ticket = json.loads(json.dumps(held.ticket(owned.jobs[0])))
+        held, jobs = atomic_claim.Claim.from_ticket(held.table, ticket), None
     name, options = {
         "complete": ("complete_jobs", {}),
         "fail": ("fail_jobs", {"error": step.error}),

@@ -14,7 +14,6 @@ from tests.model.scenario import (
     Claim,
     Column,
     Declaration,
-    End,
     Row,
     Scenario,
     Step,
@@ -59,22 +58,9 @@ def roles_share_a_column(scenario: Scenario, _: str) -> bool:
     return len(set(labels)) < len(labels) or any(label.startswith("key") for label in labels)
 
 
-def a_ticket_loses_the_key(scenario: Scenario, _: str) -> bool:
-    """Return True if a ticket is used: it may lose the key, or find another table."""
-    return scenario.has(End, by_ticket=True)
-
-
 def one_value_of_an_end_is_enough(scenario: Scenario, _: str) -> bool:
     """Return True if an end has several values; one alone is taken for it."""
     return len(scenario.declaration.done) > 1
-
-
-def an_error_does_not_fit_its_column(scenario: Scenario, _: str) -> bool:
-    """Return True if the text of an error may not fit its column."""
-    return any(
-        isinstance(step, End) and step.error not in {None, "", "it failed"}
-        for step in scenario.steps
-    )
 
 
 def a_name_is_taken_for_a_role(scenario: Scenario, _: str) -> bool:
@@ -189,27 +175,10 @@ KNOWN: Final = (
         "sqlite",
     ),
     Known(
-        "trap 36",
-        a_ticket_loses_the_key,
-        example(
-            A,
-            End("a", "complete", by_ticket=True),
-            columns=(TOKEN,),
-            keys=(column("key0", "enum", nullable=False),),
-        ),
-        "mariadb",
-    ),
-    Known(
         "trap 26, several values of an end",
         one_value_of_an_end_is_enough,
         example(state=STATUS, rows=(Row(), Row(ended=True)), done=("done", "done_at")),
         "mysql",
-    ),
-    Known(
-        "trap 37",
-        an_error_does_not_fit_its_column,
-        example(A, End("a", "fail", error="nul \x00 byte"), columns=(column("error", "text"),)),
-        "postgresql",
     ),
     Known(
         "trap 28",

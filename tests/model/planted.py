@@ -55,8 +55,8 @@ BUGS: Final = (
     Planted(
         "token not compared",
         "lifecycle.py",
-        "return and_(self.job_table.token == self.token, running)",
-        "return running",
+        "return and_(job_table.token == token, job_table.is_running)",
+        "return job_table.is_running",
     ),
     Planted(
         "lease not checked",
@@ -133,7 +133,7 @@ BUGS: Final = (
     ),
     Planted(
         "a release counts the attempt",
-        "lifecycle.py",
+        "outcomes.py",
         "values[attempts] = case((attempts > 0, attempts - 1), else_=0)",
         "values[attempts] = case((attempts > 0, attempts), else_=0)",
     ),
@@ -162,10 +162,10 @@ BUGS: Final = (
         "key[0] == values[0] for values in keys",
     ),
     Planted(
-        "an extension is not guarded by the token of its claim",
+        "an end or an extension is not guarded by the token of its claim",
         "lifecycle.py",
-        "tx.backend.changes(job_table, owned.lasting(), values)",
-        "tx.backend.changes(job_table, predicates.is_running(job_table), values)",
+        "guard = and_(_owned_by(job_table, given), *outcome.conditions)",
+        "guard = and_(predicates.is_running(job_table), *outcome.conditions)",
     ),
     Planted(
         "an earlier try is not looked for after a lost connection",

@@ -22,13 +22,13 @@ from atomic_claim import (
     claim_jobs,
     complete_jobs,
     extend_jobs,
+    lifecycle,
     predicates,
 )
 from atomic_claim.backends import Transaction, mysql, named_lock, sqlite
 from atomic_claim.backends.advisory import AdvisoryLocks
 from atomic_claim.backends.base import KeyLocks
 from atomic_claim.backends.by_key import KeySearch
-from atomic_claim.lifecycle import Owned
 from tests.databases import Database, end_connection
 from tests.jobs import ids, in_thread
 from tests.stepping import Stepped, commit_after, stopped
@@ -288,7 +288,7 @@ def test_an_extension_of_a_lease_that_is_over(
     claim = claim_jobs(engine, jobs, 1, lease=LEASE)
     expire(engine, jobs, 1)
     assert claims(engine, jobs, 2)() == [2]
-    monkeypatch.setattr(Owned, "lasting", Owned.guard)
+    monkeypatch.setattr(lifecycle, "lasting", lambda _: ())
     assert extend_jobs(engine, claim, lease=LEASE) == 1
     assert running(engine, jobs) == [1, 2]
 

@@ -5,6 +5,7 @@ of an ignore that is not needed.
 """
 
 import json
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, assert_type
@@ -108,17 +109,17 @@ def entities(
 
 
 def parts(claim: Claim[Job]) -> None:
-    """Use a claim as a list of its jobs, and a slice of it as a claim."""
+    """Use a claim as a sequence of its jobs, and a slice of it as a claim."""
     assert_type(claim[0], Job)
     assert_type(claim[1:], Claim[Job])
     assert_type(claim[::2][0], Job)
-    as_list: list[Job] = claim
+    as_sequence: Sequence[Job] = claim
     assert_type(claim.table, JobTable)
     assert_type(claim.keys, tuple[tuple[Any, ...], ...])
     assert_type(claim.token, str | None)
     assert_type(claim.worker, str | None)
     assert_type(claim.lease, timedelta | None)
-    assert_type(claim.ticket(as_list[0]), dict[str, Any])
+    assert_type(claim.ticket(as_sequence[0]), dict[str, Any])
     assert_type(json.dumps(claim.ticket(claim[0])), str)
 
 
@@ -173,12 +174,11 @@ def statements(session: Session) -> None:
 
 
 def endings(engine: Engine, session: Session, claim: Claim[Job]) -> None:
-    """End a claim, a slice of it or a ticket in the four ways."""
+    """End a claim, a slice of it or that of a ticket in the four ways."""
     ticket = claim.ticket(claim[0])
     assert_type(complete_jobs(engine, claim), int)
     assert_type(complete_jobs(session, claim[:2], unfenced=True), int)
-    assert_type(complete_jobs(engine, ticket), int)
-    assert_type(complete_jobs(engine, json.loads(json.dumps(ticket))), int)
+    assert_type(complete_jobs(engine, Claim.from_ticket(jobs, ticket)), int)
     assert_type(complete_jobs(session, claim, [claim[0], claim[1]]), int)
     assert_type(fail_jobs(session, claim, retry=True, error=ValueError("no")), int)
     assert_type(fail_jobs(session, claim, claim[:1], retry=minutes, error="no"), int)
@@ -255,10 +255,11 @@ async def asynchronous(
     claim = await aio.claim_jobs(engine, jobs, worker="alice", lease=minutes)
     assert_type(claim, Claim[Any])
     assert_type(await aio.complete_jobs(session, claim), int)
-    assert_type(await aio.fail_jobs(session, claim.ticket(claim[0]), retry=minutes), int)
+    assert_type(await aio.fail_jobs(session, claim[:1], retry=minutes), int)
     assert_type(await aio.release_jobs(engine, claim), int)
     assert_type(await aio.extend_jobs(engine, claim), int)
     assert_type(await aio.sweep_jobs(engine, Job), int)
+    assert_type(await aio.requeue_jobs(engine, Job, limit=3), int)
     async with aio.keep_claims(engine, claim) as keeper:
         keeper.check()
 
