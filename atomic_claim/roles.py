@@ -87,7 +87,7 @@ NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
     "max_attempts": ("an integer", _is_integer),
     "error": ("a string or JSON", lambda c: is_text(c) or isinstance(plain_type(c.type), JSON)),
     "exclusive_by": (
-        "a number, string, enum, UUID, date, boolean or bytes, whose equal values look alike",
+        "an integer, string, enum, UUID, date, boolean or bytes, whose equal values look alike",
         lambda c: isinstance(plain_type(c.type), KEY_TYPES),
     ),
 }

@@ -618,7 +618,7 @@ def test_what_has_no_exclusive_keys_refuses() -> None:
         ({"max_per_key": True}, "max_per_key is True"),
         ({"exclusive_by": None, "max_per_key": 2}, "max_per_key needs exclusive_by"),
         ({"exclusive_by": "lease_until"}, "expected an integer"),
-        ({"exclusive_by": "state"}, "written by the claim itself"),
+        ({"exclusive_by": "state"}, "state and exclusive_by are one column"),
         ({"exclusive_by": "customer"}, "exclusive_by=customer is not a column"),
     ],
 )
