@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
 
 from . import watching
+from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
 from .options import FAILED, UrlOption, plain_ending
@@ -61,6 +62,18 @@ def doctor(
             help="How long a transaction may be open before it is called old (PostgreSQL).",
         ),
     ] = 300,
+    try_it: Annotated[
+        bool,
+        typer.Option(
+            "--try",
+            help="Claim and end one job in a transaction that is rolled back, to find constraints "
+            "and triggers that refuse it. Triggers run, and the row is locked so long.",
+        ),
+    ] = False,
+    guarded: Annotated[
+        bool,
+        typer.Option("--guarded", help="Check that the guard's triggers are there."),
+    ] = False,
     every: Annotated[
         bool, typer.Option("--all", help="Show what was found to be in order, too.")
     ] = False,
@@ -103,9 +116,9 @@ def doctor(
             return
         if looks is not None:
             raise CommandError("--count is about --watch: add --watch, or leave it out")
-        found = examine(
-            engine, table, timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
-        )
+        more = [*[trial.guarded] * guarded, *[trial.trial] * try_it]
+        ages = timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
+        found = examine(engine, table, *ages, *more)
         if as_json:
             typer.echo(json.dumps(_plain(found), indent=2))
         elif found.ails or every:
