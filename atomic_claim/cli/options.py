@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from atomic_claim.testing.database import CommandError
+from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
 from atomic_claim.testing.interrupts import as_exceptions
 
+# A width at which nothing is cut.
+PIPED = 400
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -32,6 +38,17 @@ JsonOption = Annotated[
 ]
 
 
+def console() -> Console:
+    """Create a console: piped output is as wide as its longest line, and not padded.
+
+    Rich honours NO_COLOR, and falls back to ASCII where the encoding has no other boxes.
+    """
+    made = Console(highlight=False)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made = Console(highlight=False, width=PIPED)
+    return made
+
+
 @contextmanager
 def plain_ending() -> Iterator[None]:
     """End a command that cannot go on with one line and exit code 2, never a traceback.
@@ -47,3 +64,19 @@ def plain_ending() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("atomic-claim: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def server(url: str | None) -> Iterator[Engine]:
+    """Yield an engine; database errors become one-line command errors."""
+    if url is None:
+        raise CommandError(
+            "which database? Give --url, or set ATOMIC_CLAIM_URL or DATABASE_URL to one such as "
+            "postgresql://user@host/database"
+        )
+    address = parse_url(url)
+    with connected(address) as engine:
+        try:
+            yield engine
+        except SQLAlchemyError as error:
+            raise complaint(f"cannot read {masked(address)}", error, address) from None
