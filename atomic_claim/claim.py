@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
+from sqlalchemy import Connection, Engine, Select, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
 from .backends import KeyedRows, Transaction, read_back
@@ -290,12 +290,12 @@ class Claiming:
 
     def _search(
         self, bind: Bind, statement: Select[Any], params: Mapping[str, Any]
-    ) -> Sequence[Row[Any]]:
+    ) -> Sequence[tuple[Any, ...]]:
         """Search without the lock of the keys, in a transaction of its own."""
 
-        def search(tx: Transaction) -> Sequence[Row[Any]]:
+        def search(tx: Transaction) -> Sequence[tuple[Any, ...]]:
             tx.backend.begin_keyed(tx.connection)
-            return tx.rows(statement, params)
+            return tx.tuples(statement, params)
 
         return run_in(bind, self.plan.job_table, search, recoverable=True)
 

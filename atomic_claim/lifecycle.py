@@ -8,7 +8,7 @@ an entity that a commit has expired would read the successor's.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,10 +28,10 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.sql.elements import False_, Null, True_
 from sqlalchemy.types import JSON, Float
 
-from .backends import CHUNK, Backend, Transaction, chunks
+from . import predicates
+from .backends import Backend, Transaction
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
@@ -39,7 +39,7 @@ from .inference import plain_type
 from .job_table import JobTable, job_table_of
 from .outcomes import Values, common_values, freeing
 from .plan import TOKEN
-from .sql_elements import ByKey, DatabaseTime, InlineLiteral, key_in
+from .sql_elements import ByKey
 from .tickets import job_table_of_ticket, keys_of_ticket
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Owned:
 
     def guard(self) -> ColumnElement[bool]:
         """Build the condition that a row still belongs to this claim."""
-        running = self.job_table.is_running
+        running = predicates.is_running(self.job_table)
         if self.job_table.token is None:
             return running
         return and_(self.job_table.token == self.token, running)
@@ -76,28 +76,24 @@ class Owned:
         """
         if self.job_table.exclusive_by is None:
             return self.guard()
-        return and_(self.guard(), self.job_table.is_held)
+        return and_(self.guard(), predicates.is_held(self.job_table))
 
     def is_ended(self) -> ColumnElement[bool]:
         """Build the condition that this claim was a row's last owner and has ended it."""
-        return and_(self.job_table.token == self.token, not_(self.job_table.is_running))
+        return and_(self.job_table.token == self.token, not_(predicates.is_running(self.job_table)))
 
     def changed_before(self, tx: Transaction, keys: Sequence[Key], values: Values) -> list[Key]:
         """Return the keys of rows that an earlier try ended before its connection was lost."""
-        otherwise = self.job_table.not_ended_in(values)
-        return self.visible(tx, keys, self.is_ended(), *_marks(values), *otherwise)
+        otherwise = predicates.not_ended_in(self.job_table, values)
+        return self.visible(tx, keys, self.is_ended(), *predicates.bears(values), *otherwise)
 
     def visible(
         self, tx: Transaction, keys: Sequence[Key], *conditions: ColumnElement[bool]
     ) -> list[Key]:
         """Return the keys of the rows that meet the conditions, as this transaction sees them."""
-        found: list[Key] = []
-        for chunk in chunks(keys, CHUNK):
-            query = select(*self.job_table.key).where(
-                key_in(self.job_table.key, chunk), *conditions
-            )
-            found += [tuple(row) for row in tx.execute(query)]
-        return found
+        key = self.job_table.key
+        asking = ByKey(key, select(*key).where(*conditions).where)
+        return [tuple(row) for _, result in tx.by_key(asking, keys) for row in result]
 
 
 class Ended(set[Key]):
@@ -252,7 +248,7 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         ClaimError: the table has no attempts, no maximum or no mark for failed rows.
     """
     job_table = job_table_of(table)
-    if not job_table.is_unspent:
+    if not predicates.is_unspent(job_table):
         raise ClaimError(
             f"{job_table!r} says neither attempts=... nor max_attempts=...: nothing can be spent"
         )
@@ -260,10 +256,10 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
     values = _ending(job_table, job_table.failed, "failed")
     if job_table.error is not None:
         values[job_table.error] = _error_value(job_table, "all attempts are spent")
-    unowned = [job_table.is_free]
+    unowned = [predicates.is_free(job_table)]
     if job_table.lease is not None:
         expired = job_table.lease <= job_table.now(job_table.lease)
-        unowned.append(and_(job_table.is_running, expired))
+        unowned.append(and_(predicates.is_running(job_table), expired))
     spent = and_(attempts >= most, or_(*unowned))
 
     def run(tx: Transaction) -> int:
@@ -374,17 +370,6 @@ def _needed(job_table: JobTable, role: str, what: str) -> Any:
     return column
 
 
-def _marks(values: Values) -> Iterator[ColumnElement[bool]]:
-    """Yield conditions that a row holds the written values, as far as they can be compared."""
-    for column, value in values.items():
-        if value is None or isinstance(value, Null):
-            yield column.is_(None)
-        elif isinstance(value, DatabaseTime):
-            yield column.is_not(None)
-        elif isinstance(value, (InlineLiteral, True_, False_)):
-            yield column == value
-
-
 def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
     if not mark:
         raise ClaimError(
@@ -476,7 +461,7 @@ def _change(
 
 def _completing(job_table: JobTable, backend: Backend) -> Sequence[ByKey]:
     """Return the statements of a completion, whose token is a parameter."""
-    guard, token = job_table.is_running, job_table.token
+    guard, token = predicates.is_running(job_table), job_table.token
     if token is not None:
         guard = and_(token == bindparam(TOKEN, None, token.type), guard)
     return backend.changes(job_table, guard, job_table.prepare(completion))

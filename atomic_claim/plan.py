@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 from sqlalchemy import (
     Column,
     ColumnElement,
-    CompoundSelect,
     Index,
     Integer,
     Select,
@@ -25,20 +24,32 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
-    or_,
     select,
     true,
     type_coerce,
-    union_all,
 )
 from sqlalchemy.sql import visitors
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
-from sqlalchemy.sql.selectable import FromClause, ScalarSelect, SelectBase
+from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import Float
 
+from .arguments import (
+    check_lease,
+    check_tables,
+    check_worker,
+    checked_values,
+    conditions,
+    order_terms,
+)
+from .candidates import Candidates
 from .errors import ClaimError
 from .job_table import JobTable
-from .sql_elements import DatabaseTime, InlineLiteral, OrderTerm, key_in, labelled_terms
+from .predicates import any_of, claimable, claimable_branches
+from .predicates import marks as declared_marks
+from .sql_elements import (
+    Preparing,
+    key_in,
+    labelled_terms,
+)
 
 LIMIT = "atomic_claim_limit"
 SCAN_LIMIT = "atomic_claim_reach"
@@ -87,64 +98,7 @@ class ClaimRequest(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Candidates:
-    """The keys of the rows to claim, ordered and limited.
-
-    A row can be claimable for several reasons (it is free; its lease is over). Each reason is a
-    SELECT of its own, since no index serves their OR in order. Free rows come in the claim's
-    order; the others as their index has them, with a margin from which the claim's order is made.
-
-    Attributes:
-        branches: SELECTs of the key and the terms of the order, each ordered and limited.
-        order: the terms of the order.
-        limit: the parameter that limits the first of them, and all together.
-        scan_limit: the parameter that limits the others.
-        rows: the keys of all rows that may be claimed, in no order.
-    """
-
-    branches: tuple[Select[Any], ...]
-    order: tuple[ColumnElement[Any], ...]
-    limit: ColumnElement[Any]
-    scan_limit: ColumnElement[Any]
-    rows: Select[Any]
-
-    def select(
-        self,
-        *,
-        terms: bool = False,
-        # A copy: compiling a SELECT of entities writes into it, which would change the cache key.
-        lock: Callable[[Select[Any]], Select[Any]] = lambda branch: branch.where(),
-    ) -> Select[Any]:
-        """One SELECT of the keys, and of the order's terms (``claim_order_1`` ...) if asked for.
-
-        ``lock`` makes each branch lock what it returns.
-        """
-        if len(self.branches) == 1:
-            return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = self.ordered(self.together(*map(lock, self.branches)).subquery("branches"))
-        return (found if terms else self.only_keys(found)).limit(self.limit)
-
-    def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
-        """All that several SELECTs find."""
-        numbered = enumerate(branches, 1)
-        return union_all(*(select(each.subquery(f"branch_{place}")) for place, each in numbered))
-
-    def ordered(self, found: FromClause) -> Select[Any]:
-        """Keys and terms of the order, in that order."""
-        columns = list(found.columns)
-        terms = columns[len(columns) - len(self.order) :]
-        return select(*columns).order_by(
-            *(OrderTerm.of(term).applied(c) for term, c in zip(self.order, terms, strict=True))
-        )
-
-    def only_keys(self, branch: Select[Any]) -> Select[Any]:
-        """Remove the order terms from the columns of a branch."""
-        columns = list(branch.selected_columns)
-        return branch.with_only_columns(*columns[: len(columns) - len(self.order)])
-
-
-@dataclass(frozen=True, eq=False)
-class ClaimPlan:
+class ClaimPlan(Preparing):
     """The pieces that the databases' sequences are built from, made once per table and shape.
 
     Attributes:
@@ -156,7 +110,6 @@ class ClaimPlan:
         entities: whether entities are wanted, rather than rows.
         single: whether the limit is one, so that there is no order to keep.
         marks: the conditions that a claimed row meets, without its lease.
-        prepared: what was made of this plan, by the function that made it.
     """
 
     job_table: JobTable
@@ -167,17 +120,6 @@ class ClaimPlan:
     entities: bool
     single: bool
     marks: tuple[ColumnElement[bool], ...]
-    prepared: dict[Any, Any] = field(default_factory=dict)
-
-    def prepare(self, make: Callable[..., T], *given: Any) -> T:
-        """Call ``make`` with this plan and ``given`` once, and return its cached result.
-
-        A backend passes types and methods of its own, so backends share nothing.
-        """
-        key = (make, *given)
-        if key not in self.prepared:
-            self.prepared[key] = make(self, *given)
-        return self.prepared[key]  # type: ignore[no-any-return]
 
     def fault(self, *, later: bool = False) -> ColumnElement[int]:
         """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
@@ -193,9 +135,10 @@ class ClaimPlan:
         elif lease is not None:
             least = job_table.now(lease, bindparam(LEAST, 0.0, Float()))
             marks.append(lease > (bindparam(INSTANT, None, lease.type) if later else least))
-        free, *others = job_table.claimable_branches
-        claimable = or_(*(and_(*conditions) for conditions, _ in (free, *others[1:])))
-        wrong = case((claimable, literal_column(str(CLAIMABLE))), else_=literal_column("0"))
+        free, *others = claimable_branches(job_table)
+        wrong = case(
+            (any_of((free, *others[1:])), literal_column(str(CLAIMABLE))), else_=literal_column("0")
+        )
         found = case((and_(true(), *marks), wrong), else_=literal_column(str(NOT_MARKED)))
         return type_coerce(found, Integer()).label(FAULT)
 
@@ -207,7 +150,7 @@ class ClaimPlan:
         found = self.candidates
         branches = tuple(branch.where(others) for branch in found.branches)
         found = replace(found, branches=branches, rows=found.rows.where(others))
-        return replace(self, candidates=found, prepared={})
+        return replace(self, candidates=found)
 
     @cached_property
     def multi_table(self) -> bool:
@@ -247,12 +190,6 @@ class ClaimPlan:
         """How many columns of a result make up a claimed row or entity."""
         return 1 if self.entities else len(self.columns)
 
-    @cached_property
-    def claimable(self) -> ColumnElement[bool]:
-        """True for a row that may be claimed by the declaration, whatever the call's ``where``."""
-        branches = self.job_table.claimable_branches
-        return or_(*(and_(*conditions) for conditions, _ in branches))
-
     def refuse_shared_keys(self, keys: Sequence[tuple[Any, ...]]) -> NoReturn:
         """Raise for rows that have one key between them."""
         shared = next(key for key in keys if keys.count(key) > 1)
@@ -268,8 +205,8 @@ class ClaimPlan:
         if fault == CLAIMABLE:
             raise ClaimError(
                 f"{row!r} of {job_table.table.fullname!r} is claimable right after it was claimed, "
-                f"by the condition {self.claimable}: let JobTable(claimed=...) write a value that "
-                "JobTable(free=...) excludes"
+                f"by the condition {claimable(job_table)}: let JobTable(claimed=...) write a value "
+                "that JobTable(free=...) excludes"
             )
         wanted = ", ".join(map(str, self.marks))
         if job_table.lease is not None:
@@ -349,42 +286,16 @@ def claim_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         request.deletes,
         entities,
     )
-    if (known := job_table.statements.get(shape)) is None:
-        known = job_table.statements[shape] = build_plan(job_table, request, entities=entities)
+    if (known := job_table.prepared.get(shape)) is None:
+        known = job_table.prepared[shape] = build_plan(job_table, request, entities=entities)
     elif request.worker is not None or request.lease is not None:
         _check(job_table, request)
     return known
 
 
 def _check(job_table: JobTable, request: ClaimRequest) -> None:
-    _check_worker(job_table, request.worker)
-    _check_lease(job_table, request.lease)
-
-
-def _check_worker(job_table: JobTable, worker: Any) -> None:
-    if worker is None:
-        return
-    if not isinstance(worker, str):
-        raise ClaimError(f"worker is {worker!r}; expected the worker's name, a str")
-    if job_table.worker is None:
-        raise ClaimError(
-            f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
-            "none that is known: name it with JobTable(worker=...)"
-        )
-
-
-def _check_lease(job_table: JobTable, lease: Any) -> None:
-    if lease is None:
-        return
-    if not isinstance(lease, timedelta) or lease <= timedelta(0):
-        raise ClaimError(f"lease is {lease!r}; expected a timedelta above zero")
-    for role, type_ in (("lease", "TIMESTAMP NULL"), ("token", "VARCHAR(32) NULL")):
-        if getattr(job_table, role) is None:
-            raise ClaimError(
-                f"lease={lease!r} needs a {role} column, and {job_table.table.fullname!r} has "
-                f"none that is known: name it with JobTable({role}=...), or add one: ALTER TABLE "
-                f"{job_table.table.fullname} ADD COLUMN claim_{role} {type_}"
-            )
+    check_worker(job_table, request.worker)
+    check_lease(job_table, request.lease)
 
 
 def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
@@ -409,67 +320,17 @@ def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
     return operator.itemgetter(*places)
 
 
-def _checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column[Any], Any]:
-    """Return the call's own values, or raise if they undo the mark of the claim."""
-    values = job_table.values(given, "values")
-    if job_table.exclusive_by in values:
-        raise ClaimError(
-            f"values sets {job_table.exclusive_by.name!r}, the key by which claims exclude each "
-            "other: change it before or after the claim"
-        )
-    for column in list(values):
-        if column not in job_table.claimed:
-            continue
-        declared, value = job_table.claimed[column], values[column]
-        if isinstance(declared, DatabaseTime) and value is not None:
-            continue
-        if not _is_mark(declared, value):
-            raise ClaimError(
-                f"values sets {column.name!r} to {value!r}, but a claimed row is marked by "
-                f"{column.name} = {getattr(declared, 'value', declared)}: leave it out, or "
-                "declare another JobTable(claimed=...)"
-            )
-        del values[column]
-    return values
-
-
-def _is_mark(declared: Any, value: Any) -> bool:
-    """Check whether a value given by the call equals the mark that the claim writes."""
-    if isinstance(value, ClauseElement) or isinstance(declared, DatabaseTime):
-        return False
-    if isinstance(declared, (True_, False_)):
-        return value is not None and bool(value) == isinstance(declared, True_)
-    if isinstance(declared, InlineLiteral):
-        return bool(declared.value == value)
-    return declared is None and value is None
-
-
-def _conditions(where: Any) -> tuple[Any, ...]:
-    if where is None:
-        return ()
-    given = tuple(where) if isinstance(where, (list, tuple)) else (where,)
-    for condition in given:
-        if not isinstance(condition, ClauseElement) and not hasattr(
-            condition, "__clause_element__"
-        ):
-            raise ClaimError(
-                f"where={condition!r}: expected an SQLAlchemy expression such as "
-                "table.c.queue == 'mail', or a list of them"
-            )
-    return given
-
-
 def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) -> ClaimPlan:
     """Build a plan, or raise if an argument does not fit the table."""
     _check(job_table, request)
     key = _key_attributes(job_table)
-    given = {} if request.values is None else _checked_values(job_table, request.values)
+    given = {} if request.values is None else checked_values(job_table, request.values)
     order = (
-        job_table.order if request.order_by is None else _order_terms(job_table, request.order_by)
+        job_table.order if request.order_by is None else order_terms(job_table, request.order_by)
     )
     order = order or key
-    where = _conditions(request.where)
-    _check_tables(job_table, (*where, *order))
+    where = conditions(request.where)
+    check_tables(job_table, (*where, *order))
     values = _claim_values(job_table, request) | given
     moved = [column.name for column in job_table.key if column in values]
     if moved and not request.deletes:
@@ -482,17 +343,16 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     source = _source(job_table, *key, *labelled_terms(order))
     scan_limit = bindparam(SCAN_LIMIT, request.limit + MARGIN, Integer(), literal_execute=True)
     branches = [
-        source.where(*reason, *where)
-        .order_by(*(first or order))
+        source.where(*branch.conditions, *where)
+        .order_by(*(branch.order or order))
         .limit(scan_limit if place else limit)
-        for place, (reason, first) in enumerate(job_table.claimable_branches)
+        for place, branch in enumerate(claimable_branches(job_table))
     ]
-    claimable = or_(*(and_(*reason) for reason, _ in job_table.claimable_branches))
-    rows = _source(job_table, *key).where(claimable, *where)
+    rows = _source(job_table, *key).where(claimable(job_table), *where)
     return ClaimPlan(
         job_table=job_table,
         candidates=Candidates(tuple(branches), order, limit, scan_limit, rows),
-        conditions=(claimable, *where),
+        conditions=(claimable(job_table), *where),
         order=order,
         values=values,
         entities=entities,
@@ -517,41 +377,9 @@ def _source(job_table: JobTable, *columns: Any) -> Select[Any]:
     return found if job_table.entity is None else found.select_from(job_table.entity)
 
 
-def _order_terms(job_table: JobTable, order_by: Any) -> tuple[ColumnElement[Any], ...]:
-    given = order_by if isinstance(order_by, (list, tuple)) else (order_by,)
-    return tuple(job_table.term(term) for term in given)
-
-
-def _check_tables(job_table: JobTable, clauses: Iterable[Any]) -> None:
-    """Refuse columns of other tables, which would multiply the rows or lock too many."""
-    mapper = job_table.mapper
-    own = list(mapper.tables) if mapper is not None else [job_table.table]
-    for column in _outer_columns(clauses):
-        if not any(table.columns.contains_column(column) for table in own):
-            name, other = job_table.table.fullname, getattr(column.table, "name", column.table)
-            raise ClaimError(
-                f"{column} is a column of {other}, and the claim is from {name} alone: use a "
-                f"correlated subquery, such as exists().where({other}.c.job_id == "
-                f"{name}.c.{job_table.key[0].key})"
-            )
-
-
-def _outer_columns(clauses: Iterable[Any]) -> Iterator[ColumnClause[Any]]:
-    """Yield the columns of the clauses themselves, without those of their subqueries."""
-    for clause in clauses:
-        element = clause.__clause_element__() if hasattr(clause, "__clause_element__") else clause
-        if isinstance(element, SelectBase):
-            continue
-        if isinstance(element, ColumnClause):
-            if element.table is not None:
-                yield element
-        else:
-            yield from _outer_columns(element.get_children())
-
-
 def _marks(job_table: JobTable, request: ClaimRequest) -> tuple[ColumnElement[bool], ...]:
     """Return the conditions that a row bears the values of this claim, as they are stored."""
-    marks = job_table.marks
+    marks = declared_marks(job_table)
     if request.worker is not None:
         marks = (*marks, job_table.worker == bindparam(WORKER, None, job_table.worker.type))
     if (token := job_table.token) is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Column, ColumnElement, Integer, and_, bindparam, or_
 from sqlalchemy.ext.compiler import compiles
@@ -15,6 +16,8 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BindParameter, UnaryExpression
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import Boolean, DateTime, Float, Numeric, TypeEngine
+
+T = TypeVar("T")
 
 KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
@@ -90,6 +93,25 @@ def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> 
     if len(key) == 1:
         return key[0].in_([values[0] for values in keys])
     return or_(*(and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys))
+
+
+class Preparing:
+    """A base class that caches what is built from an immutable object.
+
+    A backend passes types and methods of its own, so backends share nothing.
+    """
+
+    @cached_property
+    def prepared(self) -> dict[Any, Any]:
+        """Results by the function that made them and its arguments."""
+        return {}
+
+    def prepare(self, make: Callable[..., T], *given: Any) -> T:
+        """Call ``make`` with this object and ``given`` once, and return its kept result."""
+        key = (make, *given)
+        if key not in self.prepared:
+            self.prepared[key] = make(self, *given)
+        return self.prepared[key]  # type: ignore[no-any-return]
 
 
 class ByKey:

@@ -9,9 +9,10 @@ from typing import Any, cast
 from sqlalchemy import Update
 from sqlalchemy.sql.visitors import InternalTraversal
 
+from .candidates import Candidates
 from .errors import ClaimError
 from .job_table import job_table_of
-from .plan import Candidates, ClaimPlan, ClaimRequest, build_plan, checked_limit
+from .plan import ClaimPlan, ClaimRequest, build_plan, checked_limit
 
 
 class ClaimStatement(Update):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime, timedelta
 from decimal import Decimal
-from importlib import import_module
 from typing import Any
 from uuid import UUID
 
@@ -14,6 +12,7 @@ from sqlalchemy import Column
 
 from .errors import AmbiguousTable, ClaimError
 from .job_table import JobTable, declared_tables
+from .references import resolve
 
 Key = tuple[Any, ...]
 
@@ -68,13 +67,9 @@ def _part(ticket: Mapping[str, Any], name: str) -> Any:
 
 
 def _inferred(named: str) -> JobTable | None:
-    module_name, _, path = named.partition(":")
     try:
-        found: Any = sys.modules.get(module_name) or import_module(module_name)
-        for part in path.split("."):
-            found = getattr(found, part)
-        return JobTable.infer(found)
-    except (ImportError, AttributeError, AmbiguousTable):
+        return JobTable.infer(resolve(named))
+    except (ImportError, AttributeError, ValueError, AmbiguousTable):
         return None
 
 

@@ -109,10 +109,7 @@ AFTER_TRIGGER = (
 
 def function(body: str) -> str:
     """Return the statement that makes a trigger function of PostgreSQL's."""
-    return (
-        "CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS "
-        f"$$ BEGIN {body} END $$"
-    )
+    return f"CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$"
 
 
 REWRITES = "UPDATE jobs SET status = 'waiting' WHERE id = NEW.id"
@@ -136,9 +133,7 @@ FAULTS = {
         {"run_at": (DateTime, True)},
         ["UPDATE jobs SET run_at = NULL WHERE id <= 3"],
     ),
-    "nullable": Fault(
-        "types of the columns", "status is NULL, declared NOT NULL", NULL_STATUS
-    ),
+    "nullable": Fault("types of the columns", "status is NULL, declared NOT NULL", NULL_STATUS),
     "NOT NULL": Fault(
         "types of the columns",
         "lease_until is NOT NULL, declared NULL",

@@ -17,7 +17,14 @@ from sqlalchemy import Boolean, Column, DateTime, Enum, Integer, MetaData, Strin
 from sqlalchemy.ext.automap import automap_base
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from atomic_claim import AmbiguousTable, ClaimError, JobTable, claim_jobs, inference
+from atomic_claim import (
+    AmbiguousTable,
+    ClaimError,
+    JobTable,
+    claim_jobs,
+    inference,
+    predicates,
+)
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -120,7 +127,7 @@ def test_ends(role: str, names: frozenset[str], type_: Any) -> None:
         roles = JobTable.infer(table)
         assert list(getattr(roles, role)) == [table.c[name]]
         test = f"jobs.{name} IS NULL" if type_ is DateTime else f"jobs.{name} IS NOT true"
-        assert test in str(roles.is_free)
+        assert test in str(predicates.is_free(roles))
 
 
 @pytest.mark.parametrize("name", inference.STAMPS)
@@ -138,7 +145,7 @@ def test_a_time_beside_a_flag() -> None:
     roles = JobTable.infer(table)
     assert roles.state is table.c.processing
     assert list(roles.claimed) == [table.c.processing, table.c.locked_at]
-    assert "locked_at" not in str(roles.is_free)
+    assert "locked_at" not in str(predicates.is_free(roles))
 
 
 def test_a_status_beside_ends() -> None:
@@ -411,12 +418,12 @@ def test_what_was_read_dies_with_the_table() -> None:
 
 READ = """
 from sqlalchemy import *
-from atomic_claim import JobTable
+from atomic_claim import JobTable, predicates
 flags = [Column(name, Boolean, nullable=False) for name in ("processing", "done", "failed")]
 times = [Column(name, DateTime) for name in ("completed_at", "failed_at", "finished_at")]
 key = Column("id", Integer, primary_key=True)
 roles = JobTable.infer(Table("jobs", MetaData(), key, *flags, *times))
-print(roles.is_free, roles.shape)
+print(predicates.is_free(roles), roles.shape)
 """
 
 

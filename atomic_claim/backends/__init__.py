@@ -8,7 +8,6 @@ the dialect, and whose object is a :class:`Backend`.
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from pkgutil import resolve_name
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +16,11 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from atomic_claim.errors import UnsupportedDialect
+from atomic_claim.references import resolve
 from atomic_claim.sql_elements import DatabaseTime
 from atomic_claim.statement import ClaimStatement
 
-from .base import CHUNK, Backend, Find, KeyedRows, Transaction, chunks, read_back
+from .base import CHUNK, Backend, Find, KeyedRows, Transaction, read_back
 
 __all__ = [
     "BACKENDS",
@@ -30,7 +30,6 @@ __all__ = [
     "KeyedRows",
     "Transaction",
     "backend_for",
-    "chunks",
     "read_back",
 ]
 
@@ -72,7 +71,7 @@ def backend_for(dialect: Dialect) -> Backend:
 def _loaded(name: str) -> Backend | None:
     """Load and register the backend of a dialect, or return None if there is none."""
     if (path := BUILT_IN.get(name)) is not None:
-        backend_type = resolve_name(path)
+        backend_type = resolve(path)
     else:
         found = tuple(entry_points(group=GROUP, name=name))
         if not found:

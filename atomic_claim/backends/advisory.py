@@ -13,6 +13,7 @@ from sqlalchemy import (
     Dialect,
     Integer,
     LargeBinary,
+    Select,
     Text,
     bindparam,
     case,
@@ -26,7 +27,7 @@ from sqlalchemy.dialects.postgresql import REGCLASS
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.sql_elements import key_in
+from atomic_claim.sql_elements import ByKey
 
 from .base import Candidate, Key, Transaction
 
@@ -114,7 +115,7 @@ def lock_candidates(
         return candidates, ()
     given = func.unnest(bindparam("numbers", numbers, type_=ARRAY(Integer)))
     number: ColumnElement[int] = given.column_valued("claim_lock")
-    table = table_number(tx.dialect)
+    table = table_number(tx.connection.dialect)
     locks = select(number).where(func.pg_try_advisory_xact_lock(table, number)).limit(wanted)
     named = table_name(tx.connection, job_table)
     ours = {row[0] for row in tx.connection.execute(locks, named)}
@@ -129,7 +130,13 @@ def wait_for_keys(tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> 
     """Lock the exclusive keys of some rows until the transaction ends, in an order of their own."""
     column = job_table.exclusive_by
     number = lock_number(job_table, column).label("claim_lock")
-    found = select(number).where(column.is_not(None), key_in(job_table.key, keys)).distinct()
-    ordered = found.order_by(number).subquery("claim_locks")
-    locks = select(func.pg_advisory_xact_lock(table_number(tx.dialect), *ordered.columns))
-    tx.connection.execute(locks, table_name(tx.connection, job_table)).all()
+    of_keys = select(number).where(column.is_not(None)).distinct()
+
+    def build(is_one: ColumnElement[bool]) -> Select[Any]:
+        ordered = of_keys.where(is_one).order_by(number).subquery("claim_locks")
+        table = table_number(tx.connection.dialect)
+        return select(func.pg_advisory_xact_lock(table, *ordered.columns))
+
+    named = table_name(tx.connection, job_table)
+    for _, locked in tx.by_key(ByKey(job_table.key, build), keys, named):
+        locked.all()

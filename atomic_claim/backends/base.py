@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 
 from sqlalchemy import (
@@ -32,6 +33,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime, Float
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
@@ -49,13 +51,11 @@ pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sl
 
 Key = tuple[Any, ...]
 Pooled = PoolProxiedConnection | ConnectionPoolEntry
-T = TypeVar("T")
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # How often, and for how many seconds each time, the end of a process is waited for.
 PATIENCE, PAUSE = 200, 0.05
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
-LIMITS = frozenset({LIMIT, SCAN_LIMIT})
 KeyedRows = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
 
@@ -120,22 +120,19 @@ class Transaction:
             return self.executor.execute(statement, params)
         return self.executor.execute(statement, params, bind_arguments={"bind": self.connection})
 
-    def rows(
-        self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> Sequence[Row[Any]]:
-        """Execute, and return the rows."""
-        return self.execute(statement, params).all()
-
     def tuples(
         self, statement: Executable, params: Mapping[str, Any] | None = None
     ) -> list[tuple[Any, ...]]:
         """Execute, and return the rows as plain tuples."""
-        return [tuple(row) for row in self.rows(statement, params)]
+        return list(map(tuple, self.execute(statement, params)))
 
-    @property
-    def dialect(self) -> Dialect:
-        """The database's."""
-        return self.connection.dialect
+    def by_key(
+        self, statement: ByKey, keys: Sequence[Key], params: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[Sequence[Key], Result[Any]]]:
+        """Execute for some keys after the others, and yield those keys and the result."""
+        for start in range(0, len(keys), CHUNK):
+            chunk = keys[start : start + CHUNK]
+            yield chunk, self.execute(*statement.of(chunk, params))
 
     def needs_steps(self, plan: ClaimPlan) -> bool:
         """Return True if a claim has to lock, mark and read by a statement each.
@@ -152,18 +149,26 @@ class Transaction:
             return False
         return bool(session.dispatch.do_orm_execute)
 
-    @property
-    def in_autocommit(self) -> bool:
-        """Return True if the driver commits every statement by itself."""
-        dbapi_connection = self.connection.connection.dbapi_connection
-        assert dbapi_connection is not None
+    def refuse_autocommit(self, why: str) -> None:
+        """Refuse a bind whose driver commits after every statement.
+
+        Asked after a first statement: an engine may begin its transactions by itself, on a driver
+        in autocommit, and only then has done so.
+        """
+        dialect, pooled = self.connection.dialect, self.connection.connection
+        assert pooled.dbapi_connection is not None
         try:
-            return self.dialect.detect_autocommit_setting(dbapi_connection)
+            in_autocommit = dialect.detect_autocommit_setting(pooled.dbapi_connection)
         except NotImplementedError:
             raise UnsupportedDialect(
-                f"the driver {self.dialect.driver!r} does not tell whether a connection is in "
+                f"the driver {dialect.driver!r} does not tell whether a connection is in "
                 "AUTOCOMMIT, where this claim would not be safe: use another driver"
             ) from None
+        if in_autocommit and not self.backend.in_transaction(pooled):
+            raise ClaimError(
+                f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
+                'as engine.execution_options(isolation_level="READ COMMITTED")'
+            )
 
 
 class Unreadable(Exception):
@@ -232,32 +237,18 @@ class Backend(ABC):
     def check(self, dialect: Dialect) -> None:
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
 
-    @abstractmethod
-    def claim_by_steps(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
-    ) -> KeyedRows:
-        """Claim by several statements: find, lock, mark, read; ``mark`` does the last two."""
-
-    def instant(
-        self, tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the time that the leases of rows marked from now on must exceed, as a parameter.
-
-        It is read before the mark, since the rows are checked by a later statement.
-        """
-        lease = plan.job_table.lease
-        if lease is None or plan.values[lease] is None:
-            return {}
-        least = {LEAST: params.get(LEAST, 0.0)}
-        return {INSTANT: tx.connection.scalar(plan.prepare(_instant), least)}
-
-    @abstractmethod
     def is_single(self, plan: ClaimPlan) -> bool:
         """Return True if the claim is one statement."""
+        return False
 
-    @abstractmethod
-    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        """Claim, and return the rows or entities in claim order."""
+    def claim(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
+    ) -> KeyedRows:
+        """Claim, and return the rows or entities in claim order.
+
+        ``mark`` marks and reads rows in a way of its own, after they were found and locked.
+        """
+        return (mark or mark_and_load)(tx, plan, self.lock(tx, plan, params), params)
 
     def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
         """Return expressions that describe the session, for the search by exclusive keys."""
@@ -322,13 +313,19 @@ class Backend(ABC):
     ) -> list[Key]:
         """Change the rows that the guard of :meth:`changes` is true for.
 
+        Where one statement cannot return what it has changed, the first locks the rows.
+
         Returns:
             Their keys, in no order.
         """
         changed: list[Key] = []
-        [changing] = changes
-        for chunk in chunks(keys, CHUNK):
-            changed += map(tuple, tx.execute(*changing.of(chunk, params)))
+        first, *others = changes
+        for _, result in tx.by_key(first, keys, params):
+            changed += (found := list(map(tuple, result)))
+            if others:
+                tx.refuse_autocommit("the row locks would be gone before the rows are changed")
+            for other in others if found else ():
+                tx.execute(*other.of(found))
         return changed
 
     def extend(
@@ -351,14 +348,11 @@ class Backend(ABC):
         keys: Sequence[Key],
         guard: ColumnElement[bool],
     ) -> list[Key]:
-        """Lock those of the rows that the guard is true for and that nobody else holds."""
-        locked: list[Key] = []
-        for chunk in chunks(keys, CHUNK):
-            statement = select(*job_table.key).where(key_in(job_table.key, chunk), guard)
-            statement = hinted(statement, job_table.table, self.hints)
-            statement = statement.with_for_update(skip_locked=True, key_share=True)
-            locked += [tuple(row) for row in tx.execute(statement)]
-        return locked
+        """Lock those of the rows that the guard is true for and that are not locked."""
+        locking = hinted(select(*job_table.key).where(guard), job_table.table, self.hints)
+        locking = locking.with_for_update(skip_locked=True, key_share=True)
+        found = tx.by_key(ByKey(job_table.key, locking.where), keys)
+        return [tuple(row) for _, result in found for row in result]
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         """Wait for no lock longer than this."""
@@ -513,12 +507,14 @@ def mark_and_load(
     backend = tx.backend
     if len(set(keys)) < len(keys):
         plan.refuse_shared_keys(keys)
-    given = {name: value for name, value in params.items() if name not in LIMITS}
-    given |= backend.instant(tx, plan, given) if keys else {}
-    marking = plan.prepare(marking_by_key, backend)
-    for chunk in chunks(keys, CHUNK):
-        result = cast("CursorResult[Any]", tx.execute(*marking.of(chunk, given)))
-        marked = len(result.all()) if backend.has_returning else result.rowcount
+    given = dict(params)
+    given.pop(LIMIT, None)
+    given.pop(SCAN_LIMIT, None)
+    if keys and (asking := plan.prepare(instant)) is not None:
+        given[INSTANT] = tx.connection.scalar(asking, given)
+    for chunk, result in tx.by_key(plan.prepare(marking_by_key, backend), keys, given):
+        rows = cast("CursorResult[Any]", result)
+        marked = len(rows.all()) if backend.has_returning else rows.rowcount
         tx.marked.extend(chunk)
         if marked != len(chunk):
             _refuse_unmarked(tx, plan, chunk, marked)
@@ -534,7 +530,9 @@ def mark_and_load(
 def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], marked: int) -> None:
     job_table = plan.job_table
     name = job_table.table.fullname
-    claimable = select(*job_table.key).where(key_in(job_table.key, keys), plan.claimable)
+    claimable = select(*job_table.key).where(
+        key_in(job_table.key, keys), predicates.claimable(job_table)
+    )
     # The transaction's snapshot may be older than the lock.
     claimable = claimable.with_for_update()
     if left := tx.tuples(hinted(claimable, job_table.table, tx.backend.hints)):
@@ -549,9 +547,15 @@ def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], mark
     )
 
 
-def _instant(plan: ClaimPlan) -> Executable:
-    """Return the SELECT of the time that the lease of a row marked from now on must exceed."""
+def instant(plan: ClaimPlan) -> Executable | None:
+    """Return the SELECT of the time that the leases of rows marked from now on must exceed.
+
+    It is read before the mark, since the rows are checked by a later statement; None if there are
+    no leases.
+    """
     lease = plan.job_table.lease
+    if lease is None or plan.values[lease] is None:
+        return None
     return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float())))
 
 
@@ -561,7 +565,13 @@ def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
     marking = hinted(update(table).values(plan.values), table, backend.hints)
     if backend.has_returning:
         marking = marking.returning(*plan.job_table.key)
-    return ByKey(plan.job_table.key, marking.where(plan.claimable).where)
+    claimable = predicates.claimable(plan.job_table)
+    return ByKey(plan.job_table.key, marking.where(claimable).where)
+
+
+def marked_by_key(plan: ClaimPlan, backend: Backend) -> tuple[ByKey, ByKey]:
+    """Return the statements of :func:`mark_and_load`."""
+    return plan.prepare(marking_by_key, backend), plan.prepare(reading_by_key, backend)
 
 
 def read_back(
@@ -581,13 +591,12 @@ def read_back(
     """
     found: dict[Key, Any] = {}
     for lock in (False, True):
-        missing = [key for key in keys if key not in found]
-        for chunk in chunks(missing, CHUNK):
-            reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
-            result = tx.execute(*reading.of(chunk, params))
+        reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
+        missing = list(filterfalse(found.__contains__, keys))
+        for _, result in tx.by_key(reading, missing, params):
             rows = result.unique().all() if plan.entities else result.all()
             found.update(keyed_rows(plan, rows))
-    return [(key, found[key]) for key in keys]
+    return list(zip(keys, map(found.__getitem__, keys), strict=True))
 
 
 def reading_by_key(
@@ -601,22 +610,3 @@ def reading_by_key(
         reading = reading.with_for_update()
     key = plan.key_attributes if plan.entities else plan.job_table.key
     return ByKey(key, reading.where)
-
-
-def chunks(keys: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the keys in chunks of at most ``size``: databases limit a statement's parameters."""
-    for start in range(0, len(keys), size):
-        yield keys[start : start + size]
-
-
-def refuse_autocommit(backend: Backend, tx: Transaction, why: str) -> None:
-    """Refuse a bind whose driver commits after every statement.
-
-    Asked after a first statement: an engine may begin its transactions by itself, on a driver in
-    autocommit, and only then has done so.
-    """
-    if tx.in_autocommit and not backend.in_transaction(tx.connection.connection):
-        raise ClaimError(
-            f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
-            'as engine.execution_options(isolation_level="READ COMMITTED")'
-        )

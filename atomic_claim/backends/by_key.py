@@ -49,6 +49,7 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, labelled_terms
@@ -63,9 +64,7 @@ from .base import (
     Read,
     Transaction,
     hinted,
-    marking_by_key,
-    reading_by_key,
-    refuse_autocommit,
+    marked_by_key,
 )
 
 KEY = "atomic_claim_key"
@@ -277,7 +276,7 @@ class KeySearch:
         rows = select(read, place).subquery(self._name("numbered"))
         key, number = rows.columns[KEY], rows.columns[PLACE]
         running = select(func.count()).select_from(job_table.table)
-        running = running.where(self._column == key, job_table.is_held).correlate(rows)
+        running = running.where(self._column == key, predicates.is_held(job_table)).correlate(rows)
         has_room = number + running.scalar_subquery() <= self._most
         return rows, or_(key.is_(None), and_(number <= self._most, has_room))
 
@@ -303,7 +302,11 @@ class KeySearch:
 
     def _walked_keys(self) -> CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
-        free = select(self._column).where(self.plan.job_table.is_free).order_by(self._column)
+        free = (
+            select(self._column)
+            .where(predicates.is_free(self.plan.job_table))
+            .order_by(self._column)
+        )
         free = free.limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
         keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
@@ -318,7 +321,7 @@ class KeySearch:
         It does if the columns before the key in the index are selected, too. The second DISTINCT
         has MySQL read them once, not once for each place that names them.
         """
-        free = self.plan.job_table.is_free
+        free = predicates.is_free(self.plan.job_table)
         own = self.plan.job_table.table.columns
         named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
         others = [part for part in dict.fromkeys(named) if part is not self._column]
@@ -362,8 +365,7 @@ def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
 def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
     search = key_search(backend, plan)
-    marked = (plan.prepare(marking_by_key, backend), plan.prepare(reading_by_key, backend))
-    return (search.window, search.chosen, search.locking, *marked)
+    return (search.window, search.chosen, search.locking, *marked_by_key(plan, backend))
 
 
 def claim_by_key(
@@ -372,7 +374,7 @@ def claim_by_key(
     """Claim by exclusive keys, search and claim in one transaction."""
     found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(tx.backend, plan).batches(tx.rows, limit):
+    for batch in key_search(tx.backend, plan).batches(tx.tuples, limit):
         found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
         if len(found) == limit:
             break
@@ -411,7 +413,7 @@ def _locked(
     search = key_search(tx.backend, plan)
     tried, rest = tx.backend.lock_keys(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
-    refuse_autocommit(tx.backend, tx, "the locks would be gone before the rows are marked")
+    tx.refuse_autocommit("the locks would be gone before the rows are marked")
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}

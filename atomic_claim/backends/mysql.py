@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import filterfalse
+from operator import itemgetter
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -29,34 +32,32 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer, String
 
+from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LIMIT, Candidates, ClaimPlan, ClaimRequest
+from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .base import (
+    CHUNK,
     Backend,
     Facts,
     Find,
     Key,
-    KeyedRows,
-    Mark,
     Transaction,
-    chunks,
     hinted,
-    mark_and_load,
-    marking_by_key,
-    reading_by_key,
-    refuse_autocommit,
+    marked_by_key,
     require,
 )
-from .by_key import VIEW, keyed_statements
+from .by_key import keyed_statements, refuse_view
 from .drivers import code_of
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 
 NAMES = ("mysql", "mariadb")
+# A hint for "mysql" renders nothing for mariadb://, so both names are said.
+HINTS = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
 CONFLICTS = frozenset({1020, 1205, 1213, 3101})
@@ -64,11 +65,9 @@ CONFLICTS = frozenset({1020, 1205, 1213, 3101})
 ERROR_DURING_COMMIT = 1180
 # ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
 HELD = frozenset({1205, 3572})
-# Optimisers give up on ranges of very many keys and read the whole index instead.
-CHUNK = 1000
-# So many candidates more than are wanted are read, and tried in one statement if the order allows.
+# Candidates beyond those that are wanted, which are tried in one statement if the order allows.
 WINDOW = 16
-# So often a claim that must not skip looks for the very rows that others hold.
+# How many locks of a claim that must not skip rows may fail before it puts rows aside.
 PATIENCE = 8
 # For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
 MOST_READ = 10_000
@@ -77,11 +76,16 @@ MOST_READ = 10_000
 # A proxy may have given the process to another client since.
 PROCESS = text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
 
-SERIALIZABLE = (
+SERIALIZABLE = "SERIALIZABLE"
+PLAIN_READS_WAIT = (
     "the transaction is SERIALIZABLE, where InnoDB's plain reads wait for the rows that other "
     'workers hold: use isolation_level="READ COMMITTED" or "REPEATABLE READ", at which a claim is '
     "as safe"
 )
+# What has to be known of a session: its isolation level; and whether the error with which NOWAIT
+# fails rolls back all of the transaction, which MySQL's does not.
+MYSQL_SESSION = ("@@transaction_isolation", "0")
+MARIADB_SESSION = ("@@tx_isolation", "@@innodb_rollback_on_timeout")
 # Seconds by which the session's zone is ahead of UTC.
 SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
 
@@ -104,8 +108,7 @@ class MySQL(Backend):
     """
 
     names = NAMES
-    # A hint for "mysql" renders nothing for mariadb://, so both names are said.
-    hints = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
+    hints = HINTS
     ending = "KILL {}"
     has_returning = False
     walks_keys = False
@@ -121,16 +124,9 @@ class MySQL(Backend):
     def is_single(self, plan: ClaimPlan) -> bool:
         return False
 
-    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        return self.claim_by_steps(tx, plan, params, mark_and_load)
-
-    def claim_by_steps(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
-    ) -> KeyedRows:
-        return mark(tx, plan, self.lock(tx, plan, params), params)
-
     def key_lock(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
-        _check_engine(connection, table, view=VIEW)
+        _check_engine(connection, table)
+        refuse_view(connection, table)
         return named_lock(connection, table)
 
     def begin_keyed(self, connection: Connection) -> None:
@@ -146,8 +142,67 @@ class MySQL(Backend):
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
-        _check_engine(tx.connection, plan.job_table.table)
-        return _Search(self, tx, self._prepared(plan, tx), params[LIMIT]).keys()
+        dialect, table, limit = tx.connection.dialect, plan.job_table.table, params[LIMIT]
+        if (tx.connection.schema_for_object(table), table.name) not in checked.get(dialect, ()):
+            _check_engine(tx.connection, table)
+        is_mariadb: bool = dialect.is_mariadb  # type: ignore[attr-defined]
+        statements = plan.prepare(InnoDBStatements, self, is_mariadb)
+        search = Search(tx, statements, limit)
+        width = len(plan.job_table.key)
+        key_of = itemgetter(slice(width))
+        tried: set[Key] = set()
+        # A few more than are wanted, since others may hold the first ones.
+        scan_limit = limit + WINDOW
+        while True:
+            rows, level = self._candidates(search, plan, scan_limit)
+            seen = list(map(key_of, rows))
+            fresh = list(filterfalse(tried.__contains__, seen))
+            tried.update(fresh)
+            # In a transaction of the call's own, the gaps are locked for a moment.
+            is_brief = tx.own or level != "REPEATABLE-READ"
+            lock = search.lock_free if is_brief else search.lock_without_gaps
+            while fresh and len(search.taken) < limit:
+                del fresh[: lock(fresh, width == 1 and isinstance(fresh[0][0], int))]
+            if len(search.taken) == limit or len(rows) < scan_limit:
+                break
+            # Others hold the head of the queue; all that is read again is keys.
+            scan_limit = 4 * scan_limit + WINDOW
+        if search.aside:
+            search.lock_aside()
+        # Rows that were only locked are still free in this transaction's own reads.
+        found = list(filter(search.taken.__contains__, seen))
+        if search.is_stale and len(found) < limit:
+            found += search.lock_latest()[: limit - len(found)]
+        return found
+
+    def _candidates(
+        self, search: Search, plan: ClaimPlan, scan_limit: int
+    ) -> tuple[Sequence[Any], str | None]:
+        """Read the first keys in claim order, and the isolation level if that matters.
+
+        Raises:
+            ClaimError: the session's settings do not allow a claim.
+        """
+        tx, statements = search.tx, search.statements
+        try:
+            rows = tx.execute(statements.candidates, ClaimRequest(scan_limit).parameters()).all()
+        except DBAPIError as error:
+            if not self.is_conflict(error):
+                raise
+            if tx.execute(statements.session).one()[0] == SERIALIZABLE:
+                raise ClaimError(PLAIN_READS_WAIT) from error
+            raise
+        tx.refuse_autocommit("the row locks would be gone before the rows are marked")
+        if not rows and tx.own and not statements.asks_zone:
+            return rows, None
+        session = rows[0][len(plan.job_table.key) :] if rows else tx.tuples(statements.session)[0]
+        level, rolls_back, *skew = session
+        if level == SERIALIZABLE:
+            raise ClaimError(PLAIN_READS_WAIT)
+        if any(skew):
+            self.refuse_skew(plan.job_table, *skew)
+        search.may_fail = not rolls_back
+        return rows, level
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         """Lock the keys by a claim's search, and return the SELECT restricted to these keys.
@@ -181,31 +236,8 @@ class MySQL(Backend):
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
         if plan.job_table.exclusive_by is not None:
             return keyed_statements(self, plan)
-        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
-        lock = plan.prepare(MySQLStatements, self).lock
-        return (plan.candidates.select(), lock, *marked)
-
-    def _prepared(self, plan: ClaimPlan, tx: Transaction) -> MySQLStatements:
-        mariadb: bool = tx.dialect.is_mariadb  # type: ignore[attr-defined]
-        return plan.prepare(MariaDBStatements if mariadb else MySQLStatements, self)
-
-    def change(
-        self,
-        tx: Transaction,
-        keys: Sequence[Key],
-        changes: Sequence[ByKey],
-        params: Mapping[str, Any] | None = None,
-    ) -> list[Key]:
-        """No RETURNING here: what the guard holds for is locked and read, then written."""
-        changed: list[Key] = []
-        hold, write = changes
-        for chunk in chunks(keys, CHUNK):
-            found = list(map(tuple, tx.execute(*hold.of(chunk, params))))
-            refuse_autocommit(self, tx, "the row locks would be gone before the rows are changed")
-            if found:
-                tx.execute(*write.of(found))
-            changed += found
-        return changed
+        lock = plan.prepare(InnoDBStatements, self, False).lock
+        return (plan.candidates.select(), lock, *marked_by_key(plan, self))
 
     def extend(
         self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
@@ -261,46 +293,30 @@ class MySQL(Backend):
         self.refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
 
     def is_conflict(self, error: DBAPIError) -> bool:
-        code = self.code(error)
+        code = code_of(error, int)
         return code in CONFLICTS or (code == ERROR_DURING_COMMIT and "149" in str(error.orig))
 
-    def code(self, error: DBAPIError) -> int | None:
-        """Return the server's error number, or None if there is none."""
-        found: int | None = code_of(error, int)
-        return found
 
-
-checked: WeakKeyDictionary[Dialect, set[tuple[str | None, ...]]] = WeakKeyDictionary()
-"""The tables that are known to be InnoDB's, by the dialect of their database."""
-
-
+checked: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDictionary()
+"""The schema and name of tables that are known to be InnoDB's, by the dialect of their database."""
 ENGINE = text(
-    "SELECT table_type, engine FROM information_schema.tables "
+    "SELECT engine FROM information_schema.tables "
     "WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
 )
 
 
-def _check_engine(connection: Connection, table: Table, *, view: str | None = None) -> None:
-    """Refuse a table that has no row locks; asked once for each dialect object of SQLAlchemy's.
-
-    ``view`` is the reason to refuse a view, if there is one.
-    """
+def _check_engine(connection: Connection, table: Table) -> None:
+    """Refuse a table that has no row locks."""
     schema = connection.schema_for_object(table)
-    known = checked.setdefault(connection.dialect, set())
-    if (schema, table.name, view) in known:
-        return
-    asked = {"schema": schema, "name": table.name}
     # Temporary tables are not listed; no other session reads them.
-    kind, engine = connection.execute(ENGINE, asked).one_or_none() or (None, None)
-    if view is not None and kind == "VIEW":
-        raise ClaimError(view.format(table.fullname))
+    engine = connection.scalar(ENGINE, {"schema": schema, "name": table.name})
     if engine is not None and engine.lower() != "innodb":
         raise ClaimError(
             f"the storage engine of {table.fullname!r} is {engine}, which has no row locks that "
             "a claim could rest on: two workers would get the same rows; convert it with "
             f"ALTER TABLE {table.fullname} ENGINE=InnoDB"
         )
-    known.add((schema, table.name, view))
+    checked.setdefault(connection.dialect, set()).add((schema, table.name))
 
 
 def _set_session(tx: Transaction, settings: Mapping[str, int]) -> None:
@@ -316,265 +332,155 @@ def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
     return true()
 
 
-class MySQLStatements:
-    """The statements of the sequence, built once per plan."""
+class InnoDBStatements:
+    """The statements of a search for rows to claim, built once per plan.
 
-    LEVEL = "@@transaction_isolation"
-    # MariaDB's NOWAIT fails with the error after which this rolls everything back.
-    ROLLS_BACK = "0"
+    Attributes:
+        candidates: reads keys in claim order, and what has to be known of the session.
+        session: reads the latter alone.
+        asks_zone: whether that includes the session's time zone.
+        lock: locks those of the rows that are free and not locked.
+        lock_first: the same, but only the first ones in the order of the key.
+        lock_all: locks those of the rows that are not locked, and returns whether they are free.
+        lock_unless_held: the same, but fails if another transaction has locked one of them.
+        latest: a locking read of the keys of each branch of the candidates.
+    """
 
-    def __init__(self, plan: ClaimPlan, backend: MySQL) -> None:
-        self.plan = plan
-        self.asks_zone = bool(backend.naive_columns(plan.job_table))
-        self.table = plan.job_table.table
-        self.key = plan.job_table.key
+    def __init__(self, plan: ClaimPlan, backend: MySQL, is_mariadb: bool) -> None:
+        table, key = plan.job_table.table, plan.job_table.key
+        of = table if plan.multi_table else None
+        source = plan.source(*plan.key_attributes)
+        if plan.multi_table:
+            # Else the subclass's table may come first, and MariaDB locks every row of it.
+            source = source.prefix_with("STRAIGHT_JOIN")
+
+        def by_key(statement: Select[Any], **how: bool) -> ByKey:
+            return ByKey(key, hinted(statement.with_for_update(of=of, **how), table, HINTS).where)
+
         # What has to be known of the session comes with the candidates, for no further round trip.
-        self.session: list[ColumnElement[Any]] = [
-            literal_column(self.LEVEL, String()),
-            literal_column(self.ROLLS_BACK, Integer()),
-        ]
+        level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
+        session: list[ColumnElement[Any]] = [literal_column(level, String())]
+        session.append(literal_column(rolls_back, Integer()))
+        self.asks_zone = bool(backend.naive_columns(plan.job_table))
         if self.asks_zone:
-            self.session.append(SKEW)
-        self.asking = select(*self.session)
-        self.candidates = plan.candidates.select().add_columns(*self.session)
+            session.append(SKEW)
+        self.session = select(*session)
+        self.candidates = plan.candidates.select().add_columns(*session)
+
+        free = source.where(*plan.conditions)
+        self.lock = by_key(free, skip_locked=True)
+        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        first = free.order_by(*plan.key_attributes).limit(limit)
+        self.lock_first = by_key(first, skip_locked=True)
+        # That it returns whether a row is free is also what makes it read by key: a SELECT of
+        # nothing but the key is covered by the index, and then scans all of it, forced or not.
+        all_rows = source.add_columns(and_(*plan.conditions))
+        self.lock_all = by_key(all_rows, skip_locked=True)
+        self.lock_unless_held = by_key(all_rows, nowait=True)
         self.latest = [
-            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=self.lock_of)
+            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
             for branch in plan.candidates.branches
         ]
 
-        # Locks those of the rows that are still free and that nobody holds.
-        self.lock = self._by_key(self._locking(skip_locked=True).where(*plan.conditions))
-        # The same, but only the first ones in the order of the key.
-        self.lock_first = self._by_key(
-            self._locking(skip_locked=True)
-            .where(*plan.conditions)
-            .order_by(*plan.key_attributes)
-            .limit(bindparam(LIMIT, 1, Integer(), literal_execute=True))
-        )
-        # Locks those of the rows that nobody holds, and tells whether they are still free. This
-        # is also what makes it read by key: a SELECT of nothing but the key is covered by the
-        # index, and then scans all of it, forced or not.
-        free = and_(*plan.conditions)
-        self.lock_all = self._by_key(self._locking(skip_locked=True).add_columns(free))
-        # The same, or it fails if somebody holds one of the rows.
-        self.lock_unless_held = self._by_key(self._locking(nowait=True).add_columns(free))
 
-    @property
-    def lock_of(self) -> Any:
-        """The table whose rows are locked, where a mapped class has several."""
-        return self.table if self.plan.multi_table else None
+@dataclass
+class Search:
+    """The rows that one search has locked.
 
-    def _locking(self, **how: bool) -> Select[Any]:
-        source = self.plan.source(*self.plan.key_attributes)
-        if self.plan.multi_table:
-            # Else the subclass's table may come first, and MariaDB locks every row of it.
-            source = source.prefix_with("STRAIGHT_JOIN")
-        return source.with_for_update(of=self.lock_of, **how)
+    Attributes:
+        tx: where it runs.
+        statements: its statements.
+        limit: how many rows are wanted.
+        taken: the keys of the rows that are locked and free.
+        may_fail: whether a lock that fails leaves the transaction as it was.
+        patience: how many more locks may fail before rows are put aside.
+        aside: rows in the order of their keys that are tried again at the end.
+        is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
+    """
 
-    def _by_key(self, statement: Select[Any]) -> ByKey:
-        return ByKey(self.key, hinted(statement, self.table, MySQL.hints).where)
+    tx: Transaction
+    statements: InnoDBStatements
+    limit: int
+    taken: set[Key] = field(default_factory=set)
+    may_fail: bool = False
+    patience: int = PATIENCE
+    aside: list[list[Key]] = field(default_factory=list)
+    is_stale: bool = False
 
+    def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
+        """Lock the first of the candidates, and return how many were tried.
 
-class MariaDBStatements(MySQLStatements):
-    """The same statements, with MariaDB's names of the session's variables."""
-
-    LEVEL = "@@tx_isolation"
-    ROLLS_BACK = "@@innodb_rollback_on_timeout"
-
-
-class _Search:
-    """One search for rows to claim; all that it finds, it has locked."""
-
-    def __init__(
-        self, backend: MySQL, tx: Transaction, statements: MySQLStatements, limit: int
-    ) -> None:
-        self.backend = backend
-        self.tx = tx
-        self.statements = statements
-        self.limit = limit
-        self.repeatable = False
-        self.may_fail = False
-        self.stale = False
-        self.taken: set[Key] = set()
-        self.tried: set[Key] = set()
-        self.patience = PATIENCE
-        self.aside: list[list[Key]] = []
-
-    def keys(self) -> list[Key]:
-        """Up to ``limit`` free rows that nobody else holds, in claim order."""
-        seen: list[Key] = []
-        # A few more than are wanted, since others may hold the first ones.
-        scan_limit = self.limit + WINDOW
-        while len(self.taken) < self.limit:
-            seen = self._read_candidates(scan_limit)
-            fresh = [key for key in seen if key not in self.tried]
-            while fresh and len(self.taken) < self.limit:
-                self._lock(fresh)
-                fresh = [key for key in fresh if key not in self.tried]
-            if len(seen) < scan_limit:
-                break
-            # Others hold the head of the queue; all that is read again is keys.
-            scan_limit = 4 * scan_limit + 16
-        self._take_from_aside()
-        # Rows that we only locked are still free in our own reads, so the last one has them all.
-        found = [key for key in seen if key in self.taken]
-        if len(found) < self.limit and self.repeatable and not self.tx.own:
-            newer = [key for key in self._read_latest() if key not in self.taken]
-            found += newer[: self.limit - len(found)]
-        return found
-
-    def _take_from_aside(self) -> None:
-        """Lock what was passed over, which is all that is left."""
-        self.patience = sys.maxsize
-        while self.aside and len(self.taken) < self.limit:
-            wanted = self.limit - len(self.taken)
-            keys, *self.aside = self.aside
-            if keys[wanted:]:
-                self.aside.insert(0, keys[wanted:])
-            self._lock_without_gaps(keys[:wanted])
-
-    def _read_candidates(self, scan_limit: int) -> list[Key]:
-        try:
-            rows = self.tx.tuples(self.statements.candidates, ClaimRequest(scan_limit).parameters())
-        except DBAPIError as error:
-            if self.backend.is_conflict(error) and self._ask()[0] == "SERIALIZABLE":
-                raise ClaimError(SERIALIZABLE) from error
-            raise
-        why = "the row locks would be gone before the rows are marked"
-        refuse_autocommit(self.backend, self.tx, why)
-        if not rows and self.tx.own and not self.statements.asks_zone:
-            return []
-        width = len(self.statements.key)
-        self._learn(rows[0][width:] if rows else self._ask())
-        return [row[:width] for row in rows]
-
-    def _learn(self, said: Sequence[Any]) -> None:
-        """Take in what the session says of itself, and refuse what a claim cannot rest on."""
-        if said[0] == "SERIALIZABLE":
-            raise ClaimError(SERIALIZABLE)
-        if said[2:] and said[2]:
-            self.backend.refuse_skew(self.statements.plan.job_table, said[2])
-        self.repeatable = said[0] == "REPEATABLE-READ"
-        self.may_fail = not said[1]
-
-    def _ask(self) -> Sequence[Any]:
-        [said] = self.tx.tuples(self.statements.asking)
-        return said
-
-    def _lock(self, fresh: list[Key]) -> None:
-        """Lock the first of the candidates, as many as are still wanted."""
+        READ COMMITTED lets go at once of what does not meet the WHERE; a transaction of the
+        call's own is over soon.
+        """
         wanted = self.limit - len(self.taken)
-        if self.repeatable and not self.tx.own:
-            self.tried.update(keys := fresh[: min(wanted, CHUNK)])
-            if self.may_fail:
-                self._lock_without_gaps(keys)
-            else:
-                self._sort_out(self.tx.rows(*self.statements.lock_all.of(keys)))
-            return
-        # READ COMMITTED lets go at once of what does not meet the WHERE; ours is over soon.
         window = fresh[: min(wanted + WINDOW, CHUNK)]
-        if _ascends(window):
+        if are_numbers and window == sorted(window):
+            # The order of the claim is that of the keys, in Python and in SQL.
             lock = self.statements.lock_first.of(window, {LIMIT: wanted})
         else:
             window = window[:wanted]
             lock = self.statements.lock.of(window)
-        found = self.tx.tuples(*lock)
-        self.taken.update(found)
-        # What comes behind the last row that was wanted has not been looked at.
-        enough = len(found) == wanted
-        self.tried.update(window[: window.index(found[-1]) + 1] if enough else window)
+        self.taken.update(map(tuple, self.tx.execute(*lock)))
+        return len(window)
 
-    def _lock_without_gaps(self, keys: list[Key]) -> None:
-        """Lock in a REPEATABLE READ transaction that may go on for long.
+    def lock_without_gaps(self, fresh: list[Key], are_numbers: bool) -> int:
+        """Lock likewise in a REPEATABLE READ transaction that may go on for long.
 
         There SKIP LOCKED locks the gap behind a row that it skips: behind the table's last row,
         no producer could insert until the transaction ends. NOWAIT fails and locks no gap; what
         it had locked before, it takes in the next try. So the rows that are held are found by
-        halving, and after some failures passed over together with their neighbours.
+        trying fewer, and after some failures the rows behind one are put aside, none locked.
         """
-        if self._lock_unless_held(keys):
-            return
-        self.patience -= 1
-        if len(keys) == 1:
-            return
-        if self.patience < 0 and _are_numbers(keys):
-            self._lock_up_to_the_held(sorted(keys))
-            return
-        middle = len(keys) // 2
-        self._lock_without_gaps(keys[:middle])
-        self._lock_without_gaps(keys[middle:])
-
-    def _lock_up_to_the_held(self, keys: list[Key]) -> None:
-        """Of rows in the key's order, some of them held, lock those before the first that is.
-
-        The ones behind it are put aside; no failure has locked any of them.
-        """
-        ahead = 1
+        keys = fresh[: min(self.limit - len(self.taken), CHUNK)]
+        tried = ahead = len(keys)
+        if are_numbers:
+            keys.sort()
+        lock = self.statements.lock_unless_held if self.may_fail else self.statements.lock_all
         while keys:
-            if self._lock_unless_held(keys[:ahead]):
-                keys = keys[ahead:]
-            else:
-                if keys[ahead:]:
-                    self.aside.append(keys[ahead:])
-                keys = keys[:ahead] if ahead > 1 else []
-            ahead = max(1, len(keys) // 2)
+            part = keys[:ahead]
+            try:
+                rows = self.tx.execute(*lock.of(part)).all()
+            except DBAPIError as error:
+                if code_of(error, int) not in HELD:
+                    raise
+                self.patience -= 1
+                if len(part) > 1:
+                    ahead = len(part) // 2 if self.patience >= 0 else 1
+                    continue
+                del keys[0]
+                if self.patience < 0 and are_numbers:
+                    self.aside.append(keys)
+                    break
+                continue
+            for row in rows:
+                if row[-1]:
+                    self.taken.add(row[:-1])
+                else:
+                    self.is_stale = True
+            if self.may_fail and len(rows) < len(part):
+                self.is_stale = True
+            del keys[:ahead]
+            ahead *= 2
+        return tried
 
-    def _lock_unless_held(self, keys: list[Key]) -> bool:
-        try:
-            rows = self.tx.rows(*self.statements.lock_unless_held.of(keys))
-        except DBAPIError as error:
-            if self.backend.code(error) not in HELD:
-                raise
-            return False
-        self._sort_out(rows)
-        return True
+    def lock_aside(self) -> None:
+        """Lock what was put aside, which is all that is left."""
+        self.patience = sys.maxsize
+        while self.aside and len(self.taken) < self.limit:
+            keys = self.aside.pop(0)
+            if rest := keys[self.lock_without_gaps(keys, True) :]:
+                self.aside.insert(0, rest)
 
-    def _sort_out(self, rows: Iterable[Any]) -> None:
-        for row in rows:
-            if row[-1]:
-                self.taken.add(tuple(row)[:-1])
-            else:
-                self.stale = True
+    def lock_latest(self) -> list[Key]:
+        """Lock rows that are newer than the snapshot of the caller's transaction.
 
-    def _read_latest(self) -> list[Key]:
-        """Rows newer than the snapshot that the caller's REPEATABLE READ transaction reads from.
-
-        Only a locking read sees them, and it locks what it scans; so it is made only when
-        candidates turned out to be claimed or gone, which shows that the snapshot is old.
+        Only a locking read sees them, and it locks what it scans, so this is done only where the
+        snapshot has turned out to be old.
         """
-        if not self.stale and not self._some_are_gone():
-            return []
-        return [
-            tuple(row)
-            for latest in self.statements.latest
-            for row in self.tx.rows(latest, ClaimRequest(self.limit).parameters())
-        ]
-
-    def _some_are_gone(self) -> bool:
-        left = list(self.tried - self.taken)
-        if not left or not self.may_fail:
-            return False
-        try:
-            found = [
-                row
-                for chunk in chunks(left, CHUNK)
-                for row in self.tx.rows(*self.statements.lock_unless_held.of(chunk))
-            ]
-        except DBAPIError as error:
-            if self.backend.code(error) not in HELD:
-                raise
-            return False
-        return len(found) < len(left)
-
-
-def _ascends(keys: Sequence[Key]) -> bool:
-    """Check whether claim order is also the order of the keys in the database."""
-    return _are_numbers(keys) and list(keys) == sorted(keys)
-
-
-def _are_numbers(keys: Sequence[Key]) -> bool:
-    """Check whether all keys are single integers, which compare alike in Python and SQL."""
-    return all(len(key) == 1 and isinstance(key[0], int) for key in keys)
+        asked = ClaimRequest(self.limit).parameters()
+        found = [key for each in self.statements.latest for key in self.tx.tuples(each, asked)]
+        return [key for key in found if key not in self.taken]
 
 
 @compiles(ClaimStatement, *NAMES)

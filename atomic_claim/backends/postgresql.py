@@ -26,10 +26,11 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
+from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import Candidates, ClaimPlan
+from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
     ByKey,
@@ -49,7 +50,6 @@ from .advisory import (
     wait_for_keys,
 )
 from .base import (
-    CHUNK,
     Backend,
     Candidate,
     Facts,
@@ -58,40 +58,17 @@ from .base import (
     KeyedRows,
     Mark,
     Transaction,
-    chunks,
     keyed_rows,
     mark_and_load,
-    marking_by_key,
-    reading_by_key,
-    refuse_autocommit,
+    marked_by_key,
     require,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
 from .drivers import code_of
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
-UTC_NAMES = frozenset(
-    [
-        "utc",
-        "etc/utc",
-        "gmt",
-        "etc/gmt",
-        "zulu",
-        "etc/zulu",
-        "uct",
-        "etc/uct",
-        "universal",
-        "etc/universal",
-        "greenwich",
-        "etc/greenwich",
-        "gmt0",
-        "etc/gmt0",
-        "gmt+0",
-        "etc/gmt+0",
-        "gmt-0",
-        "etc/gmt-0",
-    ]
-)
+UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")
+UTC_NAMES = frozenset(folder + name for folder in ("", "etc/") for name in UTC)
 ASKED = text(
     "SELECT pid, backend_start, current_setting('transaction_isolation') FROM pg_stat_activity "
     "WHERE pid = pg_backend_pid()"
@@ -148,23 +125,20 @@ class PostgreSQL(Backend):
     def is_single(self, plan: ClaimPlan) -> bool:
         return plan.job_table.exclusive_by is None and not plan.needs_select
 
-    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
+    def claim(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
+    ) -> KeyedRows:
+        if plan.job_table.exclusive_by is not None:
+            require_locks(tx.connection.dialect)
+            refuse_view(tx.connection, plan.job_table.table)
+            self._check_zone(tx, plan)
+            return claim_by_key(tx, plan, params, mark or mark_and_load)
         is_plain = tx.own and not plan.entities
-        if not plan.prepare(self.is_single) or not (is_plain or not tx.needs_steps(plan)):
-            return self.claim_by_steps(tx, plan, params, mark_and_load)
+        if mark or not plan.prepare(self.is_single) or not (is_plain or not tx.needs_steps(plan)):
+            return super().claim(tx, plan, params, mark)
         if plan.prepare(self._has_naive):
             self._check_zone(tx, plan)
         return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
-
-    def claim_by_steps(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
-    ) -> KeyedRows:
-        if plan.job_table.exclusive_by is not None:
-            require_locks(tx.dialect)
-            refuse_view(tx.connection, plan.job_table.table)
-            self._check_zone(tx, plan)
-            return claim_by_key(tx, plan, params, mark)
-        return mark(tx, plan, self.lock(tx, plan, params), params)
 
     def key_session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
         return (LEVEL,)
@@ -189,11 +163,11 @@ class PostgreSQL(Backend):
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
         self._check_zone(tx, plan)
         locked = tx.tuples(plan.prepare(_locked_candidates, deletes), params)
-        refuse_autocommit(self, tx, "the row locks would be gone before the rows are marked")
+        tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         return locked
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
-        refuse_autocommit(self, tx, "a row lock is gone as soon as the row is read")
+        tx.refuse_autocommit("a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
     def _has_naive(self, plan: ClaimPlan) -> bool:
@@ -211,17 +185,15 @@ class PostgreSQL(Backend):
             return keyed_statements(self, plan)
         if self.is_single(plan):
             return (plan.prepare(claiming),)
-        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
-        return (plan.prepare(_locked_candidates, False), *marked)
+        return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
 
     def extend(
         self, tx: Transaction, job_table: JobTable, keys: Sequence[Key], changes: Sequence[ByKey]
     ) -> list[Key]:
         """Lock the exclusive keys first, since the UPDATE reads the clock at its start."""
         if job_table.exclusive_by is not None:
-            for chunk in chunks(keys, CHUNK):
-                wait_for_keys(tx, job_table, chunk)
-            refuse_autocommit(self, tx, KEYS_UNLOCKED)
+            wait_for_keys(tx, job_table, keys)
+            tx.refuse_autocommit(KEYS_UNLOCKED)
         return self.change(tx, keys, changes)
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:

@@ -14,18 +14,17 @@ from typing import Any
 from sqlalchemy import and_, case, literal_column, select, update
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
-from atomic_claim.sql_elements import key_in
+from atomic_claim.sql_elements import ByKey, key_in
 
 from .base import (
-    CHUNK,
     Key,
     KeyedRows,
     Transaction,
     Unreadable,
-    chunks,
     hinted,
     mark_and_load,
     read_back,
@@ -59,7 +58,7 @@ class OneByOne:
         for _ in range(ROUNDS):
             before = len(self.passed)
             narrowed = plan.passing_over(list(self.passed))
-            found = tx.backend.claim_by_steps(tx, narrowed, params, self.mark)
+            found = tx.backend.claim(tx, narrowed, params, self.mark)
             if found or len(self.passed) == before:
                 return found
         keys = list(self.passed)
@@ -148,7 +147,7 @@ def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Seque
     if TOKEN not in params:
         return ()
     # A state that a trigger has made NULL is not free either.
-    is_free = case((job_table.is_free, literal_column("1")), else_=literal_column("0"))
+    is_free = case((predicates.is_free(job_table), literal_column("1")), else_=literal_column("0"))
     ours = and_(job_table.token == params[TOKEN], is_free == literal_column("0"))
     return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
 
@@ -178,10 +177,11 @@ def _undo(
         changing = changing.values(freeing(job_table))
         if TOKEN in params:
             changing = changing.where(job_table.token == params[TOKEN])
-        for chunk in chunks(keys, CHUNK):
-            tx.execute(changing.where(key_in(job_table.key, chunk)))
-            asked = select(*job_table.key).where(key_in(job_table.key, chunk), job_table.is_free)
-            free = tx.tuples(hinted(asked, job_table.table, hints).with_for_update())
+        asking = select(*job_table.key).where(predicates.is_free(job_table))
+        asking = hinted(asking, job_table.table, hints)
+        freed = ByKey(job_table.key, asking.with_for_update().where)
+        for chunk, _ in tx.by_key(ByKey(job_table.key, changing.where), keys):
+            free = tx.tuples(*freed.of(chunk))
             if len(free) < len(chunk) and not tx.autocommit:
                 raise ClaimError(f"{len(chunk) - len(free)} rows could not be freed again")
     except (SQLAlchemyError, ClaimError) as error:

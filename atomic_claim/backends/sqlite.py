@@ -31,24 +31,21 @@ from sqlalchemy.types import NullType, String
 
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LIMIT, ClaimPlan
+from atomic_claim.plan import INSTANT, LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .base import (
-    CHUNK,
     Backend,
     Find,
     Key,
     KeyedRows,
     Mark,
     Transaction,
-    chunks,
+    instant,
     keyed_rows,
     mark_and_load,
-    marking_by_key,
-    reading_by_key,
-    refuse_autocommit,
+    marked_by_key,
     require,
 )
 from .by_key import claim_by_key, keyed_statements, refuse_view
@@ -91,18 +88,29 @@ class SQLite(Backend):
             return False
         return plan.single or not (plan.changes_order or any(t.collates for t in _terms(plan)))
 
-    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        if not plan.prepare(self.is_single) or tx.needs_steps(plan):
-            return self.claim_by_steps(tx, plan, params, mark_and_load)
-        given = {**params, **self.instant(tx, plan, params)}
-        rows = list(tx.rows(plan.prepare(_claiming), params))
+    def claim(
+        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
+    ) -> KeyedRows:
+        if plan.job_table.exclusive_by is not None:
+            try:
+                self._take_write_lock(tx, plan.job_table)
+            except DBAPIError:
+                refuse_view(tx.connection, plan.job_table.table)
+                raise
+            return claim_by_key(tx, plan, params, mark or mark_and_load)
+        if mark or not plan.prepare(self.is_single) or tx.needs_steps(plan):
+            return super().claim(tx, plan, params, mark)
+        given = dict(params)
+        if (asking := plan.prepare(instant)) is not None:
+            given[INSTANT] = tx.connection.scalar(asking, params)
+        rows = list(tx.execute(plan.prepare(_claiming), params).all())
         if len(rows) < params[LIMIT]:
             rows += self._passed_over(tx, plan, params, len(rows))
         found = keyed_rows(plan, _in_order(plan, rows))
         keys = [key for key, _ in found]
         tx.marked.extend(keys)
-        for chunk in chunks(keys, CHUNK):
-            if wrong := tx.tuples(*plan.prepare(_wrong).of(chunk, given)):
+        for _, result in tx.by_key(plan.prepare(_wrong), keys, given):
+            if wrong := result.all():
                 plan.refuse_fault(wrong[0][-1], wrong[0][:-1])
         return found
 
@@ -119,36 +127,23 @@ class SQLite(Backend):
         if not (left := tx.tuples(plan.prepare(_first_left), params)):
             return ()
         wanted = {**params, LIMIT: params[LIMIT] - count}
-        more = tx.rows(plan.prepare(_claiming), wanted)
+        more = tx.execute(plan.prepare(_claiming), wanted).all()
         if not more and left == tx.tuples(plan.prepare(_first_left), params):
             plan.refuse_fault(None, left[0])
         return more
 
-    def claim_by_steps(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark
-    ) -> KeyedRows:
-        if plan.job_table.exclusive_by is not None:
-            try:
-                self._take_write_lock(tx, plan.job_table)
-            except DBAPIError:
-                refuse_view(tx.connection, plan.job_table.table)
-                raise
-            return claim_by_key(tx, plan, params, mark)
-        return mark(tx, plan, self.lock(tx, plan, params), params)
-
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):
             return (plan.prepare(_claiming), plan.prepare(_wrong))
-        marked = (plan.prepare(marking_by_key, self), plan.prepare(reading_by_key, self))
         if plan.job_table.exclusive_by is not None:
             return (_lock(plan.job_table), *keyed_statements(self, plan))
-        return (_lock(plan.job_table), plan.candidates.select(), *marked)
+        return (_lock(plan.job_table), plan.candidates.select(), *marked_by_key(plan, self))
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         self._take_write_lock(tx, plan.job_table)
-        return [tuple(row) for row in tx.execute(plan.candidates.select(), params)]
+        return tx.tuples(plan.candidates.select(), params)
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         self._take_write_lock(tx, find.job_table)
@@ -157,7 +152,7 @@ class SQLite(Backend):
     def _take_write_lock(self, tx: Transaction, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
         tx.execute(_lock(job_table))
-        refuse_autocommit(self, tx, "another claim could come between this one's statements")
+        tx.refuse_autocommit("another claim could come between this one's statements")
 
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:

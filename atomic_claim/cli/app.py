@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import demo, doctor, migration, race, run, sql
+from . import demo, doctor, jobs, migration, race, run, sql
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("race")(race.race)
 app.command("doctor")(doctor.doctor)
+app.command("jobs")(jobs.jobs)
 app.command("sql")(sql.sql)
 app.command("migration")(migration.migration)
 

@@ -19,13 +19,13 @@ from . import watching
 from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
-from .options import FAILED, UrlOption, console, plain_ending, server
+from .options import FAILED, UrlOption, console, is_unicode, plain_ending, server
 from .targets import TableOption, chosen
 
 MARKS = {
-    Level.FINE: Text("✓", style="green"),
-    Level.NOTE: Text("!", style="yellow"),
-    Level.PROBLEM: Text("✗", style="bold red"),
+    Level.FINE: ("✓", "+", "green"),
+    Level.NOTE: ("!", "!", "yellow"),
+    Level.PROBLEM: ("✗", "x", "bold red"),
 }
 
 
@@ -117,6 +117,11 @@ def doctor(
             raise typer.Exit(FAILED)
 
 
+def _mark(level: Level) -> Text:
+    sign, ascii_sign, style = MARKS[level]
+    return Text(sign if is_unicode() else ascii_sign, style=style)
+
+
 def _plain(found: Examination) -> dict[str, Any]:
     findings = [asdict(each) | {"level": each.level.value} for each in found.findings]
     return {
@@ -146,7 +151,7 @@ def _show(screen: Console, found: Examination) -> None:
     for heading in ("", "check", "found"):
         shown.add_column(heading, justify="left", vertical="top")
     for finding in found.findings:
-        shown.add_row(MARKS[finding.level], Text(finding.check), Text(finding.found))
+        shown.add_row(_mark(finding.level), Text(finding.check), Text(finding.found))
     screen.print(shown)
     for finding in sorted(found.ails, key=lambda finding: finding.level is not Level.PROBLEM):
         _show_cure(screen, finding)
@@ -159,7 +164,7 @@ def _show_cure(screen: Console, finding: Finding) -> None:
     cure.add_row(Text("why", style="dim"), Text(finding.why))
     if finding.fix:
         cure.add_row(Text("fix", style="dim"), Text(finding.fix))
-    screen.print(Text.assemble(MARKS[finding.level], " ", (finding.check, "bold")))
+    screen.print(Text.assemble(_mark(finding.level), " ", (finding.check, "bold")))
     screen.print(cure)
     if finding.sql:
         screen.print()

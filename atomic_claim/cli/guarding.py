@@ -17,7 +17,10 @@ from atomic_claim.testing.database import CommandError, one_line
 from .operations import AddColumn, Statements
 from .texts import dialect_of
 
-COMMENT = "Refuses a second claim of a job, whoever makes it."
+COMMENT = (
+    "Refuses a second claim of a job. The loop must claim in one transaction, and roll it back "
+    "after the error."
+)
 ROLES = ("state", "due", "worker", "token", "lease", "attempts", "error")
 
 

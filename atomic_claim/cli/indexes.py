@@ -34,6 +34,7 @@ from sqlalchemy.sql.elements import (
 )
 from sqlalchemy.sql.selectable import SelectBase
 
+from atomic_claim import predicates
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import DatabaseTime, OrderTerm
@@ -145,7 +146,9 @@ class NeededIndex:
         found: list[tuple[ColumnElement[Any], str]] = [(part, "") for part in before]
         for term in order:
             descending = " DESC" if term.descending else ""
-            found.append((term.element, term.suffix if dialect.name == "postgresql" else descending))
+            found.append(
+                (term.element, term.suffix if dialect.name == "postgresql" else descending)
+            )
         found += [(part, "") for part in behind if part.name not in ahead]
         unique = {(self._term(element, dialect), suffix): element for element, suffix in found}
         return [(element, suffix) for (_, suffix), element in unique.items()], where
@@ -207,19 +210,21 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     table, order = job_table.table, job_table.order or job_table.key
     own: Any = job_table.lease
     named: Any = own if own is not None else lease and column(lease)
-    is_due, is_unspent = job_table.is_due, job_table.is_unspent
-    found = [_needed("free", table, job_table.is_free, order, is_due)]
+    is_due, is_unspent = predicates.is_due(job_table), predicates.is_unspent(job_table)
+    found = [_needed("free", table, predicates.is_free(job_table), order, is_due)]
     if named is not None:
-        found.append(_needed("expired", table, job_table.is_running, (named,), is_unspent))
+        found.append(
+            _needed("expired", table, predicates.is_running(job_table), (named,), is_unspent)
+        )
     if job_table.unleased is not None:
         # The third reason's order is the time since which a row has been running.
         assert own is not None
-        _, (since,) = job_table.claimable_branches[2]
-        running = and_(job_table.is_running, own.is_(None))
+        _, (since,) = predicates.claimable_branches(job_table)[2]
+        running = and_(predicates.is_running(job_table), own.is_(None))
         found.append(_needed("unleased", table, running, (since,), is_unspent))
     if (key := job_table.exclusive_by) is not None:
-        found.append(_needed("keys", table, job_table.is_free, (key, *order), is_due))
-        found.append(_needed("running", table, job_table.is_running, (key,)))
+        found.append(_needed("keys", table, predicates.is_free(job_table), (key, *order), is_due))
+        found.append(_needed("running", table, predicates.is_running(job_table), (key,)))
     return found
 
 

@@ -63,9 +63,7 @@ def _line(index: NeededIndex, owner: str, name: str) -> str:
     return f"sa.Index({', '.join(terms)})"
 
 
-def _term(
-    owner: str, part: tuple[ColumnElement[Any], str], name: str
-) -> str:
+def _term(owner: str, part: tuple[ColumnElement[Any], str], name: str) -> str:
     element, suffix = part
     if isinstance(element, ColumnClause):
         key = getattr(element, "key", None) or element.name

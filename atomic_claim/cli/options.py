@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
 from atomic_claim.testing.interrupts import as_exceptions
 
+SPACES = re.compile(r"[ ]+$", re.MULTILINE)
 # A width at which nothing is cut.
 PIPED = 400
 FAILED = 1
@@ -38,15 +41,30 @@ JsonOption = Annotated[
 ]
 
 
-def console() -> Console:
-    """Create a console: piped output is as wide as its longest line, and not padded.
+class Trimmed:
+    """Standard output without the spaces that Rich fills lines with, unless it is a terminal."""
 
-    Rich honours NO_COLOR, and falls back to ASCII where the encoding has no other boxes.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, of whose lines nothing visible is lost."""
+        return sys.stdout.write(text if sys.stdout.isatty() else SPACES.sub("", text))
+
+
+def console() -> Console:
+    """Create a console; output that goes into a file or a pipe is not cut at any width.
+
+    Rich honours NO_COLOR, and draws in ASCII where the encoding has no lines.
     """
-    made = Console(highlight=False)
-    if not made.is_terminal and "COLUMNS" not in os.environ:
-        made = Console(highlight=False, width=PIPED)
-    return made
+    file: Any = Trimmed()
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED
+    return Console(highlight=False, file=file, width=width)
+
+
+def is_unicode() -> bool:
+    """Check whether standard output has other characters than ASCII's."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 @contextmanager

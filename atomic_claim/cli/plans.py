@@ -192,7 +192,7 @@ def _of_postgresql(
         sorts = False
     if roots.get(node.get("Relation Name", "")) == table.name and "Scan" in kind:
         index = node.get("Index Name")
-        index = roots.get(index, index)
+        index = roots.get(str(index), index)
         yield Access(f"{kind} using {index}" if index else kind, index, sorts)
     for below in node.get("Plans", []):
         apart = below.get("Parent Relationship") in {"InitPlan", "SubPlan"}

@@ -14,8 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from sqlalchemy import Column, ColumnElement, Engine, and_, case, false, func, not_, or_, select
+from sqlalchemy import Column, ColumnElement, Engine, and_, case, false, func, not_, select
 
+from atomic_claim import predicates
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError
 
@@ -99,8 +100,8 @@ def paced(seen: Iterator[Look], interval: float, number: int | None) -> Iterator
 def looks(claim: Reading) -> Iterator[Look]:
     """One look at the table after the other."""
     job_table, connection = claim.job_table, claim.patient.connection
-    waiting = or_(*(and_(*conditions) for conditions, _ in job_table.claimable_branches))
-    free, idle = _sure(job_table.is_free), not_(_sure(waiting))
+    waiting = predicates.claimable(job_table)
+    free, idle = _sure(predicates.is_free(job_table)), not_(_sure(waiting))
     counters: list[ColumnElement[int]] = [
         _number(waiting),
         _number(and_(free, idle)),
@@ -138,7 +139,7 @@ def _claims(job_table: JobTable) -> ColumnElement[int]:
     """Build the sum that each claim increments: the attempts, else the rows that are not free."""
     if job_table.attempts is not None:
         return func.sum(func.coalesce(job_table.attempts, 0))
-    return _number(not_(_sure(job_table.is_free)))
+    return _number(not_(_sure(predicates.is_free(job_table))))
 
 
 def _show(seen: Iterable[Look], title: str, *, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
 from sqlalchemy.sql.selectable import FromClause
 
+from atomic_claim import predicates
 from atomic_claim.backends import CHUNK, Find
 from atomic_claim.claim import Claim, claim_jobs
 from atomic_claim.errors import ClaimConflict, ClaimLost, PatchError
@@ -234,7 +235,7 @@ class ClaimWatch(Watch):
             return None
         ours = or_(*(self._is_claimed(table, self.job_table.key, c) for _, c in self._claims))
         return with_criteria(
-            statement, *others, or_(and_(*own), and_(self.job_table.is_running, ours))
+            statement, *others, or_(and_(*own), and_(predicates.is_running(self.job_table), ours))
         )
 
     def marked(self, rows: int) -> None:

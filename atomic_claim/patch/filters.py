@@ -10,6 +10,7 @@ from sqlalchemy import Column, ColumnElement, Select, and_, or_
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
+from atomic_claim import predicates
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.job_table import JobTable
 
@@ -90,7 +91,7 @@ def beside_the_lease(
     others: list[ColumnElement[bool]] = []
     for condition in conjuncts_of(given):
         (ofstate if speaks_of(condition, written(job_table)) else others).append(condition)
-    return [*others, or_(and_(*ofstate), job_table.is_running)] if ofstate else others
+    return [*others, or_(and_(*ofstate), predicates.is_running(job_table))] if ofstate else others
 
 
 def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:

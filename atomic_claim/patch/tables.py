@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from sqlalchemy import Table, true
@@ -13,6 +12,7 @@ from sqlalchemy import inspect as sa_inspect
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable
+from atomic_claim.references import resolve
 
 from .main_module import loaded_module
 
@@ -120,15 +120,13 @@ def referred(name: str) -> Any:
         PatchError: there is nothing of that name.
     """
     module_name, _, path = name.partition(":")
+    loaded = loaded_module(module_name)
     try:
-        found: Any = loaded_module(module_name) or import_module(module_name)
+        return resolve(name if loaded is None else f"{loaded.__name__}:{path}")
     except ImportError as error:
         raise PatchError(f"{name!r} cannot be imported: {error}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise PatchError(f"{name!r} does not exist: {found!r} has no {part!r}")
-        found = getattr(found, part)
-    return found
+    except (AttributeError, ValueError) as error:
+        raise PatchError(f"{name!r} does not exist: {error}") from error
 
 
 def order_of(table: Any, names: str | list[str]) -> list[Any]:

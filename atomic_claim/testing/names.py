@@ -8,6 +8,8 @@ import traceback
 from importlib import import_module
 from typing import Any
 
+from atomic_claim.references import resolve
+
 from .database import CommandError
 
 
@@ -34,21 +36,18 @@ def owner_and_object(spec: str, option: str) -> tuple[Any, Any]:
         )
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
         sys.path.insert(0, here)
-    owner: Any = None
-    found = _imported(module_name, f"{option} {spec}")
-    for part in name.split("."):
-        try:
-            owner, found = found, getattr(found, part)
-        except AttributeError:
-            raise CommandError(
-                f"{option} {spec}: the module {module_name!r} has no {name!r}"
-            ) from None
-    return owner, found
-
-
-def _imported(name: str, said: str) -> Any:
+    _import(module_name, f"{option} {spec}")
+    above, _, last = name.rpartition(".")
     try:
-        return import_module(name)
+        owner = resolve(f"{module_name}:{above}")
+        return owner, getattr(owner, last)
+    except (AttributeError, ValueError):
+        raise CommandError(f"{option} {spec}: the module {module_name!r} has no {name!r}") from None
+
+
+def _import(name: str, said: str) -> None:
+    try:
+        import_module(name)
     except ModuleNotFoundError as error:
         # A package that the user's module needs is another trouble.
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):

@@ -60,9 +60,9 @@ BUGS: Final = (
     ),
     Planted(
         "lease not checked",
-        "job_table.py",
-        "expired = (self.is_running, lease <= self.now(lease), *unspent)",
-        "expired = (self.is_running, lease.is_not(None), *unspent)",
+        "predicates.py",
+        "expired = (running, lease <= job_table.now(lease), *unspent)",
+        "expired = (running, lease.is_not(None), *unspent)",
     ),
     Planted(
         "order dropped",
@@ -72,7 +72,7 @@ BUGS: Final = (
     ),
     Planted(
         "NULL is not due",
-        "job_table.py",
+        "predicates.py",
         "return or_(column.is_(None), condition) if column.nullable else condition",
         "return condition",
     ),
@@ -85,8 +85,8 @@ BUGS: Final = (
     Planted(
         "guard of the lock removed on MySQL and MariaDB",
         "backends/mysql.py",
-        "self.lock = self._by_key(self._locking(skip_locked=True).where(*plan.conditions))",
-        "self.lock = self._by_key(self._locking(skip_locked=True).where(true()))",
+        "free = source.where(*plan.conditions)",
+        "free = source.where(true())",
     ),
     Planted(
         "rows that cannot be read are committed and forgotten",
@@ -97,7 +97,7 @@ BUGS: Final = (
     Planted(
         "a mark by key without a guard",
         "backends/base.py",
-        "return ByKey(plan.job_table.key, marking.where(plan.claimable).where)",
+        "return ByKey(plan.job_table.key, marking.where(claimable).where)",
         "return ByKey(plan.job_table.key, marking.where)",
     ),
     Planted(
@@ -139,15 +139,15 @@ BUGS: Final = (
     ),
     Planted(
         "due is not asked",
-        "job_table.py",
-        "conditions.append(_null_or(self.due, self.due <= self.now(self.due)))",
-        "conditions.append(true())",
+        "predicates.py",
+        "return (_null_or(due, due <= job_table.now(due)), *is_unspent(job_table))",
+        "return (true(), *is_unspent(job_table))",
     ),
     Planted(
         "one attempt too many",
-        "job_table.py",
-        "return (_null_or(self.attempts, self.attempts < most),)",
-        "return (_null_or(self.attempts, self.attempts <= most),)",
+        "predicates.py",
+        "return (_null_or(attempts, attempts < InlineLiteral(most, Integer())),)",
+        "return (_null_or(attempts, attempts <= InlineLiteral(most, Integer())),)",
     ),
     Planted(
         "no write lock before the read on SQLite",
@@ -165,7 +165,7 @@ BUGS: Final = (
         "an extension is not guarded by the token of its claim",
         "lifecycle.py",
         "tx.backend.changes(job_table, owned.lasting(), values)",
-        "tx.backend.changes(job_table, job_table.is_running, values)",
+        "tx.backend.changes(job_table, predicates.is_running(job_table), values)",
     ),
     Planted(
         "an earlier try is not looked for after a lost connection",
@@ -189,8 +189,8 @@ BUGS: Final = (
     Planted(
         "the look counts no running rows",
         "backends/by_key.py",
-        "running.where(self._column == key, job_table.is_held)",
-        "running.where(self._column == key, job_table.is_free)",
+        "running.where(self._column == key, predicates.is_held(job_table))",
+        "running.where(self._column == key, predicates.is_free(job_table))",
     ),
     Planted(
         "a lost COMMIT is taken for rolled back",

@@ -6,7 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from atomic_claim import claim_jobs
-from atomic_claim.backends.mysql import MySQL
+from atomic_claim.backends import base
+from atomic_claim.backends.mysql import InnoDBStatements
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import ByKey
 from tests.databases import Database
@@ -42,19 +43,19 @@ def test_the_lock_looks_again_in_another_order(database: Database) -> None:
 
 def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: both get the same rows."""
-    usual = MySQL._prepared
+    usual = InnoDBStatements.__init__
 
-    def prepared(self: MySQL, parts: object, work: object) -> object:
-        found = usual(self, parts, work)  # type: ignore[arg-type]
-        locking = found._locking(skip_locked=True)
-        locking = locking.order_by(*found.key).limit(sa.bindparam("atomic_claim_limit", 1))
-        found.lock = found.lock_first = ByKey(found.key, locking.where)
-        return found
+    def prepare(self: InnoDBStatements, plan: ClaimPlan, *how: Any) -> None:
+        usual(self, plan, *how)
+        locking = plan.source(*plan.key_attributes).with_for_update(skip_locked=True)
+        locking = locking.order_by(*plan.key_attributes)
+        locking = locking.limit(sa.bindparam("atomic_claim_limit", 1))
+        self.lock = self.lock_first = ByKey(plan.job_table.key, locking.where)
 
-    monkeypatch.setattr(MySQL, "_prepared", prepared)
+    monkeypatch.setattr(InnoDBStatements, "__init__", prepare)
     # The mark looks once more, and the claim is tried again.
     assert between(database) == ([3], [1, 2])
-    monkeypatch.setattr(ClaimPlan, "claimable", sa.true())
+    monkeypatch.setattr(base.predicates, "claimable", lambda _: sa.true())
     monkeypatch.setattr(ClaimPlan, "refuse_fault", lambda *_: None)
     engine = database.engine()
     with engine.begin() as connection:

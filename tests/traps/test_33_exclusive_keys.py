@@ -15,8 +15,16 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import sessionmaker
 
-from atomic_claim import ClaimConflict, ClaimLost, JobTable, claim_jobs, complete_jobs, extend_jobs
-from atomic_claim.backends import by_key, mysql, named_lock, postgresql, sqlite
+from atomic_claim import (
+    ClaimConflict,
+    ClaimLost,
+    JobTable,
+    claim_jobs,
+    complete_jobs,
+    extend_jobs,
+    predicates,
+)
+from atomic_claim.backends import Transaction, mysql, named_lock, postgresql, sqlite
 from atomic_claim.backends.by_key import KeySearch
 from atomic_claim.lifecycle import Owned
 from tests.databases import Database, end_connection
@@ -155,7 +163,7 @@ def test_the_write_lock_comes_before_the_search(
     complete(engine, jobs, 2)
     engine = database.engine(isolation_level="AUTOCOMMIT")
     monkeypatch.setattr(sqlite.SQLite, "_take_write_lock", lambda *_: None)
-    monkeypatch.setattr(by_key, "refuse_autocommit", lambda *_: None)
+    monkeypatch.setattr(Transaction, "refuse_autocommit", lambda *_: None)
     with engine.begin() as connection:
         connection.execute(jobs.table.insert(), [{"id": n, "customer_id": 1} for n in (3, 4)])
     with stopped(engine, claims(engine, jobs, 4), MARK) as second:
@@ -319,7 +327,7 @@ def test_an_extension_that_takes_no_lock(
     with stopped(engine, extends(engine, claim), commit_after(MARK)) as extension:
         assert claims(others, later, 2)() == [2]
         assert extension.go() == 1
-    held = sa.select(later.table.c.id).where(later.is_held)
+    held = sa.select(later.table.c.id).where(predicates.is_held(later))
     with engine.connect() as connection:
         assert sorted(connection.scalars(held)) == [1, 2]
 

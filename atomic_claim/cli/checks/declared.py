@@ -70,13 +70,11 @@ def _difference(patient: Patient, column: Column[Any], real: Column[Any]) -> str
     here, there = (_family(patient, each) for each in (declared, stored))
     alike = any({here, there} <= each for each in ALIKE[patient.product])
     if None not in (here, there) and here != there and not alike:
-        return (
-            f"{column.name} is {_text(patient, stored)}, declared as {_text(patient, declared)}"
-        )
-    lengths = [getattr(each, "length", None) for each in (declared, stored)]
-    if is_text(column) and isinstance(stored, String) and lengths[1]:
-        if lengths[0] is not None and lengths[0] > lengths[1] and patient.product != "sqlite":
-            return f"{column.name} has {lengths[1]} characters, declared with {lengths[0]}"
+        return f"{column.name} is {_text(patient, stored)}, declared as {_text(patient, declared)}"
+    longest = [getattr(each, "length", None) or 0 for each in (declared, stored)]
+    # SQLite cuts nothing.
+    if patient.product != "sqlite" and is_text(column) and longest[0] > longest[1] > 0:
+        return f"{column.name} has {longest[1]} characters, declared with {longest[0]}"
     return None
 
 
@@ -119,16 +117,17 @@ def _altered(
     using = f"{name}::{said}"
     if {_family(patient, real.type), _family(patient, type_)} == {"integer", "boolean"}:
         using = f"{name}::integer::{said}"
-    if not isinstance(real.server_default, type(None)):
-        found = [f"{alter} DROP DEFAULT", *found]
-    return (*found, f"{alter} TYPE {said} USING {using}")
+    found.append(f"{alter} TYPE {said} USING {using}")
+    if (default := getattr(real.server_default, "arg", None)) is None:
+        return tuple(found)
+    # A default of the former type cannot be cast with the column.
+    plain = re.sub(r"::[\w ]+$", "", str(default))
+    return (f"{alter} DROP DEFAULT", *found, f"{alter} SET DEFAULT {plain}")
 
 
 def _differs(reading: Reading, column: Column[Any], real: Column[Any], said: str) -> Finding:
     patient = reading.patient
-    sql = _altered(
-        patient, column, real, type_=plain_type(column.type), null=bool(column.nullable)
-    )
+    sql = _altered(patient, column, real, type_=plain_type(column.type), null=bool(column.nullable))
     return Finding(
         TYPES,
         Level.PROBLEM,

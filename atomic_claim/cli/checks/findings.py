@@ -107,7 +107,6 @@ class Reading:
     patient: Patient
     job_table: JobTable
 
-
     @property
     def written(self) -> list[Column[Any]]:
         """The columns that a claim or an end writes."""

@@ -55,10 +55,7 @@ QUESTIONS = (
         "it applies to {person}, and no policy shows that user every row",
         "a row that a policy hides is never claimed, and nothing says so",
         "show the workers all rows, or have them claim as the table's owner:",
-        (
-            "CREATE POLICY atomic_claim_workers ON {table} TO {role} USING (true) "
-            "WITH CHECK (true)",
-        ),
+        ("CREATE POLICY atomic_claim_workers ON {table} TO {role} USING (true)",),
     ),
     Question(
         "replica",

@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 
+from atomic_claim import predicates
 from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.lifecycle import failure
@@ -64,15 +65,15 @@ def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
     Whatever is declared: of a NOT NULL that the database has not, a condition is NULL too.
     """
     found: dict[Column[Any], ColumnElement[bool]] = {}
-    idle = not_(func.coalesce(job_table.is_running, false()))
-    open_ = [func.coalesce(each, true()) for each in job_table.not_ended]
-    for part in visitors.iterate(job_table.is_free):
+    idle = not_(func.coalesce(predicates.is_running(job_table), false()))
+    open_ = [func.coalesce(each, true()) for each in predicates.not_ended(job_table)]
+    for part in visitors.iterate(predicates.is_free(job_table)):
         if isinstance(part, Column) and not _means_null(job_table, part):
-            lost = not_(func.coalesce(job_table.is_free, false()))
+            lost = not_(func.coalesce(predicates.is_free(job_table), false()))
             found[part] = and_(part.is_(None), lost, idle, *open_)
     for part in (job_table.attempts, job_table.due):
         if part is not None and not part.nullable:
-            found[part] = and_(part.is_(None), job_table.is_free)
+            found[part] = and_(part.is_(None), predicates.is_free(job_table))
     return found
 
 
@@ -86,7 +87,7 @@ def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
         and part.operator in (operators.is_, operators.is_not)
         and part.left is column
         and isinstance(part.right, Null)
-        for part in visitors.iterate(job_table.is_free)
+        for part in visitors.iterate(predicates.is_free(job_table))
     )
 
 
@@ -103,7 +104,7 @@ def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
         and isinstance(value, (True_, False_, InlineLiteral))
     }
     ordered = [column for column in job_table.table.columns if column in flags]
-    return {column: and_(column.is_(None), job_table.is_free) for column in ordered}
+    return {column: and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
 
 
 def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
@@ -156,7 +157,7 @@ def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
 
 def _taken(job_table: JobTable, column: Column[Any]) -> ColumnElement[bool]:
     others = any(column is each for each in (job_table.attempts, job_table.due))
-    return and_(*job_table.is_due) if others else job_table.is_free
+    return and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
 
 
 def _opposite(value: Any) -> ColumnElement[Any]:
@@ -209,14 +210,14 @@ def spent(reading: Reading) -> Iterator[Finding]:
     job_table = reading.job_table
     seconds = reading.patient.stuck_after.total_seconds()
     lease, groups = job_table.lease, {}
-    unowned = [job_table.is_free]
+    unowned = [predicates.is_free(job_table)]
     if lease is not None:
-        expired = and_(job_table.is_running, lease <= job_table.now(lease))
+        expired = and_(predicates.is_running(job_table), lease <= job_table.now(lease))
         unowned.append(expired)
         long_ago = lease <= job_table.now(lease, literal(-seconds, Float()))
-        groups["overdue"] = and_(expired, long_ago, *job_table.is_unspent)
-    if job_table.is_unspent and job_table.failed:
-        groups["spent"] = and_(not_(and_(*job_table.is_unspent)), or_(*unowned))
+        groups["overdue"] = and_(expired, long_ago, *predicates.is_unspent(job_table))
+    if predicates.is_unspent(job_table) and job_table.failed:
+        groups["spent"] = and_(not_(and_(*predicates.is_unspent(job_table))), or_(*unowned))
     counted = counts(reading, groups)
     if number := counted.get("spent"):
         values = failure(job_table, retry=False, error="all attempts are spent")
@@ -235,17 +236,21 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
     """Build the condition that a row's state is claimed, ignoring the claim's other columns."""
     state = job_table.state
     if state is None:
-        return job_table.is_running
+        return predicates.is_running(job_table)
     value = job_table.claimed[state]
     is_claimed = state.is_not(None) if isinstance(value, DatabaseTime) else state == value
-    return and_(is_claimed, *job_table.not_ended)
+    return and_(is_claimed, *predicates.not_ended(job_table))
+
+
+def claimed_at(job_table: JobTable) -> Column[Any] | None:
+    """Return the column that holds the time of a row's claim, if there is one."""
+    return next(iter((*job_table.claim_times, *job_table.stamps)), None)
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
     """Return the column closest to a row's claim time, and whether it is exactly that time."""
-    written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseTime)]
-    if written or job_table.stamps:
-        return [*written, *job_table.stamps][0], True
+    if (written := claimed_at(job_table)) is not None:
+        return written, True
     for term in (*job_table.order, job_table.due):
         if isinstance(term, Column) and is_clock(job_table, term):
             return term, False

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from datetime import timedelta
 
-from sqlalchemy import Connection, and_, inspect, not_, or_, select, text, tuple_
+from sqlalchemy import Connection, inspect, select, text, tuple_
 from sqlalchemy.exc import SQLAlchemyError
 
+from atomic_claim import predicates
 from atomic_claim.claim import claim_jobs
 from atomic_claim.errors import ClaimError
 from atomic_claim.guard import guard
@@ -99,11 +100,11 @@ def _refusal(connection: Connection, job_table: JobTable) -> str | None:
     leased = job_table.lease is not None and job_table.token is not None
     claim = claim_jobs(connection, job_table, 1, lease=LEASE if leased else None)
     if not claim:
-        waiting = or_(*(and_(*conditions) for conditions, _ in job_table.claimable_branches))
+        waiting = predicates.claimable(job_table)
         found = connection.execute(select(1).select_from(job_table.table).where(waiting).limit(1))
         return "a row is free, and the claim marks none" if found.first() else None
     marked = select(*job_table.key).where(
-        tuple_(*job_table.key).in_(claim.keys), job_table.is_running
+        tuple_(*job_table.key).in_(claim.keys), predicates.is_running(job_table)
     )
     if len(connection.execute(marked).all()) < len(claim):
         return "the claimed row does not bear the mark afterwards"

@@ -1,0 +1,183 @@
+"""Conditions on a job table's rows: free, claimable, running, held, due, and bearing a mark.
+
+Each is built from a declaration once, and used by claims, by the calls that end them, by the guard
+triggers and by ``doctor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
+
+from sqlalchemy import Column, ColumnElement, and_, false, literal, not_, or_, true
+from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
+from sqlalchemy.types import Boolean, Float, Integer
+
+from .inference import plain_type
+from .job_table import JobTable
+from .sql_elements import DatabaseTime, InlineLiteral
+
+T = TypeVar("T")
+Conditions = tuple[ColumnElement[bool], ...]
+
+
+class Branch(NamedTuple):
+    """One reason why rows may be claimed.
+
+    Attributes:
+        conditions: together true for such rows.
+        order: what comes first among them; the claim's own order if empty.
+    """
+
+    conditions: Conditions
+    order: tuple[ColumnElement[Any], ...] = ()
+
+
+def _once(make: Callable[[JobTable], T]) -> Callable[[JobTable], T]:
+    """Build a predicate once per declaration."""
+
+    @wraps(make)
+    def found(job_table: JobTable) -> T:
+        return job_table.prepare(make)
+
+    return found
+
+
+def bears(values: Mapping[Any, Any]) -> Iterator[ColumnElement[bool]]:
+    """Yield the conditions that a row holds these values, as far as they can be compared.
+
+    A time counts as held if the column is not NULL.
+    """
+    for column, value in values.items():
+        if value is None or isinstance(value, Null):
+            yield column.is_(None)
+        elif isinstance(value, DatabaseTime):
+            yield column.is_not(None)
+        elif isinstance(value, (InlineLiteral, True_, False_)):
+            yield column == value
+
+
+@_once
+def marks(job_table: JobTable) -> Conditions:
+    """Build the conditions that a row bears the declared values of a claim."""
+    return tuple(bears(job_table.claimed))
+
+
+@_once
+def is_free(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row is neither claimed nor ended."""
+    return and_(job_table.free, *not_ended(job_table))
+
+
+@_once
+def is_running(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row bears the mark of a claim and has not ended."""
+    return and_(*(marks(job_table) or [not_(job_table.free)]), *not_ended(job_table))
+
+
+@_once
+def is_held(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row is running and that its worker still owns it."""
+    lease, running = job_table.lease, is_running(job_table)
+    if lease is None:
+        return running
+    lasts: list[ColumnElement[bool]] = [lease > job_table.now(lease)]
+    if job_table.unleased is not None:
+        since = claimed_since(job_table)
+        lasts.append(and_(lease.is_(None), or_(since.is_(None), not_(_is_old(job_table)))))
+    elif lease.nullable:
+        lasts.append(lease.is_(None))
+    return and_(running, or_(*lasts))
+
+
+@_once
+def claimable(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row may be claimed, whatever the call's ``where``."""
+    return any_of(claimable_branches(job_table))
+
+
+@_once
+def claimable_branches(job_table: JobTable) -> tuple[Branch, ...]:
+    """Return the reasons why a row may be claimed; the first one is that it is free."""
+    found = [Branch((is_free(job_table), *is_due(job_table)))]
+    lease = job_table.lease
+    if lease is not None:
+        running, unspent = is_running(job_table), is_unspent(job_table)
+        expired = (running, lease <= job_table.now(lease), *unspent)
+        found.append(Branch(expired, (lease,)))
+        if job_table.unleased is not None:
+            old = (running, lease.is_(None), _is_old(job_table), *unspent)
+            found.append(Branch(old, (claimed_since(job_table),)))
+    return tuple(found)
+
+
+def any_of(branches: Collection[Branch]) -> ColumnElement[bool]:
+    """Build the condition that at least one of the reasons applies."""
+    return or_(*(and_(*branch.conditions) for branch in branches))
+
+
+@_once
+def not_ended(job_table: JobTable) -> Conditions:
+    """Build the conditions that a row is neither done nor failed nor withdrawn."""
+    return not_ended_in(job_table, ())
+
+
+def not_ended_in(job_table: JobTable, others: Collection[Column[Any]]) -> Conditions:
+    """Return the :func:`not_ended` conditions that do not use the columns in ``others``."""
+    return tuple(
+        _is_not(column, value)
+        for mapping in (job_table.done, job_table.failed, job_table.withdrawn)
+        for column, value in mapping.items()
+        if column is not job_table.state and column not in others
+    )
+
+
+@_once
+def is_due(job_table: JobTable) -> Conditions:
+    """Build the conditions that a row's time has come and its attempts are not spent."""
+    due = job_table.due
+    if due is None:
+        return is_unspent(job_table)
+    return (_null_or(due, due <= job_table.now(due)), *is_unspent(job_table))
+
+
+@_once
+def is_unspent(job_table: JobTable) -> Conditions:
+    """Build the condition that a row has attempts left; empty if attempts are not limited."""
+    attempts, most = job_table.attempts, job_table.max_attempts
+    if attempts is None or most is None:
+        return ()
+    if isinstance(most, int):
+        return (_null_or(attempts, attempts < InlineLiteral(most, Integer())),)
+    return (_null_or(most, _null_or(attempts, attempts < most)),)
+
+
+def claimed_since(job_table: JobTable) -> Column[Any]:
+    """Return the column from which the age of a running row without a lease is told."""
+    found: tuple[Column[Any], ...] = (*job_table.claim_times, *job_table.stamps)
+    return found[0]
+
+
+def _is_old(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row without a lease has been running for ``unleased``."""
+    assert job_table.unleased is not None
+    since = claimed_since(job_table)
+    age = literal(-job_table.unleased.total_seconds(), Float())
+    return since <= job_table.now(since, age)
+
+
+def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    return or_(column.is_(None), condition) if column.nullable else condition
+
+
+def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
+    """Build the condition that a column does not hold the value; it is true for NULL."""
+    if isinstance(value, DatabaseTime) or not isinstance(value, ClauseElement):
+        return column.is_(None)
+    if isinstance(plain_type(column.type), Boolean) and value is not None:
+        flag = value.compare(true())
+        if not column.nullable:
+            return column == (false() if flag else true())
+        return column.is_not(true() if flag else false())
+    return _null_or(column, column != value)
