@@ -27,7 +27,7 @@ from atomic_claim.cli.watching import Look, looks
 from atomic_claim.job_table import job_table_of
 from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
 from tests.databases import Database
-from tests.jobs import START, ids, in_thread, job_table, rows
+from tests.jobs import START, ids, job_table, rows
 from tests.pgbouncer import pgbouncer
 from tests.processes import Workspace
 from tests.statements import sent_by
@@ -748,7 +748,7 @@ def reader(database: Database) -> Iterator[str]:
 
 
 def test_it_only_reads(database: Database, command: Command) -> None:
-    """It finds the same with no right but to read, and that this is missing; no password is told."""
+    """It finds the same with no right but to read, and which right is missing."""
     filled(database, count=2000)
     with reader(database) as url:
         ended = command("doctor", "--url", url, "--table", "jobs")
@@ -760,8 +760,8 @@ def test_it_only_reads(database: Database, command: Command) -> None:
         said = json.loads(command("doctor", "--url", url, "--table", "jobs", "--json").out)
         assert [each["check"] for each in said["findings"]] == ["rights"]
         execute(database, grant)
-        url = url.replace("mode=ro", "mode=rw")
-        assert command("doctor", "--url", url, "--table", "jobs") == Ended(0, "", "")
+        writing = url.replace("mode=ro", "mode=rw")
+        assert command("doctor", "--url", writing, "--table", "jobs") == Ended(0, "", "")
 
 
 # --- what it cannot look at

@@ -112,6 +112,7 @@ def function(body: str) -> str:
     return f"CREATE FUNCTION meddle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$"
 
 
+MOVING = "ON UPDATE CURRENT_TIMESTAMP"
 REWRITES = "UPDATE jobs SET status = 'waiting' WHERE id = NEW.id"
 NULL_STATUS = {"status": (String(20), True)}
 FAULTS = {
@@ -232,18 +233,14 @@ FAULTS = {
     "moved lease": Fault(
         "columns that the server moves",
         "ON UPDATE sets lease_until whenever a row changes",
-        sql=[
-            "ALTER TABLE jobs MODIFY lease_until DATETIME NULL DEFAULT NULL "
-            "ON UPDATE CURRENT_TIMESTAMP"
-        ],
+        sql=[f"ALTER TABLE jobs MODIFY lease_until DATETIME NULL DEFAULT NULL {MOVING}"],
         databases=INNODB,
     ),
     "moved due": Fault(
         "columns that the server moves",
         "ON UPDATE sets run_at whenever a row changes",
         sql=[
-            "ALTER TABLE jobs MODIFY run_at DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP "
-            "ON UPDATE CURRENT_TIMESTAMP"
+            f"ALTER TABLE jobs MODIFY run_at DATETIME NOT NULL DEFAULT CURRENT_TIMESTAMP {MOVING}"
         ],
         databases=INNODB,
     ),
@@ -362,28 +359,28 @@ def cure(database: Database, command: Command, name: str) -> None:
 
 @pytest.mark.parametrize("name", of(*NAMES))
 def test_cures_everywhere(database: Database, command: Command, name: str) -> None:
-    """What can be wrong on each database is found, and its cure cures it."""
+    """Each fault that every database can have is found, and its cure cures it."""
     cure(database, command, name)
 
 
 @pytest.mark.databases("postgresql", *INNODB)
 @pytest.mark.parametrize("name", of("postgresql", *INNODB))
 def test_cures_on_servers(database: Database, command: Command, name: str) -> None:
-    """What can be wrong on a server is found, and its cure cures it."""
+    """Each fault that servers can have is found, and its cure cures it."""
     cure(database, command, name)
 
 
 @pytest.mark.databases(*INNODB)
 @pytest.mark.parametrize("name", of(*INNODB))
 def test_cures_on_innodb(database: Database, command: Command, name: str) -> None:
-    """What can be wrong on MySQL and MariaDB is found, and its cure cures it."""
+    """Each fault that MySQL and MariaDB can have is found, and its cure cures it."""
     cure(database, command, name)
 
 
 @pytest.mark.databases("postgresql")
 @pytest.mark.parametrize("name", of("postgresql"))
 def test_cures_on_postgresql(database: Database, command: Command, name: str) -> None:
-    """What can be wrong on PostgreSQL is found, and its cure cures it."""
+    """Each fault that PostgreSQL can have is found, and its cure cures it."""
     cure(database, command, name)
 
 
@@ -396,7 +393,7 @@ def waiting(database: Database, **more: Any) -> sa.Engine:
 
 @pytest.mark.databases("postgresql")
 def test_rows_that_a_policy_hides(database: Database, command: Command) -> None:
-    """Row-level security is found by the user it applies to, and a policy for that user cures it."""
+    """Row-level security is found by the user it applies to; a policy for that user cures it."""
     engine = waiting(database)
     execute(database, ["ALTER TABLE jobs ENABLE ROW LEVEL SECURITY"])
     with reader(database) as url:
@@ -453,16 +450,17 @@ def test_leases_that_ended_long_ago(database: Database, command: Command) -> Non
 def test_a_partitioned_table(database: Database, command: Command) -> None:
     """Its plan is read through the partitions, and its index is made as it can be made there."""
     engine = database.engine()
+    columns = "id bigint, created_at timestamptz, processing boolean NOT NULL, "
+    columns += "completed_at timestamptz, PRIMARY KEY (id, created_at)"
+    times = "timestamptz '2026-02-01' + g * interval '5 minutes'"
     months = [f"2026-{month:02}-01" for month in (1, 6, 12)]
     statements = [
-        "CREATE TABLE jobs (id bigint, created_at timestamptz, processing boolean NOT NULL, "
-        "completed_at timestamptz, PRIMARY KEY (id, created_at)) PARTITION BY RANGE (created_at)",
+        f"CREATE TABLE jobs ({columns}) PARTITION BY RANGE (created_at)",
         *(
             f"CREATE TABLE jobs_{place} PARTITION OF jobs FOR VALUES FROM ('{a}') TO ('{b}')"
             for place, (a, b) in enumerate(itertools.pairwise(months))
         ),
-        "INSERT INTO jobs SELECT g, timestamptz '2026-02-01' + g * interval '5 minutes', false "
-        "FROM generate_series(1, 60000) g",
+        f"INSERT INTO jobs SELECT g, {times}, false FROM generate_series(1, 60000) g",
     ]
     execute(database, statements)
     settled(database, engine)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from . import demo, doctor, jobs, migration, race, run, sql
+from .options import Flag
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,9 +44,7 @@ def atomic_claim(
     *,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
+        Flag("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Atomic claims on the job tables that are already there.

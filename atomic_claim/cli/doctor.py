@@ -19,7 +19,7 @@ from . import watching
 from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
-from .options import FAILED, UrlOption, console, is_unicode, plain_ending, server
+from .options import FAILED, Flag, UrlOption, console, is_unicode, plain_ending, server
 from .targets import TableOption, chosen
 
 MARKS = {
@@ -53,7 +53,7 @@ def doctor(
     ] = 300,
     try_it: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--try",
             help="Claim and end one job in a transaction that is rolled back, to find constraints "
             "and triggers that refuse it. Triggers run, and the row is locked so long.",
@@ -61,14 +61,12 @@ def doctor(
     ] = False,
     guarded: Annotated[
         bool,
-        typer.Option("--guarded", help="Check that the guard's triggers are there."),
+        Flag("--guarded", help="Check that the guard's triggers are there."),
     ] = False,
-    every: Annotated[
-        bool, typer.Option("--all", help="Show what was found to be in order, too.")
-    ] = False,
+    every: Annotated[bool, Flag("--all", help="Show what was found to be in order, too.")] = False,
     watch: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--watch",
             help="Show again and again, in place of the checks, how many jobs wait and run, how "
             "long the oldest has waited, and the claims per second, until Ctrl-C.",
@@ -86,9 +84,7 @@ def doctor(
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print what was found as JSON; with --watch a line for each look."
-        ),
+        Flag("--json", help="Print what was found as JSON; with --watch a line for each look."),
     ] = False,
 ) -> None:
     """Look for what keeps a job table from being claimed from at all, or quickly.

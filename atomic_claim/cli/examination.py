@@ -18,7 +18,7 @@ from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
 from atomic_claim.testing.names import load
 
-from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite, trial
+from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
 from .targets import reflect
 

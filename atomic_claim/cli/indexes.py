@@ -89,7 +89,7 @@ class NeededIndex:
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether PostgreSQL has the table in partitions, where it refuses CONCURRENTLY."""
+        """True if PostgreSQL has the table in partitions, where it refuses CONCURRENTLY."""
         return bool(self.table.dialect_options["postgresql"].get("partition_by"))
 
     def refusal(self, dialect: Dialect) -> str | None:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +25,7 @@ from atomic_claim.testing.database import CommandError
 
 from .checks.findings import count
 from .checks.rows import claimed_at, is_marked
-from .options import UrlOption, console, plain_ending, server
+from .options import Flag, UrlOption, console, plain_ending, server
 from .targets import TableOption, chosen, load_job_table
 
 ROLES = ("state", "due", "worker", "lease", "attempts", "error")
@@ -54,18 +54,16 @@ class Listed:
 def jobs(
     *,
     table: TableOption = None,
-    failed: Annotated[bool, typer.Option("--failed", help="Those that have failed.")] = False,
+    failed: Annotated[bool, Flag("--failed", help="Those that have failed.")] = False,
     stuck: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--stuck",
             help="Those whose lease has run out, or that run without one for --stuck-after.",
         ),
     ] = False,
-    running: Annotated[bool, typer.Option("--running", help="Those that are claimed.")] = False,
-    waiting: Annotated[
-        bool, typer.Option("--waiting", help="Those that a claim would take now.")
-    ] = False,
+    running: Annotated[bool, Flag("--running", help="Those that are claimed.")] = False,
+    waiting: Annotated[bool, Flag("--waiting", help="Those that a claim would take now.")] = False,
     where: Annotated[
         list[str] | None,
         typer.Option(
@@ -84,14 +82,14 @@ def jobs(
     ] = 3600,
     release_stuck: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--release-stuck",
             help="Free the stuck ones, however many are shown; the attempt stays counted.",
         ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, Flag("--yes", help="Do not ask.")] = False,
     url: UrlOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, Flag("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the jobs of a table, and free those of dead workers.
 
@@ -225,7 +223,7 @@ def _agreed(total: int, holders: str) -> bool:
 
 
 def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
-    """Free the rows that are still as they were, and that nobody has locked."""
+    """Free the rows that still match and that no other transaction has locked."""
     values = freeing(job_table)
 
     def run(tx: Transaction) -> int:

@@ -21,7 +21,7 @@ from .guarding import guard_step
 from .indexes import INNODB
 from .model_lines import model_lines
 from .operations import NAMES, AddColumn, Operation, operations
-from .options import JsonOption, UrlOption, console, plain_ending
+from .options import Flag, JsonOption, UrlOption, console, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql
 from .targets import TableOption, load_job_table
 from .texts import DIALECTS, quoted_literal
@@ -69,7 +69,7 @@ def migration(
     ] = "",
     guard: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--guard",
             help="Add triggers by which the database refuses a second claim, for loops that "
             "nobody can patch.",
@@ -77,7 +77,7 @@ def migration(
     ] = False,
     full_rows: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--full-rows",
             help="With --guard: somebody writes whole rows when only some other column than the "
             "state has changed.",
@@ -86,7 +86,7 @@ def migration(
     dialect: DialectsOption = None,
     write: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--write",
             help="Create the revision in the Alembic project of the current directory, by its own "
             "template and behind its head, in place of printing it.",
@@ -102,7 +102,7 @@ def migration(
         ),
     ] = None,
     as_sql: Annotated[
-        bool, typer.Option("--sql", help="Print plain SQL in place of an Alembic revision.")
+        bool, Flag("--sql", help="Print plain SQL in place of an Alembic revision.")
     ] = False,
     url: UrlOption = None,
     as_json: JsonOption = False,

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,8 @@ FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 128 + signal.SIGINT
 
+# An option without a value; recent versions of Typer show "<bool>" behind it.
+Flag = partial(typer.Option, metavar="")
 UrlOption = Annotated[
     str | None,
     typer.Option(
@@ -37,7 +40,7 @@ UrlOption = Annotated[
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the figures as JSON in place of the table.")
+    bool, Flag("--json", help="Print the figures as JSON in place of the table.")
 ]
 
 

@@ -179,7 +179,7 @@ def _roots(connection: Connection, table: Table) -> dict[str, str]:
         SELECT c.relname, root FROM part JOIN pg_class c USING (oid)
     """)
     name = dialect_of("postgresql").identifier_preparer.format_table(table)
-    return {part: root for part, root in connection.execute(query, {"name": name})}
+    return {row.relname: row.root for row in connection.execute(query, {"name": name})}
 
 
 def _of_postgresql(

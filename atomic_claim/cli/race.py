@@ -20,7 +20,7 @@ from atomic_claim.testing.racing import race as held
 from atomic_claim.testing.results import Race
 
 from .drawing import SvgOption, check_picture, draw_picture
-from .options import FAILED, JsonOption, UrlOption, console, plain_ending
+from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
 from .targets import TableOption, chosen
 from .workload import Half, Run, Workload
@@ -85,7 +85,7 @@ def race(
     ] = None,
     kill: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--kill", help="Kill half of the workers once they have jobs, and look who gets those."
         ),
     ] = False,
@@ -99,7 +99,7 @@ def race(
     ] = PATIENCE,
     use_existing_table: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--use-existing-table",
             help="Use tables that are there. The rows that were made are deleted again, but the "
             "target may claim others.",

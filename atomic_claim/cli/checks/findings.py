@@ -74,7 +74,7 @@ class Patient:
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether PostgreSQL has the table in partitions, each with indexes of its own."""
+        """True if PostgreSQL has the table in partitions, each with indexes of its own."""
         asked = text("SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(:name)")
         return self.product == "postgresql" and bool(
             self.connection.scalar(asked, {"name": self.name})

@@ -66,7 +66,7 @@ QUESTIONS = (
     ),
     Question(
         "autovacuum",
-        PARTS
+        PARTS  # noqa: S608 - a constant
         + """
         SELECT c.oid::regclass AS part FROM part JOIN pg_class c USING (oid)
         WHERE EXISTS (
@@ -113,7 +113,7 @@ QUESTIONS = (
     Question(
         "unfinished indexes",
         """
-        SELECT i.indexrelid::regclass AS index FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+        SELECT c.oid::regclass AS index FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
         WHERE i.indrelid = to_regclass(:name) AND NOT i.indisvalid AND c.relkind = 'i'
             AND NOT c.relname = ANY (CAST(:needed AS text[]))
         """,
@@ -184,7 +184,7 @@ def _setting(patient: Patient, check: str, suffix: str, wanted: str, why: str) -
 
 def _dead_rows(patient: Patient) -> Finding:
     query = (
-        PARTS
+        PARTS  # noqa: S608 - a constant
         + """
         SELECT COALESCE(SUM(n_live_tup), 0), COALESCE(SUM(n_dead_tup), 0),
             BOOL_OR(COALESCE(last_analyze, last_autoanalyze) IS NULL

@@ -168,6 +168,7 @@ def _opposite(value: Any) -> ColumnElement[Any]:
 
 
 def update_text(patient: Patient, values: Mapping[Column[Any], Any], where: str) -> str:
+    """Render an UPDATE with literal values."""
     changes = ", ".join(
         f"{patient.quoted(column.name)} = {patient.text(_clause(column, value))}"
         for column, value in values.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
@@ -27,7 +28,7 @@ def _rights(patient: Patient) -> Finding:
     url = patient.connection.engine.url
     path = patient.connection.exec_driver_sql("PRAGMA database_list").fetchall()[0][2]
     opened = url.query.get("mode") == "ro" or url.query.get("immutable") in ("1", "true")
-    if not opened and os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK):
+    if not opened and os.access(path, os.W_OK) and os.access(Path(path).parent, os.W_OK):
         return Finding("rights", Level.FINE, "the file and its folder can be written")
     return Finding(
         "rights",
