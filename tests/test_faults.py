@@ -323,8 +323,8 @@ def cure(database: Database, command: Command, name: str) -> None:
         key: Column(key, type_, nullable=null) for key, (type_, null) in fault.stored.items()
     }
     given = meaning(table_of(**columns))
-    now = datetime.now(UTC).replace(tzinfo=None)
-    values = {"status": "waiting", "attempts": 0, "run_at": now, **fault.values}
+    due = datetime.now(UTC).replace(tzinfo=None) - timedelta(minutes=1)
+    values = {"status": "waiting", "attempts": 0, "run_at": due, **fault.values}
     healthy(database, given, **values)
     statements = fault.sql
     if isinstance(statements, Mapping):
@@ -386,8 +386,8 @@ def test_cures_on_postgresql(database: Database, command: Command, name: str) ->
 
 def waiting(database: Database, **more: Any) -> sa.Engine:
     """Create a table that is in order, whose rows are due."""
-    now = datetime.now(UTC).replace(tzinfo=None)
-    values = {"status": "waiting", "attempts": 0, "run_at": now, **more}
+    due = datetime.now(UTC).replace(tzinfo=None) - timedelta(minutes=1)
+    values = {"status": "waiting", "attempts": 0, "run_at": due, **more}
     return healthy(database, declared, **values)
 
 
@@ -477,3 +477,11 @@ def test_a_partitioned_table(database: Database, command: Command) -> None:
     assert found["autovacuum"]["found"] == "off for jobs_0"
     execute(database, found["autovacuum"]["sql"])
     assert ails(command, database) == {}
+
+
+@pytest.mark.databases("sqlite", "mariadb")
+def test_nothing_to_try(database: Database, command: Command) -> None:
+    """An empty queue is no proof that claims succeed, and is said to be none."""
+    waiting(database, status="done")
+    found = ails(command, database, "--try", table="tests.test_faults:declared")
+    assert found["trial of a claim"]["found"] == "nothing waits, so nothing was tried"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import tomllib
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -347,13 +348,16 @@ def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path
     if found is None or not found.is_file():
         said = "there is no alembic.ini here; name one with" if found is None else "there is no"
         raise CommandError(f"--write: {said} --config {found or 'FILE'}")
-    settings = Config(toml_file=found) if found.suffix == ".toml" else Config(found)
-    if found.suffix != ".toml" and settings.get_main_option("script_location") is None:
+    quiet = Namespace(quiet=True)
+    is_toml = found.suffix == ".toml"
+    settings = Config(
+        None if is_toml else found, toml_file=found if is_toml else None, cmd_opts=quiet
+    )
+    if not is_toml and settings.get_main_option("script_location") is None:
         # So it is with Flask-Migrate, which says it when it runs.
         settings.set_main_option("script_location", str(found.parent))
     try:
         folder = ScriptDirectory.from_config(settings)
-        folder.messaging_opts = {"quiet": True}
         script = folder.generate_revision(
             revision.id,
             f"claims of {job_table.table.name}",

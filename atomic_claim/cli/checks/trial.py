@@ -84,7 +84,14 @@ def trial(reading: Reading) -> Iterator[Finding]:
     patient, job_table = reading.patient, reading.job_table
     with patient.connection.engine.connect() as connection:
         said = None
+        waiting = select(1).select_from(job_table.table).where(predicates.claimable(job_table))
         try:
+            if connection.execute(waiting.limit(1)).first() is None:
+                why = "what refuses a claim shows only if there is something to claim"
+                yield Finding(CHECK, Level.NOTE, "nothing waits, so nothing was tried", why)
+                return
+            # Else SQLite would refuse to write after a read, if another has written meanwhile.
+            connection.rollback()
             said = _refusal(connection, job_table)
         except (ClaimError, SQLAlchemyError) as error:
             said = one_line(error)
@@ -100,9 +107,7 @@ def _refusal(connection: Connection, job_table: JobTable) -> str | None:
     leased = job_table.lease is not None and job_table.token is not None
     claim = claim_jobs(connection, job_table, 1, lease=LEASE if leased else None)
     if not claim:
-        waiting = predicates.claimable(job_table)
-        found = connection.execute(select(1).select_from(job_table.table).where(waiting).limit(1))
-        return "a row is free, and the claim marks none" if found.first() else None
+        return "a row is free, and the claim marks none"
     marked = select(*job_table.key).where(
         tuple_(*job_table.key).in_(claim.keys), predicates.is_running(job_table)
     )
