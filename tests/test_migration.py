@@ -153,7 +153,7 @@ def schema_of(engine: sa.Engine, table: Table) -> tuple[list[str], list[str]]:
 
 
 def fill(engine: sa.Engine, job_table: JobTable) -> None:
-    """Rows most of which have ended, then some that are free."""
+    """Insert rows that have ended, and fewer that are free."""
     table: Table = job_table.table
     now = {column.name: START for column in table.columns if isinstance(column.type, DateTime)}
     needed = {name for name in now if not table.columns[name].nullable}

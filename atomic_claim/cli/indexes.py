@@ -6,7 +6,7 @@ partial index, in the words of the claim, since it serves no others. MySQL and M
 partial indexes, so that the columns that must equal something stand before the order. SQLite has
 both: before ANALYZE its planner goes by how many columns of an index are told.
 
-What changes from claim to claim, or may be declared anew, is no condition of an index: whether a
+What changes from claim to claim, or may be declared again, is no condition of an index: whether a
 row is due, and has attempts left. Where the database can tell by the index alone, the columns stand
 behind the order, so that such rows are passed over without being read from the table one by one.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -20,8 +19,6 @@ from atomic_claim.testing.database import CommandError, complaint, connected, ma
 from atomic_claim.testing.interrupts import as_exceptions
 
 SPACES = re.compile(r"[ ]+$", re.MULTILINE)
-# A width at which nothing is cut.
-PIPED = 400
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -56,13 +53,12 @@ class Trimmed:
 
 
 def console() -> Console:
-    """Create a console; output that goes into a file or a pipe is not cut at any width.
+    """Create a console; lines that go into a file or a pipe end where their text ends.
 
     Rich honours NO_COLOR, and draws in ASCII where the encoding has no lines.
     """
     file: Any = Trimmed()
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED
-    return Console(highlight=False, file=file, width=width)
+    return Console(highlight=False, file=file)
 
 
 def is_unicode() -> bool:

@@ -268,8 +268,7 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
     """Return the parts of a claim that no index serves, by the plan of its own statement.
 
     An index serves if the rows are read by it in their order, and if it decides on the columns
-    that say whether a row is free and done. Failed rows, of which there are few, may be passed
-    over.
+    that say whether a row is free and done. Failed rows are few, and may be passed over.
     """
     job_table = plan.job_table
     found = tuple(accesses(connection, plan, request))

@@ -39,7 +39,7 @@ class Look:
         at: this machine's time, UTC.
         waiting: jobs that can be claimed now.
         later: jobs that are free and not yet due, or have spent their attempts.
-        running: jobs that somebody has.
+        running: jobs that a worker has.
         oldest_waiting: for how many seconds the first of those that wait has been there.
         claims_per_second: since the look before, as far as the rows show it.
     """
@@ -61,7 +61,7 @@ class Look:
 
 
 def watch(engine: Engine, spec: str, interval: float, number: int | None, *, as_json: bool) -> None:
-    """Show the queue again and again, until there were so many looks, or Ctrl-C.
+    """Show the queue again and again, until the number of looks or Ctrl-C.
 
     Args:
         engine: a database that answers.
