@@ -195,7 +195,7 @@ class PostgreSQL(DatabaseServer):
         "synchronous_commit": "off",
         "full_page_writes": "off",
         # Statistics change when a test says so, and at no other time.
-        "autovacuum": "off",
+        "autovacuum_naptime": "2147483",
         "timezone": "UTC",
     }
 

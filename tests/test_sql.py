@@ -176,7 +176,7 @@ def test_nothing_is_connected_to(command: Command) -> None:
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ("tests.test_sql", "expected MODULE:NAME"),
+        ("tests.test_sql", "write MODULE:NAME"),
         ("no_such_module:jobs", "there is no module 'no_such_module'"),
         ("tests.no_such_module:jobs", "there is no module 'tests.no_such_module'"),
         ("tests.test_sql:nope", "has no 'nope'"),

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from . import demo, doctor, migration, race, run, sql
+from . import demo, doctor, jobs, migration, race, run, sql
+from .options import Flag
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,7 @@ app.command("demo")(demo.demo)
 app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
 app.command("race")(race.race)
 app.command("doctor")(doctor.doctor)
+app.command("jobs")(jobs.jobs)
 app.command("sql")(sql.sql)
 app.command("migration")(migration.migration)
 
@@ -42,9 +44,7 @@ def atomic_claim(
     *,
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
+        Flag("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Atomic claims on the job tables that are already there.

@@ -8,14 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from atomic_claim.testing.database import CommandError, chosen, connected, masked, server_title
 
 from .drawing import SvgOption, check_picture, draw_picture
 from .file_workload import FILE_HALVES, run_file_half
-from .options import FAILED, JsonOption, UrlOption, plain_ending
+from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
 from .workload import HALVES, Half, Workload, run_half
 
@@ -40,7 +39,7 @@ def demo(
     url: UrlOption = None,
     files: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--files",
             help="Compare on a directory queue, a file a job, in place of a table: a legacy "
             "read-write-unlink loop and claim_files. No database is asked, whatever the "
@@ -75,7 +74,7 @@ def demo(
         if as_json:
             typer.echo(json.dumps(_figures(title, shown, halves), indent=2))
         else:
-            Console().print(_table(title, halves))
+            console().print(_table(title, halves))
         if not halves[-1].exact:
             raise typer.Exit(FAILED)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated, Any
@@ -14,34 +12,26 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
-from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
+from atomic_claim.testing.database import CommandError
 
 from . import watching
+from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
-from .options import FAILED, UrlOption, plain_ending
+from .options import FAILED, Flag, UrlOption, console, is_unicode, plain_ending, server
+from .targets import TableOption, chosen
 
 MARKS = {
-    Level.FINE: Text("✓", style="green"),
-    Level.NOTE: Text("!", style="yellow"),
-    Level.PROBLEM: Text("✗", style="bold red"),
+    Level.FINE: ("✓", "+", "green"),
+    Level.NOTE: ("!", "!", "yellow"),
+    Level.PROBLEM: ("✗", "x", "bold red"),
 }
 
 
 def doctor(
     *,
-    table: Annotated[
-        str,
-        typer.Option(
-            "--table",
-            metavar="MODULE:NAME|NAME",
-            help="The job table: a Table, a mapped class or a JobTable of a module, which may lie "
-            "in the current directory; or its name in the database, with a dot behind its schema.",
-        ),
-    ],
+    table: TableOption = None,
     url: UrlOption = None,
     stuck_after: Annotated[
         float,
@@ -61,12 +51,22 @@ def doctor(
             help="How long a transaction may be open before it is called old (PostgreSQL).",
         ),
     ] = 300,
-    every: Annotated[
-        bool, typer.Option("--all", help="Show what was found to be in order, too.")
+    try_it: Annotated[
+        bool,
+        Flag(
+            "--try",
+            help="Claim and end one job in a transaction that is rolled back, to find constraints "
+            "and triggers that refuse it. Triggers run, and the row is locked so long.",
+        ),
     ] = False,
+    guarded: Annotated[
+        bool,
+        Flag("--guarded", help="Check that the guard's triggers are there."),
+    ] = False,
+    every: Annotated[bool, Flag("--all", help="Show what was found to be in order, too.")] = False,
     watch: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--watch",
             help="Show again and again, in place of the checks, how many jobs wait and run, how "
             "long the oldest has waited, and the claims per second, until Ctrl-C.",
@@ -84,9 +84,7 @@ def doctor(
     ] = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print what was found as JSON; with --watch a line for each look."
-        ),
+        Flag("--json", help="Print what was found as JSON; with --watch a line for each look."),
     ] = False,
 ) -> None:
     """Look for what keeps a job table from being claimed from at all, or quickly.
@@ -97,37 +95,27 @@ def doctor(
 
     The exit code is 0 if there is no problem, 1 if there is one, and 2 if it could not look.
     """
-    with plain_ending(), _server(url) as engine:
+    with plain_ending(), server(url) as engine:
+        spec = chosen(table)
         if watch:
-            watching.watch(engine, table, interval, looks, as_json=as_json)
+            watching.watch(engine, spec, interval, looks, as_json=as_json)
             return
         if looks is not None:
             raise CommandError("--count is about --watch: add --watch, or leave it out")
-        found = examine(
-            engine, table, timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
-        )
+        more = [*[trial.guarded] * guarded, *[trial.trial] * try_it]
+        ages = timedelta(seconds=stuck_after), timedelta(seconds=transaction_after)
+        found = examine(engine, spec, *ages, *more)
         if as_json:
             typer.echo(json.dumps(_plain(found), indent=2))
         elif found.ails or every:
-            _show(Console(), found)
+            _show(console(), found)
         if found.number(Level.PROBLEM):
             raise typer.Exit(FAILED)
 
 
-@contextmanager
-def _server(url: str | None) -> Iterator[Engine]:
-    """Yield an engine; database errors become one-line command errors."""
-    if url is None:
-        raise CommandError(
-            "which database? Give --url, or set ATOMIC_CLAIM_URL or DATABASE_URL to one such as "
-            "postgresql://user@host/database"
-        )
-    address = parse_url(url)
-    with connected(address) as engine:
-        try:
-            yield engine
-        except SQLAlchemyError as error:
-            raise complaint(f"cannot read {masked(address)}", error, address) from None
+def _mark(level: Level) -> Text:
+    sign, ascii_sign, style = MARKS[level]
+    return Text(sign if is_unicode() else ascii_sign, style=style)
 
 
 def _plain(found: Examination) -> dict[str, Any]:
@@ -146,7 +134,7 @@ def _plain(found: Examination) -> dict[str, Any]:
     }
 
 
-def _show(console: Console, found: Examination) -> None:
+def _show(screen: Console, found: Examination) -> None:
     """Print a table of all checks, then the fixes, with one statement per line for copying."""
     numbers = [(found.number(Level.PROBLEM), "problem"), (found.number(Level.NOTE), "note")]
     said = ", ".join(count(number, noun) for number, noun in numbers if number) or "all is well"
@@ -159,24 +147,24 @@ def _show(console: Console, found: Examination) -> None:
     for heading in ("", "check", "found"):
         shown.add_column(heading, justify="left", vertical="top")
     for finding in found.findings:
-        shown.add_row(MARKS[finding.level], Text(finding.check), Text(finding.found))
-    console.print(shown)
+        shown.add_row(_mark(finding.level), Text(finding.check), Text(finding.found))
+    screen.print(shown)
     for finding in sorted(found.ails, key=lambda finding: finding.level is not Level.PROBLEM):
-        _show_cure(console, finding)
+        _show_cure(screen, finding)
 
 
-def _show_cure(console: Console, finding: Finding) -> None:
+def _show_cure(screen: Console, finding: Finding) -> None:
     cure = Table.grid(padding=(0, 1))
     cure.add_column(min_width=4)
     cure.add_column()
     cure.add_row(Text("why", style="dim"), Text(finding.why))
     if finding.fix:
         cure.add_row(Text("fix", style="dim"), Text(finding.fix))
-    console.print(Text.assemble(MARKS[finding.level], " ", (finding.check, "bold")))
-    console.print(cure)
+    screen.print(Text.assemble(_mark(finding.level), " ", (finding.check, "bold")))
+    screen.print(cure)
     if finding.sql:
-        console.print()
+        screen.print()
     for statement in finding.sql:
         # Neither cut nor wrapped, whatever the width.
-        console.print(Text(f"{statement};"), soft_wrap=True)
-    console.print()
+        screen.print(Text(f"{statement};"), soft_wrap=True)
+    screen.print()

@@ -5,29 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, inspect
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.orm import Mapper
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
-from atomic_claim.testing.database import CommandError, server_title
+from atomic_claim.testing.database import CommandError, one_line, server_title
 from atomic_claim.testing.names import load
 
-from .checks import columns, innodb, plan, postgresql, relations, rows, sqlite
+from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
 from .targets import reflect
 
 OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
-    "postgresql": (postgresql.checks, (postgresql.clock,)),
-    "mysql": (innodb.checks, (innodb.clock,)),
-    "mariadb": (innodb.checks, (innodb.clock,)),
+    "postgresql": (postgresql.checks, (postgresql.catalog, postgresql.clock)),
+    "mysql": (innodb.checks, (innodb.catalog, innodb.clock)),
+    "mariadb": (innodb.checks, (innodb.catalog, innodb.clock)),
     "sqlite": (sqlite.checks, ()),
 }
+COMMON: tuple[JobCheck, ...] = (
+    *(declared.types, plan.plan, declared.states, rows.nulls, rows.stuck, rows.spent),
+)
 ONLY_READ = {
     "mysql": "SET SESSION TRANSACTION READ ONLY",
     "mariadb": "SET SESSION TRANSACTION READ ONLY",
@@ -90,7 +93,11 @@ def read_without_locks(connection: Connection) -> None:
 
 
 def examine(
-    engine: Engine, spec: str, stuck_after: timedelta, transaction_after: timedelta
+    engine: Engine,
+    spec: str,
+    stuck_after: timedelta,
+    transaction_after: timedelta,
+    *more: JobCheck,
 ) -> Examination:
     """Do all checks.
 
@@ -99,6 +106,7 @@ def examine(
         spec: ``MODULE:NAME``, or the name of a table.
         stuck_after: how long a job may run without a lease.
         transaction_after: how long a transaction may be open.
+        more: further checks, such as ``trial.trial``.
 
     Raises:
         CommandError: there is no such table, or no such database is known.
@@ -109,7 +117,7 @@ def examine(
                 f"doctor knows PostgreSQL, MySQL, MariaDB and SQLite, not {connection.dialect.name}"
             )
         given, table = target(connection, spec)
-        patient = Patient(connection, table, stuck_after, transaction_after)
+        patient = Patient(connection, table, stuck_after, transaction_after, spec)
         server = server_title(connection)
         found = [Finding("database", Level.FINE, server), *columns.key(patient)]
         found += columns.columns(patient)
@@ -122,14 +130,18 @@ def examine(
         read_without_locks(connection)
         statement = None
         if job_table is not None:
-            claim = Reading(patient, job_table)
+            # Of a class in several tables, the one that holds the state.
+            claim = Reading(replace(patient, table=job_table.table), job_table)
             try:
                 statement = plan.statement_of(claim)
-                for check in (*own, plan.plan, rows.nulls, rows.stuck):
+                for check in (*own, *COMMON, *more):
                     found += check(claim)
-            except ClaimError as error:
-                why = "what a claim refuses, nobody is handed"
-                found.append(Finding("claim", Level.PROBLEM, str(error), why))
+            except (ClaimError, DBAPIError) as error:
+                if isinstance(error, DBAPIError) and error.connection_invalidated:
+                    raise
+                connection.rollback()
+                why = "what a claim refuses, or the database refuses it, nobody is handed"
+                found.append(Finding("claim", Level.PROBLEM, one_line(error), why))
         found += relations.foreign_keys(patient)
     if engine.dialect.name == "postgresql":
         found += postgresql.pooling(engine)

@@ -37,7 +37,7 @@ def guard_step(
         job_table: what the columns mean.
         columns: those that the same migration adds, which the guard then knows.
         names: the databases that are meant: all of them are guarded, or none is.
-        full_rows: whether somebody writes whole rows.
+        full_rows: whether some program writes whole rows.
 
     Raises:
         CommandError: the table cannot be guarded on one of the databases.

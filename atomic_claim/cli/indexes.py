@@ -6,7 +6,7 @@ partial index, in the words of the claim, since it serves no others. MySQL and M
 partial indexes, so that the columns that must equal something stand before the order. SQLite has
 both: before ANALYZE its planner goes by how many columns of an index are told.
 
-What changes from claim to claim, or may be declared anew, is no condition of an index: whether a
+What changes from claim to claim, or may be declared again, is no condition of an index: whether a
 row is due, and has attempts left. Where the database can tell by the index alone, the columns stand
 behind the order, so that such rows are passed over without being read from the table one by one.
 """
@@ -87,6 +87,11 @@ class NeededIndex:
         columns = (*_columns_of(self.conditions), *self.leading)
         return frozenset(column.name for column in columns)
 
+    @property
+    def is_partitioned(self) -> bool:
+        """True if PostgreSQL has the table in partitions, where it refuses CONCURRENTLY."""
+        return bool(self.table.dialect_options["postgresql"].get("partition_by"))
+
     def refusal(self, dialect: Dialect) -> str | None:
         """Why this database cannot have such an index, if it cannot."""
         terms = [OrderTerm.of(term) for term in self.order]
@@ -115,7 +120,18 @@ class NeededIndex:
         return [c for c in found if dialect.name == "sqlite" or not _is_wide(c)]
 
     def _defined(self, dialect: Dialect, behind: Iterable[ColumnClause[Any]]) -> str:
-        quote = dialect.identifier_preparer.quote
+        parts, where = self._parts(dialect, behind)
+        terms = [self._term(element, dialect) + suffix for element, suffix in parts]
+        table = dialect.identifier_preparer.format_table(self.table)
+        return f"ON {table} ({', '.join(terms)}){f' WHERE {where}' if where else ''}"
+
+    def parts(self, dialect: Dialect) -> tuple[list[tuple[ColumnElement[Any], str]], str]:
+        """Return the index's terms, each with its direction, and its condition."""
+        return self._parts(dialect, self._behind(dialect))
+
+    def _parts(
+        self, dialect: Dialect, behind: Iterable[ColumnClause[Any]]
+    ) -> tuple[list[tuple[ColumnElement[Any], str]], str]:
         before, where = self.leading, ""
         if dialect.name != "postgresql":
             before = self.equal
@@ -124,24 +140,22 @@ class NeededIndex:
             names = self.chosen_by if not before else ()
             behind = [*(c for c in self.table.columns if c.name in names), *behind]
         elif self.conditions:
-            where = f" WHERE {self._text(and_(*self.conditions), dialect)}"
+            where = self._text(and_(*self.conditions), dialect)
         order = [OrderTerm.of(term) for term in self.order]
         ahead = {getattr(part, "name", None) for part in (*before, *(t.element for t in order))}
-        terms = [
-            *(quote(part.name) for part in before),
-            *(self._term(term, dialect) for term in order),
-            *(quote(part.name) for part in behind if part.name not in ahead),
-        ]
-        table = dialect.identifier_preparer.format_table(self.table)
-        return f"ON {table} ({', '.join(dict.fromkeys(terms))}){where}"
+        found: list[tuple[ColumnElement[Any], str]] = [(part, "") for part in before]
+        for term in order:
+            descending = " DESC" if term.descending else ""
+            found.append(
+                (term.element, term.suffix if dialect.name == "postgresql" else descending)
+            )
+        found += [(part, "") for part in behind if part.name not in ahead]
+        unique = {(self._term(element, dialect), suffix): element for element, suffix in found}
+        return [(element, suffix) for (_, suffix), element in unique.items()], where
 
-    def _term(self, term: OrderTerm, dialect: Dialect) -> str:
-        element = term.element
+    def _term(self, element: ColumnElement[Any], dialect: Dialect) -> str:
         text = self._text(element, dialect)
-        text = text if _is_column(element) else f"({text})"
-        if dialect.name != "postgresql":
-            return text + (" DESC" if term.descending else "")
-        return text + term.suffix
+        return text if _is_column(element) else f"({text})"
 
     def _text(self, clause: ColumnElement[Any], dialect: Dialect) -> str:
         options = {"include_table": False, "literal_binds": True}
@@ -152,7 +166,8 @@ class NeededIndex:
         quote = dialect.identifier_preparer.quote
         name = quote(name or self.name)
         if dialect.name == "postgresql":
-            return f"CREATE INDEX CONCURRENTLY {name} {self.definition(dialect)}"
+            how = "" if self.is_partitioned else "CONCURRENTLY "
+            return f"CREATE INDEX {how}{name} {self.definition(dialect)}"
         if dialect.name in INNODB:
             definition = self.definition(dialect)
             return f"CREATE INDEX {name} {definition} ALGORITHM=INPLACE LOCK=NONE"
@@ -170,7 +185,8 @@ class NeededIndex:
             return f"ALTER TABLE {table} DROP INDEX {name}, ALGORITHM=INPLACE, LOCK=NONE"
         if self.table.schema:
             name = f"{quote(self.table.schema)}.{name}"
-        return f"DROP INDEX {'CONCURRENTLY ' if dialect.name == 'postgresql' else ''}{name}"
+        alone = dialect.name == "postgresql" and not self.is_partitioned
+        return f"DROP INDEX {'CONCURRENTLY ' if alone else ''}{name}"
 
     def is_declared(self, dialect: Dialect) -> bool:
         """Check whether the table's declaration already contains such an index.

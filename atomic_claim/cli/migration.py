@@ -2,49 +2,64 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import re
+import tomllib
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError
 
 from .guarding import guard_step
 from .indexes import INNODB
+from .model_lines import model_lines
 from .operations import NAMES, AddColumn, Operation, operations
-from .options import JsonOption, UrlOption, plain_ending
+from .options import Flag, JsonOption, UrlOption, console, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql
 from .targets import TableOption, load_job_table
-from .texts import DIALECTS
+from .texts import DIALECTS, quoted_literal
 
 WIDTH = 100
-HEADER = '''"""{title}
+REVISION = '''"""{title}
 
 Revision ID: {revision}
-Revises:{revises}
+Revises:
 
 Made by: atomic-claim {command}
 """
 
 {imports}
+
 revision = "{revision}"
-down_revision = {down_revision}
+down_revision = None
 branch_labels = None
 depends_on = None
+
+
+def upgrade() -> None:
+    """Add what the claims need."""
+    {up}
+
+
+def downgrade() -> None:
+    """Take it away again."""
+    {down}
 '''
+PROJECTS = (Path("alembic.ini"), Path("migrations/alembic.ini"))
+FOR_THE_MODEL = "# For the model, so that Alembic's next autogenerate finds no difference:"
 
 
 def migration(
     *,
-    table: TableOption,
+    table: TableOption = None,
     add: Annotated[
         str,
         typer.Option(
@@ -55,7 +70,7 @@ def migration(
     ] = "",
     guard: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--guard",
             help="Add triggers by which the database refuses a second claim, for loops that "
             "nobody can patch.",
@@ -63,48 +78,52 @@ def migration(
     ] = False,
     full_rows: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--full-rows",
             help="With --guard: somebody writes whole rows when only some other column than the "
             "state has changed.",
         ),
     ] = False,
     dialect: DialectsOption = None,
-    out: Annotated[
+    write: Annotated[
+        bool,
+        Flag(
+            "--write",
+            help="Create the revision in the Alembic project of the current directory, by its own "
+            "template and behind its head, in place of printing it.",
+        ),
+    ] = False,
+    config: Annotated[
         Path | None,
         typer.Option(
-            "--out",
-            metavar="DIR",
-            help="Write the revision into this folder, such as alembic/versions, after the one "
-            "that is its newest.",
-        ),
-    ] = None,
-    revises: Annotated[
-        str | None,
-        typer.Option(
-            "--revises", metavar="ID", help="The revision that goes before, if --out cannot tell."
+            "--config",
+            metavar="FILE",
+            help="With --write: Alembic's configuration. Left out, alembic.ini, pyproject.toml "
+            "with [tool.alembic], or migrations/alembic.ini (Flask-Migrate's).",
         ),
     ] = None,
     as_sql: Annotated[
-        bool, typer.Option("--sql", help="Print plain SQL in place of an Alembic revision.")
+        bool, Flag("--sql", help="Print plain SQL in place of an Alembic revision.")
     ] = False,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the migration that makes a table fit for its claims, without connecting.
+    """Print the migration that makes a table fit for its claims.
 
     First come the columns, all nullable, then the indexes, made of the claim's own conditions and
     order in the form that each database can use, and built while others go on writing, then the
-    guard. It is an Alembic revision with a downgrade, or plain SQL.
+    guard. It is an Alembic revision with a downgrade, or plain SQL. Beside it (on standard error,
+    if the revision is printed) stand the lines that the model needs for Alembic to find no
+    difference.
     """
     with plain_ending():
-        if as_sql and out is not None:
-            raise CommandError("--out writes an Alembic revision: leave out --sql")
+        if as_sql and write:
+            raise CommandError("--write creates an Alembic revision: leave out --sql")
         if full_rows and not guard:
             raise CommandError("--full-rows is about the guard: add --guard, or leave it out")
         names = chosen_dialects(dialect, url)
         wanted = _columns(add)
-        job_table = load_job_table(table)
+        given, job_table = load_job_table(table, url)
         steps = operations(job_table, wanted, names)
         if guard:
             added = [step for step in steps if isinstance(step, AddColumn)]
@@ -117,26 +136,30 @@ def migration(
                 found = {"table": job_table.table.fullname, "sql": texts}
                 typer.echo(json.dumps(found, indent=2))
             else:
-                show_sql(Console(), "\n\n".join(texts.values()))
+                show_sql(console(), "\n\n".join(texts.values()))
             return
-        before = _head(out) if out is not None and revises is None else revises
-        command = f"migration --table {table}" + (f" --add {','.join(wanted)}" if wanted else "")
+        command = "migration" + (f" --table {table}" if table else "")
+        command += f" --add {','.join(wanted)}" if wanted else ""
         command += " --guard" * guard + " --full-rows" * full_rows
         if len(names) < len(DIALECTS):
             command += "".join(f" --dialect {name}" for name in names)
-        text, revision = revision_text(job_table, steps, names, command, before)
-        path = None if out is None else _write(out, revision, job_table, text)
+        revision = Revision.of(steps, names)
+        text = revision.text(job_table, command)
+        path = _write(config, job_table, revision) if write else None
+        model = model_lines(given, table or "", steps, names)
         if as_json:
             said = {
                 "table": job_table.table.fullname,
-                "revision": revision,
-                "down_revision": before,
+                "revision": revision.id,
                 "path": None if path is None else str(path),
-                "text": text,
+                "text": text if path is None else path.read_text(encoding="utf-8"),
+                "model": model.splitlines(),
             }
             typer.echo(json.dumps(said, indent=2))
-        else:
-            typer.echo(text.rstrip() if path is None else path)
+            return
+        typer.echo(text.rstrip() if path is None else path)
+        if model:
+            typer.echo(f"{FOR_THE_MODEL}\n{model}", err=path is None)
 
 
 def _columns(given: str) -> list[str]:
@@ -167,42 +190,59 @@ def _ended(statement: str, name: str) -> str:
     return f"{statement};"
 
 
-def revision_text(
-    job_table: JobTable,
-    steps: Sequence[Operation],
-    names: Sequence[str],
-    command: str,
-    before: str | None,
-) -> tuple[str, str]:
-    """Render an Alembic revision; return it and its id, a hash of the contents."""
-    up = "\n".join(_function("upgrade", steps, names, up=True))
-    down = "\n".join(_function("downgrade", list(reversed(steps)), names, up=False))
-    revision = hashlib.sha256(f"{before}{up}{down}".encode()).hexdigest()[:12]
-    imports = ["import sqlalchemy as sa"] if any(isinstance(s, AddColumn) for s in steps) else []
-    imports.append("from alembic import op")
-    if any(isinstance(s, AddColumn) and "mysql." in s.source for s in steps):
-        imports.append("from sqlalchemy.dialects import mysql")
-    header = HEADER.format(
-        title=f"Make {job_table.table.fullname} fit for its claims.",
-        revision=revision,
-        revises=f" {before}" if before else "",
-        command=command,
-        imports="\n".join([*imports, ""]),
-        down_revision=_literal(before) if before else "None",
-    )
-    return f"{header}\n\n{up}\n\n\n{down}\n", revision
+@dataclass(frozen=True)
+class Revision:
+    """The contents of an Alembic revision.
+
+    Attributes:
+        up: the lines of ``upgrade``.
+        down: the lines of ``downgrade``.
+        imports: the lines of its imports, without those of Alembic's own template.
+    """
+
+    up: tuple[str, ...]
+    down: tuple[str, ...]
+    imports: tuple[str, ...]
+
+    @classmethod
+    def of(cls, steps: Sequence[Operation], names: Sequence[str]) -> Revision:
+        """Build the revision of some steps."""
+        needs_mysql = any(isinstance(s, AddColumn) and "mysql." in s.source for s in steps)
+        imports = ("from sqlalchemy.dialects import mysql",) if needs_mysql else ()
+        down = tuple(_body(list(reversed(steps)), names, up=False))
+        return cls(tuple(_body(steps, names, up=True)), down, imports)
+
+    @property
+    def id(self) -> str:
+        """A hash of the contents."""
+        return hashlib.sha256("\n".join((*self.up, *self.down)).encode()).hexdigest()[:12]
+
+    def text(self, job_table: JobTable, command: str) -> str:
+        """Render a file that stands for itself."""
+        uses_sa = any("sa." in line for line in self.up)
+        return REVISION.format(
+            title=f"Make {job_table.table.fullname} fit for its claims.",
+            revision=self.id,
+            command=command,
+            imports="\n".join(
+                [*["import sqlalchemy as sa"] * uses_sa, "from alembic import op", *self.imports]
+            ),
+            up=indented(self.up),
+            down=indented(self.down),
+        )
 
 
-def _function(
-    name: str, steps: Sequence[Operation], names: Sequence[str], *, up: bool
-) -> Iterator[str]:
+def indented(lines: Sequence[str]) -> str:
+    """Return the body of a function, whose first line has its indentation already."""
+    return "\n    ".join(lines).replace("\n    \n", "\n\n")
+
+
+def _body(steps: Sequence[Operation], names: Sequence[str], *, up: bool) -> Iterator[str]:
     """Yield the lines of ``upgrade`` or ``downgrade``."""
-    yield f"def {name}() -> None:"
-    yield f'    """{"Add what the claims need." if up else "Take it away again."}"""'
     body = [line for step in steps for line in _step(step, names, up=up)]
     if any("if dialect" in line for line in body):
-        yield "    dialect = op.get_context().dialect.name"
-    yield from (f"    {line}".rstrip() for line in body or ["pass"])
+        yield "dialect = op.get_context().dialect.name"
+    yield from (line.rstrip() for line in body or ["pass"])
 
 
 def _step(step: Operation, names: Sequence[str], *, up: bool) -> Iterator[str]:
@@ -225,7 +265,7 @@ def _step(step: Operation, names: Sequence[str], *, up: bool) -> Iterator[str]:
     for group, statements, alone in groups:
         if not statements:
             continue
-        said = f"== {_literal(group[0])}" if len(group) == 1 else f"in {_listed(group)}"
+        said = f"== {quoted_literal(group[0])}" if len(group) == 1 else f"in {_listed(group)}"
         yield f"{word} dialect {said}:"
         yield from (f"    {line}" for line in _executed(statements, 2, alone=alone))
         word = "elif"
@@ -237,8 +277,8 @@ def _undoing(step: Operation) -> str:
 
 def _column(step: AddColumn, *, up: bool) -> Iterator[str]:
     schema = step.table.schema
-    given = f", schema={_literal(schema)}" if schema else ""
-    table, name = _literal(step.table.name), _literal(step.name)
+    given = f", schema={quoted_literal(schema)}" if schema else ""
+    table, name = quoted_literal(step.table.name), quoted_literal(step.name)
     if not up:
         yield f"op.drop_column({table}, {name}{given})"
         return
@@ -263,7 +303,7 @@ def _executed(statements: Sequence[str], depth: int, *, alone: bool) -> Iterator
     for statement in statements:
         # Alembic would take a colon in a string for a parameter.
         text = statement.replace(":", r"\:")
-        call = f"{indent}op.execute({_literal(text)})"
+        call = f"{indent}op.execute({quoted_literal(text)})"
         if 4 * depth + len(call) <= WIDTH and "\n" not in text:
             yield call
             continue
@@ -271,7 +311,7 @@ def _executed(statements: Sequence[str], depth: int, *, alone: bool) -> Iterator
         # A line break in a string is two characters long.
         room = WIDTH - 4 * depth - len(indent) - (8 if "\n" in text else 6)
         for line in text.splitlines(keepends=True):
-            yield from (f"{indent}    {_literal(part)}" for part in _pieces(line, room))
+            yield from (f"{indent}    {quoted_literal(part)}" for part in _pieces(line, room))
         yield f"{indent})"
 
 
@@ -286,59 +326,52 @@ def _pieces(text: str, room: int) -> Iterator[str]:
     yield piece
 
 
-def _literal(text: str) -> str:
-    """Return a string literal as Python's formatters write it."""
-    found = json.dumps(text, ensure_ascii=False)
-    return found if ast.literal_eval(found) == text else repr(text)
-
-
 def _listed(names: Sequence[str]) -> str:
-    return "{" + ", ".join(_literal(name) for name in names) + "}"
+    return "{" + ", ".join(quoted_literal(name) for name in names) + "}"
 
 
-def _head(folder: Path) -> str | None:
-    """Return the newest revision in a folder, or None if the folder has no revisions."""
-    found: dict[str, set[str]] = {}
-    for path in sorted(folder.glob("*.py")):
-        assigned = dict(_assigned(path))
-        if isinstance(revision := assigned.get("revision"), str):
-            before = assigned.get("down_revision")
-            parents = (before,) if isinstance(before, str) else before or ()
-            assert isinstance(parents, (tuple, list))
-            found[revision] = set(parents)
-    heads = sorted(set(found) - {parent for parents in found.values() for parent in parents})
-    if len(heads) > 1:
-        raise CommandError(
-            f"--out {folder}: it has several newest revisions ({', '.join(heads)}): name the one "
-            "to go on from with --revises"
+def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path:
+    """Create the revision as the project's ``alembic revision`` would.
+
+    Raises:
+        CommandError: there is no Alembic, or no project of Alembic's, or it has several heads.
+    """
+    try:
+        from alembic.config import Config  # noqa: PLC0415 - an extra of the user's
+        from alembic.script import ScriptDirectory  # noqa: PLC0415
+        from alembic.util import CommandError as Refusal  # noqa: PLC0415
+    except ImportError:
+        raise CommandError("--write needs Alembic: pip install alembic") from None
+    found = config or next((path for path in PROJECTS if path.is_file()), None)
+    if found is None and _is_configured(Path("pyproject.toml")):
+        found = Path("pyproject.toml")
+    if found is None or not found.is_file():
+        said = "there is no alembic.ini here; name one with" if found is None else "there is no"
+        raise CommandError(f"--write: {said} --config {found or 'FILE'}")
+    quiet = Namespace(quiet=True)
+    is_toml = found.suffix == ".toml"
+    settings = Config(
+        None if is_toml else found, toml_file=found if is_toml else None, cmd_opts=quiet
+    )
+    if not is_toml and settings.get_main_option("script_location") is None:
+        # So it is with Flask-Migrate, which says it when it runs.
+        settings.set_main_option("script_location", str(found.parent))
+    try:
+        folder = ScriptDirectory.from_config(settings)
+        script = folder.generate_revision(
+            revision.id,
+            f"claims of {job_table.table.name}",
+            upgrades=indented(revision.up),
+            downgrades=indented(revision.down),
+            imports="\n".join(revision.imports),
         )
-    return heads[0] if heads else None
+    except Refusal as error:
+        raise CommandError(f"--write: {error}") from None
+    assert script is not None
+    return Path(script.path)
 
 
-def _assigned(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield the constants that a file assigns at its top level."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, OSError) as error:
-        raise CommandError(f"--out: {path} cannot be read: {error}; give --revises") from None
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.AnnAssign):
-            targets = [node.target]
-        for target in targets:
-            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
-            if isinstance(target, ast.Name) and isinstance(value, (ast.Constant, ast.Tuple)):
-                yield target.id, ast.literal_eval(value)
-
-
-def _write(folder: Path, revision: str, job_table: JobTable, text: str) -> Path:
-    slug = re.sub(r"\W+", "_", f"claims_of_{job_table.table.name}").lower()
-    path = folder / f"{revision}_{slug}.py"
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise CommandError(f"--out: {path} is there already") from None
-    except OSError as error:
-        raise CommandError(f"--out {folder}: cannot be written: {error.strerror}") from None
-    return path
+def _is_configured(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    return "alembic" in tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})

@@ -95,12 +95,14 @@ class Statements:
         does: the statements by the dialect's name.
         undoes: those that undo them.
         alone: the dialects on which they cannot be part of a transaction.
+        index: the index that they create, if they do.
     """
 
     comment: str
     does: Mapping[str, Sequence[str]]
     undoes: Mapping[str, Sequence[str]]
     alone: Collection[str] = ()
+    index: NeededIndex | None = None
 
     def up(self, name: str) -> Sequence[str]:
         """Return the statements that apply the operation on this dialect."""
@@ -186,7 +188,8 @@ def _index(needed: NeededIndex, names: Sequence[str]) -> Statements:
             continue
         does[name] = (create_index(needed, name),)
         undoes[name] = (needed.drop(dialect),)
-    return Statements(_SERVES[needed.reason], does, undoes, alone=("postgresql",))
+    alone = () if needed.is_partitioned else ("postgresql",)
+    return Statements(_SERVES[needed.reason], does, undoes, alone, needed)
 
 
 def create_index(needed: NeededIndex, name: str) -> str:

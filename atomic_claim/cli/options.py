@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
-from atomic_claim.testing.database import CommandError
+from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
 from atomic_claim.testing.interrupts import as_exceptions
 
+SPACES = re.compile(r"[ ]+$", re.MULTILINE)
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 128 + signal.SIGINT
 
+# An option without a value; recent versions of Typer show "<bool>" behind it.
+Flag = partial(typer.Option, metavar="")
 UrlOption = Annotated[
     str | None,
     typer.Option(
@@ -28,8 +37,33 @@ UrlOption = Annotated[
     ),
 ]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the figures as JSON in place of the table.")
+    bool, Flag("--json", help="Print the figures as JSON in place of the table.")
 ]
+
+
+class Trimmed:
+    """Standard output without the spaces that Rich fills lines with, unless it is a terminal."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+    def write(self, text: str) -> int:
+        """Write the text, of whose lines nothing visible is lost."""
+        return sys.stdout.write(text if sys.stdout.isatty() else SPACES.sub("", text))
+
+
+def console() -> Console:
+    """Create a console; lines that go into a file or a pipe end where their text ends.
+
+    Rich honours NO_COLOR, and draws in ASCII where the encoding has no lines.
+    """
+    file: Any = Trimmed()
+    return Console(highlight=False, file=file)
+
+
+def is_unicode() -> bool:
+    """Check whether standard output has other characters than ASCII's."""
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 @contextmanager
@@ -47,3 +81,19 @@ def plain_ending() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("atomic-claim: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def server(url: str | None) -> Iterator[Engine]:
+    """Yield an engine; database errors become one-line command errors."""
+    if url is None:
+        raise CommandError(
+            "which database? Give --url, or set ATOMIC_CLAIM_URL or DATABASE_URL to one such as "
+            "postgresql://user@host/database"
+        )
+    address = parse_url(url)
+    with connected(address) as engine:
+        try:
+            yield engine
+        except SQLAlchemyError as error:
+            raise complaint(f"cannot read {masked(address)}", error, address) from None

@@ -159,24 +159,44 @@ def accesses(
     connection.rollback()
     table = plan.job_table.table
     if product == "postgresql":
-        return list(_of_postgresql(rows[0]["QUERY PLAN"][0]["Plan"], table))
+        roots = _roots(connection, table)
+        return list(_of_postgresql(rows[0]["QUERY PLAN"][0]["Plan"], table, roots))
     if product == "sqlite":
         return list(_of_sqlite(rows, table))
     return list(_of_innodb(rows, table))
 
 
-def _of_postgresql(node: dict[str, Any], table: Table, *, sorts: bool = False) -> Iterator[Access]:
+def _roots(connection: Connection, table: Table) -> dict[str, str]:
+    """Return the names of the table, its indexes and their partitions, each with its root's."""
+    query = text("""
+        WITH RECURSIVE part(oid, root) AS (
+            SELECT c.oid, c.relname FROM pg_class c
+            WHERE c.oid = to_regclass(:name) OR c.oid IN (
+                SELECT indexrelid FROM pg_index WHERE indrelid = to_regclass(:name)
+            )
+            UNION SELECT i.inhrelid, root FROM pg_inherits i JOIN part ON i.inhparent = part.oid
+        )
+        SELECT c.relname, root FROM part JOIN pg_class c USING (oid)
+    """)
+    name = dialect_of("postgresql").identifier_preparer.format_table(table)
+    return {row.relname: row.root for row in connection.execute(query, {"name": name})}
+
+
+def _of_postgresql(
+    node: dict[str, Any], table: Table, roots: Mapping[str, str], *, sorts: bool = False
+) -> Iterator[Access]:
     kind = node["Node Type"]
     if "Sort" in kind:
         sorts = True
     elif kind in {"Limit", "Aggregate", "CTE Scan"}:
         sorts = False
-    if node.get("Relation Name") == table.name and "Scan" in kind:
+    if roots.get(node.get("Relation Name", "")) == table.name and "Scan" in kind:
         index = node.get("Index Name")
+        index = roots.get(str(index), index)
         yield Access(f"{kind} using {index}" if index else kind, index, sorts)
     for below in node.get("Plans", []):
         apart = below.get("Parent Relationship") in {"InitPlan", "SubPlan"}
-        yield from _of_postgresql(below, table, sorts=sorts and not apart)
+        yield from _of_postgresql(below, table, roots, sorts=sorts and not apart)
 
 
 def _of_sqlite(rows: list[Any], table: Table) -> Iterator[Access]:
@@ -214,11 +234,12 @@ def known_indexes(connection: Connection, table: Table) -> dict[str, Known]:
 
 
 def _known_to_innodb(connection: Connection, table: Table) -> dict[str, Known]:
+    seen = "ignored = 'NO'" if _product(connection) == "mariadb" else "is_visible = 'YES'"
     query = text(
-        "SELECT index_name AS name, column_name AS part, collation AS direction "
+        "SELECT index_name AS name, column_name AS part, collation AS direction "  # noqa: S608
         "FROM information_schema.statistics "
         "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name = :table "
-        "ORDER BY index_name, seq_in_index"
+        f"AND {seen} ORDER BY index_name, seq_in_index"
     )
     rows = connection.execute(query, {"schema": table.schema, "table": table.name})
     plan: dict[str, list[tuple[str | None, bool]]] = {}
@@ -247,8 +268,7 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
     """Return the parts of a claim that no index serves, by the plan of its own statement.
 
     An index serves if the rows are read by it in their order, and if it decides on the columns
-    that say whether a row is free and done. Failed rows, of which there are few, may be passed
-    over.
+    that say whether a row is free and done. Failed rows are few, and may be passed over.
     """
     job_table = plan.job_table
     found = tuple(accesses(connection, plan, request))

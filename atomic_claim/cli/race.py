@@ -20,9 +20,9 @@ from atomic_claim.testing.racing import race as held
 from atomic_claim.testing.results import Race
 
 from .drawing import SvgOption, check_picture, draw_picture
-from .options import FAILED, JsonOption, UrlOption, plain_ending
+from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
-from .targets import TableOption
+from .targets import TableOption, chosen
 from .workload import Half, Run, Workload
 
 MILLISECONDS = 1000
@@ -39,7 +39,7 @@ def race(
             "may lie in the current directory.",
         ),
     ],
-    table: TableOption,
+    table: TableOption = None,
     workers: Annotated[
         int, typer.Option(min=1, help="How many worker processes run at once.")
     ] = WORKERS,
@@ -85,7 +85,7 @@ def race(
     ] = None,
     kill: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--kill", help="Kill half of the workers once they have jobs, and look who gets those."
         ),
     ] = False,
@@ -99,7 +99,7 @@ def race(
     ] = PATIENCE,
     use_existing_table: Annotated[
         bool,
-        typer.Option(
+        Flag(
             "--use-existing-table",
             help="Use tables that are there. The rows that were made are deleted again, but the "
             "target may claim others.",
@@ -134,12 +134,13 @@ def race(
         source = context.get_parameter_source("url")
         if url is not None and source is not None and source.name == "COMMANDLINE":
             stack.enter_context(_variable("DATABASE_URL", url))
+        spec = chosen(table)
         targets = [target] if compare is None else [target, compare]
 
         def run(place: int, told: Callable[[int], None]) -> Race:
             return held(
                 targets[place],
-                table=table,
+                table=spec,
                 url=url,
                 workers=workers,
                 jobs=jobs,
@@ -160,7 +161,7 @@ def race(
         if as_json:
             typer.echo(json.dumps(_figures(races), indent=2))
         else:
-            _show(Console(), races)
+            _show(console(), races)
         if not all(each.exact for each in races):
             raise typer.Exit(FAILED)
 
@@ -177,12 +178,12 @@ def _variable(name: str, value: str) -> ExitStack:
     return stack
 
 
-def _show(console: Console, races: Sequence[Race]) -> None:
+def _show(screen: Console, races: Sequence[Race]) -> None:
     """Print the table, what it is of, and what follows from it."""
-    console.print(f"{races[0].database}: {_workload(races[0])}", soft_wrap=True, highlight=False)
-    console.print(_table(races))
+    screen.print(f"{races[0].database}: {_workload(races[0])}", soft_wrap=True, highlight=False)
+    screen.print(_table(races))
     for each in races:
-        console.print(_verdict(each), soft_wrap=True, highlight=False, markup=False)
+        screen.print(_verdict(each), soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(races: Sequence[Race]) -> Table:

@@ -23,7 +23,7 @@ from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
 
 from .layout import laid_out
-from .options import JsonOption, UrlOption, plain_ending
+from .options import JsonOption, UrlOption, console, plain_ending
 from .targets import TableOption, load_job_table
 from .texts import DIALECTS, dialect_of, fresh_plan, rendered
 
@@ -73,7 +73,7 @@ class Sequenced:
 
 def sql(
     *,
-    table: TableOption,
+    table: TableOption = None,
     dialect: DialectsOption = None,
     limit: Annotated[int, typer.Option(min=1, help="How many jobs the claim takes.")] = 10,
     url: UrlOption = None,
@@ -86,17 +86,17 @@ def sql(
     """
     with plain_ending():
         names = chosen_dialects(dialect, url)
-        job_table = load_job_table(table)
+        _, job_table = load_job_table(table, url)
         found = {name: list(sequences(job_table, dialect_of(name), limit)) for name in names}
         if as_json:
             plain = {name: [asdict(each) for each in calls] for name, calls in found.items()}
             name = job_table.table.fullname
             typer.echo(json.dumps({"table": name, "limit": limit, "dialects": plain}, indent=2))
             return
-        console = Console()
+        shown = console()
         for name, calls in found.items():
             text = "\n\n".join([f"-- {name}: {job_table.table.fullname}", *map(_text, calls)])
-            show_sql(console, text)
+            show_sql(shown, text)
 
 
 def chosen_dialects(given: Sequence[str] | None, url: str | None) -> Sequence[str]:

@@ -1,38 +1,73 @@
-"""The table that a command works on: ``MODULE:NAME``, or a table's name in the database."""
+"""The table that a command works on: ``MODULE:NAME``, its name in the database, or a patch's."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from sqlalchemy import Connection, MetaData, Table
-from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.exc import NoSuchTableError, SAWarning
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable, job_table_of
-from atomic_claim.testing.database import CommandError
+from atomic_claim.patch.file import find_file, read_file
+from atomic_claim.testing.database import CommandError, connected, one_line, parse_url
 from atomic_claim.testing.names import load
 
 TableOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--table",
-        metavar="MODULE:NAME",
+        metavar="MODULE:NAME|NAME",
         help="The job table: a Table, a mapped class or a JobTable of a module, which may lie in "
-        "the current directory.",
+        "the current directory; or its name in the database of --url, with a dot behind its "
+        "schema. Left out, the one that the patches of the nearest pyproject.toml name.",
     ),
 ]
 
 
-def load_job_table(spec: str) -> JobTable:
-    """Load the ``JobTable`` given by ``--table MODULE:NAME``.
+def chosen(spec: str | None) -> str:
+    """Return ``--table``, or the one table that the patches in a pyproject.toml name.
 
     Raises:
-        CommandError: it cannot be imported, is no table, or cannot be read with certainty.
+        CommandError: it was left out, and there is not exactly one.
     """
-    found = load(spec, "--table")
+    if spec is not None:
+        return spec
     try:
-        return job_table_of(found)
+        path = find_file(Path.cwd())
+        entries = [] if path is None else read_file(path)
+    except ClaimError as error:
+        raise CommandError(one_line(error)) from None
+    found = sorted({each.options["table"] for each in entries if "table" in each.options})
+    names = [name for name in found if isinstance(name, str)]
+    if len(names) != 1:
+        said = f"{path} names {', '.join(names)}" if names else "no pyproject.toml names one"
+        raise CommandError(f"which table? Give --table MODULE:NAME or NAME; {said}")
+    return names[0]
+
+
+def load_job_table(spec: str | None, url: str | None) -> tuple[Any, JobTable]:
+    """Load what ``--table`` names; return it and its ``JobTable``.
+
+    Raises:
+        CommandError: it cannot be imported or reflected, is no table, or cannot be read with
+            certainty.
+    """
+    spec = chosen(spec)
+    if ":" in spec:
+        found = load(spec, "--table")
+    elif url is None:
+        raise CommandError(
+            f"--table {spec} is a name in a database: give --url, or write MODULE:NAME"
+        )
+    else:
+        with connected(parse_url(url)) as engine, engine.connect() as connection:
+            found = reflect(connection, spec)
+    try:
+        return found, job_table_of(found)
     except ClaimError as error:
         raise CommandError(f"--table {spec}: {error}") from None
 
@@ -45,7 +80,10 @@ def reflect(connection: Connection, given: str) -> Table:
     """
     schema, _, name = given.rpartition(".")
     try:
-        return Table(name, MetaData(), schema=schema or None, autoload_with=connection)
+        with warnings.catch_warnings():
+            # An index on an expression cannot be reflected, and is not needed.
+            warnings.simplefilter("ignore", SAWarning)
+            return Table(name, MetaData(), schema=schema or None, autoload_with=connection)
     except NoSuchTableError:
         raise CommandError(
             f"--table {given}: the database has no such table; expected its name, or MODULE:NAME "

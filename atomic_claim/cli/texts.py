@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +25,12 @@ def dialect_of(name: str) -> Dialect:
     make: Any = make_url(url).get_dialect()
     made: Dialect = make(paramstyle="named")
     return made
+
+
+def quoted_literal(text: str) -> str:
+    """Return a string literal as Python's formatters write it."""
+    found = json.dumps(text, ensure_ascii=False)
+    return found if ast.literal_eval(found) == text else repr(text)
 
 
 def fresh_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool = False) -> ClaimPlan:

@@ -24,6 +24,7 @@ from .checks.columns import read
 from .checks.findings import Patient, Reading, age
 from .checks.rows import is_clock, is_marked, seconds_since_oldest
 from .examination import read_without_locks, reading, target
+from .options import console
 
 HEADINGS = ("time", "waiting", "later", "running", "oldest waiting", "claims/s")
 # So many looks stay on the screen.
@@ -38,7 +39,7 @@ class Look:
         at: this machine's time, UTC.
         waiting: jobs that can be claimed now.
         later: jobs that are free and not yet due, or have spent their attempts.
-        running: jobs that somebody has.
+        running: jobs that a worker has.
         oldest_waiting: for how many seconds the first of those that wait has been there.
         claims_per_second: since the look before, as far as the rows show it.
     """
@@ -60,7 +61,7 @@ class Look:
 
 
 def watch(engine: Engine, spec: str, interval: float, number: int | None, *, as_json: bool) -> None:
-    """Show the queue again and again, until there were so many looks, or Ctrl-C.
+    """Show the queue again and again, until the number of looks or Ctrl-C.
 
     Args:
         engine: a database that answers.
@@ -143,9 +144,9 @@ def _claims(job_table: JobTable) -> ColumnElement[int]:
 
 
 def _show(seen: Iterable[Look], title: str, *, as_json: bool) -> None:
-    console = Console()
-    if not as_json and console.is_terminal:
-        _show_live(console, seen, title)
+    screen = console()
+    if not as_json and screen.is_terminal:
+        _show_live(screen, seen, title)
         return
     line: Callable[[Look], str] = _columns
     if as_json:
@@ -170,9 +171,9 @@ def _aligned(cells: Iterable[str]) -> str:
     )
 
 
-def _show_live(console: Console, seen: Iterable[Look], title: str) -> None:
+def _show_live(screen: Console, seen: Iterable[Look], title: str) -> None:
     shown: list[Look] = []
-    with Live(console=console, auto_refresh=False) as live:
+    with Live(console=screen, auto_refresh=False) as live:
         for look in seen:
             shown = [*shown[1 - SHOWN :], look]
             table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")

@@ -1,6 +1,6 @@
 """Make flagged_jobs fit for its claims.
 
-Revision ID: 7504191e2dbb
+Revision ID: 7d9b087e9b5e
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:flagged
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:flagged
 
 from alembic import op
 
-revision = "7504191e2dbb"
+revision = "7d9b087e9b5e"
 down_revision = None
 branch_labels = None
 depends_on = None

@@ -1,6 +1,6 @@
 """Make locked_jobs fit for its claims.
 
-Revision ID: fce7fb593552
+Revision ID: a14867a71e0e
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:locked --add lease,token,attempts
@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import mysql
 
-revision = "fce7fb593552"
+revision = "a14867a71e0e"
 down_revision = None
 branch_labels = None
 depends_on = None

@@ -1,6 +1,6 @@
 """Make payload_jobs fit for its claims.
 
-Revision ID: d72b5e8bdb64
+Revision ID: e99ef0aa94a8
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
 
 from alembic import op
 
-revision = "d72b5e8bdb64"
+revision = "e99ef0aa94a8"
 down_revision = None
 branch_labels = None
 depends_on = None

@@ -1,6 +1,6 @@
 """Make status_jobs fit for its claims.
 
-Revision ID: 03eba5453c45
+Revision ID: 7668d00759c0
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:status
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:status
 
 from alembic import op
 
-revision = "03eba5453c45"
+revision = "7668d00759c0"
 down_revision = None
 branch_labels = None
 depends_on = None

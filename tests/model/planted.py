@@ -55,14 +55,14 @@ BUGS: Final = (
     Planted(
         "token not compared",
         "lifecycle.py",
-        "return and_(job_table.token == token, job_table.is_running)",
-        "return job_table.is_running",
+        "return and_(job_table.token == token, predicates.is_running(job_table))",
+        "return predicates.is_running(job_table)",
     ),
     Planted(
         "lease not checked",
         "predicates.py",
-        "expired = (running, lease <= job_table.now(lease), *unspent)",
-        "expired = (running, lease.is_not(None), *unspent)",
+        "over = Branch((running, lease <= job_table.now(lease)), (lease,))",
+        "over = Branch((running, lease.is_not(None)), (lease,))",
     ),
     Planted(
         "order dropped",

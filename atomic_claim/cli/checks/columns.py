@@ -25,6 +25,15 @@ NEW_KEY = {
 def key(patient: Patient) -> Iterator[Finding]:
     """Check that the primary key exists and equals the declared one."""
     inspector = inspect(patient.connection)
+    if patient.table.name in inspector.get_view_names(schema=patient.table.schema):
+        yield Finding(
+            "primary key",
+            Level.PROBLEM,
+            "this is a view",
+            "rows are locked by a primary key, which a view has none of",
+            "claim from the table behind it, and give that as --table",
+        )
+        return
     own = inspector.get_pk_constraint(patient.table.name, schema=patient.table.schema)
     names = own["constrained_columns"]
     declared = [column.name for column in patient.table.primary_key.columns]

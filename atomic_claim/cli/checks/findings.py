@@ -8,7 +8,7 @@ from datetime import timedelta
 from enum import Enum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Dialect, Table
+from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table, text
 
 from atomic_claim.cli.texts import dialect_of
 from atomic_claim.job_table import JobTable
@@ -52,12 +52,14 @@ class Patient:
         table: the table, as the claim knows it.
         stuck_after: how long a job may run without a lease.
         transaction_after: how long a transaction may be open.
+        spec: how ``--table`` named it.
     """
 
     connection: Connection
     table: Table
     stuck_after: timedelta
     transaction_after: timedelta
+    spec: str = ""
 
     @property
     def product(self) -> str:
@@ -69,6 +71,14 @@ class Patient:
     def dialect(self) -> Dialect:
         """A dialect for text that people read."""
         return dialect_of(self.product)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """True if PostgreSQL has the table in partitions, each with indexes of its own."""
+        asked = text("SELECT relkind = 'p' FROM pg_class WHERE oid = to_regclass(:name)")
+        return self.product == "postgresql" and bool(
+            self.connection.scalar(asked, {"name": self.name})
+        )
 
     @property
     def name(self) -> str:
@@ -96,6 +106,54 @@ class Reading:
 
     patient: Patient
     job_table: JobTable
+
+    @property
+    def written(self) -> list[Column[Any]]:
+        """The columns that a claim or an end writes."""
+        own = self.job_table
+        marks = (own.claimed, own.released, own.done, own.failed)
+        roles = (own.state, own.worker, own.token, own.lease, own.attempts)
+        given = (*(column for mark in marks for column in mark), *roles, *own.stamps)
+        return list(dict.fromkeys(column for column in given if column is not None))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query of the catalog, in which every row is something wrong.
+
+    The texts name the row's columns in braces, and the table as ``{table}``.
+
+    Attributes:
+        check: what was looked at.
+        query: the query; its parameters are ``:name``, ``:schema`` and those that are given.
+        found: what is the case.
+        why: why that matters.
+        fix: what to do about it.
+        sql: what to run.
+        level: how much it matters.
+    """
+
+    check: str
+    query: str
+    found: str
+    why: str
+    fix: str
+    sql: tuple[str, ...] = ()
+    level: Level = Level.PROBLEM
+
+    def ask(self, patient: Patient, name: str, **given: Any) -> Iterator[Finding]:
+        """Yield a finding for each row, or one that all is well."""
+        query = text(self.query)
+        values = {"name": name, "schema": patient.table.schema, **given}
+        values = {key: value for key, value in values.items() if key in query.compile().params}
+        rows = patient.connection.execute(query, values).mappings().all()
+        for row in rows:
+            words = {**row, "table": patient.name}
+            sql = tuple(each.format_map(words) for each in self.sql)
+            found, fix = self.found.format_map(words), self.fix.format_map(words)
+            yield Finding(self.check, self.level, found, self.why, fix, sql)
+        if not rows:
+            yield Finding(self.check, Level.FINE, "nothing found")
 
 
 Check = Callable[[Patient], Iterator[Finding]]

@@ -28,6 +28,7 @@ from atomic_claim.plan import ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import OrderTerm
 
 from .findings import Finding, Level, Patient, Reading, listed
+from .innodb import HIDDEN, hidden_indexes
 
 CHECK = "plan of the claim"
 # What is explained is a claim of so many jobs.
@@ -147,17 +148,24 @@ def _cure(
     dialect = patient.dialect
     if (refusal := needed.refusal(dialect)) is not None:
         return refusal, ()
-    create = create_index(needed, dialect.name)
+    if patient.product in HIDDEN and (revealed := hidden_indexes(patient).get(needed.name)):
+        return f"{needed.name} is there, but hidden from the planner: show it", (revealed,)
+    create, drop = create_index(needed, dialect.name), needed.drop(dialect)
+    if patient.is_partitioned:
+        create, drop = (each.replace(" CONCURRENTLY", "") for each in (create, drop))
     analyse = f"{ANALYZE.get(patient.product, 'ANALYZE')} {patient.name}"
     if needed.name not in known:
         if _must_be_analysed(patient, known):
             # Before it, the planner prefers an index on one column to a partial one.
             return "create the index, and let the planner know what it is worth", (create, analyse)
-        return "create the index that atomic-claim migration writes", (create,)
+        fix = "create the index that atomic-claim migration writes"
+        if patient.is_partitioned:
+            fix += "; on a partitioned table writers wait until it is built"
+        return fix, (create,)
     if _is_whole(patient, needed, known[needed.name]):
         return f"{needed.name} is there: let the planner know what it is worth", (analyse,)
     fix = f"{needed.name} is there, but is another index, or was never finished: make it anew"
-    return fix, (needed.drop(dialect), create, analyse)
+    return fix, (drop, create, analyse)
 
 
 def _must_be_analysed(patient: Patient, known: Mapping[str, Known]) -> bool:

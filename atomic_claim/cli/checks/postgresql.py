@@ -9,28 +9,147 @@ from sqlalchemy import Connection, Engine, text
 
 from atomic_claim.backends import backend_for
 from atomic_claim.backends.postgresql import UTC_NAMES
+from atomic_claim.cli.indexes import needed_indexes
 
-from .findings import Finding, Level, Patient, Reading, age, count
+from .findings import Finding, Level, Patient, Question, Reading, age, count
 from .innodb import naive_times
 
 # Autovacuum comes at a fifth of the rows; at twice that it does not keep up.
 DEAD_SHARE = 0.4
 FEWEST_DEAD = 1000
-# So much of a table has to be empty before it is worth telling, and so many bytes.
-EMPTY_SHARE = 0.75
-FEWEST_EMPTY = 8 * 2**20
-# Bytes of a row's header and its pointer, as they are aligned.
-ROW_HEADER = 28
 UNANALYSED = 2**20
+# The table and, if it is partitioned, all that it consists of.
+PARTS = """
+    WITH RECURSIVE part(oid) AS (
+        SELECT to_regclass(:name)::oid UNION
+        SELECT i.inhrelid FROM pg_inherits i JOIN part ON i.inhparent = part.oid
+    )
+"""
+QUESTIONS = (
+    Question(
+        "rights",
+        """
+        SELECT current_user AS person, quote_ident(current_user) AS role, privilege
+        FROM unnest(ARRAY['SELECT', 'UPDATE']) privilege
+        WHERE NOT has_table_privilege(to_regclass(:name), privilege) AND EXISTS (
+            SELECT FROM unnest(CAST(:written AS text[])) c
+            WHERE NOT has_column_privilege(to_regclass(:name), c, privilege)
+        )
+        """,
+        "{person} may not {privilege} all columns that a claim writes",
+        "a claim locks its rows and marks them, so that this user's claims fail",
+        "look as the user of the workers, or grant the right:",
+        ("GRANT {privilege} ON {table} TO {role}",),
+    ),
+    Question(
+        "row-level security",
+        """
+        SELECT current_user AS person, quote_ident(current_user) AS role
+        WHERE row_security_active(to_regclass(:name)) AND NOT EXISTS (
+            SELECT FROM pg_policy p
+            WHERE p.polrelid = to_regclass(:name) AND p.polpermissive AND p.polcmd = '*'
+                AND pg_get_expr(p.polqual, p.polrelid) = 'true'
+                AND (0 = ANY (p.polroles) OR current_user::regrole = ANY (p.polroles))
+        )
+        """,
+        "it applies to {person}, and no policy shows that user every row",
+        "a row that a policy hides is never claimed, and nothing says so",
+        "show the workers all rows, or have them claim as the table's owner:",
+        ("CREATE POLICY atomic_claim_workers ON {table} TO {role} USING (true)",),
+    ),
+    Question(
+        "replica",
+        "SELECT 1 WHERE pg_is_in_recovery()",
+        "the server is a replica, and takes no writes",
+        "a claim writes",
+        "give the primary's URL",
+    ),
+    Question(
+        "autovacuum",
+        PARTS  # noqa: S608 - a constant
+        + """
+        SELECT c.oid::regclass AS part FROM part JOIN pg_class c USING (oid)
+        WHERE EXISTS (
+            SELECT FROM unnest(c.reloptions) o
+            WHERE o ~* '^autovacuum_enabled=(off|false|no|0|f|n)$'
+        )
+        """,
+        "off for {part}",
+        "every claim and every end of a job leaves a dead row, and nothing removes them",
+        "switch it on",
+        ("ALTER TABLE {part} RESET (autovacuum_enabled)",),
+    ),
+    Question(
+        "autovacuum",
+        "SELECT 1 WHERE NOT current_setting('autovacuum')::boolean",
+        "off for the whole server",
+        "every claim and every end of a job leaves a dead row, and nothing removes them",
+        "switch it on",
+        ("ALTER SYSTEM SET autovacuum = on", "SELECT pg_reload_conf()"),
+    ),
+    Question(
+        "old transactions",
+        """
+        SELECT gid, owner, quote_literal(gid) AS quoted FROM pg_prepared_xacts
+        WHERE database = current_database()
+            AND prepared <= clock_timestamp() - make_interval(secs => :age)
+        """,
+        "prepared transaction {gid} of {owner}",
+        "VACUUM keeps every row that died since, so that claims read past more and more of them",
+        "find out who forgot to end it, or roll it back:",
+        ("ROLLBACK PREPARED {quoted}",),
+    ),
+    Question(
+        "replication slots",
+        """
+        SELECT slot_name, quote_literal(slot_name) AS quoted FROM pg_replication_slots
+        WHERE NOT active AND NOT temporary AND (restart_lsn IS NOT NULL OR xmin IS NOT NULL)
+        """,
+        "nobody reads from {slot_name}",
+        "it keeps the log, and with a snapshot the dead rows too, until the disk is full",
+        "start its reader again, or drop the slot:",
+        ("SELECT pg_drop_replication_slot({quoted})",),
+    ),
+    Question(
+        "unfinished indexes",
+        """
+        SELECT c.oid::regclass AS index FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+        WHERE i.indrelid = to_regclass(:name) AND NOT i.indisvalid AND c.relkind = 'i'
+            AND NOT c.relname = ANY (CAST(:needed AS text[]))
+        """,
+        "{index}",
+        "every claim writes it, and no query reads it",
+        "drop it, or build it again:",
+        ("DROP INDEX CONCURRENTLY {index}",),
+    ),
+)
 
 
 def checks(patient: Patient) -> Iterator[Finding]:
-    """Check the session, the table and other sessions' transactions and lock waits."""
-    yield _isolation(patient)
+    """Check the session, the table and other sessions' transactions."""
+    yield _setting(
+        patient,
+        "isolation level",
+        "isolation",
+        "read committed",
+        "SKIP LOCKED raises 'could not serialize access' once another worker has committed; a "
+        "claim in your transaction is a ClaimConflict, one of its own is tried again",
+    )
+    yield _setting(patient, "read-only transactions", "read_only", "off", "a claim writes")
     yield _dead_rows(patient)
-    yield from _bloat(patient)
     yield from _transactions(patient)
-    yield from _lock_waits(patient)
+
+
+def catalog(reading: Reading) -> Iterator[Finding]:
+    """Ask the catalog what stands in the way of the claim."""
+    patient = reading.patient
+    given = {
+        "written": [column.name for column in reading.written],
+        "needed": [needed.name for needed in needed_indexes(reading.job_table)],
+        "age": patient.transaction_after.total_seconds(),
+    }
+    for question in QUESTIONS:
+        yield from question.ask(patient, patient.name, **given)
 
 
 def _rows(patient: Patient, query: str, **given: Any) -> list[Any]:
@@ -38,42 +157,43 @@ def _rows(patient: Patient, query: str, **given: Any) -> list[Any]:
     return list(patient.connection.execute(text(query), given))
 
 
-def _isolation(patient: Patient) -> Finding:
+def _setting(patient: Patient, check: str, suffix: str, wanted: str, why: str) -> Finding:
+    """Check a default of transactions, and say where it was set."""
+    name = f"default_transaction_{suffix}"
     query = (
         "SELECT setting, source, current_database(), current_user FROM pg_settings "
-        "WHERE name = 'default_transaction_isolation'"
+        "WHERE name = :setting"
     )
-    level, source, database, user = patient.connection.execute(text(query)).one()
-    check = "isolation level"
-    if level == "read committed":
-        return Finding(check, Level.FINE, level.upper())
+    asked = patient.connection.execute(text(query), {"setting": name})
+    value, source, database, user = asked.one()
+    if value == wanted:
+        return Finding(check, Level.FINE, value.upper())
     owner = f"DATABASE {patient.quoted(database)}"
     if "user" in source:
         owner = f"ROLE {patient.quoted(user)}"
         if "database" in source:
             owner += f" IN DATABASE {patient.quoted(database)}"
-    sql: tuple[str, ...] = (f"ALTER {owner} SET default_transaction_isolation = 'read committed'",)
-    fix = "begin transactions at READ COMMITTED; for all new connections:"
+    sql: tuple[str, ...] = (f"ALTER {owner} SET {name} = '{wanted}'",)
+    if suffix == "read_only":
+        sql = (f"SET {name} = off", *sql)
+    fix = f"begin transactions with {name} = {wanted!r}; for all new connections:"
     if source in {"client", "session", "environment variable"}:
-        fix, sql = "take default_transaction_isolation out of the connection's options", ()
-    return Finding(
-        check,
-        Level.PROBLEM,
-        f"{level.upper()}, by {source}",
-        "SKIP LOCKED raises 'could not serialize access' once another worker has committed; a "
-        "claim in your transaction is a ClaimConflict, one of its own is tried again",
-        fix,
-        sql,
-    )
+        fix, sql = f"take {name} out of the connection's options", ()
+    return Finding(check, Level.PROBLEM, f"{value.upper()}, by {source}", why, fix, sql)
 
 
 def _dead_rows(patient: Patient) -> Finding:
-    query = """
-        SELECT COALESCE(n_live_tup, 0), COALESCE(n_dead_tup, 0),
-            COALESCE(last_analyze, last_autoanalyze) IS NULL, pg_relation_size(relid)
-        FROM pg_stat_all_tables WHERE relid = to_regclass(:name)
+    query = (
+        PARTS  # noqa: S608 - a constant
+        + """
+        SELECT COALESCE(SUM(n_live_tup), 0), COALESCE(SUM(n_dead_tup), 0),
+            BOOL_OR(COALESCE(last_analyze, last_autoanalyze) IS NULL
+                AND pg_relation_size(relid) > :large)
+        FROM pg_stat_all_tables JOIN part ON part.oid = relid
     """
-    live, dead, never_analysed, size = [*_rows(patient, query), (0, 0, False, 0)][0]
+    )
+    [(some, gone, never_analysed)] = _rows(patient, query, large=UNANALYSED)
+    live, dead = int(some), int(gone)
     found = f"{count(dead, 'dead row')} beside {live:,} live"
     if dead >= FEWEST_DEAD and dead > DEAD_SHARE * live:
         return Finding(
@@ -85,7 +205,7 @@ def _dead_rows(patient: Patient) -> Finding:
             "have it vacuumed, and see to it that nothing holds VACUUM back",
             (f"VACUUM (ANALYZE) {patient.name}",),
         )
-    if never_analysed and size > UNANALYSED:
+    if never_analysed:
         return Finding(
             "dead rows",
             Level.NOTE,
@@ -95,38 +215,6 @@ def _dead_rows(patient: Patient) -> Finding:
             (f"ANALYZE {patient.name}",),
         )
     return Finding("dead rows", Level.FINE, found)
-
-
-def _bloat(patient: Patient) -> Iterator[Finding]:
-    """How much of the table's file is empty, by the planner's statistics."""
-    query = """
-        SELECT pg_relation_size(c.oid) AS size,
-            c.reltuples * (:header + SUM(s.avg_width * (1 - s.null_frac))) AS needed
-        FROM pg_class c
-        JOIN pg_namespace n ON n.oid = c.relnamespace
-        JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname
-        WHERE c.oid = to_regclass(:name) AND NOT s.inherited
-        GROUP BY c.oid, c.reltuples
-    """
-    for size, needed in _rows(patient, query, header=ROW_HEADER):
-        empty = max(0, size - needed)
-        found = f"{_size(size)}, of which about {_size(empty)} are empty"
-        if empty < FEWEST_EMPTY or empty < EMPTY_SHARE * size:
-            yield Finding("bloat", Level.FINE, found)
-            continue
-        yield Finding(
-            "bloat",
-            Level.PROBLEM,
-            found,
-            "whatever reads the whole table reads the empty pages too, and VACUUM alone does not "
-            "give them back",
-            "write the table anew, when nobody needs it (pg_repack does it beside the workers):",
-            (f"VACUUM (FULL, ANALYZE) {patient.name}",),
-        )
-
-
-def _size(size: float) -> str:
-    return f"{size / 2**20:,.1f} MB"
 
 
 def _transactions(patient: Patient) -> Iterator[Finding]:
@@ -167,39 +255,6 @@ def _sees_others(patient: Patient) -> bool:
     roles = "SELECT oid FROM pg_roles WHERE rolname = 'pg_read_all_stats'"
     [found] = _rows(patient, f"SELECT pg_has_role(({roles}), 'USAGE')")
     return bool(found[0])
-
-
-def _lock_waits(patient: Patient) -> Iterator[Finding]:
-    query = """
-        SELECT a.pid, COALESCE(NULLIF(a.application_name, ''), a.usename),
-            pg_blocking_pids(a.pid), EXTRACT(EPOCH FROM clock_timestamp() - a.query_start)
-        FROM pg_stat_activity a
-        WHERE cardinality(pg_blocking_pids(a.pid)) > 0 AND EXISTS (
-            SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.relation = to_regclass(:name)
-        )
-        ORDER BY a.query_start
-    """
-    found = _rows(patient, query)
-    if not found:
-        yield Finding("lock waits", Level.FINE, "none now")
-        return
-    waits = [
-        f"pid {pid} ({who}) waits for {', '.join(f'pid {other}' for other in others)}"
-        # Hidden from other users, but for members of pg_read_all_stats.
-        + ("" if seconds is None else f" since {age(seconds)}")
-        for pid, who, others, seconds in found
-    ]
-    waiting = {pid for pid, *_ in found}
-    blocking = sorted({other for _, _, others, _ in found for other in others} - waiting)
-    yield Finding(
-        "lock waits",
-        Level.PROBLEM,
-        "; ".join(waits),
-        "a claim waits for nobody's row, so these are loops that mark rows which others hold, or a "
-        "migration that nobody gets past",
-        "let the transactions end that are waited for, or end them",
-        tuple(f"SELECT pg_terminate_backend({pid})" for pid in blocking if pid),
-    )
 
 
 def clock(reading: Reading) -> Iterator[Finding]:

@@ -11,13 +11,17 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Float,
+    Integer,
     and_,
     case,
     false,
     func,
     literal,
     not_,
+    null,
+    or_,
     select,
+    true,
 )
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
@@ -25,6 +29,7 @@ from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 from atomic_claim import predicates
 from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
 from atomic_claim.job_table import JobTable
+from atomic_claim.outcomes import failure
 from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 
 from .findings import Finding, Level, Patient, Reading, age, count
@@ -55,14 +60,20 @@ def nulls(reading: Reading) -> Iterator[Finding]:
 
 
 def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
-    """By column, which rows are neither free nor running, because it is NULL."""
+    """By column, which rows are neither free nor running nor ended, because it is NULL.
+
+    Whatever is declared: of a NOT NULL that the database has not, a condition is NULL too.
+    """
     found: dict[Column[Any], ColumnElement[bool]] = {}
-    for part in visitors.iterate(job_table.free):
-        if not isinstance(part, Column) or not part.nullable or _means_null(job_table, part):
-            continue
-        lost = not_(func.coalesce(job_table.free, false()))
-        idle = not_(func.coalesce(predicates.is_running(job_table), false()))
-        found[part] = and_(part.is_(None), lost, idle, *predicates.not_ended(job_table))
+    idle = not_(func.coalesce(predicates.is_running(job_table), false()))
+    open_ = [func.coalesce(each, true()) for each in predicates.not_ended(job_table)]
+    for part in visitors.iterate(predicates.is_free(job_table)):
+        if isinstance(part, Column) and not _means_null(job_table, part):
+            lost = not_(func.coalesce(predicates.is_free(job_table), false()))
+            found[part] = and_(part.is_(None), lost, idle, *open_)
+    for part in (job_table.attempts, job_table.due):
+        if part is not None and not part.nullable:
+            found[part] = and_(part.is_(None), predicates.is_free(job_table))
     return found
 
 
@@ -76,7 +87,7 @@ def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
         and part.operator in (operators.is_, operators.is_not)
         and part.left is column
         and isinstance(part.right, Null)
-        for part in visitors.iterate(job_table.free)
+        for part in visitors.iterate(predicates.is_free(job_table))
     )
 
 
@@ -101,14 +112,14 @@ def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Findin
     name = patient.quoted(column.name)
     fix = f"say what NULL in {column.name} means with JobTable(free=...)"
     sql: tuple[str, ...] = ()
-    if (free := job_table.released.get(column)) is not None:
+    if (free := _unset(job_table).get(column)) is not None:
         fix = "if they wait, say so in the rows; or say it with JobTable(null_is_free=True)"
-        sql = (_update(patient, {column: free}, f"{name} IS NULL"),)
+        sql = (update_text(patient, {column: free}, f"{name} IS NULL"),)
     return Finding(
         NULLS,
         Level.PROBLEM,
         f"{count(number)} whose {column.name} is NULL: no claim ever takes them",
-        f"NULL is neither free nor claimed: {patient.text(job_table.free)} is not true of it",
+        f"a condition on NULL is neither true nor false: {patient.text(_taken(job_table, column))}",
         fix,
         sql,
     )
@@ -117,8 +128,7 @@ def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Findin
 def _always_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
     patient = reading.patient
     name = patient.quoted(column.name)
-    unset = {**reading.job_table.failed, **reading.job_table.done, **reading.job_table.withdrawn}
-    value = _opposite(unset[column])
+    value = _unset(reading.job_table)[column]
     return Finding(
         NULLS,
         Level.NOTE,
@@ -126,8 +136,28 @@ def _always_claimed(reading: Reading, column: Column[Any], number: int) -> Findi
         f"a loop that asks for {column.name} != true passes them over, so it and the claim do "
         "different jobs",
         "write what the claim reads",
-        (_update(patient, {column: value}, f"{name} IS NULL"),),
+        (update_text(patient, {column: value}, f"{name} IS NULL"),),
     )
+
+
+def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
+    """Return the values of a free row, as far as they can be told."""
+    ends = {**job_table.failed, **job_table.done, **job_table.withdrawn}
+    found = {
+        column: _opposite(value)
+        for column, value in ends.items()
+        if is_flag(column) and isinstance(value, (True_, False_, InlineLiteral))
+    }
+    if job_table.attempts is not None:
+        found[job_table.attempts] = InlineLiteral(0, Integer())
+    if job_table.due is not None:
+        found[job_table.due] = job_table.now(job_table.due)
+    return {**found, **job_table.released}
+
+
+def _taken(job_table: JobTable, column: Column[Any]) -> ColumnElement[bool]:
+    others = any(column is each for each in (job_table.attempts, job_table.due))
+    return and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
 
 
 def _opposite(value: Any) -> ColumnElement[Any]:
@@ -137,12 +167,19 @@ def _opposite(value: Any) -> ColumnElement[Any]:
     return opposite
 
 
-def _update(patient: Patient, values: Mapping[Column[Any], Any], where: str) -> str:
+def update_text(patient: Patient, values: Mapping[Column[Any], Any], where: str) -> str:
+    """Render an UPDATE with literal values."""
     changes = ", ".join(
-        f"{patient.quoted(column.name)} = {'NULL' if value is None else patient.text(value)}"
+        f"{patient.quoted(column.name)} = {patient.text(_clause(column, value))}"
         for column, value in values.items()
     )
     return f"UPDATE {patient.name} SET {changes} WHERE {where}"  # noqa: S608 - to be read
+
+
+def _clause(column: Column[Any], value: Any) -> ColumnElement[Any]:
+    if value is None:
+        return null()
+    return value if isinstance(value, ColumnElement) else literal(value, column.type)
 
 
 def stuck(reading: Reading) -> Iterator[Finding]:
@@ -169,6 +206,33 @@ def stuck(reading: Reading) -> Iterator[Finding]:
         yield Finding(STUCK, Level.FINE, f"none has run for {age(seconds)} without a lease")
 
 
+def spent(reading: Reading) -> Iterator[Finding]:
+    """Count the rows without attempts left, and those whose lease ended long ago."""
+    job_table = reading.job_table
+    seconds = reading.patient.stuck_after.total_seconds()
+    lease, groups = job_table.lease, {}
+    unowned = [predicates.is_free(job_table)]
+    if lease is not None:
+        expired = and_(predicates.is_running(job_table), lease <= job_table.now(lease))
+        unowned.append(expired)
+        long_ago = lease <= job_table.now(lease, literal(-seconds, Float()))
+        groups["overdue"] = and_(expired, long_ago, *predicates.is_unspent(job_table))
+    if predicates.is_unspent(job_table) and job_table.failed:
+        groups["spent"] = and_(not_(and_(*predicates.is_unspent(job_table))), or_(*unowned))
+    counted = counts(reading, groups)
+    if number := counted.get("spent"):
+        values = failure(job_table, retry=False, error="all attempts are spent")
+        sql = update_text(reading.patient, values, reading.patient.text(groups["spent"]))
+        why = "no claim takes them any more, and nothing says that they have failed"
+        fix = "call sweep_jobs(engine, table) from time to time; for now:"
+        yield Finding("attempts", Level.NOTE, f"{count(number)} spent", why, fix, (sql,))
+    if number := counted.get("overdue"):
+        found = f"{count(number)} whose lease ended more than {age(seconds)} ago"
+        why = "any claim would take them, so that no worker seems to ask"
+        fix = "see whether the workers run, and whether they ask for these rows (where=...)"
+        yield Finding("leases", Level.NOTE, found, why, fix)
+
+
 def is_marked(job_table: JobTable) -> ColumnElement[bool]:
     """Build the condition that a row's state is claimed, ignoring the claim's other columns."""
     state = job_table.state
@@ -179,11 +243,15 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
     return and_(is_claimed, *predicates.not_ended(job_table))
 
 
+def claimed_at(job_table: JobTable) -> Column[Any] | None:
+    """Return the column that holds the time of a row's claim, if there is one."""
+    return next(iter((*job_table.claim_times, *job_table.stamps)), None)
+
+
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
     """Return the column closest to a row's claim time, and whether it is exactly that time."""
-    written = [c for c, value in job_table.claimed.items() if isinstance(value, DatabaseTime)]
-    if written or job_table.stamps:
-        return [*written, *job_table.stamps][0], True
+    if (written := claimed_at(job_table)) is not None:
+        return written, True
     for term in (*job_table.order, job_table.due):
         if isinstance(term, Column) and is_clock(job_table, term):
             return term, False
@@ -207,7 +275,7 @@ def _stuck(
     *,
     certain: bool,
 ) -> Finding:
-    patient, job_table = reading.patient, reading.job_table
+    job_table = reading.job_table
     found = f"{count(number)} {'runs' if number == 1 else 'run'} without a lease"
     if since is not None:
         oldest = age_of_oldest(reading, since, running)
@@ -215,17 +283,16 @@ def _stuck(
         found += f", the oldest {what}" + (f" {oldest} ago" if certain else "")
     if not certain:
         found += "; no column says when they were claimed"
-    cure = "if no worker has them any more, give them back"
+    cure = f"atomic-claim jobs --table {reading.patient.spec} --release-stuck gives them back"
+    if not certain:
+        cure = "only their workers can tell whether they still run"
     if job_table.lease is None:
         cure += "; with leases they come back by themselves: atomic-claim migration --add "
         cure += ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
     elif certain:
         cure += "; JobTable(unleased=...) has them come back by themselves"
-    sql: tuple[str, ...] = ()
-    if job_table.released:
-        sql = (_update(patient, job_table.released, patient.text(running)),)
     why = "a worker that dies leaves its row claimed, and nobody is ever handed it again"
-    return Finding(STUCK, Level.PROBLEM if certain else Level.NOTE, found, why, cure, sql)
+    return Finding(STUCK, Level.PROBLEM if certain else Level.NOTE, found, why, cure)
 
 
 def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
@@ -19,6 +21,23 @@ def checks(patient: Patient) -> Iterator[Finding]:
     yield _journal(patient)
     yield _timeout(patient)
     yield _transactions(patient)
+    yield _rights(patient)
+
+
+def _rights(patient: Patient) -> Finding:
+    url = patient.connection.engine.url
+    path = patient.connection.exec_driver_sql("PRAGMA database_list").fetchall()[0][2]
+    opened = url.query.get("mode") == "ro" or url.query.get("immutable") in ("1", "true")
+    if not opened and os.access(path, os.W_OK) and os.access(Path(path).parent, os.W_OK):
+        return Finding("rights", Level.FINE, "the file and its folder can be written")
+    return Finding(
+        "rights",
+        Level.PROBLEM,
+        "the URL opens the file for reading" if opened else f"{path} cannot be written",
+        "a claim writes the file, and its log beside it",
+        "take mode=ro out of the URL, or look as the user of the workers, with the right to write "
+        "the file and its folder",
+    )
 
 
 def _journal(patient: Patient) -> Finding:

@@ -1,0 +1,248 @@
+"""``atomic-claim jobs``: the jobs of a table by what becomes of them, and freeing dead ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.table import Table
+from sqlalchemy import Column, ColumnElement, Engine, Float, and_, func, literal, or_, select
+from sqlalchemy.types import Enum
+
+from atomic_claim import predicates
+from atomic_claim.backends.base import Transaction
+from atomic_claim.execution import run_in
+from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
+from atomic_claim.outcomes import freeing
+from atomic_claim.testing.database import CommandError
+
+from .checks.findings import count
+from .checks.rows import claimed_at, is_marked
+from .options import Flag, UrlOption, console, plain_ending, server
+from .targets import TableOption, chosen, load_job_table
+
+ROLES = ("state", "due", "worker", "lease", "attempts", "error")
+CONVERT: Mapping[type, Callable[[str], Any]] = {
+    int: int,
+    float: float,
+    str: str,
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}[text.lower()],
+    datetime: datetime.fromisoformat,
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The jobs that were asked for.
+
+    Attributes:
+        total: how many there are.
+        rows: the first of them, by column name.
+    """
+
+    total: int
+    rows: Sequence[Mapping[str, Any]]
+
+
+def jobs(
+    *,
+    table: TableOption = None,
+    failed: Annotated[bool, Flag("--failed", help="Those that have failed.")] = False,
+    stuck: Annotated[
+        bool,
+        Flag(
+            "--stuck",
+            help="Those whose lease has run out, or that run without one for --stuck-after.",
+        ),
+    ] = False,
+    running: Annotated[bool, Flag("--running", help="Those that are claimed.")] = False,
+    waiting: Annotated[bool, Flag("--waiting", help="Those that a claim would take now.")] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--where", metavar="COLUMN=VALUE", help="Only those; may be given again. NULL is NULL."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many are shown.")] = 20,
+    stuck_after: Annotated[
+        float,
+        typer.Option(
+            "--stuck-after",
+            min=0,
+            metavar="SECONDS",
+            help="How long a job may run without a lease before it looks stuck.",
+        ),
+    ] = 3600,
+    release_stuck: Annotated[
+        bool,
+        Flag(
+            "--release-stuck",
+            help="Free the stuck ones, however many are shown; the attempt stays counted.",
+        ),
+    ] = False,
+    yes: Annotated[bool, Flag("--yes", help="Do not ask.")] = False,
+    url: UrlOption = None,
+    as_json: Annotated[bool, Flag("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the jobs of a table, and free those of dead workers.
+
+    Nothing is changed but with --release-stuck, after their number and their workers were shown,
+    and yes was said.
+    """
+    with plain_ending(), server(url) as engine:
+        asked = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
+        kinds = [name for name, wanted in asked.items() if wanted]
+        if release_stuck and kinds in ([], ["stuck"]):
+            kinds = ["stuck"]
+        elif len(kinds) != 1 or release_stuck:
+            raise CommandError(
+                "which jobs? Give one of --failed, --stuck, --running and --waiting; "
+                "--release-stuck goes with --stuck"
+            )
+        _, job_table = load_job_table(chosen(table), url)
+        condition = and_(
+            _condition(job_table, kinds[0], stuck_after),
+            *(_equal(job_table, given) for given in where or ()),
+        )
+        found = _listed(engine, job_table, condition, limit)
+        freed = None
+        if release_stuck:
+            holders = _holders(engine, job_table, condition)
+            if found.total and (yes or _agreed(found.total, holders)):
+                freed = _release(engine, job_table, condition)
+            elif found.total:
+                raise CommandError("nothing was changed")
+        if as_json:
+            said = {"table": job_table.table.fullname, "jobs": list(found.rows)}
+            said |= {"total": found.total} | ({} if freed is None else {"released": freed})
+            typer.echo(json.dumps(said, indent=2, default=str))
+            return
+        _show(job_table, kinds[0], found)
+        if freed is not None:
+            typer.echo(f"released: {count(freed, 'job')}")
+
+
+def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElement[bool]:
+    if kind == "waiting":
+        return predicates.claimable(job_table)
+    if kind == "running":
+        return is_marked(job_table)
+    if kind == "failed":
+        if not job_table.failed:
+            raise CommandError(
+                f"nothing marks a row of {job_table.table.fullname} as failed: say it with "
+                "JobTable(failed=...), and give that as --table"
+            )
+        return and_(*predicates.bears(job_table.failed))
+    return _stuck(job_table, stuck_after)
+
+
+def _stuck(job_table: JobTable, seconds: float) -> ColumnElement[bool]:
+    """Build the condition of a row whose worker is dead, as far as anything tells."""
+    running, lease, since = is_marked(job_table), job_table.lease, claimed_at(job_table)
+    reasons: list[ColumnElement[bool]] = []
+    if lease is not None:
+        reasons.append(lease <= job_table.now(lease))
+        running_on = [lease.is_(None)]
+    else:
+        running_on = []
+    if since is not None:
+        old = since <= job_table.now(since, literal(-seconds, Float()))
+        reasons.append(and_(*running_on, old))
+    if not reasons:
+        raise CommandError(
+            f"no column of {job_table.table.fullname} says when a job was claimed, so that a dead "
+            "worker's cannot be told from one that is being done. Add a lease: atomic-claim "
+            "migration --add lease,token"
+        )
+    return and_(running, or_(*reasons))
+
+
+def _equal(job_table: JobTable, given: str) -> ColumnElement[bool]:
+    name, equals, text = given.partition("=")
+    columns = {column.name: column for column in job_table.table.columns}
+    if not equals or name not in columns:
+        raise CommandError(
+            f"--where {given}: expected COLUMN=VALUE with one of {', '.join(columns)}"
+        )
+    column: Column[Any] = columns[name]
+    if text == "NULL":
+        return column.is_(None)
+    type_ = plain_type(column.type)
+    try:
+        wanted = str if isinstance(type_, Enum) else type_.python_type
+        value = CONVERT[wanted](text)
+        if isinstance(type_, Enum) and type_.enum_class is not None:
+            value = type_.enum_class[text]
+    except (KeyError, ValueError, NotImplementedError):
+        raise CommandError(f"--where {given}: {text!r} is no value of {type_}") from None
+    return column.in_([value])
+
+
+def _listed(
+    engine: Engine, job_table: JobTable, condition: ColumnElement[bool], limit: int
+) -> Listed:
+    roles = [getattr(job_table, role) for role in ROLES]
+    shown = [*job_table.key, *roles, claimed_at(job_table), *job_table.failed]
+    columns = list(dict.fromkeys(each for each in shown if each is not None))
+    order = job_table.order or job_table.key
+    with engine.connect() as connection:
+        number = select(func.count()).select_from(job_table.table).where(condition)
+        total = int(connection.scalar(number) or 0)
+        statement = select(*columns).where(condition).order_by(*order).limit(limit)
+        rows = [
+            {column.name: value for column, value in zip(columns, row, strict=True)}
+            for row in connection.execute(statement)
+        ]
+    return Listed(total, rows)
+
+
+def _holders(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> str:
+    """Name the workers of some rows, each with its number of them."""
+    worker = job_table.worker
+    if worker is None:
+        return "no column says whose they are"
+    number = func.count()
+    statement = select(worker, number).where(condition).group_by(worker).order_by(number.desc())
+    with engine.connect() as connection:
+        rows = connection.execute(statement).all()
+    return ", ".join(f"{'nobody named' if who is None else who}: {n:,}" for who, n in rows)
+
+
+def _agreed(total: int, holders: str) -> bool:
+    if not sys.stdin.isatty():
+        raise CommandError(f"{count(total, 'job')} would be freed ({holders}): agree with --yes")
+    return typer.confirm(f"Free {count(total, 'job')} ({holders})?", err=True)
+
+
+def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
+    """Free the rows that still match and that no other transaction has locked."""
+    values = freeing(job_table)
+
+    def run(tx: Transaction) -> int:
+        keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(condition))]
+        free = tx.backend.unlocked(tx, job_table, keys, condition)
+        return len(tx.backend.change(tx, free, tx.backend.changes(job_table, condition, values)))
+
+    return run_in(engine, job_table, run)
+
+
+def _show(job_table: JobTable, kind: str, found: Listed) -> None:
+    screen = console()
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in found.rows[0] if found.rows else ():
+        shown.add_column(name, overflow="fold")
+    for row in found.rows:
+        shown.add_row(*("" if value is None else str(value) for value in row.values()))
+    typer.echo(f"{job_table.table.fullname}: {count(found.total, f'{kind} job')}")
+    if found.rows:
+        screen.print(shown)
+    if found.total > len(found.rows):
+        typer.echo(f"{found.total - len(found.rows):,} more; see --limit")
