@@ -78,6 +78,7 @@ name = "app"
 [tool.atomic_claim.patches."legacy_app:Queue.take"]
 session = "self.session"
 limit = "count"
+commit = true
 table = { table = "legacy_app:Job", state = "status", free = "new", claimed = "busy", \
 done = "done", order = ["-priority"] }
 """
@@ -201,6 +202,7 @@ claimed = { state = "running" }, done = "done" }
         empty = "tests.patch.legacy:Empty"
         returns = "id"
         when = "queue"
+        commit = true
 
         [patches."tests.patch.legacy:relay"]
         by = "lock_reads"
@@ -233,7 +235,7 @@ token = "claim_token", naive_times = "utc" }
         ("[patches.'m.f']\ntable = 'm:T'", "is not a target"),
         ("[patches.'m:f']\nby = 'magic'", "expected one of patch_claims, lock_reads, claim_reads"),
         ("[patches.'m:f']\nlimit = 3", "has no table"),
-        ("[patches.'m:f']\ntable = 'T'", "expected 'package.models:Job'"),
+        ("[patches.'m:f']\ntable = 'a b'", "expected 'package.models:Job', or a path"),
         ("[patches.'m:f']\ntable = { table = 'm:T', colour = 1 }", "has 'colour'"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_commit_of_the_caller_s(database: Database) -> None:
         with patch_claims("tests.patch.legacy:claim_next", jobs, commit=False):
             assert legacy.claim_next(session).id == 1  # type: ignore[union-attr]
         session.rollback()
-        with patch_claims("tests.patch.legacy:claim_next", jobs):
+        with patch_claims("tests.patch.legacy:claim_next", jobs, commit=True):
             assert legacy.claim_next(session).id == 1  # type: ignore[union-attr]
         session.rollback()
         assert session.get_one(Job, 1).state == "running"
@@ -244,7 +244,7 @@ def test_a_deleted_message_can_be_returned(database: Database) -> None:
     fill(engine, Message, 2)
     with (
         Session(engine) as session,
-        patch_claims("tests.patch.legacy:pop", Message, delete=True, limit=5),
+        patch_claims("tests.patch.legacy:pop", Message, delete=True, limit=5, commit=True),
     ):
         found: Any = legacy.pop(session)
         assert [(message.id, message.payload) for message in found] == [(1, "1"), (2, "2")]
