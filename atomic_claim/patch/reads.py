@@ -109,10 +109,10 @@ class Watch(ABC):
     def ended(self, connection: Connection) -> None:
         """React before the connection's transaction ends."""
 
-    def flushing(self, entities: Iterable[Any]) -> None:
+    def flushing(self, entities: Iterable[Any]) -> None:  # noqa: B027 - most have no use for it
         """React before a session writes its changed entities."""
 
-    def flushed(self) -> None:
+    def flushed(self) -> None:  # noqa: B027 - likewise
         """React after a session has written them."""
 
     @abstractmethod
@@ -205,7 +205,7 @@ def _watched(watch: Watch) -> Iterator[None]:
 
 def _over(watch: Watch) -> None:
     patch = watch.patch
-    if not watch.reads:
+    if not watch.reads and watch.refused is None:
         patch.count(passed_through=1)
         if patch.passed_through == patch.calls == 1:
             logger.warning(UNSEEN, patch.target, watch.job_table.table.fullname)
