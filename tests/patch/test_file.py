@@ -143,6 +143,84 @@ def test_a_console_script(app: Path) -> None:
     assert (done.stdout, done.stderr) == ("script Claim [2, 1]\n", "")
 
 
+FLASK = """
+import flask
+
+app = flask.Flask("console")
+
+
+@app.cli.command("take")
+def take():
+    from legacy_app import work
+
+    work("flask")
+"""
+GUNICORN = """
+import os
+import signal
+
+
+def post_worker_init(worker):
+    from legacy_app import work
+
+    work("gunicorn")
+    os.kill(os.getppid(), signal.SIGTERM)
+"""
+CELERY = """
+import os
+import signal
+
+from celery import Celery
+from celery.signals import worker_ready
+
+folder = os.path.dirname(os.path.abspath(__file__))
+app = Celery("console", broker="filesystem://")
+app.conf.broker_transport_options = {
+    "data_folder_in": folder, "data_folder_out": folder, "control_folder": folder + "/control",
+}
+
+
+@app.task
+def take():
+    from legacy_app import work
+
+    work("celery")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker_ready.connect
+def send(**_):
+    take.delay()
+"""
+SCRIPTS: dict[str, tuple[str, str, list[str]]] = {
+    "flask": (FLASK, "console.py", ["--app", "console", "take"]),
+    "gunicorn": (
+        GUNICORN,
+        "gunicorn.conf.py",
+        ["--workers", "1", "--bind", "unix:console.socket", "console:app"],
+    ),
+    "celery": (
+        CELERY,
+        "console.py",
+        ["--app", "console", "worker", "--pool", "solo", "--without-gossip", "--without-mingle"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_console_scripts_of_servers(app: Path, name: str) -> None:
+    """They find modules of the working directory, and so do the patches, in their workers too."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    source, file, arguments = SCRIPTS[name]
+    (app / "console.py").write_text(FLASK, encoding="utf-8")
+    (app / file).write_text(source, encoding="utf-8")
+    (app / "control").mkdir()
+    script = Path(sys.executable).with_name(name)
+    done = run(app, str(script), *arguments)
+    assert f"{name} Claim [2, 1]\n" in done.stdout, done.stderr
+    assert "atomic-claim:" not in done.stderr
+
+
 def test_another_sitecustomize_is_kept(app: Path) -> None:
     """The one that was there before runs as it did, and the exit code is the program's."""
     other = app / "other"
