@@ -223,7 +223,7 @@ class ClaimWatch(Watch):
             return patiently(run) if engine.dialect.is_async else run()
 
     def tick(self) -> None:
-        """Keep the leases, which nobody else does while the loop is at work."""
+        """Extend the leases, since the loop itself does not while it works."""
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + min(beat.every for _, beat in self._beats)

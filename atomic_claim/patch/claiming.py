@@ -152,6 +152,7 @@ class Claiming(Replacing):
 
     def __init__(self, table: Any, options: ClaimOptions, patch: Patch, target: Target) -> None:
         super().__init__(patch, target, options)
+        self._has_warned = self._has_listened = False
         self.delete = options.get("delete", False)
         # What is read for the result can fail, and a row that was deleted cannot be given back.
         opens = self.returns_bind or (self.delete and options.get("returns") is not None)
@@ -165,7 +166,6 @@ class Claiming(Replacing):
         self.lease = self._reading("lease", options.get("lease"))
         self.tables = Tables(table, self.options, self._job_table)
         self.table = self.tables.reading
-        self._heard: set[JobTable] = set()
 
     def _is_order(self, given: Any) -> bool:
         return not callable(given) or hasattr(given, "__clause_element__")
@@ -194,7 +194,9 @@ class Claiming(Replacing):
                     f"{option}={given!r} of {name} needs a {role} column, and {table!r} has none "
                     f"that is known: name it with JobTable({role}=...)"
                 )
-        self._warn_of_dropped(job_table)
+        if not self._has_warned:
+            self._has_warned = True
+            self._warn_of_dropped(job_table)
         return job_table
 
     def _warn_of_dropped(self, job_table: JobTable) -> None:
@@ -266,8 +268,8 @@ class Claiming(Replacing):
         job_table = self.tables.of(call)
         if limit == 0:
             return Claim(table=job_table)
-        if job_table not in self._heard:
-            self._heard.add(job_table)
+        if not self._has_listened:
+            self._has_listened = True
             self._warn_of_events(listening(opened.sync))
         where = filters.conditions(job_table, self.where.read(call))
         given: dict[str, Any] = {

@@ -10,7 +10,7 @@ from atomic_claim.job_table import JobTable
 
 
 def listened(job_table: JobTable, written: set[str], *, delete: bool) -> list[str]:
-    """Name the events of the mapper and of the written attributes that somebody listens to."""
+    """Return the events of the mapper and of the written attributes that have listeners."""
     mapper = job_table.mapper
     if mapper is None:
         return []
@@ -29,7 +29,7 @@ def listened(job_table: JobTable, written: set[str], *, delete: bool) -> list[st
 
 
 def listening(bind: Any) -> list[str]:
-    """Name the events of a session's flush that somebody listens to."""
+    """Return the events of a session's flush that have listeners."""
     session = bind() if isinstance(bind, sessionmaker) else bind
     if not isinstance(session, Session):
         return []

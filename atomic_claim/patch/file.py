@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ OPTIONS: Mapping[str, frozenset[str]] = {
     "claim_reads": frozenset({"table", "lease", "worker", "limit", "at_most_once"}),
 }
 PATH = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
-MAKERS: Mapping[str, Any] = {
+MAKERS: Mapping[str, Callable[..., Patch]] = {
     "patch_claims": patch_claims,
     "lock_reads": lock_reads,
     "claim_reads": claim_reads,

@@ -8,7 +8,8 @@ from typing import Any, TypedDict
 from atomic_claim.errors import PatchError
 
 OF_FILES = frozenset(
-    "directory processing limit worker returns empty when pattern key layout ignore".split()
+    {"directory", "processing", "limit", "worker", "returns", "empty", "when", "ignore"}
+    | {"pattern", "key", "layout"}
 )
 """What goes with ``directory``."""
 

@@ -298,7 +298,7 @@ class _Listeners:
         self._patches = 0
 
     def begin(self) -> None:
-        """Listen, if nobody does yet."""
+        """Register the listeners for the first patch."""
         with self._lock:
             if self._patches == 0:
                 for target, name, function, options in LISTENERS:
@@ -306,7 +306,7 @@ class _Listeners:
             self._patches += 1
 
     def end(self) -> None:
-        """Listen no more, if nobody else needs it."""
+        """Remove the listeners after the last patch."""
         with self._lock:
             self._patches -= 1
             if self._patches == 0:
@@ -318,7 +318,7 @@ listeners = _Listeners()
 
 
 def _before_orm(state: ORMExecuteState) -> None:
-    """Tell the loads of what is found already, and have what is found read anew."""
+    """Mark loads of found entities, and refresh what a find returns."""
     current = watches.get()
     if not current or not state.is_select:
         return

@@ -36,38 +36,17 @@ from atomic_claim.backends import Find
 from atomic_claim.errors import PatchError
 from atomic_claim.job_table import JobTable
 
+# fmt: off
 AGGREGATES = frozenset(
     {
-        "aggregate_strings",
-        "any_value",
-        "array_agg",
-        "avg",
-        "bit_and",
-        "bit_or",
-        "bool_and",
-        "bool_or",
-        "count",
-        "every",
-        "group_concat",
-        "json_agg",
-        "json_arrayagg",
-        "json_group_array",
-        "json_object_agg",
-        "json_objectagg",
-        "jsonb_agg",
-        "jsonb_object_agg",
-        "max",
-        "median",
-        "min",
-        "mode",
-        "stddev",
-        "string_agg",
-        "sum",
-        "total",
-        "var_pop",
-        "variance",
+        "aggregate_strings", "any_value", "array_agg", "avg", "bit_and", "bit_or", "bool_and",
+        "bool_or", "count", "every", "group_concat", "json_agg", "json_arrayagg",
+        "json_group_array", "json_object_agg", "json_objectagg", "jsonb_agg", "jsonb_object_agg",
+        "max", "median", "min", "mode", "stddev", "string_agg", "sum", "total", "var_pop",
+        "variance"
     }
 )
+# fmt: on
 
 
 def mentions(statement: Any, table: Table) -> bool:

@@ -36,7 +36,7 @@ BINDS = (Session, scoped_session, Connection, *MAKERS)
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """What one claim runs in.
+    """The bind of one claim, and who ends its transaction.
 
     Attributes:
         bind: as it was given.

@@ -1,4 +1,4 @@
-"""What messages say of a program's source: nothing that runs depends on it."""
+"""Read a program's source for messages; no behaviour depends on it."""
 
 from __future__ import annotations
 
@@ -126,10 +126,9 @@ def source_of(function: Callable[..., Any]) -> ast.Module:
 def commit_note(function: Callable[..., Any]) -> str:
     """Propose what to say for ``commit=``, and name the line that it was read from."""
     for node in ast.walk(source_of(function)):
-        called = node.func if isinstance(node, ast.Call) else None
-        name = _name(called)
-        if "commit" in name.lower() or name == "begin":
-            return f"commit=True, since it commits (line {node.lineno} of it: {_code(node)})"  # type: ignore[attr-defined]
+        name = _name(node.func) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Call) and ("commit" in name.lower() or name == "begin"):
+            return f"commit=True, since it commits (line {node.lineno} of it: {_code(node)})"
     return (
         "commit=True if it or what it calls commits, else commit=False, since its source shows no "
         "commit"

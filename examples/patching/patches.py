@@ -297,7 +297,7 @@ def main(url: str) -> None:
 
 
 def fill(engine: sa.Engine, table: Any, count: int, **values: Any) -> None:
-    """Make a table anew, with rows to be done."""
+    """Recreate a table with rows to be done."""
     table.metadata.drop_all(engine, tables=[table])
     table.metadata.create_all(engine, tables=[table])
     with engine.begin() as connection:

@@ -345,7 +345,7 @@ def undone(engine: sa.Engine, model: Any) -> int:
 
 
 def refuse_others(error: Exception) -> None:
-    """Raise an error again, unless it is a deadlock, after which whoever it hits begins anew.
+    """Raise an error again, unless it is a deadlock, after which the transaction is repeated.
 
     InnoDB's manual: applications must always be ready to run a transaction again.
     """

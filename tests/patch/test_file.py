@@ -108,6 +108,7 @@ def run(app: Path, *command: str, **variables: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
 
 
@@ -161,10 +162,12 @@ import signal
 
 
 def post_worker_init(worker):
-    from legacy_app import work
+    try:
+        from legacy_app import work
 
-    work("gunicorn")
-    os.kill(os.getppid(), signal.SIGTERM)
+        work("gunicorn")
+    finally:
+        os.kill(os.getppid(), signal.SIGTERM)
 """
 CELERY = """
 import os
@@ -172,9 +175,11 @@ import signal
 
 from celery import Celery
 from celery.signals import worker_ready
+from legacy_app import work
 
 folder = os.path.dirname(os.path.abspath(__file__))
 app = Celery("console", broker="filesystem://")
+app.conf.worker_redirect_stdouts = False
 app.conf.broker_transport_options = {
     "data_folder_in": folder, "data_folder_out": folder, "control_folder": folder + "/control",
 }
@@ -182,10 +187,10 @@ app.conf.broker_transport_options = {
 
 @app.task
 def take():
-    from legacy_app import work
-
-    work("celery")
-    os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        work("celery")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @worker_ready.connect
@@ -216,7 +221,7 @@ def test_console_scripts_of_servers(app: Path, name: str) -> None:
     (app / file).write_text(source, encoding="utf-8")
     (app / "control").mkdir()
     script = Path(sys.executable).with_name(name)
-    done = run(app, str(script), *arguments)
+    done = run(app, str(script), *arguments, HOME=str(app))
     assert f"{name} Claim [2, 1]\n" in done.stdout, done.stderr
     assert "atomic-claim:" not in done.stderr
 

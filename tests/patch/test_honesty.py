@@ -127,11 +127,11 @@ OWN: dict[str, Callable[[sa.Engine], Any]] = {
     "an engine": lambda engine: engine,
     "a sessionmaker": sessionmaker,
     "a factory": lambda engine: lambda: Session(engine),
-    "a factory with an optional parameter": lambda engine: lambda other=None: Session(
-        other or engine
+    "a factory with an optional parameter": lambda engine: (
+        lambda other=None: Session(other or engine)
     ),
-    "a factory that is given the call": lambda engine: lambda call: Session(engine),
-    "a connection's": lambda engine: lambda: engine.connect(),  # noqa: PLW0108
+    "a factory that is given the call": lambda engine: lambda call: Session(call and engine),
+    "a connection's": lambda engine: lambda: engine.connect(),
     "a context manager": lambda engine: lambda: scope(engine),
     "a generator": lambda engine: lambda: yielded(engine),
     "a method": lambda _: "self.fresh",
@@ -140,7 +140,7 @@ OWN: dict[str, Callable[[sa.Engine], Any]] = {
 
 @contextmanager
 def scope(engine: sa.Engine) -> Iterator[Session]:
-    """Yield a session that nobody commits."""
+    """Yield a session without committing it."""
     with Session(engine) as session:
         yield session
 
@@ -270,7 +270,9 @@ def test_strings_are_read_from_the_call(engine: sa.Engine) -> None:
         job = Queue(None).pop()
     assert (job.id, job.owner) == (6, "default")
     assert [Queue(None).name for _ in "a"] == ["default"]
-    with patch_claims(Queue.pop, jobs, session=engine, where={"lease_until": {"less_than": "now()"}}):
+    with patch_claims(
+        Queue.pop, jobs, session=engine, where={"lease_until": {"less_than": "now()"}}
+    ):
         assert Queue(None).pop() is None
 
 
@@ -467,8 +469,8 @@ def test_another_object_for_the_table(database: Database, by: str) -> None:
     engine = database.engine()
     fill(engine, Event, 4)
     table = sa.Table("events", sa.MetaData(), autoload_with=engine)
-    make: Any = (
-        lambda: lock_reads(Queue.relay, table)
+    make: Any = lambda: (
+        lock_reads(Queue.relay, table)
         if by == "lock_reads"
         else claim_reads(Queue.relay, JobTable(table, state="published"), at_most_once=True)
     )
@@ -511,9 +513,7 @@ def test_a_function_that_returns_a_coroutine(engine: sa.Engine) -> None:
         lazily(session)
 
 
-def test_a_patch_that_protects_nothing(
-    engine: sa.Engine, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_patch_that_protects_nothing(engine: sa.Engine, caplog: pytest.LogCaptureFixture) -> None:
     """A patch whose calls read nothing of the table is told, at once and at its end."""
     with Session(engine) as session, pytest.warns(UserWarning, match="read nothing of the table"):
         with lock_reads(Queue.relay, Job):

@@ -54,7 +54,9 @@ KINDS: dict[str, Kind] = {
         lambda session: ids(islice(kinds.stream_batch(session, 3), 2)),
     ),
     "a generator of pages": (
-        lambda: patch_claims(f"{HERE}:stream_pages", jobs, commit=True, limit=None, ignore=["size"]),
+        lambda: patch_claims(
+            f"{HERE}:stream_pages", jobs, commit=True, limit=None, ignore=["size"]
+        ),
         lambda session: ids(kinds.stream_pages(session, 3)),
     ),
     "a generator that runs as it is": (
@@ -70,7 +72,9 @@ KINDS: dict[str, Kind] = {
         lambda session: in_context(kinds.whole_job(session)),
     ),
     "a partial function": (
-        lambda: patch_claims(f"{HERE}:claim_default", jobs, commit=True, returns="id", where={"queue": "queue"}),
+        lambda: patch_claims(
+            f"{HERE}:claim_default", jobs, commit=True, returns="id", where={"queue": "queue"}
+        ),
         lambda session: kinds.claim_default(session),
     ),
     "an object that is called": (
@@ -82,15 +86,21 @@ KINDS: dict[str, Kind] = {
         lambda session: getattr(kinds.Service(session).upcoming, "id", None),
     ),
     "a commit by a method": (
-        lambda: patch_claims(f"{HERE}:Service.by_method", jobs, commit=True, session="self.session"),
+        lambda: patch_claims(
+            f"{HERE}:Service.by_method", jobs, commit=True, session="self.session"
+        ),
         lambda session: getattr(kinds.Service(session).by_method(), "id", None),
     ),
     "a commit by a function": (
-        lambda: patch_claims(f"{HERE}:Service.by_function", jobs, commit=True, session="self.session"),
+        lambda: patch_claims(
+            f"{HERE}:Service.by_function", jobs, commit=True, session="self.session"
+        ),
         lambda session: getattr(kinds.Service(session).by_function(), "id", None),
     ),
     "a commit by a context": (
-        lambda: patch_claims(f"{HERE}:Service.by_context", jobs, commit=True, session="self.session"),
+        lambda: patch_claims(
+            f"{HERE}:Service.by_context", jobs, commit=True, session="self.session"
+        ),
         lambda session: getattr(kinds.Service(session).by_context(), "id", None),
     ),
     "a session by a method": (
@@ -270,7 +280,7 @@ class Versions(DeclarativeBase):
 
 
 class Versioned(Versions):
-    """A job whose mapper counts its versions, so that nobody overwrites what he has not seen."""
+    """A job whose mapper counts its versions, so that unseen changes are not overwritten."""
 
     __tablename__ = "versioned"
 
@@ -298,7 +308,11 @@ def test_the_version_of_a_claimed_row(database: Database, patched: bool) -> None
     with Session(engine) as session:
         session.add(Versioned(id=1))
         session.commit()
-    patch = patch_claims(f"{__name__}:take_versioned", Versioned, commit=True) if patched else nullcontext()
+    patch = (
+        patch_claims(f"{__name__}:take_versioned", Versioned, commit=True)
+        if patched
+        else nullcontext()
+    )
     with patch, Session(engine) as session, Session(engine, expire_on_commit=False) as other:
         known = other.get_one(Versioned, 1)
         other.commit()

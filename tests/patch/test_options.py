@@ -1,7 +1,7 @@
 """Every form in which an option of a patch can be given."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,7 +12,6 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from atomic_claim import PatchError, patch_claims
 from atomic_claim.patch.calls import Options, bound_call
-
 from tests.patch import legacy
 from tests.patch.legacy import Job
 from tests.patch.patched import jobs, leased

@@ -106,7 +106,7 @@ def test_early_bindings_of_methods_are_named() -> None:
 
 
 def test_decorators_go_on_working() -> None:
-    """The function is replaced inside its decorators, whoever holds the decorated one."""
+    """The function is replaced inside its decorators, wherever the decorated one is held."""
     held = Repository.claim_batch
     calls = held.calls
     engine = sa.create_engine("sqlite://")
@@ -175,9 +175,7 @@ def test_a_method_of_one_object() -> None:
     engine = sa.create_engine("sqlite://")
     fill(engine, Job, 1)
     one, other = legacy.Store(Session(engine)), legacy.Store(Session(engine))
-    with patch_claims(
-        one.get_due_jobs, jobs, session="self.session", limit=None, commit=True
-    ):
+    with patch_claims(one.get_due_jobs, jobs, session="self.session", limit=None, commit=True):
         assert [job.id for job in one.get_due_jobs()] == [1]
         assert not isinstance(other.get_due_jobs(), list)
     assert vars(one) == {"session": one.session}
@@ -224,7 +222,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, values={"colour": 1}),
         "colour is not a column",
     ),
-    "no limit": (lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, limit=0), "at least 1"),
+    "no limit": (
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, limit=0),
+        "at least 1",
+    ),
     "no lease column": (
         lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, lease=5),
         "a token column",
@@ -233,9 +234,14 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, worker="w1"),
         "needs a worker column",
     ),
-    "no lease": (lambda: patch_claims(f"{HERE}:claim_next", leased, commit=True, lease=[5]), "a timedelta"),
+    "no lease": (
+        lambda: patch_claims(f"{HERE}:claim_next", leased, commit=True, lease=[5]),
+        "a timedelta",
+    ),
     "an asynchronous adapter": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, returns=legacy.claim_next_async),
+        lambda: patch_claims(
+            f"{HERE}:claim_next", jobs, commit=True, returns=legacy.claim_next_async
+        ),
         "is a coroutine",
     ),
     "a generator's reads": (lambda: lock_reads(f"{__name__}:everybody", Event), "is a generator"),
@@ -365,7 +371,10 @@ def test_a_module_that_is_yet_to_be_imported(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PatchError, match="defines no 'clam'; did you mean 'claim'"):
         patch_claims("late_one:clam", jobs)
-    one, two = patch_claims("late_one:claim", jobs, commit=True), patch_claims("late_two:claim", jobs, commit=True)
+    one, two = (
+        patch_claims("late_one:claim", jobs, commit=True),
+        patch_claims("late_two:claim", jobs, commit=True),
+    )
     assert "not yet imported" in repr(one)
     two.undo()
     import late_one  # type: ignore[import-not-found]  # noqa: PLC0415
