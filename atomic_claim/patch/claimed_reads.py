@@ -259,12 +259,6 @@ class ClaimWatch(Watch):
         running = adapted(self.job_table.is_running, table, place)
         return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
 
-    def marked(self, rows: int) -> None:
-        """Do nothing: claimed rows are already counted."""
-
-    def ended(self, connection: Connection) -> None:
-        """Do nothing: a claim outlasts the transaction."""
-
     def flushing(self, entities: Iterable[Any]) -> None:
         """Note the rows that a session marks; a value that the claim wrote is no change."""
         self._marks_before = self._marks

@@ -134,9 +134,3 @@ class LockWatch(Watch):
     def ended(self, connection: Connection) -> None:
         """Know that its locks are gone."""
         self._locked.discard(connection)
-
-    def tick(self) -> None:
-        """Locks need no care."""
-
-    def close(self) -> None:
-        """Do nothing: the transaction belongs to the function."""

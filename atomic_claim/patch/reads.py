@@ -101,26 +101,24 @@ class Watch(ABC):
         The statement is None where it is raw SQL.
         """
 
-    @abstractmethod
-    def marked(self, rows: int) -> None:
+    # Not every watch reacts to all of these.
+
+    def marked(self, rows: int) -> None:  # noqa: B027
         """Count the rows of the table that a statement changed."""
 
-    @abstractmethod
-    def ended(self, connection: Connection) -> None:
+    def ended(self, connection: Connection) -> None:  # noqa: B027
         """React before the connection's transaction ends."""
 
-    def flushing(self, entities: Iterable[Any]) -> None:  # noqa: B027 - most have no use for it
+    def flushing(self, entities: Iterable[Any]) -> None:  # noqa: B027
         """React before a session writes its changed entities."""
 
-    def flushed(self) -> None:  # noqa: B027 - likewise
+    def flushed(self) -> None:  # noqa: B027
         """React after a session has written them."""
 
-    @abstractmethod
-    def tick(self) -> None:
-        """Something is about to be executed."""
+    def tick(self) -> None:  # noqa: B027
+        """React before a statement is executed."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Clean up after the call."""
 
 

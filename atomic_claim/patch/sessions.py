@@ -131,7 +131,7 @@ class Sessions:
                 )
             opened = self._opened(call, bind, newest, is_entered=is_entered)
             if opened.own and not (is_entered or opened.is_maker):
-                stack.callback(bind.close)
+                stack.callback(opened.bind.close)
             yield opened
 
     @asynccontextmanager
@@ -162,12 +162,12 @@ class Sessions:
         given = self.session.read(call)
         if inspect.isroutine(given):
             given = given()
-        if inspect.isgenerator(given):
-            given = contextmanager(lambda: given)()
-        elif inspect.isasyncgen(given):
-            given = asynccontextmanager(lambda: given)()
         if self._opens and isinstance(sync_bind(given), MAKERS):
             given = given.begin()
+        if inspect.isgenerator(given):
+            return newest, contextmanager(lambda: given)()
+        if inspect.isasyncgen(given):
+            return newest, asynccontextmanager(lambda: given)()
         return newest, given
 
     def _opened(self, call: Call, bind: Any, newest: int, *, is_entered: bool) -> Opened:

@@ -142,17 +142,18 @@ def yield_notes(function: Callable[..., Any]) -> Iterator[str]:
     # `yield None` is what a context manager does that found nothing.
     jobs = [node for node in yields if not isinstance(node.value, ast.Constant | None)]
     first = min((node.end_lineno or node.lineno for node in jobs), default=sys.maxsize)
-    marks = [(node.lineno, _code(node)) for name, node in writes_of(tree) if node.lineno > first]
+    marks = [(node.lineno, _code(node)) for _, node in writes_of(tree) if node.lineno > first]
     if marks:
         line, code = min(marks)
         yield (
             f"goes on after its yield (line {line} of it: {code}), which a claim in its place "
             "leaves out: have it run as it is, over claimed rows, by claim_reads()"
         )
+    leaves = (ast.Return, ast.Break, ast.Raise)
     for node in ast.walk(tree):
-        is_endless = isinstance(node, ast.While) and isinstance(node.test, ast.Constant)
-        leaves = (ast.Return, ast.Break, ast.Raise)
-        if is_endless and not any(isinstance(each, leaves) for each in ast.walk(node)):
+        if not isinstance(node, ast.While) or not isinstance(node.test, ast.Constant):
+            continue
+        if not any(isinstance(each, leaves) for each in ast.walk(node)):
             yield (
                 f"never ends by itself (line {node.lineno} of it), and a claim in its place ends "
                 "when no job is left: patch the function that it finds one job by, or have it run "
