@@ -25,6 +25,7 @@ DOUBLINGS = 12
 # Bytes of an error's text at most: MySQL's TEXT; and of a text that was refused: its TINYTEXT.
 LONGEST_TEXT, LONGEST_PLAIN = 65_535, 255
 CUT = "..."
+_ZERO = literal(0.0, Float())
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def common_values(job_table: JobTable) -> Values:
     values: Values = {column: job_table.now(column) for column in job_table.stamps}
     if (lease := job_table.lease) is not None:
         # A lease that cannot be NULL ends now.
-        values[lease] = null() if lease.nullable else job_table.now(lease)
+        values[lease] = null() if lease.nullable else job_table.now(lease, _ZERO, floor=True)
     # The token stays: after a lost reply it tells whose change it was.
     return values | job_table.next_version
 

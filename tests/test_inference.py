@@ -26,8 +26,7 @@ from atomic_claim import (
     inference,
     predicates,
 )
-from atomic_claim.patch.tables import Later
-from atomic_claim.patch.tables import table_of as table_of_a_file
+from atomic_claim.patch.tables import TableReference
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -645,7 +644,7 @@ MAIL = table_of(status(), *ends(), Column("priority", Integer), Column("run_at",
 def test_a_file_of_patches_takes_the_same() -> None:
     """The arguments of a table in TOML settle what is in doubt, and the rest is read."""
     options = {"free": "new", "claimed": "busy", "order": "-priority"}
-    roles = table_of_a_file(Later(f"{__name__}:MAIL", options))
+    roles = TableReference(f"{__name__}:MAIL", options).resolve()
     assert (roles.state, roles.due) == (MAIL.c.status, MAIL.c.run_at)
     assert list(roles.withdrawn) == [MAIL.c.deleted_at]
     assert [str(term) for term in roles.order] == ["jobs.priority DESC"]

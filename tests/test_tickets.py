@@ -133,9 +133,14 @@ def table_copy(jobs: JobTable) -> JobTable:
 def test_a_key_that_does_not_survive_is_refused_at_once(database: Database) -> None:
     """The error names the key; where a claim is of another table, both are named."""
     engine, jobs = made(database, 2)
-    inet = sa.Table("nodes", sa.MetaData(), Column("ip", postgresql.INET, primary_key=True))
+    inet = sa.Table(
+        "nodes",
+        sa.MetaData(),
+        Column("ip", postgresql.INET, primary_key=True),
+        Column("note", sa.String(1)),
+    )
     address = ipaddress.ip_address("10.0.0.1")
-    free = {"free": sa.true(), "claimed": {"ip": None}}
+    free = {"free": sa.true(), "claimed": {"note": "x"}}
     nodes: Claim[Any] = Claim((address,), table=JobTable(inet, **free), keys=((address,),))
     with pytest.raises(ClaimError, match=r"ip=IPv4Address.* does not survive JSON"):
         nodes.ticket(address)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+
+from sqlalchemy import func
 
 from atomic_claim.errors import PatchError
 
+from .main_module import loaded_module
+
 Reader = Callable[["Call"], Any]
+EMPTY = inspect.Parameter.empty
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,50 @@ def bound_call(
     return Call(bound.arguments, args, kwargs)
 
 
+class Reference:
+    """An object that is named ``"module:name"``, and found when it is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._lock = threading.RLock()
+        self._found: list[Any] = []
+
+    def __repr__(self) -> str:
+        return repr(self.name)
+
+    def resolve(self) -> Any:
+        """Return the object; import its module if necessary.
+
+        Raises:
+            PatchError: there is nothing of that name.
+        """
+        with self._lock:
+            if not self._found:
+                self._found.append(referred(self.name))
+            return self._found[0]
+
+
+def referred(name: str) -> Any:
+    """Return the object that ``"module:name"`` names; import the module if necessary.
+
+    Raises:
+        PatchError: there is nothing of that name.
+    """
+    module_name, _, path = name.partition(":")
+    try:
+        # A module that another thread is importing is waited for; the main module is never new.
+        found: Any = import_module(module_name)
+    except ImportError as error:
+        found = loaded_module(module_name)
+        if found is None:
+            raise PatchError(f"{name!r} cannot be imported: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise PatchError(f"{name!r} does not exist: {found!r} has no {part!r}")
+        found = getattr(found, part)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """How one option of a patch is read from a call.
@@ -64,95 +116,156 @@ class Reading:
         given: what the user wrote.
         read: reads it from a call.
         constant: whether it is the same for every call.
+        names: the parameters that it is read from; None if it is given the call, and may read all.
     """
 
     role: str
     given: Any
     read: Reader
     constant: bool = False
+    names: frozenset[str] | None = frozenset()
 
 
-def reading(
-    role: str,
-    given: Any,
-    signature: inspect.Signature,
-    target: str,
-    *,
-    is_constant: Callable[[Any], bool] = lambda _: False,
-) -> Reading:
-    """How an option is read: a constant, a parameter, a path from one, or a callable.
+@dataclass(frozen=True)
+class Options:
+    """Reads the options of the patch of one function.
 
-    A string that is a parameter's name, or a dotted path that begins with one, is read from the
-    call. Any other string is a constant if the option can be a string, and refused if not.
+    Attributes:
+        signature: the function's signature.
+        target: its name.
+    """
+
+    signature: inspect.Signature
+    target: str
+
+    def reading(
+        self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
+    ) -> Reading:
+        """How an option is read: a constant, a parameter, a path from one, or a callable.
+
+        A string that is a parameter's name, or a dotted path that begins with one, is read from
+        the call, within dictionaries and lists too; ``"now()"`` is there the database's clock.
+        Any other string is a constant within those, or if the option can be a string.
+
+        Args:
+            role: the option's name.
+            given: what the user wrote.
+            is_constant: whether a string that is no parameter, or a callable, is meant as it is.
+
+        Raises:
+            PatchError: a string names no parameter, and cannot be meant as it is; or a callable
+                takes more than the call.
+        """
+        if isinstance(given, str) and self._parts(given) is None and not is_constant(given):
+            raise PatchError(
+                f"{role}={given!r} is not a parameter of {self.target}, nor a path from one; it "
+                f"has {', '.join(self.signature.parameters) or 'no parameters'}"
+            )
+        if isinstance(given, Reference):
+            return Reading(role, given, self._named(role, given, is_constant), names=None)
+        if callable(given) and not is_constant(given):
+            run, takes = fitted(given, ("call",), f"{role}={given!r} of {self.target}")
+            return Reading(role, given, run, names=None if takes else frozenset())
+        names: set[str] = set()
+        read = self._compiled(role, given, names)
+        if names:
+            return Reading(role, given, read, names=frozenset(names))
+        value = read(Call({}, (), {}))
+        return Reading(role, value, lambda _: value, constant=True)
+
+    def _parts(self, given: str) -> list[str] | None:
+        """Split a parameter's name or a path from one; None if it is neither."""
+        first, *rest = given.split(".")
+        parameter = self.signature.parameters.get(first)
+        if parameter is None or (not rest and parameter.kind in VARIABLE):
+            return None
+        return [first, *rest]
+
+    def _named(self, role: str, given: Reference, is_constant: Callable[[Any], bool]) -> Reader:
+        def read(call: Call) -> Any:
+            found = given.resolve()
+            if not callable(found):
+                return found
+            return self.reading(role, found, is_constant).read(call)
+
+        return read
+
+    def _compiled(self, role: str, given: Any, names: set[str]) -> Reader:
+        """Return what reads a value with all that is nested in it; note the parameters."""
+        if isinstance(given, str):
+            if (parts := self._parts(given)) is not None:
+                names.add(parts[0])
+                return self._path_reader(role, given, parts)
+            return lambda _: func.now() if given == "now()" else given
+        if isinstance(given, Mapping):
+            nested = {name: self._compiled(role, each, names) for name, each in given.items()}
+            return lambda call: {name: read(call) for name, read in nested.items()}
+        if type(given) in {list, tuple}:
+            reads = [self._compiled(role, each, names) for each in given]
+            return lambda call: [read(call) for read in reads]
+        return lambda _: given
+
+    def _path_reader(self, role: str, path: str, parts: list[str]) -> Reader:
+        def read(call: Call) -> Any:
+            found = call.arguments[parts[0]]
+            for part in parts[1:]:
+                if isinstance(found, Mapping):
+                    found = found.get(part)
+                    continue
+                try:
+                    found = getattr(found, part)
+                except AttributeError as error:
+                    raise PatchError(
+                        f"{role}={path!r} of {self.target} leads nowhere: {error}"
+                    ) from error
+            return found
+
+        return read
+
+
+def fitted(
+    given: Callable[..., Any], offered: tuple[str, ...], what: str, *, least: int = 0
+) -> tuple[Callable[..., Any], frozenset[str]]:
+    """Return a function of all that is offered, and what of it the callable is given.
+
+    A parameter with the name of something offered is given that; any other required one is given
+    the first thing that no parameter is named after; an optional one is left alone.
 
     Args:
-        role: the option's name.
-        given: what the user wrote.
-        signature: the signature of the function that is patched.
-        target: the name of that function.
-        is_constant: whether a string that is no parameter, or a callable, is meant as it is.
+        given: the callable.
+        offered: the names of what is offered.
+        what: the option, for messages.
+        least: how many are given by position even to optional parameters.
 
     Raises:
-        PatchError: a string names no parameter, and cannot be meant as it is.
+        PatchError: it needs more than is offered.
     """
-    if isinstance(given, str):
-        first, *rest = given.split(".")
-        if first in signature.parameters and (rest or _is_plain(signature.parameters[first])):
-            return Reading(role, given, _path_reader(role, first, rest, target))
-        if not is_constant(given):
-            raise PatchError(
-                f"{role}={given!r} is not a parameter of {target}, nor a path from one; it has "
-                f"{_named(signature)}"
-            )
-    elif callable(given) and not is_constant(given):
-        return Reading(role, given, _callable_reader(given))
-    return Reading(role, given, lambda _: given, constant=True)
-
-
-def _is_plain(parameter: inspect.Parameter) -> bool:
-    return parameter.kind not in VARIABLE
-
-
-def _named(signature: inspect.Signature) -> str:
-    return ", ".join(signature.parameters) or "no parameters"
-
-
-def _path_reader(role: str, first: str, rest: list[str], target: str) -> Reader:
-    def read(call: Call) -> Any:
-        found = call.arguments[first]
-        for part in rest:
-            if isinstance(found, Mapping):
-                found = found.get(part)
-                continue
-            try:
-                found = getattr(found, part)
-            except AttributeError as error:
-                path = ".".join([first, *rest])
-                raise PatchError(f"{role}={path!r} of {target} leads nowhere: {error}") from error
-        return found
-
-    return read
-
-
-def _callable_reader(given: Callable[..., Any]) -> Reader:
-    """Call it with the call, or with nothing if that is all that it takes."""
-    if positional(given) == 0:
-        return lambda _: given()
-    return given
-
-
-def positional(given: Callable[..., Any]) -> int:
-    """How many arguments a callable can be given by position, 2 at most."""
     try:
-        parameters = inspect.signature(given).parameters.values()
+        parameters = list(inspect.signature(given).parameters.values())
     except (TypeError, ValueError):
-        return 1
-    places = 0
-    for parameter in parameters:
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            return 2
-        places += parameter.kind in {
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        }
-    return min(places, 2)
+        # Some callables that are written in C have no signature; they take one argument.
+        return (lambda *values: given(values[0])), frozenset(offered[:1])
+    rest = [name for name in offered if name not in {each.name for each in parameters}]
+    by_place: list[str] = []
+    by_name: list[str] = []
+    for each in parameters:
+        wanted = each.name if each.name in offered else None
+        if each.kind in POSITIONAL and each.default is EMPTY:
+            by_place.append(wanted or (rest.pop(0) if rest else each.name))
+        elif each.kind not in VARIABLE and (wanted or each.default is EMPTY):
+            by_name.append(each.name)
+    room = [each for each in parameters if each.kind in {*POSITIONAL, VARIABLE[0]}]
+    if len(by_place) < least and room:
+        by_place = list(offered[:least])
+    if unknown := set(by_place + by_name).difference(offered):
+        raise PatchError(
+            f"{what} takes {', '.join(sorted(unknown))}, and is given {', '.join(offered)} at "
+            "most; give what is missing a default"
+        )
+    by_name = [name for name in by_name if name not in by_place]
+
+    def run(*values: Any) -> Any:
+        known = dict(zip(offered, values, strict=True))
+        return given(*(known[name] for name in by_place), **{n: known[n] for n in by_name})
+
+    return run, frozenset(by_place + by_name)

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, or_
+from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
 from sqlalchemy.sql.selectable import FromClause
@@ -21,10 +23,11 @@ from atomic_claim.errors import ClaimConflict, ClaimLost, PatchError
 from atomic_claim.execution import patiently
 from atomic_claim.heartbeat import Beat
 from atomic_claim.job_table import JobTable, job_table_of
-from atomic_claim.lifecycle import owned_rows, release_left
+from atomic_claim.lifecycle import owned_rows, release_jobs, release_left
 from atomic_claim.sql_elements import key_in
 
 from . import filters
+from .calls import Options
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
 from .selects import (
@@ -37,7 +40,7 @@ from .selects import (
     with_conditions,
     with_criteria,
 )
-from .tables import leased_only, table_of
+from .tables import Tables, leased_only
 from .targets import Target
 
 R = TypeVar("R")
@@ -49,7 +52,7 @@ logger = logging.getLogger("atomic_claim")
 UNMARKED = (
     "%s was handed claimed rows, and changed none of them: they are free again. If its caller "
     "marks them, use patch_claims(..., lease=..., commit=True). If it looks at their state again "
-    "before the tx, leave the state to it: JobTable(..., state=<the lease column>)"
+    "before the work, leave the state to it: JobTable(..., state=<the lease column>)"
 )
 
 
@@ -59,6 +62,7 @@ def claim_reads(
     *,
     lease: Any = None,
     worker: str | None = None,
+    limit: int | None = None,
     at_most_once: bool = False,
 ) -> Patch:
     """Make a function that loads all its jobs, and commits row by row, loop over claimed rows.
@@ -77,14 +81,16 @@ def claim_reads(
 
     Args:
         target: as for :func:`patch_claims`.
-        table: a ``Table``, a mapped class or a :class:`JobTable`. If nothing but its state says
-            how a job ends (``sent``), that state is left to the function to write, and the lease
-            alone says that a row is taken.
+        table: as for :func:`patch_claims`. If nothing but its state says how a job ends
+            (``sent``), that state is left to the function to write, and the lease alone says that a
+            row is taken.
         lease: for how long a claim holds, a ``timedelta`` or seconds; more than the work of one
             row takes. Left out, 5 minutes if the table has a lease column.
         worker: the claiming worker's name; needs a worker column.
+        limit: how many rows each find claims at most; left out, as many as it asks for.
         at_most_once: agree to a table without a lease whose only state is the final one: it is
-            written before the tx, and what a worker had in hand when it died is never done.
+            written before the work, and what a worker had in hand when it died is never done. Rows
+            that a living worker's session has not marked when the call ends are free again.
 
     Returns:
         The :class:`Patch`. Its ``passed_through`` counts the calls that found nothing to claim by.
@@ -99,14 +105,19 @@ def claim_reads(
     """
 
     def prepare(patch: Patch, found: Target) -> Run:
-        job_table = job_table_of(table_of(table))
-        job_table, held = _leased(job_table, filters.lease(lease), at_most_once)
+        tables = Tables(table, Options(found.signature, found.name), claimable)
+        return watching(
+            patch, found, lambda call: ClaimWatch(patch, *tables.of(call), worker, limit)
+        )
+
+    def claimable(given: Any) -> tuple[JobTable, timedelta | None]:
+        job_table, held = _leased(job_table_of(given), filters.lease(lease), at_most_once)
         if worker is not None and job_table.worker is None:
             raise PatchError(
                 f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
                 "none that is known: name it with JobTable(worker=...)"
             )
-        return watching(patch, found, lambda: ClaimWatch(patch, job_table, held, worker))
+        return job_table, held
 
     return make_patch(target, prepare)
 
@@ -144,21 +155,30 @@ class ClaimWatch(Watch):
     """A running call whose finds are claims."""
 
     def __init__(
-        self, patch: Patch, job_table: JobTable, lease: timedelta | None, worker: str | None
+        self,
+        patch: Patch,
+        job_table: JobTable,
+        lease: timedelta | None,
+        worker: str | None,
+        limit: int | None,
     ) -> None:
         super().__init__(patch, job_table)
+        self._limit = ALL if limit is None else limit
         self._lease = lease
         self._worker = worker
         self._claims: list[tuple[Engine, Claim[Any]]] = []
         self._beats: list[tuple[Engine, Beat]] = []
         self._next_beat = float("inf")
-        self._marks = False
+        self._done: set[Any] = set()
+        self._marks = 0
+        self._marks_before = 0
 
     def read(
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Select[Any] | None:
         """Claim what the SELECT asks for, and make it read that."""
-        find = find_of(self.job_table, statement, params, self.patch.target)
+        counts = self.reads > 0
+        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
         if find is None or _looks_up(find):
             return None
         self.reads += 1
@@ -179,7 +199,7 @@ class ClaimWatch(Watch):
         claim: Claim[Any] = claim_jobs(
             engine,
             self.job_table,
-            ALL if find.limit is None else find.limit,
+            self._limit if find.limit is None else min(find.limit, self._limit),
             where=filters.beside_the_lease(self.job_table, search.where(find)) or None,
             order_by=search.order(find),
             worker=self._worker,
@@ -204,7 +224,7 @@ class ClaimWatch(Watch):
             return patiently(run) if engine.dialect.is_async else run()
 
     def tick(self) -> None:
-        """Keep the leases, which nobody else does while the loop is at tx."""
+        """Extend the leases, since the loop itself does not while it works."""
         if time.monotonic() < self._next_beat:
             return
         self._next_beat = time.monotonic() + min(beat.every for _, beat in self._beats)
@@ -226,33 +246,46 @@ class ClaimWatch(Watch):
         An UPDATE that asks whether the row is still free, which it was until we claimed it, gets
         what the claim left of it.
         """
-        self._marks = True
+        self._marks += 1
         if statement is None or not self._claims:
             return None
         table = self.job_table.table
-        own, others = _parted(conjuncts(statement), table, filters.written(self.job_table))
+        # It may be another object for the same table.
+        place: Any = table if statement.table == table else statement.table
+        own, others = _parted(conjuncts(statement), place, filters.written(self.job_table))
         if not own:
             return None
-        ours = or_(*(self._is_claimed(table, self.job_table.key, c) for _, c in self._claims))
-        return with_criteria(
-            statement, *others, or_(and_(*own), and_(predicates.is_running(self.job_table), ours))
-        )
+        key = [place.columns[column.key] for column in self.job_table.key]
+        ours = or_(*(self._is_claimed(place, key, claim) for _, claim in self._claims))
+        running = adapted(predicates.is_running(self.job_table), table, place)
+        return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
 
-    def marked(self, rows: int) -> None:
-        """Do nothing: claimed rows are already counted."""
+    def flushing(self, entities: Iterable[Any]) -> None:
+        """Note the rows that a session marks; a value that the claim wrote is no change."""
+        self._marks_before = self._marks
+        table = self.job_table.table
+        states = [sa_inspect(entity) for entity in entities]
+        self._done.update(each.identity for each in states if table in each.mapper.tables)
 
-    def ended(self, connection: Connection) -> None:
-        """Do nothing: a claim outlasts the transaction."""
+    def flushed(self) -> None:
+        """Leave only the marks whose rows are not known."""
+        self._marks = self._marks_before
 
     def close(self) -> None:
         """Free what is still marked as claimed; what cannot be reached is left to its lease."""
-        if not self._marks and not self.failed and any(c.token for _, c in self._claims):
+        has_marks = bool(self._marks or self._done)
+        if not has_marks and not self.failed and any(c.token for _, c in self._claims):
             logger.warning(UNMARKED, self.patch.target)
         while self._claims:
             engine, claim = self._claims.pop()
-            if claim.token is not None:
-                with suppress(ClaimConflict, SQLAlchemyError):
-                    self._ours(engine, lambda e=engine, c=claim: release_left(e, c))  # type: ignore[misc]
+            with suppress(ClaimConflict, SQLAlchemyError):
+                if claim.token is not None:
+                    self._ours(engine, partial(release_left, engine, claim))
+                elif not self._marks and (self.failed or self._done):
+                    left = [key for key in claim.keys if key not in self._done]
+                    give_back = partial(release_jobs, engine, claim, left, unfenced=True)
+                    if left:
+                        self._ours(engine, give_back)
 
 
 class _Search:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,31 @@ from sqlalchemy import func
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.job_table import JobTable
 
+from .calls import Reference
 from .claimed_reads import claim_reads
-from .claiming import Options, patch_claims
+from .claiming import patch_claims
 from .locking import lock_reads
+from .options import NAMES
 from .patches import Patch
 from .sources import MissingModule
-from .tables import Later, referred
+from .tables import TableReference
 from .targets import parts_of
 
 SECTION = "tool.atomic_claim.patches"
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 OPTIONS: Mapping[str, frozenset[str]] = {
-    "patch_claims": frozenset(field.name for field in fields(Options)),
-    "lock_reads": frozenset({"table"}),
-    "claim_reads": frozenset({"table", "lease", "worker", "at_most_once"}),
+    "patch_claims": NAMES | {"table"},
+    "lock_reads": frozenset({"table", "limit"}),
+    "claim_reads": frozenset({"table", "lease", "worker", "limit", "at_most_once"}),
 }
-MAKERS = {"patch_claims": patch_claims, "lock_reads": lock_reads, "claim_reads": claim_reads}
+PATH = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
+MAKERS: Mapping[str, Callable[..., Patch]] = {
+    "patch_claims": patch_claims,
+    "lock_reads": lock_reads,
+    "claim_reads": claim_reads,
+}
 # What is text, and never the name of an object.
-TEXTS = frozenset({"worker", "target", "by", "pattern", "layout"})
+TEXTS = frozenset({"worker", "target", "by", "pattern", "layout", "ignore"})
 TABLE_OPTIONS = frozenset(field.name for field in fields(JobTable) if field.init)
 
 
@@ -155,8 +162,11 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
     if isinstance(table, dict):
         _check_names(f"table of {where}", table, TABLE_OPTIONS)
         table = table.get("table")
-    if not isinstance(table, str) or not REFERENCE.fullmatch(table):
-        raise PatchError(f"{where}: table is {table!r}; expected 'package.models:Job'")
+        expected, kind = REFERENCE, "'package.models:Job'"
+    else:
+        expected, kind = PATH, "'package.models:Job', or a path from a parameter"
+    if not isinstance(table, str) or not expected.fullmatch(table):
+        raise PatchError(f"{where}: table is {table!r}; expected {kind}")
     return Entry(by, target, options)
 
 
@@ -170,33 +180,14 @@ def _check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None
 def _option(name: str, value: Any) -> Any:
     """Convert an option to what a call would pass: objects in place of their names."""
     is_name = isinstance(value, str) and name not in TEXTS and REFERENCE.fullmatch(value)
-    if not is_name:
-        return value
-    found: Any = None
-
-    def object_of_call(call: Any) -> Any:
-        # Found when it is first needed: the program may not be imported yet.
-        nonlocal found
-        if found is None:
-            found = referred(value)
-        plain = name in {"session", "empty"} and not _is_function(found)
-        return found if plain else found(call)
-
-    def object_of_job(job: Any) -> Any:
-        return referred(value)(job)
-
-    return object_of_job if name == "returns" else object_of_call
+    return Reference(value) if is_name else value
 
 
-def _is_function(found: Any) -> bool:
-    return callable(found) and hasattr(found, "__code__")
-
-
-def _table(given: Any) -> Later:
+def _table(given: Any) -> Any:
     if isinstance(given, str):
-        return Later(given)
+        return given
     options = {name: _clocks(value) for name, value in given.items() if name != "table"}
-    return Later(given["table"], options)
+    return TableReference(given["table"], options)
 
 
 def _clocks(value: Any) -> Any:

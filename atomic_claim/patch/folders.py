@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +14,9 @@ from atomic_claim.errors import PatchError
 from atomic_claim.files import ClaimedFile, claim_files
 
 from .calls import Call
+from .options import ClaimOptions
 from .patches import Patch
-from .replacing import ALL, Replacing
+from .replacing import Replacing
 from .targets import Target
 
 PROCESSING = "processing"
@@ -24,23 +25,17 @@ PROCESSING = "processing"
 class FileClaiming(Replacing):
     """The claim of files that stands in place of one function."""
 
-    def __init__(
-        self,
-        patch: Patch,
-        target: Target,
-        *,
-        directory: Any,
-        processing: Any,
-        pattern: str,
-        key: Callable[[str], Any] | None,
-        layout: str,
-        returns: Any,
-        **options: Any,
-    ) -> None:
-        super().__init__(patch, target, returns=returns or _paths, **options)
+    def __init__(self, patch: Patch, target: Target, options: ClaimOptions) -> None:
+        super().__init__(patch, target, {**options, "returns": options.get("returns") or _paths})
+        directory, processing = options.get("directory"), options.get("processing")
         self.directory = self._reading("directory", directory, _is_path)
         self.processing = self._reading("processing", processing, _is_path)
-        self.claim_files = partial(claim_files, pattern=pattern, key=key, layout=layout)
+        self.claim_files = partial(
+            claim_files,
+            pattern=options.get("pattern", "*"),
+            key=options.get("key"),
+            layout=options.get("layout", "plain"),
+        )
         for name, given in (("directory", directory), ("processing", processing)):
             if given is not None and not (_is_path(given) or callable(given)):
                 raise PatchError(
@@ -49,23 +44,24 @@ class FileClaiming(Replacing):
                 )
 
     @contextmanager
-    def claimed(self, call: Call) -> Iterator[list[ClaimedFile]]:
+    def claimed(self, call: Call, limit: int) -> Iterator[tuple[list[ClaimedFile], Any]]:
         """Claim files for a call of a function and yield them."""
-        yield self._claim(call)
+        yield self._claim(call, limit), None
 
     @asynccontextmanager
-    async def claimed_async(self, call: Call) -> AsyncIterator[list[ClaimedFile]]:
+    async def claimed_async(
+        self, call: Call, limit: int
+    ) -> AsyncIterator[tuple[list[ClaimedFile], Any]]:
         """Claim files for a call of a coroutine and yield them."""
-        yield await asyncio.to_thread(self._claim, call)
+        yield await asyncio.to_thread(self._claim, call, limit), None
 
-    def _claim(self, call: Call) -> list[ClaimedFile]:
-        limit = self.limit.read(call)
+    def _claim(self, call: Call, limit: int) -> list[ClaimedFile]:
         if limit == 0:
             return []
         waiting = Path(self.directory.read(call))
         processing = self.processing.read(call)
         claimed = self.claim_files(
-            ALL if limit is None else limit,
+            limit,
             waiting=waiting,
             processing=waiting.parent / PROCESSING if processing is None else processing,
             worker=self.worker.read(call),

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Delete, Select, Update
+from sqlalchemy import Connection, Delete, Select, Update, false
 
 from atomic_claim.backends import Transaction, backend_for
 from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
 from atomic_claim.job_table import JobTable
 
+from .calls import Options
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
-from .selects import find_of
-from .tables import keyed, table_of
+from .selects import find_of, with_conditions
+from .sessions import unlocking
+from .tables import Tables, keyed
 from .targets import Target
 
 
-def lock_reads(target: Any, table: Any) -> Patch:
+def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
     """Make a function that finds, works and marks in one transaction lock what it finds.
 
     The function runs as it is. While it does, its SELECTs of the table, and no others, lock the
@@ -35,7 +38,9 @@ def lock_reads(target: Any, table: Any) -> Patch:
 
     Args:
         target: as for :func:`patch_claims`.
-        table: the ``Table`` or mapped class that the jobs are found in. It needs no state.
+        table: the table that the jobs are found in, as for :func:`patch_claims`. It needs no
+            state. Another object for the same table, as a reflected one, will do.
+        limit: how many rows each find locks at most; left out, as many as it asks for.
 
     Returns:
         The :class:`Patch`. Its ``claimed`` counts the rows that were marked, its
@@ -55,14 +60,16 @@ def lock_reads(target: Any, table: Any) -> Patch:
                 "rows, would let go of its locks: patch the function that consumes it, or use "
                 "claim_reads()"
             )
-        given = table_of(table)
-        job_table = keyed(given)
+        tables = Tables(table, Options(found.signature, found.name), keyed_by_row)
+        return watching(patch, found, lambda call: LockWatch(patch, tables.of(call), limit))
+
+    def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.exclusive_by is not None:
             raise PatchError(
-                f"{found.name} cannot be patched by lock_reads: a lock on a row says nothing of "
-                "the other rows with its exclusive key; claim before the work with claim_reads()"
+                f"{given!r} cannot be had with lock_reads: a lock on a row says nothing of the "
+                "other rows with its exclusive key; claim before the work with claim_reads()"
             )
-        return watching(patch, found, lambda: LockWatch(patch, job_table))
+        return keyed(given)
 
     return make_patch(target, prepare)
 
@@ -70,21 +77,31 @@ def lock_reads(target: Any, table: Any) -> Patch:
 class LockWatch(Watch):
     """A running call whose finds are locked."""
 
-    def __init__(self, patch: Patch, job_table: JobTable) -> None:
+    def __init__(self, patch: Patch, job_table: JobTable, limit: int | None) -> None:
         super().__init__(patch, job_table)
+        self._limit = limit
         self._locked: WeakSet[Connection] = WeakSet()
 
     def read(
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Select[Any] | None:
         """Lock, before or by the SELECT itself."""
-        find = find_of(self.job_table, statement, params, self.patch.target)
+        counts = self.reads > 0
+        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
         if find is None:
             return None
+        if self._limit is not None and (find.limit is None or find.limit > self._limit):
+            cut = find.statement.limit(self._limit)
+            find = replace(find, statement=cut, limit=self._limit)
         tx = Transaction(backend_for(connection.dialect), connection, connection, own=False)
         try:
             with unwatched():
+                leave = unlocking(connection, self.job_table)
                 locking = tx.backend.lock_read(tx, find)
+                if leave is not None and connection.execute(find.statement, params).first() is None:
+                    # Whoever finds nothing has no reason to end the transaction.
+                    leave()
+                    locking = with_conditions(find.statement, false())
         except (ClaimConflict, UnsupportedDialect):
             raise
         except ClaimError as error:
@@ -117,9 +134,3 @@ class LockWatch(Watch):
     def ended(self, connection: Connection) -> None:
         """Know that its locks are gone."""
         self._locked.discard(connection)
-
-    def tick(self) -> None:
-        """Locks need no care."""
-
-    def close(self) -> None:
-        """Do nothing: the transaction belongs to the function."""

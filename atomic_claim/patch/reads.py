@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import (
     AsyncGenerator,
@@ -11,9 +13,11 @@ from collections.abc import (
     Awaitable,
     Callable,
     Generator,
+    Iterable,
     Iterator,
     Mapping,
 )
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,6 +27,7 @@ from sqlalchemy import (
     Delete,
     Engine,
     Insert,
+    Result,
     Select,
     StatementLambdaElement,
     TextClause,
@@ -34,16 +39,22 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.util import greenlet_spawn
 
-from atomic_claim.errors import PatchError
+from atomic_claim.errors import ClaimLost, PatchError
 from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable
 from atomic_claim.statement import ClaimStatement
 
+from .calls import Call, bound_call
 from .patches import Patch, Run
-from .selects import is_read, mentions, names
+from .selects import is_read, is_table, mentions, names
 from .targets import Target
 
 LOADS = "atomic_claim_loads"
+logger = logging.getLogger("atomic_claim")
+UNSEEN = (
+    "%s read nothing of %s, so nothing of it is protected: name the table that it finds its jobs "
+    "in, or patch the function that does"
+)
 
 
 class Watch(ABC):
@@ -54,6 +65,7 @@ class Watch(ABC):
         job_table: the table that its reads are watched for.
         reads: how many of them were seen.
         failed: whether the function raised.
+        refused: the first error that was raised within one of its statements.
     """
 
     def __init__(self, patch: Patch, job_table: JobTable) -> None:
@@ -61,6 +73,18 @@ class Watch(ABC):
         self.job_table = job_table
         self.reads = 0
         self.failed = False
+        self.refused: PatchError | ClaimLost | None = None
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Log what is refused, and keep it: the function's own code may swallow it."""
+        try:
+            yield
+        except (PatchError, ClaimLost) as error:
+            if self.refused is None:
+                self.refused = error
+                logger.error("%s", error)
+            raise
 
     @abstractmethod
     def read(
@@ -77,20 +101,24 @@ class Watch(ABC):
         The statement is None where it is raw SQL.
         """
 
-    @abstractmethod
-    def marked(self, rows: int) -> None:
+    # Not every watch reacts to all of these.
+
+    def marked(self, rows: int) -> None:  # noqa: B027
         """Count the rows of the table that a statement changed."""
 
-    @abstractmethod
-    def ended(self, connection: Connection) -> None:
+    def ended(self, connection: Connection) -> None:  # noqa: B027
         """React before the connection's transaction ends."""
 
-    @abstractmethod
-    def tick(self) -> None:
-        """Something is about to be executed."""
+    def flushing(self, entities: Iterable[Any]) -> None:  # noqa: B027
+        """React before a session writes its changed entities."""
 
-    @abstractmethod
-    def close(self) -> None:
+    def flushed(self) -> None:  # noqa: B027
+        """React after a session has written them."""
+
+    def tick(self) -> None:  # noqa: B027
+        """React before a statement is executed."""
+
+    def close(self) -> None:  # noqa: B027
         """Clean up after the call."""
 
 
@@ -108,43 +136,52 @@ def unwatched() -> Iterator[None]:
         watches.reset(token)
 
 
-def watching(patch: Patch, target: Target, make: Callable[[], Watch]) -> Run:
+def watching(patch: Patch, target: Target, make: Callable[[Call], Watch]) -> Run:
     """Return a function that runs the patched function and watches its reads."""
     listeners.begin()
     patch.at_undo(listeners.end)
+    patch.at_undo(lambda: _warn_if_unseen(patch))
+    function = target.function
+    is_coroutine = inspect.iscoroutinefunction(function)
+    wrap: Any = WatchedAsyncGenerator if inspect.isasyncgenfunction(function) else None
 
-    def run(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = make()
+    def run(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = bound_call(target.signature, instance, args, kwargs)
+        if call is None:
+            return wrapped(*args, **kwargs)
+        watch = make(call)
+        if wrap is not None:
+            return wrap(watch, wrapped(*args, **kwargs))
+        if is_coroutine:
+            return _finished(watch, wrapped(*args, **kwargs))
+        result: Any = None
         try:
             with _watched(watch):
-                return _read_already(wrapped(*args, **kwargs), patch)
+                result = wrapped(*args, **kwargs)
+                if not inspect.isawaitable(result):
+                    return _read_already(result, watch)
         finally:
-            _over(watch)
-
-    async def run_async(wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = make()
-        try:
-            with _watched(watch):
-                return _read_already(await wrapped(*args, **kwargs), patch)
-        finally:
-            await greenlet_spawn(patiently, _over, watch)
+            if not inspect.isawaitable(result):
+                _over(watch)
+        return _finished(watch, result)
 
     def generate(
-        wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Generator[Any, Any, Any]:
-        return (yield from WatchedGenerator(make(), wrapped(*args, **kwargs)))
+        call = bound_call(target.signature, instance, args, kwargs)
+        inner = wrapped(*args, **kwargs)
+        return (yield from inner if call is None else WatchedGenerator(make(call), inner))
 
-    def generate_async(
-        wrapped: Any, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
-        return WatchedAsyncGenerator(make(), wrapped(*args, **kwargs))
+    return generate if inspect.isgeneratorfunction(function) else run
 
-    function = target.function
-    if inspect.isasyncgenfunction(function):
-        return generate_async
-    if inspect.isgeneratorfunction(function):
-        return generate
-    return run_async if inspect.iscoroutinefunction(function) else run
+
+async def _finished(watch: Watch, result: Awaitable[Any]) -> Any:
+    """Watch a coroutine, or what a plain function returned to be awaited, until it ends."""
+    try:
+        with _watched(watch):
+            return _read_already(await result, watch)
+    finally:
+        await greenlet_spawn(patiently, _over, watch)
 
 
 @contextmanager
@@ -153,15 +190,29 @@ def _watched(watch: Watch) -> Iterator[None]:
     watch.failed = True
     try:
         yield
-        watch.failed = False
+    except Exception as error:
+        if watch.refused is not None and error is not watch.refused:
+            error.add_note(f"before that, {watch.refused}")
+        raise
     finally:
         watches.reset(token)
+    if watch.refused is not None:
+        raise watch.refused
+    watch.failed = False
 
 
 def _over(watch: Watch) -> None:
-    if not watch.reads:
-        watch.patch.count(passed_through=1)
+    patch = watch.patch
+    if not watch.reads and watch.refused is None:
+        patch.count(passed_through=1)
+        if patch.passed_through == patch.calls == 1:
+            logger.warning(UNSEEN, patch.target, watch.job_table.table.fullname)
     watch.close()
+
+
+def _warn_if_unseen(patch: Patch) -> None:
+    if patch.calls and patch.calls == patch.passed_through:
+        warnings.warn(UNSEEN % (patch.target, "the table in any of its calls"), stacklevel=3)
 
 
 class WatchedGenerator(Generator[Any, Any, Any]):
@@ -224,13 +275,16 @@ class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
                 await greenlet_spawn(patiently, _over, self._watch)
 
 
-def _read_already(result: Any, patch: Patch) -> Any:
+def _read_already(result: Any, watch: Watch) -> Any:
     """Return the function's result, or raise if it reads after the call."""
-    if isinstance(result, (Query, SelectBase)) or inspect.isgenerator(result):
-        raise PatchError(
-            f"{patch.target} returned a {type(result).__name__}, which reads when the call is "
-            "over: patch the function that consumes it, or let patch_claims() do the finding"
-        )
+    lazy = (Query, SelectBase, Iterator, AsyncIterator, Future)
+    if isinstance(result, lazy) and not isinstance(result, Result):
+        with watch.noting():
+            raise PatchError(
+                f"{watch.patch.target} returned a {type(result).__name__}, which reads when the "
+                "call is over: patch the function that consumes it, or let patch_claims() do the "
+                "finding"
+            )
     return result
 
 
@@ -242,7 +296,7 @@ class _Listeners:
         self._patches = 0
 
     def begin(self) -> None:
-        """Listen, if nobody does yet."""
+        """Register the listeners for the first patch."""
         with self._lock:
             if self._patches == 0:
                 for target, name, function, options in LISTENERS:
@@ -250,7 +304,7 @@ class _Listeners:
             self._patches += 1
 
     def end(self) -> None:
-        """Listen no more, if nobody else needs it."""
+        """Remove the listeners after the last patch."""
         with self._lock:
             self._patches -= 1
             if self._patches == 0:
@@ -262,7 +316,7 @@ listeners = _Listeners()
 
 
 def _before_orm(state: ORMExecuteState) -> None:
-    """Tell the loads of what is found already, and have what is found read anew."""
+    """Mark loads of found entities, and refresh what a find returns."""
     current = watches.get()
     if not current or not state.is_select:
         return
@@ -283,10 +337,11 @@ def _before(
     options: Mapping[str, Any],
 ) -> tuple[Any, Any, Any]:
     for watch in watches.get():
-        watch.tick()
-        if not options.get(LOADS):
-            replaced = _seen(watch, connection, clause, params)
-            clause = clause if replaced is None else replaced
+        with watch.noting():
+            watch.tick()
+            if not options.get(LOADS):
+                replaced = _seen(watch, connection, clause, params)
+                clause = clause if replaced is None else replaced
     return clause, multiparams, params
 
 
@@ -302,7 +357,7 @@ def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str
             "cannot be locked: read the rows in Python, and insert them then"
         )
     if isinstance(clause, (Update, Delete)):
-        return watch.mark(connection, clause) if clause.table == table else None
+        return watch.mark(connection, clause) if is_table(clause.table, table) else None
     text = clause.element if isinstance(clause, FromStatement) else clause
     if isinstance(text, TextClause):
         _raw(watch, connection, text.text)
@@ -334,8 +389,9 @@ def _before_cursor(
     """See what went past all constructs, by ``exec_driver_sql``."""
     if context is None or context.compiled is None:
         for watch in watches.get():
-            watch.tick()
-            _raw(watch, connection, sql)
+            with watch.noting():
+                watch.tick()
+                _raw(watch, connection, sql)
 
 
 def _after(
@@ -348,7 +404,7 @@ def _after(
 ) -> None:
     if isinstance(clause, (Update, Delete)) and not isinstance(clause, ClaimStatement):
         for watch in watches.get():
-            if clause.table == watch.job_table.table:
+            if is_table(clause.table, watch.job_table.table):
                 watch.marked(max(0, result.rowcount))
 
 
@@ -357,8 +413,20 @@ def _ended(connection: Connection) -> None:
         watch.ended(connection)
 
 
+def _flushing(session: Session, _context: Any, _instances: Any) -> None:
+    for watch in watches.get():
+        watch.flushing([*session.dirty, *session.deleted])
+
+
+def _flushed(_session: Session, _context: Any) -> None:
+    for watch in watches.get():
+        watch.flushed()
+
+
 LISTENERS: tuple[tuple[Any, str, Callable[..., Any], dict[str, bool]], ...] = (
     (Session, "do_orm_execute", _before_orm, {}),
+    (Session, "before_flush", _flushing, {}),
+    (Session, "after_flush", _flushed, {}),
     (Engine, "before_execute", _before, {"retval": True}),
     (Engine, "after_execute", _after, {}),
     (Engine, "before_cursor_execute", _before_cursor, {}),

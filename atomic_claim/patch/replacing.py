@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import operator
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
 from typing import Any
 
 from atomic_claim.errors import PatchError
 
-from .calls import Call, Reading, bound_call, positional, reading
-from .generators import Yields, yields_of
+from .calls import VARIABLE, Call, Options, Reading, Reference, bound_call, fitted
+from .options import ClaimOptions
 from .patches import Patch
+from .sources import yield_notes
 from .targets import Target
 
 ONE: Any = object()
 """The limit of a function that claims one job and returns it, not a list."""
 ALL = 2**31 - 1
+logger = logging.getLogger("atomic_claim")
 
 
 class Replacing(ABC):
@@ -28,172 +32,176 @@ class Replacing(ABC):
     Args:
         patch: what counts.
         target: the function.
-        limit: how many jobs at most.
-        worker: the claiming worker's name.
-        returns: makes what the function returns.
-        empty: what it returns if nothing was claimed.
-        when: which calls claim.
+        options: the options of the patch.
     """
 
-    def __init__(
-        self,
-        patch: Patch,
-        target: Target,
-        *,
-        limit: Any,
-        worker: Any,
-        returns: Any,
-        empty: Any,
-        when: Any,
-    ) -> None:
+    def __init__(self, patch: Patch, target: Target, options: ClaimOptions) -> None:
         self.patch = patch
         self.target = target
-        self.single = limit is ONE or (isinstance(limit, int) and limit == 1 and limit is not True)
-        self.limit = self._reading("limit", 1 if self.single else limit)
-        self.worker = self._reading("worker", worker, is_text)
-        self.empty = self._reading("empty", empty, _is_answer)
-        self.when = self._when(when)
-        self.returns = _adapter(returns, single=self.single)
-        self.yields = self._yields()
-        self._check_constants()
-        self.in_all = self.limit
-        if self.yields.commits_between:
-            # Whoever consumes it may stop, and what it has not yet yielded is then free.
-            self.limit = self._reading("limit", 1)
+        self.options = Options(target.signature, target.name)
+        limit = options.get("limit", ONE)
+        function = target.function
+        is_async = inspect.isasyncgenfunction(function)
+        yields = is_async or inspect.isgeneratorfunction(function)
+        self.is_generator = yields and not target.is_context
+        self.is_coroutine = is_async or inspect.iscoroutinefunction(function)
+        self.single = self.is_generator or limit is ONE or (limit == 1 and limit is not True)
+        every = None if self.is_generator else 1
+        self.limit = self._reading("limit", every if limit is ONE else limit)
+        self.worker = self._reading("worker", options.get("worker"), is_text)
+        self.empty = self._reading("empty", options.get("empty"), _is_answer)
+        self.when = self._when(options.get("when"))
+        self.returns, takes = self._adapter(options.get("returns"))
+        self.returns_bind = takes is None or "bind" in takes
+        self._adapts_call = takes is None or "call" in takes
+        if not (self.limit.given is None or not self.limit.constant or _is_count(self.limit.given)):
+            raise PatchError(
+                f"limit={self.limit.given!r} of {target.name}: expected an int of at least 1, "
+                "None for all, or the name of a parameter"
+            )
+        for note in yield_notes(function) if yields else ():
+            warnings.warn(f"{target.name} {note}", stacklevel=6)
 
     def _reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
     ) -> Reading:
-        signature, name = self.target.signature, self.target.name
-        return reading(role, given, signature, name, is_constant=is_constant)
+        return self.options.reading(role, given, is_constant)
 
     def _when(self, given: Any) -> Reading:
         if isinstance(given, str) and given.startswith("not "):
             plain = self._reading("when", given.removeprefix("not ").strip())
-            return Reading("when", given, lambda call: not plain.read(call))
+            return Reading("when", given, lambda call: not plain.read(call), names=plain.names)
         return self._reading("when", True if given is None else given)
 
-    def _yields(self) -> Yields:
-        """How the function yields, if it is a generator.
+    def check_dropped(self, ignore: Iterable[str]) -> None:
+        """Refuse a parameter that no option reads: what it asks for would be left out.
 
         Raises:
-            PatchError: what it does between two yields cannot be left out.
+            PatchError: there is one, or a name to ignore is no parameter.
         """
-        function, name = self.target.function, self.target.name
-        if not (inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)):
-            return Yields()
-        found = yields_of(function)
-        if found.marks_after:
+        parameters = self.options.signature.parameters
+        ignored = {ignore} if isinstance(ignore, str) else set(ignore)
+        if unknown := ignored.difference(parameters):
             raise PatchError(
-                f"{name} goes on after its yield, and marks something there (line "
-                f"{found.marks_after} of it), which a claim in its place would leave out: have it "
-                "run as it is, over claimed rows, by claim_reads()"
+                f"ignore={sorted(unknown)!r} of {self.target.name}: it has "
+                f"{', '.join(parameters) or 'no parameters'}"
             )
-        if found.never_ends:
+        readings = [each for each in vars(self).values() if isinstance(each, Reading)]
+        read: set[str] = set(parameters) if self._adapts_call else set()
+        for each in readings:
+            read.update(parameters if each.names is None else each.names)
+        own = {name for name in list(parameters)[:1] if name in {"self", "cls"}}
+        unread = [name for name in parameters if name not in read | ignored | own]
+        self._unread = [name for name in unread if parameters[name].kind in VARIABLE]
+        if plain := [name for name in unread if name not in self._unread]:
             raise PatchError(
-                f"{name} never ends, it waits for more: patch the function that it finds one job "
-                "by, or have it run as it is, over claimed rows, by claim_reads()"
-            )
-        return found
-
-    def _check_constants(self) -> None:
-        """Find out now what would else be found out by the first call."""
-        if self.limit.constant and not (self.limit.given is None or _is_count(self.limit.given)):
-            raise PatchError(
-                f"limit={self.limit.given!r} of {self.target.name}: expected an int of at least 1, "
-                "None for all, or the name of a parameter"
+                f"{self.target.name} has {', '.join(map(repr, plain))}, which no option reads, so "
+                "what a call gives would be dropped: name it in the option that needs it, as "
+                f"where={{'column': {plain[0]!r}}}, or agree with ignore={plain!r}"
             )
 
     @abstractmethod
-    def claimed(self, call: Call) -> AbstractContextManager[Sequence[Any]]:
-        """Claim for a call of a function; yield the jobs while they can be read."""
+    def claimed(self, call: Call, limit: int) -> AbstractContextManager[tuple[Sequence[Any], Any]]:
+        """Claim for a call of a function; yield the jobs and the bind while they can be read."""
 
     @abstractmethod
-    def claimed_async(self, call: Call) -> AbstractAsyncContextManager[Sequence[Any]]:
-        """Claim for a call of a coroutine; yield the jobs while they can be read."""
+    def claimed_async(
+        self, call: Call, limit: int
+    ) -> AbstractAsyncContextManager[tuple[Sequence[Any], Any]]:
+        """Claim for a call of a coroutine; yield the jobs and the bind while they can be read."""
 
     def run(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """In place of a function."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return wrapped(*args, **kwargs)
-        with self.claimed(call) as claim:
-            return self._answer(call, claim)
+        with self._logged():
+            call = self._call(instance, args, kwargs)
+            if call is not None:
+                with self.claimed(call, self._limit(call)) as (claim, bind):
+                    return self._answer(call, claim, bind)
+        return wrapped(*args, **kwargs)
 
     def generate(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Generator[Any, Any, Any]:
         """In place of a generator."""
-        call = self._call(instance, args, kwargs)
+        with self._logged():
+            call = self._call(instance, args, kwargs)
         if call is None:
             return (yield from wrapped(*args, **kwargs))
-        for _ in range(self._rounds(call)):
-            with self.claimed(call) as claim:
-                answer = self._part(call, claim)
-            yield from answer
-            if not claim:
+        for limit in self._rounds(call):
+            with self._logged(), self.claimed(call, limit) as (claim, bind):
+                answer = self._answer(call, claim, bind)
+            if self.is_generator and not claim:
                 break
+            yield answer
         return None
 
     async def run_async(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """In place of a coroutine."""
-        call = self._call(instance, args, kwargs)
-        if call is None:
-            return await wrapped(*args, **kwargs)
-        async with self.claimed_async(call) as claim:
-            return self._answer(call, claim)
+        with self._logged():
+            call = self._call(instance, args, kwargs)
+            if call is not None:
+                async with self.claimed_async(call, self._limit(call)) as (claim, bind):
+                    return await _awaited(self._answer(call, claim, bind))
+        return await wrapped(*args, **kwargs)
 
     async def generate_async(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
         """In place of an asynchronous generator."""
-        call = self._call(instance, args, kwargs)
+        with self._logged():
+            call = self._call(instance, args, kwargs)
         if call is None:
             async for each in wrapped(*args, **kwargs):
                 yield each
             return
-        for _ in range(self._rounds(call)):
-            async with self.claimed_async(call) as claim:
-                answer = self._part(call, claim)
-            for each in answer:
-                yield each
-            if not claim:
+        for limit in self._rounds(call):
+            with self._logged():
+                async with self.claimed_async(call, limit) as (claim, bind):
+                    answer = await _awaited(self._answer(call, claim, bind))
+            if self.is_generator and not claim:
                 break
+            yield answer
+
+    @contextmanager
+    def _logged(self) -> Iterator[None]:
+        """Log what is refused, since callers of jobs swallow errors."""
+        try:
+            yield
+        except PatchError as error:
+            logger.error("%s: %s", self.target.name, error)
+            raise
 
     def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Bind the call, or return None if it does not claim or the signature does not fit."""
-        call = bound_call(self.target.signature, instance, args, kwargs)
+        call = bound_call(self.options.signature, instance, args, kwargs)
         if call is None or not self.when.read(call):
             self.patch.count(passed_through=1)
             return None
+        if dropped := [name for name in self._unread if call.arguments[name]]:
+            raise PatchError(
+                f"{self.target.name} was given {call.arguments[dropped[0]]!r} for {dropped[0]!r}, "
+                f"which no option reads: name it in one, or in ignore={dropped!r}"
+            )
         return call
 
-    def _rounds(self, call: Call) -> int:
-        """How often a generator claims at most, if it goes on finding jobs."""
-        if self.target.is_context:
-            return 1
-        if self.yields.repeats or (self.single and self.yields.in_loop):
-            return ALL
-        limit = self.in_all.read(call) if self.yields.commits_between else 1
+    def _limit(self, call: Call) -> int:
+        limit = self.limit.read(call)
         return ALL if limit is None else limit
 
-    def _part(self, call: Call, claim: Sequence[Any]) -> Iterable[Any]:
-        """Return what a generator yields for one claim; a context manager always yields once."""
-        answer = self._answer(call, claim)
-        if self.target.is_context:
-            return [answer]
-        if self.single:
-            return [answer] if claim else []
-        return answer  # type: ignore[no-any-return]
+    def _rounds(self, call: Call) -> Iterable[int]:
+        """Yield the limit of each claim: a generator's consumer may stop after any job."""
+        if not self.is_generator:
+            return [self._limit(call)]
+        return (1 for _ in range(self._limit(call)))
 
-    def _answer(self, call: Call, claim: Sequence[Any]) -> Any:
+    def _answer(self, call: Call, claim: Sequence[Any], bind: Any) -> Any:
         """Return the function's result, or raise its exception."""
         if claim:
-            return self.returns(claim[0] if self.single else claim, call)
+            return self.returns(claim[0] if self.single else claim, call, bind)
         empty = self.empty.read(call)
         if isinstance(empty, BaseException):
             raise copy.copy(empty)
@@ -201,7 +209,43 @@ class Replacing(ABC):
             raise empty
         if empty is not None:
             return copy.copy(empty)
-        return None if self.single else self.returns(claim, call)
+        return None if self.single else self.returns(claim, call, bind)
+
+    def _adapter(self, given: Any) -> tuple[Callable[..., Any], frozenset[str] | None]:
+        """Return what makes the result of the jobs, the call and the bind, and what it takes."""
+        if given is None:
+            # A claim is no list; one job may be a row, which is a sequence too.
+            plain = (lambda found, *_: found) if self.single else (lambda found, *_: list(found))
+            return plain, frozenset()
+        if isinstance(given, str):
+            try:
+                read = operator.attrgetter(given)
+            except TypeError as error:
+                raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
+            if self.single:
+                return (lambda job, *_: read(job)), frozenset()
+            return (lambda jobs, *_: [read(job) for job in jobs]), frozenset()
+        if isinstance(given, Reference):
+            return (lambda *each: self._fitted(given.resolve())[0](*each)), None  # noqa: PLW0108
+        return self._fitted(given)
+
+    def _fitted(self, given: Any) -> tuple[Callable[..., Any], frozenset[str]]:
+        what = f"returns={given!r} of {self.target.name}"
+        if not callable(given):
+            raise PatchError(
+                f"{what}: expected a callable that gets what was claimed, or the name of an "
+                "attribute of the jobs"
+            )
+        if inspect.iscoroutinefunction(given) and not self.is_coroutine:
+            raise PatchError(
+                f"{what} is a coroutine function, and the function that it is for is "
+                "none: expected a plain function"
+            )
+        return fitted(given, ("found", "call", "bind"), what, least=1)
+
+
+async def _awaited(answer: Any) -> Any:
+    return await answer if inspect.isawaitable(answer) else answer
 
 
 def is_text(given: Any) -> bool:
@@ -218,27 +262,3 @@ def _is_answer(given: Any) -> bool:
     return isinstance(given, (str, BaseException)) or (
         isinstance(given, type) and issubclass(given, BaseException)
     )
-
-
-def _adapter(given: Any, *, single: bool) -> Callable[[Any, Call], Any]:
-    if given is None:
-        return lambda found, _: found if single else list(found)
-    if isinstance(given, str):
-        try:
-            read = operator.attrgetter(given)
-        except TypeError as error:
-            raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
-        if single:
-            return lambda job, _: read(job)
-        return lambda jobs, _: [read(job) for job in jobs]
-    if not callable(given):
-        raise PatchError(
-            f"returns={given!r}; expected a callable that gets what was claimed, or the name of an "
-            "attribute of the jobs"
-        )
-    if inspect.iscoroutinefunction(given):
-        raise PatchError(f"returns={given!r} is a coroutine; expected a plain function")
-    # A class such as `dict` or `list` takes what it is given, and has no use for the call.
-    if positional(given) == 2 and inspect.isfunction(given):  # noqa: PLR2004 - found, call
-        return given
-    return lambda found, _: given(found)

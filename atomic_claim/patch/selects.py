@@ -36,45 +36,30 @@ from atomic_claim.backends import Find
 from atomic_claim.errors import PatchError
 from atomic_claim.job_table import JobTable
 
+# fmt: off
 AGGREGATES = frozenset(
     {
-        "aggregate_strings",
-        "any_value",
-        "array_agg",
-        "avg",
-        "bit_and",
-        "bit_or",
-        "bool_and",
-        "bool_or",
-        "count",
-        "every",
-        "group_concat",
-        "json_agg",
-        "json_arrayagg",
-        "json_group_array",
-        "json_object_agg",
-        "json_objectagg",
-        "jsonb_agg",
-        "jsonb_object_agg",
-        "max",
-        "median",
-        "min",
-        "mode",
-        "stddev",
-        "string_agg",
-        "sum",
-        "total",
-        "var_pop",
-        "variance",
+        "aggregate_strings", "any_value", "array_agg", "avg", "bit_and", "bit_or", "bool_and",
+        "bool_or", "count", "every", "group_concat", "json_agg", "json_arrayagg",
+        "json_group_array", "json_object_agg", "json_objectagg", "jsonb_agg", "jsonb_object_agg",
+        "max", "median", "min", "mode", "stddev", "string_agg", "sum", "total", "var_pop",
+        "variance"
     }
 )
+# fmt: on
 
 
 def mentions(statement: Any, table: Table) -> bool:
     """Check whether any part of a statement uses the table."""
-    return any(
-        isinstance(element, TableClause) and _is(element, table)
-        for element in visitors.iterate(statement)
+    return any(is_table(element, table) for element in visitors.iterate(statement))
+
+
+def is_table(element: Any, table: Table) -> bool:
+    """Check whether it is the table, or another object for it, as a reflected one."""
+    return (
+        isinstance(element, TableClause)
+        and element.name == table.name
+        and getattr(element, "schema", None) == table.schema
     )
 
 
@@ -90,9 +75,16 @@ def is_read(sql: str) -> bool:
 
 
 def find_of(
-    job_table: JobTable, statement: Any, params: Mapping[str, Any], target: str
+    job_table: JobTable, statement: Any, params: Mapping[str, Any], target: str, *, counts: bool
 ) -> Find | None:
-    """Analyze the SELECT as one that finds jobs; return None if it does not use the table.
+    """Analyze the SELECT as one that finds jobs; return None if it finds none.
+
+    Args:
+        job_table: the table of the jobs.
+        statement: the SELECT.
+        params: what is passed with it.
+        target: the function that executes it, for messages.
+        counts: whether an aggregate may pass, since the function has found its rows already.
 
     Raises:
         PatchError: it speaks of the table, and cannot be locked.
@@ -101,20 +93,19 @@ def find_of(
     if not mentions(statement, table):
         return None
     refuse = _Refusal(target, table)
+    if counts and isinstance(statement, Select) and _aggregate(statement):
+        return None
     if not isinstance(statement, Select):
         raise refuse.of("a UNION" if isinstance(statement, CompoundSelect) else "raw SQL")
     if any(isinstance(element, TextualSelect) for element in visitors.iterate(statement)):
         raise refuse.of("raw SQL")
     if statement._distinct:
         raise refuse.of("DISTINCT")
-    if statement._group_by_clauses or statement._having_criteria:
-        raise refuse.of("GROUP BY")
+    if aggregate := _aggregate(statement):
+        raise refuse.of(aggregate)
     for column in statement.inner_columns:
-        for element in visitors.iterate(column):
-            if isinstance(element, (Over, WithinGroup, FunctionFilter)):
-                raise refuse.of("a window or an aggregate")
-            if isinstance(element, FunctionElement) and _function(element) in AGGREGATES:
-                raise refuse.of(f"the aggregate {_function(element)}()")
+        if any(isinstance(each, (Over, WithinGroup)) for each in visitors.iterate(column)):
+            raise refuse.of("a window")
     # SQLAlchemy 2.1 keeps with the statement what Select.params() was given.
     params = {**(getattr(statement, "_params", None) or {}), **params}
     froms = statement.get_final_froms()
@@ -124,6 +115,8 @@ def find_of(
     if len(places) > 1:
         raise refuse.of("the table several times")
     (place,) = places
+    if missing := [each.name for each in job_table.key if each.key not in place.columns]:
+        raise refuse.of(f"a table object that has no {', '.join(missing)}")
     alone = len(froms) == 1 and _is(froms[0], place)
     return Find(
         job_table=job_table,
@@ -138,6 +131,22 @@ def find_of(
         alone=alone,
         params=params,
     )
+
+
+def _aggregate(statement: Select[Any]) -> str:
+    """Name the aggregate that makes rows of the SELECT no rows of a table, or return ""."""
+    if statement._group_by_clauses or statement._having_criteria:
+        return "GROUP BY"
+    for column in statement.inner_columns:
+        elements = list(visitors.iterate(column))
+        if any(isinstance(each, Over) for each in elements):
+            continue
+        for each in elements:
+            if isinstance(each, FunctionFilter):
+                return "an aggregate"
+            if isinstance(each, FunctionElement) and _function(each) in AGGREGATES:
+                return f"the aggregate {_function(each)}()"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -172,8 +181,7 @@ def _places(
             element.right, table, nullable or element.full or element.isouter, refuse
         )
         return
-    is_alias = isinstance(element, Alias) and _is(element.element, table)
-    if _is(element, table) or is_alias:
+    if is_table(element.element if isinstance(element, Alias) else element, table):
         if nullable:
             raise refuse.of("the table on the nullable side of an outer join")
         yield element
@@ -204,16 +212,17 @@ def speaks_only_of(condition: Any, place: FromClause) -> bool:
     )
 
 
-def adapted(clause: Any, place: FromClause, table: Table) -> Any:
-    """Rewrite a clause on an alias to one on its table."""
+def adapted(clause: Any, place: FromClause, table: FromClause) -> Any:
+    """Rewrite a clause on an alias, or on another object of its table, to one on the table."""
     if _is(place, table):
         return clause
+    columns = {column.name: column for column in table.columns}
     # The ORM's annotations keep the columns of an aliased class from being replaced.
     return visitors.replacement_traverse(
         _deep_deannotate(clause),
         {},
         lambda element, **_: (
-            table.columns[element.key]
+            columns.get(element.name)
             if isinstance(element, ColumnClause) and _is(element.table, place)
             else None
         ),

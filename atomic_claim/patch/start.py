@@ -41,15 +41,16 @@ def start() -> None:
     name = main_module.main_name()
     if name:
         os.environ[main_module.VARIABLE] = name
-    # The folder of the program comes onto the path only after this.
-    folder = _folder()
-    sys.path.insert(0, folder)
+    # The folder of the program comes onto the path only after this, and console scripts (flask,
+    # gunicorn, celery) put the working directory there themselves.
+    before = sys.path[:]
+    sys.path[:0] = dict.fromkeys([_folder(), str(Path.cwd())])
     try:
         load_patches(path, skip_missing=os.environ.get(PROCESS) != str(os.getpid()))
     except ClaimError as error:
         end(error)
     finally:
-        sys.path.remove(folder)
+        sys.path[:] = before
 
 
 def _folder() -> str:

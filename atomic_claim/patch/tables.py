@@ -1,10 +1,11 @@
-"""Tables in which no column says that a job is taken."""
+"""The table of a patch: found now or at the first call, with or without a state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Table, true
 from sqlalchemy import inspect as sa_inspect
@@ -12,9 +13,11 @@ from sqlalchemy import inspect as sa_inspect
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable
-from atomic_claim.references import resolve
 
-from .main_module import loaded_module
+from .calls import Call, Options, referred
+from .main_module import is_main, loaded_module
+
+T = TypeVar("T")
 
 
 def stateless(table: Any) -> JobTable:
@@ -81,9 +84,9 @@ def _table_of(table: Any) -> Table:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class Later:
-    """A table that is named, since what defines it may not be imported yet.
+@dataclass(frozen=True)
+class TableReference:
+    """A table that is named, since what defines it may not be there yet.
 
     Attributes:
         name: ``"module:Name"``.
@@ -91,43 +94,88 @@ class Later:
     """
 
     name: str
-    options: Mapping[str, Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def is_defined(self) -> bool:
+        """Check whether the table can be had now, without waiting for an import to go on."""
+        module_name, _, path = self.name.partition(":")
+        found: Any = loaded_module(module_name)
+        if found is None:
+            return referred(self.name) is not None
+        spec = getattr(found, "__spec__", None)
+        is_loading = is_main(module_name) or getattr(spec, "_initializing", False)
+        for part in path.split("."):
+            if is_loading and not hasattr(found, part):
+                return False
+            found = getattr(found, part, found)
+        return referred(self.name) is not None
+
+    def resolve(self) -> Any:
+        """Return the table, or its ``JobTable``.
+
+        Raises:
+            PatchError: there is nothing of that name.
+            ClaimError: the options do not fit the table.
+        """
+        table = referred(self.name)
+        if table is None:
+            raise PatchError(
+                f"table={self.name!r} is None: what sets it has not run; call it before the "
+                "patched function"
+            )
+        if not self.options:
+            return table
+        if not isinstance(table, (type, Table)):
+            raise PatchError(
+                f"table={self.name!r} is {table!r}; expected a Table or a mapped class where its "
+                "columns are named beside it"
+            )
+        options = dict(self.options)
+        if isinstance(options.get("order"), (str, list)):
+            options["order"] = order_of(table, options["order"])
+        return JobTable.infer(table, **options)
 
 
-def table_of(given: Any) -> Any:
-    """Resolve a table that is given by itself or by name.
+class Tables(Generic[T]):
+    """The table of each call of a patched function.
 
-    Raises:
-        PatchError: there is nothing of that name.
-        ClaimError: the options do not fit the table.
+    Args:
+        given: a table, the name of one, a path from a parameter, or a callable.
+        options: reads the options of the patch.
+        make: makes of a table what the patch needs, and raises if it does not fit.
     """
-    if isinstance(given, str) and ":" in given:
-        given = Later(given)
-    if not isinstance(given, Later):
-        return given
-    table = referred(given.name)
-    if not given.options:
-        return table
-    options = dict(given.options)
-    if isinstance(options.get("order"), (str, list)):
-        options["order"] = order_of(table, options["order"])
-    return JobTable.infer(table, **options)
 
+    def __init__(self, given: Any, options: Options, make: Callable[[Any], T]) -> None:
+        if isinstance(given, str) and ":" in given:
+            given = TableReference(given)
+        self.reading = options.reading("table", given, lambda each: isinstance(each, type))
+        self._options = options
+        self._make = make
+        self._made: dict[Any, T] = {}
+        self._lock = threading.RLock()
+        if self.reading.constant and not (
+            isinstance(given, TableReference) and not given.is_defined
+        ):
+            self._of(given)
 
-def referred(name: str) -> Any:
-    """Return the object that ``"module:name"`` names; import the module if necessary.
+    def of(self, call: Call) -> T:
+        """Return what was made of the table of a call."""
+        return self._of(self.reading.read(call), call)
 
-    Raises:
-        PatchError: there is nothing of that name.
-    """
-    module_name, _, path = name.partition(":")
-    loaded = loaded_module(module_name)
-    try:
-        return resolve(name if loaded is None else f"{loaded.__name__}:{path}")
-    except ImportError as error:
-        raise PatchError(f"{name!r} cannot be imported: {error}") from error
-    except (AttributeError, ValueError) as error:
-        raise PatchError(f"{name!r} does not exist: {error}") from error
+    def _of(self, given: Any, call: Call | None = None) -> T:
+        with self._lock:
+            if given in self._made:
+                return self._made[given]
+            found = given.resolve() if isinstance(given, TableReference) else given
+            if not callable(found) or isinstance(found, type):
+                return self._made.setdefault(given, self._make(found))
+            if call is None or found is given:
+                raise PatchError(
+                    f"table={self.reading.given!r} of {self._options.target} gives {found!r}; "
+                    "expected a Table, a mapped class or a JobTable"
+                )
+            return self._of(self._options.reading("table", found).read(call))
 
 
 def order_of(table: Any, names: str | list[str]) -> list[Any]:

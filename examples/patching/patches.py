@@ -140,8 +140,8 @@ def next_flask_job() -> Any:
 
 
 def patch_flask() -> Patch:
-    """Patch with the extension's session; the source shows that the function commits."""
-    return patch_claims(next_flask_job, FlaskJob, session=flask_db.session)
+    """Patch with the extension's session, in which the function commits."""
+    return patch_claims(next_flask_job, FlaskJob, session=flask_db.session, commit=True)
 
 
 # 3. A worker with SQLModel.
@@ -172,7 +172,7 @@ tasks = JobTable(Task, state="status", free="pending", claimed="running", done="
 
 def patch_sqlmodel() -> Patch:
     """Patch a function that returns the id."""
-    return patch_claims(take_task, tasks, returns="id")
+    return patch_claims(take_task, tasks, returns="id", commit=True)
 
 
 # 4. A repository of the 1.x days, whose Query the caller reads, and marks later.
@@ -215,7 +215,7 @@ async def claim_async(session: AsyncSession, limit: int) -> list[Job]:
 
 def patch_async() -> Patch:
     """Patch a coroutine function, which remains one."""
-    return patch_claims(claim_async, Job, limit="limit")
+    return patch_claims(claim_async, Job, limit="limit", commit=True)
 
 
 # 6. An outbox relay: finds, works and marks in one transaction, and has no claimed state.
@@ -281,7 +281,7 @@ imported_early = claim_early
 
 def patch_early() -> Patch:
     """One line for all of its names."""
-    return patch_claims("examples.patching.patches:claim_early", Job)
+    return patch_claims("examples.patching.patches:claim_early", Job, commit=True)
 
 
 def main(url: str) -> None:
@@ -297,7 +297,7 @@ def main(url: str) -> None:
 
 
 def fill(engine: sa.Engine, table: Any, count: int, **values: Any) -> None:
-    """Make a table anew, with rows to be done."""
+    """Recreate a table with rows to be done."""
     table.metadata.drop_all(engine, tables=[table])
     table.metadata.create_all(engine, tables=[table])
     with engine.begin() as connection:

@@ -328,7 +328,7 @@ class AsyncRepository:
         return jobs
 
     async def get_due_jobs(self) -> list[Job]:
-        """D: the jobs to run; somebody else marks them."""
+        """D: the jobs to run; the caller marks them."""
         query = sa.select(Job).where(Job.state == "waiting").order_by(Job.place)
         return list((await self.session.scalars(query)).all())
 

@@ -111,7 +111,7 @@ async def or_empty_async(call: Awaitable[Any]) -> bool:
 
 SHAPES = {
     "A": Shape(
-        lambda: patch_claims("tests.patch.legacy:claim_next", jobs),
+        lambda: patch_claims("tests.patch.legacy:claim_next", jobs, commit=True),
         lambda session: one(legacy.claim_next(session)),
         Session,
         Job,
@@ -124,6 +124,7 @@ SHAPES = {
             where=lambda call: {"queue": call["queue"]},
             returns=lambda job: {"id": job.id, "queue": job.queue},
             empty=legacy.Empty,
+            commit=True,
         ),
         lambda session: or_empty(lambda: legacy.Channel(session)._get("default")),
         Session,
@@ -136,7 +137,8 @@ SHAPES = {
             session="self.session",
             limit="limit",
             where=lambda call: {"queue": call.queue} if call.queue else None,
-            values=lambda call: {"owner": call.self.name},
+            values={"owner": "self.name"},
+            commit=True,
         ),
         lambda session: run_all(legacy.Repository(session).claim_batch(7)),
         Session,
@@ -199,14 +201,19 @@ SHAPES = {
     ),
     "G": Shape(
         lambda: patch_claims(
-            "tests.patch.legacy:pop", Message, delete=True, returns="payload", empty=legacy.Empty
+            "tests.patch.legacy:pop",
+            Message,
+            delete=True,
+            returns="payload",
+            empty=legacy.Empty,
+            commit=True,
         ),
         lambda session: or_empty(lambda: legacy.pop(session)),
         Session,
         Message,
     ),
     "A async": Shape(
-        lambda: patch_claims("tests.patch.legacy:claim_next_async", jobs),
+        lambda: patch_claims("tests.patch.legacy:claim_next_async", jobs, commit=True),
         lambda session: one_async(legacy.claim_next_async(session)),
         AsyncSession,
         Job,
@@ -220,6 +227,7 @@ SHAPES = {
             where=lambda call: Job.queue == call["queue"],
             returns="id",
             empty=legacy.Empty(),
+            commit=True,
         ),
         lambda session: or_empty_async(legacy.AsyncRepository(session).get("default")),
         AsyncSession,
@@ -232,6 +240,7 @@ SHAPES = {
             jobs,
             session="self.session",
             limit="limit",
+            commit=True,
         ),
         lambda session: all_async(legacy.AsyncRepository(session).claim_batch(7)),
         AsyncSession,
@@ -336,7 +345,7 @@ def undone(engine: sa.Engine, model: Any) -> int:
 
 
 def refuse_others(error: Exception) -> None:
-    """Raise an error again, unless it is a deadlock, after which whoever it hits begins anew.
+    """Raise an error again, unless it is a deadlock, after which the transaction is repeated.
 
     InnoDB's manual: applications must always be ready to run a transaction again.
     """

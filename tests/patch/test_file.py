@@ -78,6 +78,7 @@ name = "app"
 [tool.atomic_claim.patches."legacy_app:Queue.take"]
 session = "self.session"
 limit = "count"
+commit = true
 table = { table = "legacy_app:Job", state = "status", free = "new", claimed = "busy", \
 done = "done", order = ["-priority"] }
 """
@@ -107,6 +108,7 @@ def run(app: Path, *command: str, **variables: str) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
 
 
@@ -115,9 +117,9 @@ def test_a_script_and_its_children(app: Path) -> None:
     done = run(app, sys.executable, "legacy_app.py", "child", "spawn")
     assert done.stderr == ""
     assert done.stdout.split("\n") == [
-        "main Claim [2, 1]",
-        "main Claim [2, 1]",
-        "spawned Claim [2, 1]",
+        "main list [2, 1]",
+        "main list [2, 1]",
+        "spawned list [2, 1]",
         "",
     ]
 
@@ -127,7 +129,7 @@ def test_a_module(app: Path, module: str) -> None:
     """`python -m` runs a module or a package, which may import what is patched."""
     done = run(app, sys.executable, "-m", module)
     assert done.stderr == ""
-    assert done.stdout.endswith(" Claim [2, 1]\n")
+    assert done.stdout.endswith(" list [2, 1]\n")
 
 
 def test_a_console_script(app: Path) -> None:
@@ -139,7 +141,89 @@ def test_a_console_script(app: Path) -> None:
     script.chmod(0o755)
     path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
     done = run(app, "worker", PATH=path, PYTHONPATH=str(app))
-    assert (done.stdout, done.stderr) == ("script Claim [2, 1]\n", "")
+    assert (done.stdout, done.stderr) == ("script list [2, 1]\n", "")
+
+
+FLASK = """
+import flask
+
+app = flask.Flask("console")
+
+
+@app.cli.command("take")
+def take():
+    from legacy_app import work
+
+    work("flask")
+"""
+GUNICORN = """
+import os
+import signal
+
+
+def post_worker_init(worker):
+    try:
+        from legacy_app import work
+
+        work("gunicorn")
+    finally:
+        os.kill(os.getppid(), signal.SIGTERM)
+"""
+CELERY = """
+import os
+import signal
+
+from celery import Celery
+from celery.signals import worker_ready
+from legacy_app import work
+
+folder = os.path.dirname(os.path.abspath(__file__))
+app = Celery("console", broker="filesystem://")
+app.conf.worker_redirect_stdouts = False
+app.conf.broker_transport_options = {
+    "data_folder_in": folder, "data_folder_out": folder, "control_folder": folder + "/control",
+}
+
+
+@app.task
+def take():
+    try:
+        work("celery")
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@worker_ready.connect
+def send(**_):
+    take.delay()
+"""
+SCRIPTS: dict[str, tuple[str, str, list[str]]] = {
+    "flask": (FLASK, "console.py", ["--app", "console", "take"]),
+    "gunicorn": (
+        GUNICORN,
+        "gunicorn.conf.py",
+        ["--workers", "1", "--bind", "unix:console.socket", "console:app"],
+    ),
+    "celery": (
+        CELERY,
+        "console.py",
+        ["--app", "console", "worker", "--pool", "solo", "--without-gossip", "--without-mingle"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_console_scripts_of_servers(app: Path, name: str) -> None:
+    """They find modules of the working directory, and so do the patches, in their workers too."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    source, file, arguments = SCRIPTS[name]
+    (app / "console.py").write_text(FLASK, encoding="utf-8")
+    (app / file).write_text(source, encoding="utf-8")
+    (app / "control").mkdir()
+    script = Path(sys.executable).with_name(name)
+    done = run(app, str(script), *arguments, HOME=str(app))
+    assert f"{name} list [2, 1]\n" in done.stdout, done.stderr
+    assert "atomic-claim:" not in done.stderr
 
 
 def test_another_sitecustomize_is_kept(app: Path) -> None:
@@ -201,6 +285,7 @@ claimed = { state = "running" }, done = "done" }
         empty = "tests.patch.legacy:Empty"
         returns = "id"
         when = "queue"
+        commit = true
 
         [patches."tests.patch.legacy:relay"]
         by = "lock_reads"
@@ -233,7 +318,7 @@ token = "claim_token", naive_times = "utc" }
         ("[patches.'m.f']\ntable = 'm:T'", "is not a target"),
         ("[patches.'m:f']\nby = 'magic'", "expected one of patch_claims, lock_reads, claim_reads"),
         ("[patches.'m:f']\nlimit = 3", "has no table"),
-        ("[patches.'m:f']\ntable = 'T'", "expected 'package.models:Job'"),
+        ("[patches.'m:f']\ntable = 'a b'", "expected 'package.models:Job', or a path"),
         ("[patches.'m:f']\ntable = { table = 'm:T', colour = 1 }", "has 'colour'"),
     ],
 )

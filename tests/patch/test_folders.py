@@ -119,6 +119,7 @@ def test_one_content(waiting: Path) -> None:
 def test_nothing_may_be_an_exception(waiting: Path) -> None:
     """`empty=` is raised if it is an exception."""
     options: dict[str, Any] = {"directory": waiting, "pattern": "x*", "empty": LookupError("none")}
+    options["ignore"] = ["folder", "dry"]
     with patch_claims(next_text, **options), pytest.raises(LookupError, match="none"):
         next_text(waiting)
 

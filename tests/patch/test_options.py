@@ -1,7 +1,7 @@
 """Every form in which an option of a patch can be given."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,14 +11,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from atomic_claim import PatchError, patch_claims
-from atomic_claim.patch.calls import bound_call, reading
-from atomic_claim.patch.generators import Habit, Yields, commit_habit, yields_of
+from atomic_claim.patch.calls import Options, bound_call
 from tests.patch import legacy
 from tests.patch.legacy import Job
 from tests.patch.patched import jobs, leased
 from tests.patch.test_shapes import fill
 
 HERE = __name__
+SAID: dict[str, Any] = {"commit": True, "ignore": ("session", "limit", "sort", "where", "more")}
 
 
 def find(
@@ -105,7 +105,7 @@ GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 def test_options(session: Session, name: str) -> None:
     """An option's value is that of the call, whatever the form."""
     options, arguments, expected = GIVEN[name]
-    with patch_claims(f"{HERE}:find", jobs, **options):
+    with patch_claims(f"{HERE}:find", jobs, **SAID | options):
         found = find(session, **arguments)
     if isinstance(found, Job):
         found = found.id
@@ -117,7 +117,7 @@ def test_options(session: Session, name: str) -> None:
 def test_values_and_worker(session: Session) -> None:
     """Data of the call is written with the claim; what repeats the mark is left out."""
     data = {"state": "running", "owner": "w1"}
-    with patch_claims(f"{HERE}:find", jobs, values=lambda call: call["more"]["data"]):
+    with patch_claims(f"{HERE}:find", jobs, **SAID, values=lambda call: call["more"]["data"]):
         job = find(session, data=data)
     assert (job.state, job.owner) == ("running", "w1")
 
@@ -125,7 +125,7 @@ def test_values_and_worker(session: Session) -> None:
 @pytest.mark.parametrize("lease", [timedelta(seconds=30), 30, "more.seconds"])
 def test_a_lease(session: Session, lease: Any) -> None:
     """A lease is a timedelta or seconds, and its token is written."""
-    with patch_claims(f"{HERE}:find", leased, lease=lease):
+    with patch_claims(f"{HERE}:find", leased, **SAID, lease=lease):
         job = find(session, seconds=30)
     assert job.lease_until is not None
     assert len(job.claim_token) == 32
@@ -138,7 +138,7 @@ def test_a_lease(session: Session, lease: Any) -> None:
 def test_nothing_found(session: Session, empty: Any, expected: Any) -> None:
     """The result of a call without a job is a given value, or computed from the call."""
     session.execute(sa.delete(Job))
-    with patch_claims(f"{HERE}:find", jobs, empty=empty):
+    with patch_claims(f"{HERE}:find", jobs, **SAID, empty=empty):
         assert find(session) == expected
 
 
@@ -146,7 +146,7 @@ def test_nothing_found(session: Session, empty: Any, expected: Any) -> None:
 def test_nothing_found_raises(session: Session, empty: Any) -> None:
     """An exception, or a class of it, is raised."""
     session.execute(sa.delete(Job))
-    with patch_claims(f"{HERE}:find", jobs, empty=empty), pytest.raises(legacy.Empty):
+    with patch_claims(f"{HERE}:find", jobs, **SAID, empty=empty), pytest.raises(legacy.Empty):
         find(session)
 
 
@@ -162,7 +162,7 @@ def test_sessions(session: Session) -> None:
             yield opened
 
     for given in (maker, registry, scope, engine, lambda call: call["more"]["db"]):
-        with patch_claims(f"{HERE}:find", jobs, session=given, returns="id"):
+        with patch_claims(f"{HERE}:find", jobs, **SAID, session=given, returns="id"):
             assert find(db=maker) in range(1, 7)
     registry.remove()
     assert session.scalar(sa.select(sa.func.count()).where(Job.state == "running")) == 5
@@ -173,7 +173,7 @@ def test_an_asynchronous_session_in_a_function(session: Session) -> None:
     from sqlalchemy.ext.asyncio import AsyncSession  # noqa: PLC0415
 
     with (
-        patch_claims(f"{HERE}:find", jobs, session=AsyncSession()),
+        patch_claims(f"{HERE}:find", jobs, **SAID, session=AsyncSession()),
         pytest.raises(PatchError, match="only a coroutine can use"),
     ):
         find(session)
@@ -182,7 +182,7 @@ def test_an_asynchronous_session_in_a_function(session: Session) -> None:
 def test_a_path_that_leads_nowhere(session: Session) -> None:
     """It is an error of the call that names the path."""
     with (
-        patch_claims(f"{HERE}:find", jobs, limit="sort.size"),
+        patch_claims(f"{HERE}:find", jobs, **SAID, limit="sort.size"),
         pytest.raises(PatchError, match=r"limit='sort.size' of .* leads nowhere"),
     ):
         find(session, sort=3)
@@ -195,139 +195,22 @@ def numbers(session: Session) -> Iterator[Job]:
 
 def test_a_generator_stays_one(session: Session) -> None:
     """A function that yields its jobs still does."""
-    with patch_claims(f"{HERE}:numbers", jobs, limit=2, returns="id"):
+    with patch_claims(f"{HERE}:numbers", jobs, commit=True, limit=2, returns="id"):
         found = numbers(session)
         assert inspect.isgenerator(found)
         assert list(found) == [1, 2]
 
 
-def early_return(session: Session, job: Any) -> Any:
-    """Commit only if a job was found."""
-    if job is None:
-        return None
-    session.commit()
-    return job
-
-
-def always(session: Session) -> None:
-    """Commit at the end."""
-    session.flush()
-    session.commit()
-
-
-def at_last(session: Session) -> None:
-    """Commit in a `finally` clause."""
-    try:
-        if session is None:
-            raise legacy.Empty
-    finally:
-        session.commit()
-
-
-def inside(session: Session, job: Any) -> None:
-    """Commit under a condition."""
-    if job:
-        session.commit()
-
-
-def row_by_row(session: Session, found: Any) -> None:
-    """Commit in a loop."""
-    for _ in found:
-        session.commit()
-
-
-def by_block(session: Session) -> Any:
-    """Commit at the end of a `with` block, whatever is returned."""
-    with session.begin():
-        return None
-
-
-def to_let_go(session: Session, job: Any) -> Any:
-    """Commit even if nothing was found."""
-    if not job:
-        session.commit()
-        return None
-    session.commit()
-    return job
-
-
-def never(session: Session) -> None:
-    """Leaves it to the caller."""
-    session.flush()
-
-
-HABITS: list[tuple[Callable[..., Any], Habit]] = [
-    (early_return, Habit(commits=True, when_empty=False)),
-    (always, Habit(commits=True, when_empty=True)),
-    (at_last, Habit(commits=True, when_empty=True)),
-    (inside, Habit(commits=True, when_empty=False)),
-    (row_by_row, Habit(commits=True, when_empty=False)),
-    (by_block, Habit(commits=True, when_empty=True)),
-    (to_let_go, Habit(commits=True, when_empty=True)),
-    (never, Habit(commits=False, when_empty=False)),
-]
-
-
-@pytest.mark.parametrize(("function", "expected"), HABITS)
-def test_habits(function: Callable[..., Any], expected: Habit) -> None:
-    """Where a function commits is read from its source."""
-    assert commit_habit(function) == expected
-
-
-class Counting:
-    """A class of generators."""
-
-    handed = 0
-
-    def one(self, session: Session) -> Iterator[Any]:
-        """Yield a job after each commit and count the yielded jobs."""
-        while True:
-            job = session.get(Job, 1)
-            if job is None:
-                return
-            session.commit()
-            yield job
-            self.handed += 1
-
-    def each(self, session: Session) -> Iterator[Any]:
-        """Commit once, then yield the ids of the jobs in a loop."""
-        found = session.query(Job).all()
-        session.commit()
-        for job in found:
-            yield job.id
-
-    def then(self, session: Session) -> Iterator[Any]:
-        """Yield a job and mark it afterwards."""
-        job = session.get_one(Job, 1)
-        yield job
-        job.state = "done"
-
-
-def test_how_a_generator_yields() -> None:
-    """The source shows if a generator finds again, commits in between, and marks afterwards."""
-    assert yields_of(Counting.one) == Yields(repeats=True, in_loop=True, commits_between=True)
-    assert yields_of(Counting.each) == Yields(in_loop=True)
-    assert yields_of(Counting.then).marks_after == 5
-    assert yields_of(len) == Yields()
-
-
-def test_habits_without_a_source() -> None:
-    """Without a source the names that the code uses have to do."""
-    found: dict[str, Any] = {}
-    exec("def f(session):\n    session.commit()", found)  # noqa: S102
-    assert commit_habit(found["f"]) == Habit(commits=True, when_empty=False)
-    assert commit_habit(len) is None
-
-
 def test_what_a_string_means() -> None:
     """A parameter's name is read from the call; another string is refused or a constant."""
     signature = inspect.signature(find)
+    options = Options(signature, "f")
     call = bound_call(signature, None, ("s",), {"sort": "x"})
     assert call is not None
-    assert reading("worker", "sort", signature, "f").read(call) == "x"
-    constant = reading("worker", "bob", signature, "f", is_constant=lambda _: True)
+    assert options.reading("worker", "sort").read(call) == "x"
+    constant = options.reading("worker", "bob", lambda _: True)
     assert constant.read(call) == "bob"
     with pytest.raises(PatchError, match="is not a parameter of f"):
-        reading("limit", "bob", signature, "f")
+        options.reading("limit", "bob")
     with pytest.raises(AttributeError, match="has no argument 'colour'"):
         _ = call.colour

@@ -85,7 +85,7 @@ def test_the_listeners_go_with_the_last_patch() -> None:
 def test_early_bindings_are_patched() -> None:
     """Names bound by `from module import function`, also under another name, are patched too."""
     original = [legacy.claim_next]
-    with patch_claims(f"{HERE}:claim_next", jobs):
+    with patch_claims(f"{HERE}:claim_next", jobs, commit=True):
         assert early.claim_next is legacy.claim_next
         assert early.renamed is legacy.claim_next
         assert legacy.claim_next is not original[0]
@@ -106,7 +106,7 @@ def test_early_bindings_of_methods_are_named() -> None:
 
 
 def test_decorators_go_on_working() -> None:
-    """The function is replaced inside its decorators, whoever holds the decorated one."""
+    """The function is replaced inside its decorators, wherever the decorated one is held."""
     held = Repository.claim_batch
     calls = held.calls
     engine = sa.create_engine("sqlite://")
@@ -154,7 +154,7 @@ def test_an_inherited_method() -> None:
     """It is patched for the class that was named, and the base keeps its own."""
     original = vars(Base)["claim"]
     with pytest.warns(UserWarning, match=r"not: tests.patch.test_patches:Overriding.claim;"):
-        patch = patch_claims("tests.patch.test_patches:Inheriting.claim", jobs)
+        patch = patch_claims("tests.patch.test_patches:Inheriting.claim", jobs, commit=True)
     with patch:
         assert vars(Base)["claim"] is original
         assert "claim" in vars(Inheriting)
@@ -165,7 +165,7 @@ def test_an_inherited_method() -> None:
 def test_overrides_are_named() -> None:
     """A subclass's method in place of the patched one is named, and is not patched."""
     with pytest.warns(UserWarning, match="Overriding.claim"):
-        patch = patch_claims(Base.claim, jobs)
+        patch = patch_claims(Base.claim, jobs, commit=True)
     with patch:
         assert Overriding().claim(None)[0] == "own"  # type: ignore[arg-type]
 
@@ -175,7 +175,7 @@ def test_a_method_of_one_object() -> None:
     engine = sa.create_engine("sqlite://")
     fill(engine, Job, 1)
     one, other = legacy.Store(Session(engine)), legacy.Store(Session(engine))
-    with patch_claims(one.get_due_jobs, jobs, session="self.session", limit=None):
+    with patch_claims(one.get_due_jobs, jobs, session="self.session", limit=None, commit=True):
         assert [job.id for job in one.get_due_jobs()] == [1]
         assert not isinstance(other.get_due_jobs(), list)
     assert vars(one) == {"session": one.session}
@@ -199,11 +199,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a class": (lambda: patch_claims(legacy.Store, jobs), "not a function or a method"),
     "a local function": (lambda: patch_claims(lambda session: session, jobs), "held by no module"),
     "no such parameter": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, limit="size"),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, limit="size"),
         "limit='size' is not a parameter of tests.patch.legacy:claim_next, .*it has session",
     ),
     "no such path": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, session="db.session"),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, session="db.session"),
         "not a parameter",
     ),
     "no session": (
@@ -211,29 +211,37 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "None of its parameters is called session",
     ),
     "no such column": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, where={"colour": 1}),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, where={"colour": 1}),
         "colour is not a column",
     ),
     "no such order": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, order_by="-colour"),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, order_by="-colour"),
         "colour is not a column",
     ),
     "no such value": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, values={"colour": 1}),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, values={"colour": 1}),
         "colour is not a column",
     ),
-    "no limit": (lambda: patch_claims(f"{HERE}:claim_next", jobs, limit=0), "at least 1"),
+    "no limit": (
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, limit=0),
+        "at least 1",
+    ),
     "no lease column": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, lease=5),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, lease=5),
         "a token column",
     ),
     "no worker column": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, worker="w1"),
+        lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, worker="w1"),
         "needs a worker column",
     ),
-    "no lease": (lambda: patch_claims(f"{HERE}:claim_next", leased, lease=[5]), "a timedelta"),
+    "no lease": (
+        lambda: patch_claims(f"{HERE}:claim_next", leased, commit=True, lease=[5]),
+        "a timedelta",
+    ),
     "an asynchronous adapter": (
-        lambda: patch_claims(f"{HERE}:claim_next", jobs, returns=legacy.claim_next_async),
+        lambda: patch_claims(
+            f"{HERE}:claim_next", jobs, commit=True, returns=legacy.claim_next_async
+        ),
         "is a coroutine",
     ),
     "a generator's reads": (lambda: lock_reads(f"{__name__}:everybody", Event), "is a generator"),
@@ -265,19 +273,19 @@ def test_what_does_not_fit_is_refused_at_once(name: str) -> None:
 
 def test_patching_twice_is_refused() -> None:
     """A second patch of a function, by whatever name, is refused until the first is undone."""
-    with patch_claims(f"{HERE}:claim_next", jobs):
+    with patch_claims(f"{HERE}:claim_next", jobs, commit=True):
         for again in (f"{HERE}:claim_next", "tests.patch.early:renamed", legacy.claim_next):
             with pytest.raises(PatchError, match="patched already"):
-                patch_claims(again, jobs)
+                patch_claims(again, jobs, commit=True)
     with SHAPES["C"].patch(), pytest.raises(PatchError, match="patched already"):
         patch_claims(Repository.claim_batch, jobs, session="self.session")
-    patch_claims(f"{HERE}:claim_next", jobs).undo()
+    patch_claims(f"{HERE}:claim_next", jobs, commit=True).undo()
 
 
 def test_undoing_under_other_wrappers() -> None:
     """Wrappers put around a patch, by wrapt or by hand, stay when it goes."""
     original = [legacy.claim_next]
-    patch = patch_claims(f"{HERE}:claim_next", jobs)
+    patch = patch_claims(f"{HERE}:claim_next", jobs, commit=True)
     seen: list[str] = []
 
     def note(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
@@ -309,7 +317,7 @@ def test_a_wrapper_taken_off_before_the_patch() -> None:
     """A patched function that another tool puts back after the undo calls the original."""
     original = [legacy.claim_next]
     with pytest.MonkeyPatch.context() as monkeypatch:
-        patch = patch_claims(f"{HERE}:claim_next", jobs)
+        patch = patch_claims(f"{HERE}:claim_next", jobs, commit=True)
         patched = [legacy.claim_next]
         monkeypatch.setattr(legacy, "claim_next", lambda session: session)
         patch.undo()
@@ -363,7 +371,10 @@ def test_a_module_that_is_yet_to_be_imported(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(PatchError, match="defines no 'clam'; did you mean 'claim'"):
         patch_claims("late_one:clam", jobs)
-    one, two = patch_claims("late_one:claim", jobs), patch_claims("late_two:claim", jobs)
+    one, two = (
+        patch_claims("late_one:claim", jobs, commit=True),
+        patch_claims("late_two:claim", jobs, commit=True),
+    )
     assert "not yet imported" in repr(one)
     two.undo()
     import late_one  # type: ignore[import-not-found]  # noqa: PLC0415
@@ -389,7 +400,7 @@ def test_a_late_module_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_patched_function_looks_like_the_original() -> None:
     """Its name, signature, documentation and kind are the original's."""
     before = inspect.signature(legacy.claim_next)
-    with patch_claims(f"{HERE}:claim_next", jobs), SHAPES["A async"].patch():
+    with patch_claims(f"{HERE}:claim_next", jobs, commit=True), SHAPES["A async"].patch():
         assert inspect.signature(legacy.claim_next) == before
         assert legacy.claim_next.__name__ == "claim_next"
         assert legacy.claim_next.__doc__ == "Mark the next job and commit."
@@ -402,7 +413,7 @@ def test_the_decorator() -> None:
     fill(engine, Job, 3)
 
     class Own:
-        @claims(jobs, limit="count", returns="id")
+        @claims(jobs, limit="count", returns="id", commit=True)
         def take(self, session: Session, count: int = 2) -> list[int]:
             raise NotImplementedError
 

@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(["tests.patch.patched", "psycopg", "pymysql", "ai
 
 
 def fill(engine: sa.Engine, model: Any, count: int) -> None:
-    """Make the tables anew, with so many rows to be done."""
+    """Recreate the tables with a number of rows to be done."""
     Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
     more: dict[str, Any] = {"payload": ""} if model.__tablename__ == "messages" else {}
