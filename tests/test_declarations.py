@@ -200,7 +200,7 @@ def test_refused_declarations(declaration: str) -> None:
         {**STATUS, "free": ("owner",)},
         {**STATUS, "done": {"status": "owner"}},
     ],
-    ids=lambda roles: ",".join(roles),
+    ids=",".join,
 )
 def test_accepted_declarations(roles: dict[str, Any]) -> None:
     """The twin: what resembles the refused ones and holds is accepted."""
