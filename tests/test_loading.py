@@ -129,6 +129,13 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
     }
     own = {name.removeprefix("atomic_claim.") for name in found if name.startswith("atomic_claim.")}
     assert own == {
+        "arguments",
+        "candidates",
+        "columns",
+        "predicates",
+        "references",
+        "roles",
+        "state_values",
         "execution",
         "claim",
         "job_table",
