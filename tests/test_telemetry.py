@@ -218,9 +218,13 @@ def test_what_is_not_loaded_is_not_read(database: Database, events: list[Event])
     engine, table = database.engine(), job_table(Column("claimed_at", sa.DateTime))
     fill(engine, table, 2)
     properties = {"created_at": deferred(table.c.created_at)}
-    entity: Any = registry().map_imperatively(
-        type("Job", (), {}), table, properties=properties, exclude_properties=["claimed_at"]
-    ).class_
+    entity: Any = (
+        registry()
+        .map_imperatively(
+            type("Job", (), {}), table, properties=properties, exclude_properties=["claimed_at"]
+        )
+        .class_
+    )
     jobs = JobTable(entity, state="processing")
     with Session(engine) as session:
         [job] = claim_jobs(session, jobs)
@@ -291,7 +295,7 @@ def test_a_row_that_cannot_be_read_is_logged_without_its_value(
 
 @ON_SQLITE
 def test_a_row_is_lost_once(database: Database, events: list[Event]) -> None:
-    """What ``keep_claims`` has reported is not reported again by the end of the job."""
+    """The end of a job does not report again what ``keep_claims`` has reported."""
     engine, jobs = database.engine(), declared()
     fill(engine, jobs.table, 2)
     claim = claim_jobs(engine, jobs, 2, lease=HOUR)
