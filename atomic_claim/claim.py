@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
@@ -21,6 +22,7 @@ from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
+from .telemetry import logs_claims, report_claim, subscribers
 from .tickets import part_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
@@ -255,7 +257,7 @@ def claim_jobs(
         UnsupportedDialect: the database has no atomic claim.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
-    job_table = job_table_of(table, ordered=order_by is not None)
+    began, job_table = time.perf_counter(), job_table_of(table, ordered=order_by is not None)
     if type(limit) is not int or limit < 1:
         checked_limit(limit)
     request = ClaimRequest(limit, where, order_by, values, worker, lease)
@@ -278,7 +280,7 @@ def claim_jobs(
             recoverable=TOKEN in params,
         )
     keys, jobs = zip(*found, strict=True) if found else ((), ())
-    return Claim(
+    claim = Claim(
         jobs,
         table=job_table,
         keys=keys,
@@ -287,6 +289,9 @@ def claim_jobs(
         lease=lease,
         unreadable=tuple(unreadable),
     )
+    if subscribers or logs_claims():
+        report_claim(claim, began)
+    return claim
 
 
 @dataclass(frozen=True)
@@ -388,7 +393,7 @@ def dequeue_jobs(
     The rows are locked, read, and deleted by key; entities by their session, with the cascades of
     their mapping. Nothing brings them back: a worker that dies after the commit loses them.
     """
-    job_table = job_table_of(table)
+    began, job_table = time.perf_counter(), job_table_of(table)
     if job_table.exclusive_by is not None:
         raise ClaimError(
             f"{job_table!r} has exclusive keys, and a row that is deleted does not run: use "
@@ -419,7 +424,10 @@ def dequeue_jobs(
 
     found = run_in(bind, job_table, run)
     keys, jobs = zip(*found, strict=True) if found else ((), ())
-    return Claim(jobs, table=job_table, keys=keys)
+    claim = Claim(jobs, table=job_table, keys=keys)
+    if subscribers or logs_claims():
+        report_claim(claim, began)
+    return claim
 
 
 def _refuse_unflushed(session: Session | Connection, plan: ClaimPlan) -> None:

@@ -22,6 +22,7 @@ from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_maker, is_scoped, is_session
 from .plan import ClaimPlan
+from .telemetry import Retried, report
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -173,6 +174,7 @@ class OwnTransaction:
                 if undo is not None and self.committing and self.recoverable:
                     self._undo(undo)
                 raise
+            report(Retried(self.job_table.table.fullname, (), tried, self.lost))
             # Full jitter, so that the ones in each other's way do not meet again.
             longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
             first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE

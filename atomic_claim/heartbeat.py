@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +15,18 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from . import predicates
 from .backends import Transaction
+from .backends.recovery import logger, reason
 from .claim import Claim, Key
 from .errors import ClaimConflict, ClaimError, ClaimLost
 from .execution import OwnBind, outages, run_in
 from .lifecycle import Ended, Owned, ended_here, owned_rows
 from .orm import is_maker
 from .outcomes import extension
+from .telemetry import Lost, report
 
 OnLost = Callable[[tuple[Key, ...]], Any]
 
-logger = logging.getLogger("atomic_claim")
-
+LATE = "%d leases of %s are not extended: %s; the keys: %r"
 LONGEST_WAIT = 0.25
 """Seconds that a beat waits for a lock at most: the end of the block waits for the beat."""
 LONGEST_END = 1.0
@@ -49,7 +49,7 @@ class Keeper:
         All of them are once none could be extended for as long as the lease.
         """
         beat = self._beat
-        gone = beat.lost.union(beat.remaining) if beat.is_over else beat.lost
+        gone = beat.ended.lost.union(beat.remaining) if beat.is_over else beat.ended.lost
         return tuple(key for key in beat.owned.keys if key in gone and key not in beat.ended)
 
     @property
@@ -134,7 +134,6 @@ class Beat:
         self.values = extension(owned.job_table, owned.lease)
         self.keeper = Keeper(self)
         self.remaining = owned.keys
-        self.lost: frozenset[Key] = frozenset()
         self.ended = ended_here.setdefault(owned.token, Ended())
         self.least = max(self.lease / 2, 2 * self.every)
         self.reached = time.monotonic() - max(0, self.lease - self.least)
@@ -200,7 +199,9 @@ class Beat:
         gone = [key for key in self.remaining if key not in ours]
         lost = tuple(key for key in gone if key not in self.ended)
         self.remaining = tuple(key for key in self.remaining if key in ours)
-        self.lost = self.lost.union(lost)
+        self.ended.lost = self.ended.lost.union(lost)
+        if lost:
+            report(Lost(self.owned.job_table.table.fullname, lost))
         return lost
 
     def _run(
@@ -221,9 +222,7 @@ class Beat:
         if self.error is None:
             self.error = failed
             name = job_table.table.fullname
-            logger.warning(
-                "%d leases of %s are not extended: %s", len(self.remaining), name, failed
-            )
+            logger.warning(LATE, len(self.remaining), name, reason(failed), self.remaining)
         return None
 
     def _extend(self, tx: Transaction) -> set[Key]:

@@ -38,6 +38,7 @@ from .outcomes import (
 )
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
+from .telemetry import Lost, Requeued, Swept, logs_claims, report, report_ends, subscribers
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -86,7 +87,13 @@ class Owned:
 
 
 class Ended(set[Key]):
-    """The rows of a claim that this process has ended: gone, but not lost."""
+    """The rows of a claim that this process has ended: gone, but not lost.
+
+    Attributes:
+        lost: the rows that ``keep_claims`` has found lost, and reported.
+    """
+
+    lost: frozenset[Key] = frozenset()
 
 
 ended_here: WeakValueDictionary[str, Ended] = WeakValueDictionary()
@@ -178,7 +185,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return Change(bind, owned, [Outcome(release(owned.job_table))]).apply()
+    return Change(bind, owned, [_releasing(owned.job_table)]).apply()
 
 
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
@@ -190,13 +197,15 @@ def release_left(bind: Bind, claim: Claim[Any]) -> int:
         How many rows were freed.
     """
     owned = owned_rows(claim, None, unfenced=False)
-    outcomes = [Outcome(release(owned.job_table))]
+    outcomes = [_releasing(owned.job_table)]
 
-    def run(tx: Transaction) -> int:
+    def run(tx: Transaction) -> list[Key]:
         with tx.backend.limit_wait(tx, LONGEST_LOOK):
             return _change_unlocked(tx, owned.job_table, owned.keys, owned.guard(), outcomes)
 
-    return run_in(bind, owned.job_table, run, tries=1)
+    if freed := run_in(bind, owned.job_table, run, tries=1):
+        report_ends(owned.job_table, dict.fromkeys(freed, "released"))
+    return len(freed)
 
 
 def extend_jobs(
@@ -254,11 +263,13 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
     spent = and_(*map(not_, unspent), predicates.is_unowned(job_table))
     outcomes = sweeping(job_table)
 
-    def run(tx: Transaction) -> int:
+    def run(tx: Transaction) -> list[Key]:
         keys = tx.tuples(select(*job_table.key).where(spent))
         return _change_unlocked(tx, job_table, keys, spent, outcomes)
 
-    return run_in(bind, job_table, run)
+    if swept := run_in(bind, job_table, run):
+        report(Swept(job_table.table.fullname, tuple(swept)))
+    return len(swept)
 
 
 def requeue_jobs(
@@ -298,10 +309,12 @@ def requeue_jobs(
     if limit is not None:
         query = query.limit(checked_limit(limit))
 
-    def run(tx: Transaction) -> int:
+    def run(tx: Transaction) -> list[Key]:
         return _change_unlocked(tx, job_table, tx.tuples(query), failed, outcomes)
 
-    return run_in(bind, job_table, run)
+    if freed := run_in(bind, job_table, run):
+        report(Requeued(job_table.table.fullname, tuple(freed)))
+    return len(freed)
 
 
 def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
@@ -344,15 +357,16 @@ def _change_unlocked(
     keys: Sequence[Key],
     guard: ColumnElement[bool],
     outcomes: Sequence[Outcome],
-) -> int:
+) -> list[Key]:
     """Change the rows that the guard is true for, except those that are locked elsewhere."""
-    left, changed = tx.backend.unlocked(tx, job_table, keys, guard), 0
+    left: Sequence[Key] = tx.backend.unlocked(tx, job_table, keys, guard)
+    changed = list[Key]()
     for outcome in outcomes:
         guarded = and_(guard, *outcome.conditions)
         changes = tx.backend.changes(job_table, guarded, outcome.values)
-        found = set(tx.backend.change(tx, left, changes))
-        left = [key for key in left if key not in found]
-        changed += len(found)
+        found = tx.backend.change(tx, left, changes)
+        left = _without(left, found)
+        changed += found
     return changed
 
 
@@ -367,6 +381,7 @@ class Change:
         plain: the outcomes with an error's text that every column can hold, if there is a text.
         ends: whether the rows run no longer afterwards.
         refused: the rows whose change the database has refused, and its errors.
+        outcome_of: the names of the outcomes of the rows that were changed.
     """
 
     bind: Bind
@@ -375,6 +390,7 @@ class Change:
     plain: Sequence[Outcome] | None = None
     ends: bool = True
     refused: dict[Key, Exception] = field(default_factory=dict)
+    outcome_of: dict[Key, str] = field(default_factory=dict)
 
     def apply(self) -> int:
         """Change what is still owned, and raise for what is not, or what the database refuses."""
@@ -392,6 +408,8 @@ class Change:
             changed = self._run_parts(run, owned.keys, error)
         if self.ends and owned.token is not None:
             ended_here.get(owned.token, Ended()).update(changed)
+        if changed and self.ends and (subscribers or logs_claims()):
+            report_ends(owned.job_table, {key: self.outcome_of[key] for key in changed})
         if len(changed) < len(owned.keys):
             _raise_unchanged(owned, changed, self.refused)
         return len(changed)
@@ -429,13 +447,17 @@ class Change:
             if (changes := outcome.statements.get(tx.backend)) is None:
                 changes = outcome.statements[tx.backend] = _changes(job_table, outcome, tx.backend)
             if self.ends:
-                changed += tx.backend.change(tx, left, changes, params)
+                found = tx.backend.change(tx, left, changes, params)
             else:
-                changed += tx.backend.extend(tx, job_table, left, changes, params)
+                found = tx.backend.extend(tx, job_table, left, changes, params)
+            changed += found
+            self.outcome_of.update(dict.fromkeys(found, outcome.name))
         if tx.after_disconnect and self.ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             for outcome in self.outcomes:
-                changed += self.owned.changed_before(tx, _without(keys, changed), outcome)
+                found = self.owned.changed_before(tx, _without(keys, changed), outcome)
+                changed += found
+                self.outcome_of.update(dict.fromkeys(found, outcome.name))
         if not isinstance(tx.executor, Connection):
             written = {column for outcome in self.outcomes for column in outcome.values}
             _expire(tx.executor, job_table, changed, written)
@@ -474,6 +496,9 @@ def _raise_unchanged(
     lost = _without(owned.keys, [*changed, *refused])
     if error is not None and not lost:
         raise error
+    known = ended_here.get(owned.token or "", Ended()).lost
+    if news := tuple(key for key in lost if key not in known):
+        report(Lost(name, news))
     raise ClaimLost(
         f"{len(lost)} of {total} jobs of {name!r} are no longer this claim's, their keys: "
         f"{lost!r}. Another worker has them, or they have ended: do not apply their results. "
@@ -490,7 +515,12 @@ def _without(keys: Sequence[Key], others: Collection[Key]) -> Sequence[Key]:
 
 def _completing(job_table: JobTable) -> Sequence[Outcome]:
     """Return the outcome of a completion, whose statements are prepared once."""
-    return (Outcome(completion(job_table)),)
+    return (Outcome(completion(job_table), name="done"),)
+
+
+def _releasing(job_table: JobTable) -> Outcome:
+    """Return the outcome of a release."""
+    return Outcome(release(job_table), name="released")
 
 
 def _changes(job_table: JobTable, outcome: Outcome, backend: Backend) -> Sequence[ByKey]:

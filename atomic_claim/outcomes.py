@@ -30,11 +30,12 @@ _ZERO = literal(0.0, Float())
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Values for the rows that meet the conditions, and the statements by backend."""
+    """Values for the rows that meet the conditions, the statements by backend, and a name."""
 
     values: Values
     conditions: tuple[ColumnElement[bool], ...] = ()
     statements: dict[Any, Any] = field(default_factory=dict)
+    name: str = field(default="", kw_only=True)
 
 
 def common_values(job_table: JobTable) -> Values:
@@ -100,10 +101,12 @@ def failures(
     plain: bool = False,
 ) -> Sequence[Outcome]:
     """Return the outcomes of a failure: rows without attempts left are not freed for another."""
-    found = [Outcome(failure(job_table, retry=retry, error=error, plain=plain))]
+    values = failure(job_table, retry=retry, error=error, plain=plain)
+    found = [Outcome(values, name="failed" if retry is False else "retried")]
     if retry is not False and job_table.failed and is_unspent(job_table):
         ended = failure(job_table, retry=False, error=error, plain=plain)
-        found.insert(0, Outcome(ended, tuple(map(not_, is_unspent(job_table)))))
+        spent = tuple(map(not_, is_unspent(job_table)))
+        found.insert(0, Outcome(ended, spent, name="failed"))
     return found
 
 

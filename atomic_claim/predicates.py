@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Column, ColumnElement, and_, false, literal, not_, or_, true
 from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
-from sqlalchemy.types import Boolean, Float, Integer
+from sqlalchemy.types import Boolean, DateTime, Float, Integer
 
-from .inference import plain_type
+from .inference import ORDER, plain_type
 from .job_table import JobTable
 from .sql_elements import DatabaseTime, InlineLiteral
 from .state_values import is_same
@@ -185,6 +185,19 @@ def claimed_since(job_table: JobTable) -> Column[Any]:
     """Return the column from which the age of a running row without a lease is told."""
     found: tuple[Column[Any], ...] = (*job_table.claim_times, *job_table.stamps)
     return found[0]
+
+
+def waiting_since(job_table: JobTable) -> tuple[Column[Any], ...]:
+    """Return the columns that tell since when a row waits; the first that is not NULL counts."""
+    written = {job_table.lease, *job_table.claimed, *job_table.stamps}
+    named = [column for column in job_table.table.columns if column.name in ORDER]
+    return tuple(
+        column
+        for column in dict.fromkeys((job_table.due, *job_table.order, *named))
+        if isinstance(column, Column)
+        and isinstance(plain_type(column.type), DateTime)
+        and column not in written
+    )
 
 
 def _is_old(job_table: JobTable) -> ColumnElement[bool]:

@@ -38,6 +38,8 @@ ROOMS = [
     "statement",
     "backends",
     "guard",
+    "telemetry",
+    "opentelemetry",
     "execution",
     "claim",
     "lifecycle",
@@ -53,6 +55,7 @@ ROOMS = [
 PEERS = {
     "files": set[str](),
     "patch": {"sqlalchemy", "wrapt"},
+    "opentelemetry": {"opentelemetry", "sqlalchemy"},
     "cli": {"alembic", "matplotlib", "rich", "sqlalchemy", "typer"},
 }
 

@@ -232,4 +232,10 @@ def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
 
 
 def _log(plan: ClaimPlan, key: Key, what: str, error: BaseException | None) -> None:
-    logger.error("row %r of %s cannot be %s: %s", key, plan.job_table.table.fullname, what, error)
+    name = plan.job_table.table.fullname
+    logger.warning("row %r of %s cannot be %s: %s", key, name, what, reason(error))
+
+
+def reason(error: BaseException | None) -> str:
+    """Return the name of an error's class, or of the driver's: its text may contain values."""
+    return type(getattr(error, "orig", None) or error).__qualname__
