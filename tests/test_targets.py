@@ -1,4 +1,4 @@
-"""Tables of known queues, by their names alone, and a table that nobody names."""
+"""Tables of known queues, by their names alone, and the table of the patches."""
 
 import json
 from pathlib import Path

@@ -243,7 +243,7 @@ def _agree(total: int, change: Change, holders: str) -> None:
     """Ask before a change.
 
     Raises:
-        CommandError: nobody is there to be asked, or the answer is no.
+        CommandError: standard input is no terminal, or the answer is no.
     """
     whose = f" ({holders})" if change.kind == "stuck" else ""
     if not sys.stdin.isatty():
@@ -271,7 +271,7 @@ def _requeue(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
 
 @dataclass(frozen=True)
 class Change:
-    """What frees jobs.
+    """An action that frees jobs.
 
     Attributes:
         kind: which jobs.
