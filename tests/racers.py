@@ -12,9 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import ForeignKey, String
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
-from atomic_claim import JobTable, claim_jobs
+from atomic_claim import JobTable, aio, claim_jobs
 from tests.jobs import job_table
 
 
@@ -220,8 +221,31 @@ def mistaken(engine: sa.Engine) -> Any:
     return [f"job {job.id}" for job in claim_jobs(engine, jobs, 5)]
 
 
-async def asynchronous(session: Session) -> None:
-    """Cannot be called by just anybody."""
+async def by_coroutine(session: AsyncSession, limit: int) -> Any:
+    """Claim in the session that it is given."""
+    return await aio.claim_jobs(session, jobs, limit)
+
+
+async def by_generator(engine, n):  # type: ignore[no-untyped-def]
+    """Yield jobs one by one, and say nothing of what is wanted."""
+    for job in await aio.claim_jobs(engine, jobs, n):
+        yield job
+
+
+async def by_connection(connection: AsyncConnection) -> Any:
+    """Leave the commit to the race."""
+    return await aio.claim_jobs(connection, jobs, 3)
+
+
+async def legacy_by_coroutine(sessions: async_sessionmaker[AsyncSession], limit: int) -> Any:
+    """Find, then mark."""
+    async with sessions() as session:
+        free = sa.select(jobs).where(jobs.c.processing == sa.false()).limit(limit)
+        found = (await session.execute(free)).all()
+        taken = jobs.c.id.in_([job.id for job in found])
+        await session.execute(jobs.update().where(taken).values(processing=True))
+        await session.commit()
+    return found
 
 
 def strange(session: Session, tenant: str) -> Any:
@@ -270,3 +294,11 @@ def all_sized(count: int) -> list[dict[str, Any]]:
 def claim_checked(engine: sa.Engine, limit: int) -> Any:
     """Claims of the checked table."""
     return claim_jobs(engine, checked, limit)
+
+
+only_elsewhere = sa.Table(
+    "only_elsewhere",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("tags", sa.ARRAY(sa.Integer)),
+)

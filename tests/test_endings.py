@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from atomic_claim import (
     fail_jobs,
     requeue_jobs,
 )
+from tests.commands import Command
 from tests.databases import Database
-from tests.guides import PATHS, blocks
+from tests.guides import GUIDES, blocks
 from tests.jobs import fill, ids, job_table
 from tests.test_aio import DRIVERS
 from tests.test_lease import LEASE, made, row
@@ -67,24 +69,52 @@ def failing(error: Any, *more: Any) -> JobTable:
 
 @pytest.mark.once
 @pytest.mark.databases("sqlite")
-def test_the_guides_run_as_shown(
-    database: Database,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The guide's example prints what stands below it; a ticket's ends its jobs."""
-    monkeypatch.chdir(tmp_path)
-    guide = PATHS["leases"].with_name("retries_and_dead_letters.md").read_text(encoding="utf-8")
-    example, shown = re.findall(r"^```(?:python|text)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
-    found: dict[str, Any] = {}
-    exec(example, found)  # noqa: S102 - the guides are ours
-    found["engine"].dispose()
-    assert capsys.readouterr().out == shown
+def test_a_ticket_ends_its_jobs_as_shown(database: Database) -> None:
+    """The guide's example for another process."""
     (example,) = [block for block in blocks("leases", "python") if "from_ticket" in block]
     engine, jobs = made(database, 2)
     exec(example, {"engine": engine, "jobs": jobs})  # noqa: S102 - the guides are ours
     assert row(engine, jobs, 2).done_at is not None
+
+
+@pytest.mark.once
+def test_the_guide_runs_as_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: Command,
+) -> None:
+    """Its code and its commands, one after the other, print what stands below them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///jobs.db")
+    monkeypatch.setenv("COLUMNS", "100")
+    parts = re.findall(
+        r"^```(python|text|console)\n(.*?)^```",
+        GUIDES["retries_and_dead_letters"],
+        re.DOTALL | re.MULTILINE,
+    )
+    module = parts.pop(0)[1]
+    tmp_path.joinpath("mail_jobs.py").write_text(module, encoding="utf-8")
+    found: dict[str, Any] = {}
+    for language, text in parts:
+        if language == "python":
+            exec(text, found)  # noqa: S102 - the guides are ours
+        elif language == "text":
+            assert capsys.readouterr().out == text
+        else:
+            for call in re.findall(r"^\$ atomic-claim (.*)$", text, re.MULTILINE):
+                ended = command(*call.split())
+                assert (ended.code, ended.err) == (0, "")
+                _, _, shown = text.partition(f"$ atomic-claim {call}\n")
+                assert undated(shown.partition("\n$ ")[0]).rstrip() == undated(ended.out).rstrip()
+    found["engine"].dispose()
+    monkeypatch.delitem(sys.modules, "mail_jobs")
+
+
+def undated(text: str) -> str:
+    """Return a command's output with one time for all."""
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "2026-11-02 08:00:00", text)
 
 
 @pytest.mark.parametrize("what", TEXTS)

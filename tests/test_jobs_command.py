@@ -73,7 +73,7 @@ def test_what_is_listed(database: Database, command: Command, engine: sa.Engine)
 def test_the_dead_are_freed(database: Database, command: Command, engine: sa.Engine) -> None:
     """Only after their number and workers were shown; those that run are left alone."""
     said = command(*jobs(database, "--release-stuck")).refused()
-    assert "1 job would be freed (bob: 1): agree with --yes" in said
+    assert "1 stuck job would be freed (bob: 1): agree with --yes" in said
     assert listed(command, jobs(database, "--stuck")) == (1, [2])
     ended = command(*jobs(database, "--release-stuck", "--yes"))
     assert (ended.code, ended.err) == (0, "")
@@ -82,6 +82,22 @@ def test_the_dead_are_freed(database: Database, command: Command, engine: sa.Eng
     assert listed(command, jobs(database, "--running")) == (1, [3])
     lease = timedelta(hours=1)
     assert ids(claim_jobs(engine, declared, 9, lease=lease)) == [2, 4, 5, 6]
+
+
+def test_the_failed_are_requeued(database: Database, command: Command, engine: sa.Engine) -> None:
+    """Only those that were asked for, with their error; none that runs or is free."""
+    said = command(*jobs(database, "--requeue")).refused()
+    assert "1 failed job would be freed: agree with --yes" in said
+    ended = command(*jobs(database, "--requeue", "--yes", "--where", "id=2"))
+    assert ended.out == "jobs: 0 failed jobs\nrequeued: 0 jobs\n"
+    ended = command(*jobs(database, "--requeue", "--yes", "--json"))
+    assert (ended.code, ended.err) == (0, "")
+    said = json.loads(ended.out)
+    assert (said["total"], said["requeued"], said["jobs"][0]["id"]) == (1, 1, 1)
+    assert listed(command, jobs(database, "--failed")) == (0, [])
+    assert listed(command, jobs(database, "--running")) == (2, [2, 3])
+    (job,) = claim_jobs(engine, declared, 1, lease=timedelta(hours=1))
+    assert (job.id, job.attempts) == (1, 1)
 
 
 @pytest.mark.databases("sqlite", "postgresql")
@@ -101,6 +117,8 @@ def test_what_nothing_tells_is_not_freed(database: Database, command: Command) -
         ((), "which jobs?"),
         (("--failed", "--stuck"), "which jobs?"),
         (("--failed", "--release-stuck"), "which jobs?"),
+        (("--stuck", "--requeue"), "which jobs?"),
+        (("--requeue", "--release-stuck"), "which jobs?"),
         (("--failed", "--where", "nonsuch=1"), "expected COLUMN=VALUE with one of id"),
         (("--failed", "--where", "id=x"), "'x' is no value of INTEGER"),
     ],

@@ -151,12 +151,29 @@ def test_a_check_needs_a_factory() -> None:
         ("of_its_own", {}),
         ("Repository.take", {}),
         ("strange", {"call": "tests.racers:for_the_north"}),
+        ("by_coroutine", {}),
+        ("by_generator", {}),
+        ("by_connection", {}),
     ],
 )
 def test_targets_of_all_sorts(target: str, options: dict[str, Any]) -> None:
     """A sessionmaker, an engine of its own, a method, and an adapter for what cannot be told."""
     found = small(target, jobs=20, workers=2, **options)
     assert (found.claimed, found.exact) == (20, True)
+
+
+def test_an_asynchronous_function_races(database: Database, command: Command) -> None:
+    """By its table's name in the database, whose other rows stay as they are."""
+    engine = database.engine()
+    jobs.create(engine)
+    words = ("--url", address(database), "--table", "jobs", "--jobs", "20", "--workers", "2")
+    options = (*words, "--limit", "5", "--use-existing-table")
+    ended = command("race", "tests.racers:legacy_by_coroutine", *options, "--json")
+    assert (ended.code, ended.err) == (1, "")
+    assert json.loads(ended.out)["duplicates"] >= 5
+    assert command("race", "tests.racers:by_coroutine", *options).code == 0
+    assert "--use-existing-table" in command("race", "tests.racers:cured", *words).refused()
+    assert tables(database) == ["jobs"]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +183,8 @@ def test_targets_of_all_sorts(target: str, options: dict[str, Any]) -> None:
         ("tests.racers", (), "expected MODULE:NAME"),
         ("tests.racers:nonsuch", (), "has no 'nonsuch'"),
         ("tests.racers:Letter.id", (), "cannot be called"),
-        ("tests.racers:asynchronous", (), "is asynchronous"),
+        ("tests.racers:cured", ("--table", "jobs"), "is a name in a database: give --url"),
+        ("tests.racers:cured", ("--table", "tests.racers:only_elsewhere"), "with --url"),
         ("tests.racers:strange", (), "takes tenant: str"),
         ("tests.racers:failing", (), "nonsuch"),
         ("tests.racers:broken", (), "handed out nothing: TypeError at"),

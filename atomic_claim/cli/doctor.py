@@ -19,7 +19,16 @@ from . import watching
 from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
-from .options import FAILED, Flag, UrlOption, console, is_unicode, plain_ending, server
+from .options import (
+    FAILED,
+    Flag,
+    StuckAfterOption,
+    UrlOption,
+    console,
+    is_unicode,
+    plain_ending,
+    server,
+)
 from .targets import TableOption, chosen
 
 MARKS = {
@@ -33,15 +42,7 @@ def doctor(
     *,
     table: TableOption = None,
     url: UrlOption = None,
-    stuck_after: Annotated[
-        float,
-        typer.Option(
-            "--stuck-after",
-            min=0,
-            metavar="SECONDS",
-            help="How long a job may run without a lease before it looks stuck.",
-        ),
-    ] = 3600,
+    stuck_after: StuckAfterOption = 3600,
     transaction_after: Annotated[
         float,
         typer.Option(

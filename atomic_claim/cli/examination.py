@@ -16,11 +16,10 @@ from sqlalchemy.orm import Mapper
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
-from atomic_claim.testing.names import load
+from atomic_claim.testing.names import load, reflect
 
 from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
-from .targets import reflect
 
 OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
     "postgresql": (postgresql.checks, (postgresql.catalog, postgresql.clock)),

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import Column, ColumnElement, Engine, Float, and_, func, literal, or_, select
 from sqlalchemy.types import Enum
 
@@ -20,12 +21,13 @@ from atomic_claim.backends.base import Transaction
 from atomic_claim.execution import run_in
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
+from atomic_claim.lifecycle import requeue_jobs
 from atomic_claim.outcomes import freeing
 from atomic_claim.testing.database import CommandError
 
 from .checks.findings import count
 from .checks.rows import claimed_at, is_marked
-from .options import Flag, UrlOption, console, plain_ending, server
+from .options import Flag, StuckAfterOption, UrlOption, console, plain_ending, server
 from .targets import TableOption, chosen, load_job_table
 
 ROLES = ("state", "due", "worker", "lease", "attempts", "error")
@@ -50,83 +52,103 @@ class Listed:
     total: int
     rows: Sequence[Mapping[str, Any]]
 
+    @property
+    def names(self) -> Sequence[str]:
+        """The columns that are shown."""
+        return list(self.rows[0]) if self.rows else []
+
+
+FailedOption = Annotated[bool, Flag("--failed", help="Those that have failed.")]
+StuckOption = Annotated[
+    bool,
+    Flag(
+        "--stuck",
+        help="Those whose lease has run out, or that run without one for --stuck-after.",
+    ),
+]
+RunningOption = Annotated[bool, Flag("--running", help="Those that are claimed.")]
+WaitingOption = Annotated[bool, Flag("--waiting", help="Those that a claim would take now.")]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="COLUMN=VALUE", help="Only those; may be given again. NULL is NULL."
+    ),
+]
+LimitOption = Annotated[int, typer.Option(min=1, help="How many are shown.")]
+RequeueOption = Annotated[
+    bool,
+    Flag(
+        "--requeue",
+        help="Free the failed ones, however many are shown, with all their attempts; the error "
+        "stays.",
+    ),
+]
+ReleaseOption = Annotated[
+    bool,
+    Flag(
+        "--release-stuck",
+        help="Free the stuck ones, however many are shown; the attempt stays counted.",
+    ),
+]
+YesOption = Annotated[bool, Flag("--yes", help="Do not ask.")]
+JobsJsonOption = Annotated[bool, Flag("--json", help="Print JSON.")]
+
 
 def jobs(
     *,
     table: TableOption = None,
-    failed: Annotated[bool, Flag("--failed", help="Those that have failed.")] = False,
-    stuck: Annotated[
-        bool,
-        Flag(
-            "--stuck",
-            help="Those whose lease has run out, or that run without one for --stuck-after.",
-        ),
-    ] = False,
-    running: Annotated[bool, Flag("--running", help="Those that are claimed.")] = False,
-    waiting: Annotated[bool, Flag("--waiting", help="Those that a claim would take now.")] = False,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--where", metavar="COLUMN=VALUE", help="Only those; may be given again. NULL is NULL."
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many are shown.")] = 20,
-    stuck_after: Annotated[
-        float,
-        typer.Option(
-            "--stuck-after",
-            min=0,
-            metavar="SECONDS",
-            help="How long a job may run without a lease before it looks stuck.",
-        ),
-    ] = 3600,
-    release_stuck: Annotated[
-        bool,
-        Flag(
-            "--release-stuck",
-            help="Free the stuck ones, however many are shown; the attempt stays counted.",
-        ),
-    ] = False,
-    yes: Annotated[bool, Flag("--yes", help="Do not ask.")] = False,
+    failed: FailedOption = False,
+    stuck: StuckOption = False,
+    running: RunningOption = False,
+    waiting: WaitingOption = False,
+    where: WhereOption = None,
+    limit: LimitOption = 20,
+    stuck_after: StuckAfterOption = 3600,
+    requeue: RequeueOption = False,
+    release_stuck: ReleaseOption = False,
+    yes: YesOption = False,
     url: UrlOption = None,
-    as_json: Annotated[bool, Flag("--json", help="Print JSON.")] = False,
+    as_json: JobsJsonOption = False,
 ) -> None:
-    """List the jobs of a table, and free those of dead workers.
+    """List the jobs of a table, and free those of dead workers and those that have failed.
 
-    Nothing is changed but with --release-stuck, after their number and their workers were shown,
-    and yes was said.
+    Nothing is changed but with --release-stuck or --requeue, after their number and their workers
+    were shown, and yes was said.
     """
     with plain_ending(), server(url) as engine:
-        asked = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
-        kinds = [name for name, wanted in asked.items() if wanted]
-        if release_stuck and kinds in ([], ["stuck"]):
-            kinds = ["stuck"]
-        elif len(kinds) != 1 or release_stuck:
-            raise CommandError(
-                "which jobs? Give one of --failed, --stuck, --running and --waiting; "
-                "--release-stuck goes with --stuck"
-            )
+        listed = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
+        kind, change = _asked(listed, {"requeue": requeue, "release-stuck": release_stuck})
         _, job_table = load_job_table(chosen(table), url)
-        condition = and_(
-            _condition(job_table, kinds[0], stuck_after),
-            *(_equal(job_table, given) for given in where or ()),
-        )
+        conditions = [_equal(job_table, given) for given in where or ()]
+        condition = and_(_condition(job_table, kind, stuck_after), *conditions)
         found = _listed(engine, job_table, condition, limit)
-        freed = None
-        if release_stuck:
-            holders = _holders(engine, job_table, condition)
-            if found.total and (yes or _agreed(found.total, holders)):
-                freed = _release(engine, job_table, condition)
-            elif found.total:
-                raise CommandError("nothing was changed")
+        said: dict[str, Any] = {}
+        if change is not None:
+            if found.total and not yes:
+                _agree(found.total, change, _holders(engine, job_table, condition))
+            said[change.done] = change.apply(engine, job_table, condition) if found.total else 0
         if as_json:
-            said = {"table": job_table.table.fullname, "jobs": list(found.rows)}
-            said |= {"total": found.total} | ({} if freed is None else {"released": freed})
-            typer.echo(json.dumps(said, indent=2, default=str))
+            rows = {"table": job_table.table.fullname, "jobs": list(found.rows)}
+            typer.echo(json.dumps(rows | {"total": found.total} | said, indent=2, default=str))
             return
-        _show(job_table, kinds[0], found)
-        if freed is not None:
-            typer.echo(f"released: {count(freed, 'job')}")
+        _show(job_table, kind, found)
+        for done, number in said.items():
+            typer.echo(f"{done}: {count(number, 'job')}")
+
+
+def _asked(listed: Mapping[str, bool], changed: Mapping[str, bool]) -> tuple[str, Change | None]:
+    """Return the kind of jobs that was asked for, and what is done to them."""
+    kinds = [name for name, wanted in listed.items() if wanted]
+    changes = [name for name, wanted in changed.items() if wanted]
+    change = CHANGES[changes[0]] if changes else None
+    if change is not None and not kinds:
+        kinds = [change.kind]
+    if len(kinds) != 1 or len(changes) > 1 or (change is not None and kinds != [change.kind]):
+        raise CommandError(
+            "which jobs? Give one of --failed, --stuck, --running and --waiting; "
+            "--requeue goes with --failed, --release-stuck with --stuck"
+        )
+    return kinds[0], change
 
 
 def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElement[bool]:
@@ -140,7 +162,8 @@ def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElem
                 f"nothing marks a row of {job_table.table.fullname} as failed: say it with "
                 "JobTable(failed=...), and give that as --table"
             )
-        return and_(*predicates.bears(job_table.failed))
+        others = predicates.not_ended_in(job_table, job_table.failed)
+        return and_(*predicates.bears(job_table.failed), *others)
     return _stuck(job_table, stuck_after)
 
 
@@ -216,10 +239,18 @@ def _holders(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return ", ".join(f"{'nobody named' if who is None else who}: {n:,}" for who, n in rows)
 
 
-def _agreed(total: int, holders: str) -> bool:
+def _agree(total: int, change: Change, holders: str) -> None:
+    """Ask before a change.
+
+    Raises:
+        CommandError: standard input is no terminal, or the answer is no.
+    """
+    whose = f" ({holders})" if change.kind == "stuck" else ""
     if not sys.stdin.isatty():
-        raise CommandError(f"{count(total, 'job')} would be freed ({holders}): agree with --yes")
-    return typer.confirm(f"Free {count(total, 'job')} ({holders})?", err=True)
+        said = f"{count(total, f'{change.kind} job')} would be freed{whose}"
+        raise CommandError(f"{said}: agree with --yes")
+    if not typer.confirm(f"Free {count(total, f'{change.kind} job')}{whose}?", err=True):
+        raise CommandError("nothing was changed")
 
 
 def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
@@ -234,15 +265,48 @@ def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return run_in(engine, job_table, run)
 
 
+def _requeue(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
+    return requeue_jobs(engine, job_table, where=condition)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An action that frees jobs.
+
+    Attributes:
+        kind: which jobs.
+        done: the word for it.
+        apply: frees those that meet a condition, and returns how many.
+    """
+
+    kind: str
+    done: str
+    apply: Callable[[Engine, JobTable, ColumnElement[bool]], int]
+
+
+CHANGES = {
+    "requeue": Change("failed", "requeued", _requeue),
+    "release-stuck": Change("stuck", "released", _release),
+}
+
+
 def _show(job_table: JobTable, kind: str, found: Listed) -> None:
-    screen = console()
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in found.rows[0] if found.rows else ():
-        shown.add_column(name, overflow="fold")
-    for row in found.rows:
-        shown.add_row(*("" if value is None else str(value) for value in row.values()))
+    """Print the jobs, without the columns that are NULL in all of them."""
     typer.echo(f"{job_table.table.fullname}: {count(found.total, f'{kind} job')}")
+    names = [name for name in found.names if any(row[name] is not None for row in found.rows)]
+    shown = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in shown.columns:
+        column.overflow = "fold"
+    for row in found.rows:
+        shown.add_row(*(_text(row[name]) for name in names))
     if found.rows:
-        screen.print(shown)
+        console().print(shown)
     if found.total > len(found.rows):
         typer.echo(f"{found.total - len(found.rows):,} more; see --limit")
+
+
+def _text(value: object) -> Text:
+    """Return a value for people: times to the second, and no markup."""
+    if isinstance(value, datetime):
+        return Text(value.isoformat(" ", "seconds"))
+    return Text("" if value is None else str(value))

@@ -57,54 +57,60 @@ PROJECTS = (Path("alembic.ini"), Path("migrations/alembic.ini"))
 FOR_THE_MODEL = "# For the model, so that Alembic's next autogenerate finds no difference:"
 
 
+AddOption = Annotated[
+    str,
+    typer.Option(
+        "--add",
+        metavar="COLUMNS",
+        help=f"Columns to add, separated by commas: {', '.join(NAMES)}.",
+    ),
+]
+GuardOption = Annotated[
+    bool,
+    Flag(
+        "--guard",
+        help="Add triggers by which the database refuses a second claim, for loops that "
+        "nobody can patch.",
+    ),
+]
+FullRowsOption = Annotated[
+    bool,
+    Flag(
+        "--full-rows",
+        help="With --guard: somebody writes whole rows when only some other column than the "
+        "state has changed.",
+    ),
+]
+WriteOption = Annotated[
+    bool,
+    Flag(
+        "--write",
+        help="Create the revision in the Alembic project of the current directory, by its own "
+        "template and behind its head, in place of printing it.",
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="With --write: Alembic's configuration. Left out, alembic.ini, pyproject.toml "
+        "with [tool.alembic], or migrations/alembic.ini (Flask-Migrate's).",
+    ),
+]
+SqlOption = Annotated[bool, Flag("--sql", help="Print plain SQL in place of an Alembic revision.")]
+
+
 def migration(
     *,
     table: TableOption = None,
-    add: Annotated[
-        str,
-        typer.Option(
-            "--add",
-            metavar="COLUMNS",
-            help=f"Columns to add, separated by commas: {', '.join(NAMES)}.",
-        ),
-    ] = "",
-    guard: Annotated[
-        bool,
-        Flag(
-            "--guard",
-            help="Add triggers by which the database refuses a second claim, for loops that "
-            "nobody can patch.",
-        ),
-    ] = False,
-    full_rows: Annotated[
-        bool,
-        Flag(
-            "--full-rows",
-            help="With --guard: somebody writes whole rows when only some other column than the "
-            "state has changed.",
-        ),
-    ] = False,
+    add: AddOption = "",
+    guard: GuardOption = False,
+    full_rows: FullRowsOption = False,
     dialect: DialectsOption = None,
-    write: Annotated[
-        bool,
-        Flag(
-            "--write",
-            help="Create the revision in the Alembic project of the current directory, by its own "
-            "template and behind its head, in place of printing it.",
-        ),
-    ] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config",
-            metavar="FILE",
-            help="With --write: Alembic's configuration. Left out, alembic.ini, pyproject.toml "
-            "with [tool.alembic], or migrations/alembic.ini (Flask-Migrate's).",
-        ),
-    ] = None,
-    as_sql: Annotated[
-        bool, Flag("--sql", help="Print plain SQL in place of an Alembic revision.")
-    ] = False,
+    write: WriteOption = False,
+    config: ConfigOption = None,
+    as_sql: SqlOption = False,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -131,35 +137,57 @@ def migration(
         if not steps:
             typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
         if as_sql:
-            texts = {name: plain_sql(steps, name) for name in names}
-            if as_json:
-                found = {"table": job_table.table.fullname, "sql": texts}
-                typer.echo(json.dumps(found, indent=2))
-            else:
-                show_sql(console(), "\n\n".join(texts.values()))
+            _print_sql(job_table, steps, names, as_json=as_json)
             return
-        command = "migration" + (f" --table {table}" if table else "")
-        command += f" --add {','.join(wanted)}" if wanted else ""
-        command += " --guard" * guard + " --full-rows" * full_rows
-        if len(names) < len(DIALECTS):
-            command += "".join(f" --dialect {name}" for name in names)
+        command = _command(table, wanted, names, " --guard" * guard + " --full-rows" * full_rows)
         revision = Revision.of(steps, names)
         text = revision.text(job_table, command)
         path = _write(config, job_table, revision) if write else None
         model = model_lines(given, table or "", steps, names)
-        if as_json:
-            said = {
-                "table": job_table.table.fullname,
-                "revision": revision.id,
-                "path": None if path is None else str(path),
-                "text": text if path is None else path.read_text(encoding="utf-8"),
-                "model": model.splitlines(),
-            }
-            typer.echo(json.dumps(said, indent=2))
-            return
-        typer.echo(text.rstrip() if path is None else path)
-        if model:
-            typer.echo(f"{FOR_THE_MODEL}\n{model}", err=path is None)
+        _print_revision(job_table, revision, text, path, model, as_json=as_json)
+
+
+def _command(table: str | None, wanted: Sequence[str], names: Sequence[str], flags: str) -> str:
+    """Return the command that makes the same revision again."""
+    command = "migration" + (f" --table {table}" if table else "")
+    command += f" --add {','.join(wanted)}" if wanted else ""
+    databases = names if len(names) < len(DIALECTS) else ()
+    return command + flags + "".join(f" --dialect {name}" for name in databases)
+
+
+def _print_sql(
+    job_table: JobTable, steps: Sequence[Operation], names: Sequence[str], *, as_json: bool
+) -> None:
+    texts = {name: plain_sql(steps, name) for name in names}
+    if as_json:
+        typer.echo(json.dumps({"table": job_table.table.fullname, "sql": texts}, indent=2))
+    else:
+        show_sql(console(), "\n\n".join(texts.values()))
+
+
+def _print_revision(
+    job_table: JobTable,
+    revision: Revision,
+    text: str,
+    path: Path | None,
+    model: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Print the revision, or the path that it was written to, and the model's lines."""
+    if as_json:
+        said = {
+            "table": job_table.table.fullname,
+            "revision": revision.id,
+            "path": None if path is None else str(path),
+            "text": text if path is None else path.read_text(encoding="utf-8"),
+            "model": model.splitlines(),
+        }
+        typer.echo(json.dumps(said, indent=2))
+        return
+    typer.echo(text.rstrip() if path is None else path)
+    if model:
+        typer.echo(f"{FOR_THE_MODEL}\n{model}", err=path is None)
 
 
 def _columns(given: str) -> list[str]:

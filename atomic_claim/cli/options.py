@@ -39,6 +39,15 @@ UrlOption = Annotated[
 JsonOption = Annotated[
     bool, Flag("--json", help="Print the figures as JSON in place of the table.")
 ]
+StuckAfterOption = Annotated[
+    float,
+    typer.Option(
+        "--stuck-after",
+        min=0,
+        metavar="SECONDS",
+        help="How long a job may run without a lease before it looks stuck.",
+    ),
+]
 
 
 class Trimmed:

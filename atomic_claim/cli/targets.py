@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from sqlalchemy import Connection, MetaData, Table
-from sqlalchemy.exc import NoSuchTableError, SAWarning
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.patch.file import find_file, read_file
 from atomic_claim.testing.database import CommandError, connected, one_line, parse_url
-from atomic_claim.testing.names import load
+from atomic_claim.testing.names import load_table
 
 TableOption = Annotated[
     str | None,
@@ -57,35 +55,9 @@ def load_job_table(spec: str | None, url: str | None) -> tuple[Any, JobTable]:
             certainty.
     """
     spec = chosen(spec)
-    if ":" in spec:
-        found = load(spec, "--table")
-    elif url is None:
-        raise CommandError(
-            f"--table {spec} is a name in a database: give --url, or write MODULE:NAME"
-        )
-    else:
-        with connected(parse_url(url)) as engine, engine.connect() as connection:
-            found = reflect(connection, spec)
+    with nullcontext() if ":" in spec or url is None else connected(parse_url(url)) as engine:
+        found = load_table(spec, engine)
     try:
         return found, job_table_of(found)
     except ClaimError as error:
         raise CommandError(f"--table {spec}: {error}") from None
-
-
-def reflect(connection: Connection, given: str) -> Table:
-    """Reflect the table of this name from the database.
-
-    Raises:
-        CommandError: there is none.
-    """
-    schema, _, name = given.rpartition(".")
-    try:
-        with warnings.catch_warnings():
-            # An index on an expression cannot be reflected, and is not needed.
-            warnings.simplefilter("ignore", SAWarning)
-            return Table(name, MetaData(), schema=schema or None, autoload_with=connection)
-    except NoSuchTableError:
-        raise CommandError(
-            f"--table {given}: the database has no such table; expected its name, or MODULE:NAME "
-            "for a table that a module declares"
-        ) from None

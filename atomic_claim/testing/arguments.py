@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from .database import CommandError
+from .database import CommandError, asynchronous
 
 # The longer names first: `sessionmaker[Session]` is no session.
 ANNOTATIONS = (
-    ("async", re.compile(r"\bAsync(Session|Engine|Connection)\b")),
+    ("async_sessionmaker", re.compile(r"\basync_sessionmaker\b|\bCallable\b.*\bAsyncSession\b")),
+    ("async_session", re.compile(r"\bAsyncSession\b")),
+    ("async_engine", re.compile(r"\bAsyncEngine\b")),
+    ("async_connection", re.compile(r"\bAsyncConnection\b")),
     ("sessionmaker", re.compile(r"\bsessionmaker\b|\bCallable\b.*\bSession\b")),
     ("scoped_session", re.compile(r"\bscoped_session\b")),
     ("session", re.compile(r"\bSession\b")),
@@ -40,6 +52,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "table": ("table", "model", "job_table", "job_class", "entity"),
     "target": ("target", "function", "claim"),
 }
+# What an asynchronous function is given by these names without an annotation.
+ASYNCHRONOUS = frozenset({"session", "sessionmaker", "engine", "connection"})
 # These are passed only where they are needed: a default stands for something else.
 ONLY_IF_NEEDED = frozenset({"worker", "table", "target"})
 KINDS_WITHOUT_NAMES = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -79,10 +93,33 @@ class Offer:
 
             yield give
             for each in given.values():
-                if isinstance(each, (Session, scoped_session)) or (
-                    isinstance(each, Connection) and each.in_transaction()
+                if isinstance(each, (Session, scoped_session, AsyncSession)) or (
+                    isinstance(each, (Connection, AsyncConnection)) and each.in_transaction()
                 ):
-                    each.commit()
+                    self.awaited(each.commit())
+
+    def awaited(self, found: Any) -> Any:
+        """Return what a call returned; of an asynchronous one, what it returns or yields."""
+        if inspect.isasyncgen(found):
+            found = _collected(found)
+        return self.loop.run(found) if inspect.iscoroutine(found) else found
+
+    def close(self) -> None:
+        """Close the connections of asynchronous functions, and their event loop."""
+        if "async_engine" in vars(self):
+            self.loop.run(self.async_engine.dispose())
+        if "loop" in vars(self):
+            self.loop.close()
+
+    @cached_property
+    def loop(self) -> asyncio.Runner:
+        """The event loop of all calls, since connections cannot change theirs."""
+        return asyncio.Runner()
+
+    @cached_property
+    def async_engine(self) -> AsyncEngine:
+        """An engine with an asynchronous driver for the same database."""
+        return create_async_engine(asynchronous(self.engine.url))
 
     def _open(self, role: str, stack: ExitStack) -> Any:
         if role == "session":
@@ -93,7 +130,22 @@ class Offer:
             return made
         if role == "connection":
             return stack.enter_context(self.engine.connect())
+        if role == "async_session":
+            session = AsyncSession(self.async_engine)
+            stack.callback(lambda: self.awaited(session.close()))
+            return session
+        if role == "async_connection":
+            connection = self.async_engine.connect()
+            self.awaited(connection.__aenter__())
+            stack.callback(lambda: self.awaited(connection.close()))
+            return connection
+        if role == "async_sessionmaker":
+            return async_sessionmaker(self.async_engine)
         return sessionmaker(self.engine) if role == "sessionmaker" else getattr(self, role)
+
+
+async def _collected(found: AsyncIterator[Any]) -> list[Any]:
+    return [each async for each in found]
 
 
 @dataclass(frozen=True)
@@ -142,11 +194,7 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
     """
     if not callable(function):
         raise CommandError(f"{name} is {function!r}, which cannot be called")
-    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-        raise CommandError(
-            f"{name} is asynchronous: race a function that runs it, such as "
-            "def claim(): return asyncio.run(...)"
-        )
+    waits = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -161,14 +209,14 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
     roles = []
     unknown = []
     for parameter in parameters:
-        role = _role(parameter, adapter=adapter)
+        role = _role(parameter, adapter=adapter, asynchronous=waits)
         needed = parameter.default is parameter.empty
-        if parameter.kind in KINDS_WITHOUT_NAMES or (not needed and role in {None, "async"}):
+        if parameter.kind in KINDS_WITHOUT_NAMES or (not needed and role is None):
             continue
-        if role in {None, "async"}:
+        if role is None:
             unknown.append(str(parameter))
         elif needed or role not in ONLY_IF_NEEDED:
-            roles.append((parameter, str(role)))
+            roles.append((parameter, role))
     if unknown:
         raise CommandError(
             f"{name} takes {', '.join(unknown)}, and what that is to be given cannot be told by "
@@ -187,7 +235,7 @@ def _needs_object(function: Any, owner: Any) -> bool:
     return not isinstance(stored, (staticmethod, classmethod)) and not inspect.ismethod(function)
 
 
-def _role(parameter: inspect.Parameter, *, adapter: bool) -> str | None:
+def _role(parameter: inspect.Parameter, *, adapter: bool, asynchronous: bool) -> str | None:
     annotation = parameter.annotation
     if annotation is not parameter.empty:
         for kind, role in ((Session, "session"), (Engine, "engine"), (Connection, "connection")):
@@ -199,5 +247,5 @@ def _role(parameter: inspect.Parameter, *, adapter: bool) -> str | None:
                 return role
     for role, names in NAMES.items():
         if parameter.name in names and (adapter or role != "target"):
-            return role
+            return f"async_{role}" if asynchronous and role in ASYNCHRONOUS else role
     return None

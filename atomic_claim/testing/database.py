@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,12 @@ DRIVERS = {
     "postgresql": ("psycopg", "psycopg2"),
     "mysql": ("pymysql", "mysqldb"),
     "mariadb": ("pymysql", "mysqldb"),
+}
+ASYNC_DRIVERS = {
+    "postgresql": ("psycopg", "asyncpg"),
+    "mysql": ("asyncmy", "aiomysql"),
+    "mariadb": ("asyncmy", "aiomysql"),
+    "sqlite": ("aiosqlite",),
 }
 EXTRAS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
 # Some drivers would wait for minutes for a host that does not answer.
@@ -86,16 +92,40 @@ def _with_driver(url: URL) -> URL:
         plain = backend if dialect.is_async else url.drivername
         names = [plain, *(f"{backend}+{driver}" for driver in DRIVERS.get(backend, ()))]
         candidates = [url.set(drivername=name) for name in names]
-    missing: CommandError | None = None
+    found = _installed(candidates)
+    if isinstance(found, URL):
+        return found
+    raise _missing(candidates[0], found) from None
+
+
+def asynchronous(url: URL) -> URL:
+    """Return the same database's URL with an asynchronous driver that is installed.
+
+    Raises:
+        CommandError: there is none.
+    """
+    backend = url.get_backend_name()
+    names = ASYNC_DRIVERS[backend]
+    found = _installed([url.set(drivername=f"{backend}+{name}") for name in names])
+    if isinstance(found, URL):
+        return found
+    raise CommandError(
+        f"an asynchronous function needs an asynchronous driver for {backend} "
+        f"({one_line(found)}): install {' or '.join(names)}"
+    )
+
+
+def _installed(candidates: Sequence[URL]) -> URL | ImportError:
+    """Return the first URL whose driver is installed, or the first driver's error."""
+    missing: list[ImportError] = []
     for candidate in candidates:
         try:
             candidate.get_dialect().import_dbapi()
         except ImportError as error:
-            missing = missing or _missing(candidate, error)
+            missing.append(error)
         else:
             return candidate
-    assert missing is not None
-    raise missing
+    return missing[0]
 
 
 def _missing(url: URL, error: ImportError) -> CommandError:

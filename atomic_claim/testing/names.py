@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from typing import Any
+
+from sqlalchemy import Connection, Engine, MetaData, Table
+from sqlalchemy.exc import NoSuchTableError, SAWarning
 
 from atomic_claim.references import resolve
 
@@ -24,6 +28,45 @@ def load(spec: str, option: str) -> Any:
         CommandError: there is no such module or name, or the module cannot be imported.
     """
     return owner_and_object(spec, option)[1]
+
+
+def load_table(spec: str, engine: Engine | None) -> Any:
+    """Load the table of a module, or reflect that of this name from the database.
+
+    Args:
+        spec: ``MODULE:NAME``, or the table's name, with a dot behind its schema.
+        engine: the database, if there is one.
+
+    Raises:
+        CommandError: there is none of this name.
+    """
+    if ":" in spec:
+        return load(spec, "--table")
+    if engine is None:
+        raise CommandError(
+            f"--table {spec} is a name in a database: give --url, or write MODULE:NAME"
+        )
+    with engine.connect() as connection:
+        return reflect(connection, spec)
+
+
+def reflect(connection: Connection, given: str) -> Table:
+    """Reflect the table of this name from the database.
+
+    Raises:
+        CommandError: there is none.
+    """
+    schema, _, name = given.rpartition(".")
+    try:
+        with warnings.catch_warnings():
+            # An index on an expression cannot be reflected, and is not needed.
+            warnings.simplefilter("ignore", SAWarning)
+            return Table(name, MetaData(), schema=schema or None, autoload_with=connection)
+    except NoSuchTableError:
+        raise CommandError(
+            f"--table {given}: the database has no such table; expected its name, or MODULE:NAME "
+            "for a table that a module declares"
+        ) from None
 
 
 def owner_and_object(spec: str, option: str) -> tuple[Any, Any]:

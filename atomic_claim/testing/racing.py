@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from .database import (
     one_line,
     server_title,
 )
-from .names import load
+from .names import load, load_table
 from .results import Race
 from .tables import Jobs, filled
 from .team import SLACK, Progress, Setting, Team
@@ -66,11 +66,12 @@ def race(
     Args:
         target: the function, as ``"module:function"`` or ``"module:Class.method"``, or itself if
             workers can import it. Its parameters get what their names and annotations ask for: a
-            session, sessionmaker, engine, connection, limit, worker or table. A session or
-            connection that it got is committed after each call. It returns entities, rows,
-            dictionaries or keys, one or several; None, nothing, or an exception of its own where
-            no job is left.
-        table: the ``Table``, mapped class or ``JobTable``, as ``"module:name"``, or a class itself.
+            session, sessionmaker, engine, connection, limit, worker or table; an asynchronous
+            function gets them in their asynchronous kinds. A session or connection that it got is
+            committed after each call. It returns or yields entities, rows, dictionaries or keys,
+            one or several; None, nothing, or an exception of its own where no job is left.
+        table: the ``Table``, mapped class or ``JobTable``, as ``"module:name"``, or a class itself;
+            or the name of a table in the database, with ``use_existing_table``.
         url: a database that may be filled; left out, an SQLite file that is gone afterwards.
         workers: how many processes.
         jobs: how many jobs.
@@ -110,10 +111,10 @@ def race(
         environment=dict(os.environ),
         path=(),
     )
-    given = load(duty.table, "--table")
     maker = load(factory, "--factory") if isinstance(factory, str) else factory
     text = url.render_as_string(hide_password=False) if isinstance(url, URL) else url
     with chosen(text) as address, connected(address) as engine:
+        given = load_table(duty.table, None if url is None else engine)
         duty = replace(duty, url=address, path=tuple(sys.path))
         made = filled(engine, given, jobs, factory=maker, existing=use_existing_table)
         held = Setting(duty, workers, kill, patience, timeout, progress, use_existing_table)
@@ -152,7 +153,14 @@ def _run(
     engine: Engine, made: AbstractContextManager[Jobs], held: Setting, shown: str | None
 ) -> Race:
     duty = held.duty
-    with watching(engine) as watch, made as jobs:
+    with watching(engine) as watch, ExitStack() as stack:
+        try:
+            jobs = stack.enter_context(made)
+        except CommandError as error:
+            if shown is not None:
+                raise
+            cure = "this was a temporary SQLite file: name a database of your own with --url"
+            raise CommandError(f"{error}; {cure}") from None
         title = server_title(watch)
         team = Team(held, jobs.keys, watch)
         with team:

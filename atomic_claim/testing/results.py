@@ -124,12 +124,12 @@ class Race:
 
     @property
     def lost(self) -> int:
-        """How many jobs nobody ever got, those of killed workers aside."""
+        """The number of jobs never handed out, without those of killed workers."""
         return len(self.keys - self.times.keys() - self.held)
 
     @property
     def stuck(self) -> int:
-        """How many jobs of killed workers nobody got again."""
+        """The number of jobs of killed workers that were not handed out again."""
         return len(self.held - self.times.keys())
 
     @property

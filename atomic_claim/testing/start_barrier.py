@@ -69,7 +69,7 @@ class Board:
         )
 
     def leave(self, worker: int) -> None:
-        """Have nobody wait for a worker any more."""
+        """Record that a worker has ended; the others no longer wait for it."""
         self.doing[worker] = PAST
         self.idle[worker] = 1
         self.calling[worker] = 0.0

@@ -88,7 +88,7 @@ class Counted(_Watched):
 
 
 class Told:
-    """On SQLite nobody is asked: see :class:`FileLocks`."""
+    """SQLite has no such figures: see :class:`FileLocks`."""
 
     def look(self) -> None:
         """There is nothing to do."""

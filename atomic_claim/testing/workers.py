@@ -24,7 +24,7 @@ from atomic_claim.patch.start import FILE
 
 from .arguments import Offer, Plan, planned
 from .database import CommandError, make_engine, one_line
-from .names import load, owner_and_object, where
+from .names import load_table, owner_and_object, where
 from .result_keys import Reader
 from .results import Key
 from .rows import tables_of
@@ -155,9 +155,9 @@ def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -
             load_patches(duty.patches)
         except ClaimError as error:
             raise CommandError(one_line(error)) from None
-    table = load(duty.table, "--table")
-    plan, target = _plan(duty)
     engine = make_engine(duty.url)
+    table = load_table(duty.table, engine)
+    plan, target = _plan(duty)
     offer = Offer(
         engine=engine,
         limit=LIMIT if duty.limit is None else duty.limit,
@@ -169,7 +169,7 @@ def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -
 
     def take() -> tuple[Key, ...]:
         with offer.opened() as give:
-            return reader.keys(plan.call(give))
+            return reader.keys(offer.awaited(plan.call(give)))
 
     names = [each.name for each in tables_of(table)]
     meeting = Meeting(board, worker, names, duty.url)
@@ -181,6 +181,7 @@ def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -
     if engine.dialect.name == "sqlite":
         locks.listen()
     pipe.send(_Loop(worker, duty.target, take, pipe, board, meeting, locks, victim).run())
+    offer.close()
     engine.dispose()
 
 
