@@ -553,10 +553,15 @@ class Run:
                     self.fail(f"{what}: the version of {ident} was not counted up")
 
     def _take_in_passed_over(self, ident: int, row: Mapping[str, str | None]) -> None:
-        """Accept that a job that cannot be read was freed, and its attempt counted."""
+        """Accept that a job that cannot be read was freed, and its attempt counted.
+
+        In a transaction of the caller's the further values of the claim stay, too.
+        """
         said, job = self.scenario.declaration, self.model.committed[ident]
         if job.sound or job.owner is not None:
             return
+        if row["note"] == "claimed":
+            self.model.change(ident, claimed_note=True)
         label = said.label("attempts")
         if label is not None and (counted := row[label]) is not None:
             self.model.change(ident, attempts=max(job.attempts, int(counted)))

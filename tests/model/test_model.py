@@ -21,7 +21,7 @@ from tests.model.world import Places
 # It draws on the newer SQLAlchemy; what it finds becomes a test that runs on both.
 pytestmark = pytest.mark.once
 
-EXAMPLES: Final = {"sqlite": 150, "postgresql": 150, "mysql": 100, "mariadb": 100}
+EXAMPLES: Final = {"sqlite": 120, "postgresql": 120, "mysql": 80, "mariadb": 80}
 INCOHERENT: Final = dict.fromkeys(NAMES, 20)
 
 
