@@ -21,7 +21,7 @@ from tests.model.world import Places
 # It draws on the newer SQLAlchemy; what it finds becomes a test that runs on both.
 pytestmark = pytest.mark.once
 
-EXAMPLES: Final = {"sqlite": 120, "postgresql": 120, "mysql": 80, "mariadb": 80}
+EXAMPLES: Final = {"sqlite": 90, "postgresql": 90, "mysql": 60, "mariadb": 60}
 INCOHERENT: Final = dict.fromkeys(NAMES, 20)
 
 
