@@ -121,7 +121,7 @@ def _expired(job_table: JobTable) -> tuple[Branch, ...]:
 @_once
 def is_unowned(job_table: JobTable) -> ColumnElement[bool]:
     """Build the condition that no worker owns the row, and that it has not ended."""
-    return or_(is_free(job_table), any_of(_expired(job_table)))
+    return any_of([Branch((is_free(job_table),)), *_expired(job_table)])
 
 
 def any_of(branches: Collection[Branch]) -> ColumnElement[bool]:

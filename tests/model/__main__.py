@@ -19,7 +19,7 @@ from tests.databases import KINDS, NAMES, Database, SQLiteDatabase
 from tests.model.known import known_fault
 from tests.model.runner import Violation, run
 from tests.model.scenario import Scenario
-from tests.model.strategies import scenarios
+from tests.model.strategies import incoherent, scenarios
 from tests.model.world import Places
 from tests.processes import Workspace
 
@@ -64,7 +64,9 @@ def replay(scenario: Scenario, database: str) -> None:
     print("the model allows all of it")  # noqa: T201 - a command
 
 
-def explore(name: str, number: int, minutes: float, *, known: bool) -> str | None:
+def explore(
+    name: str, number: int, minutes: float, *, known: bool = False, spoilt: bool = False
+) -> str | None:
     """Draw scenarios until the time is over or one fails; return the script of the smallest."""
     end = time.monotonic() + 60 * minutes
     smallest: dict[str, str] = {}
@@ -80,7 +82,7 @@ def explore(name: str, number: int, minutes: float, *, known: bool) -> str | Non
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
-        @given(scenarios(name))
+        @given((incoherent if spoilt else scenarios)(name))
         def check(scenario: Scenario) -> None:
             nonlocal tried
             if time.monotonic() > end and not smallest:
@@ -113,8 +115,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="what the drawing begins with")
     parser.add_argument("--database", choices=NAMES, default="sqlite", help="where to run them")
     parser.add_argument("--known", action="store_true", help="draw known faults too")
-    arguments = parser.parse_args()
-    script = explore(arguments.database, arguments.seed, arguments.minutes, known=arguments.known)
+    parser.add_argument("--incoherent", action="store_true", help="draw only such declarations")
+    given = parser.parse_args()
+    script = explore(
+        given.database, given.seed, given.minutes, known=given.known, spoilt=given.incoherent
+    )
     if script is not None:
         print(script)  # noqa: T201 - a command
     return int(script is not None)

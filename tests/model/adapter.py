@@ -20,8 +20,9 @@ from atomic_claim import (
     aio,
 )
 from atomic_claim.claim import dequeue_jobs
-from tests.model.scenario import Claim, End, Scenario
-from tests.model.world import Player, Schema
+from tests.model.kinds import NO_MESSAGE
+from tests.model.scenario import Claim, End, Requeue, Scenario
+from tests.model.world import HOUR, Player, Schema
 
 LEASE: Final = timedelta(hours=1)
 WORKER: Final = "me"
@@ -76,6 +77,10 @@ def declare(scenario: Scenario, schema: Schema) -> Any:
         ]
     if said.max_attempts is not None:
         arguments["max_attempts"] = said.max_attempts
+    if said.unleased:
+        arguments["unleased"] = HOUR
+    if said.max_per_key > 1:
+        arguments["max_per_key"] = said.max_per_key
     return JobTable(schema.target, naive_times="utc", **arguments)
 
 
@@ -128,10 +133,12 @@ def end(player: Player, step: End, owned: Handed) -> Any:
     if step.by_ticket:
         ticket = json.loads(json.dumps(held.ticket(owned.jobs[0])))
         held, jobs = atomic_claim.Claim.from_ticket(held.table, ticket), None
+    error = ValueError() if step.error == NO_MESSAGE else step.error
     name, options = {
         "complete": ("complete_jobs", {}),
-        "fail": ("fail_jobs", {"error": step.error}),
-        "retry": ("fail_jobs", {"error": step.error, "retry": LEASE}),
+        "fail": ("fail_jobs", {"error": error}),
+        "retry": ("fail_jobs", {"error": error, "retry": LEASE}),
+        "retry now": ("fail_jobs", {"error": error, "retry": timedelta(0)}),
         "release": ("release_jobs", {}),
         "extend": ("extend_jobs", {"lease": LEASE}),
     }[step.how]
@@ -144,6 +151,14 @@ def end(player: Player, step: End, owned: Handed) -> Any:
 def sweep(player: Player, table: Any) -> Any:
     """Mark as failed what has spent its attempts."""
     return player.awaited(lambda: _module(player.bind.on_loop).sweep_jobs(player.object, table))
+
+
+def requeue(player: Player, schema: Schema, table: Any, step: Requeue) -> Any:
+    """Free failed jobs again."""
+    where = None if step.where is None else schema.columns["ident"] > step.where
+    options = {"where": where, "limit": step.limit, "keep_error": step.keep_error}
+    module = _module(player.bind.on_loop)
+    return player.awaited(lambda: module.requeue_jobs(player.object, table, **options))
 
 
 def unloaded(job: Any) -> set[str]:

@@ -17,6 +17,9 @@ from sqlalchemy.dialects import mysql, postgresql
 ALL: Final = frozenset({"sqlite", "postgresql", "mysql", "mariadb"})
 ON_SERVERS: Final = ALL - {"sqlite"}
 INNODB: Final = frozenset({"mysql", "mariadb"})
+# Stands for an exception without a message, whose type is stored then.
+NO_MESSAGE: Final = "(no message)"
+SPENT: Final = "all attempts are spent"
 DAY: Final = datetime(2024, 5, 1, 12)  # noqa: DTZ001 - for columns without a zone
 
 
@@ -120,6 +123,18 @@ class Kind:
 def _status(*values: Any) -> dict[str, Any]:
     names = ("free", "retry", "claimed", "done", "failed", "paused")
     return dict(zip(names, values, strict=True))
+
+
+def error_text(kind: str, text: str, *, plain: bool = False) -> str:
+    """Return what a column of a kind holds of an error; `plain` where not all characters fit."""
+    text = "ValueError" if text == NO_MESSAGE else text.replace("\0", r"\x00")
+    stored = text.encode("ascii" if plain else "utf-8", "backslashreplace")
+    most = 255 if plain else 65_535
+    if len(stored) > most:
+        stored = stored[: most - 3] + b"..."
+    text = stored.decode("utf-8", "ignore")
+    length = getattr(KINDS[kind].make(), "length", None) or len(text)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def everywhere(text: str) -> dict[str, str]:

@@ -8,12 +8,13 @@ are locked.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tests.model.kinds import INNODB, KINDS
-from tests.model.scenario import Actor, Claim, Row, Scenario
+from tests.model.kinds import INNODB, KINDS, SPENT
+from tests.model.scenario import Actor, Claim, Requeue, Row, Scenario
 
 State = Literal["free", "running", "ended", "other", "gone"]
 
@@ -26,6 +27,10 @@ class Job:
         token: what the state column holds, if the scenario tells.
         owner: the number of the claim that the job belongs to.
         lease: `none` (it runs until it is ended), `lasts`, or `over`.
+        has_failed: whether it bears the mark of a failed row, and not that of a done one.
+        error: the text of its last failure.
+        aged: whether it was last changed longer ago than `unleased`.
+        group: its exclusive key.
         sound: whether the job can be read, and marked without a trigger in the way.
     """
 
@@ -37,6 +42,10 @@ class Job:
     attempts: int = 0
     lease: str = "none"
     owner: int | None = None
+    has_failed: bool = False
+    error: str | None = None
+    aged: bool = False
+    group: int | None = None
     sound: bool = True
     claimed_note: bool = False
 
@@ -75,6 +84,11 @@ class Model:
             rank=self._rank(ident, row),
             attempts=row.attempts,
             lease=self._lease(row),
+            has_failed=all(self._bears(row, end) for end in said.failed)
+            and bool(said.failed)
+            and not (said.done and all(self._bears(row, end) for end in said.done)),
+            aged=row.aged,
+            group=None if said.label("exclusive_by") is None else row.group,
             sound=not (row.bad or row.hooked or row.identity == "ghost"),
         )
 
@@ -82,7 +96,13 @@ class Model:
         return KINDS[self.scenario.table.state.kind].tokens.get(token)
 
     def _same(self, one: str, other: str) -> bool:
-        return self._value(one) == self._value(other) and (one == "null") == (other == "null")
+        tokens = KINDS[self.scenario.table.state.kind].tokens
+        known = {one, other} <= {"null", *tokens}
+        return (
+            known
+            and self._value(one) == self._value(other)
+            and (one == "null") == (other == "null")
+        )
 
     def _bears(self, row: Row, end: str) -> bool:
         return row.ended if end == "done_at" else end != "failed_at" and self._same(row.state, end)
@@ -92,7 +112,8 @@ class Model:
         if column is None or self.scenario.declaration.label("lease") is None:
             return "none"
         if row.lease == "none":
-            return "none" if column.nullable else "over"
+            lasts = column.nullable and not (row.aged and self.scenario.declaration.unleased)
+            return "none" if lasts else "over"
         return "over" if row.lease == "past" else "lasts"
 
     def _rank(self, ident: int, row: Row) -> tuple[Any, ...]:
@@ -184,13 +205,32 @@ class Model:
         if places != sorted(places):
             problems.append(f"not in order: {idents}, {places}")
         if exact:
-            first = [self.place(job, step) for job in list(possible.values())[: step.limit]]
+            wanted = self._with_room(actor, possible.values())[: step.limit]
+            first = [self.place(job, step) for job in wanted]
             if places != first:
                 problems.append(f"not the first jobs: {places} in place of {first}")
+        if len(self._with_room(actor, [possible[n] for n in idents if n in possible])) < len(
+            idents
+        ):
+            problems.append(f"more jobs of one key than may run: {idents}")
         for ident in idents:
             if ident in possible:
                 self._put(actor, self._claimed(possible[ident], step, number))
         return problems
+
+    def _with_room(self, actor: Actor, jobs: Iterable[Job]) -> list[Job]:
+        """Return the jobs whose keys have room, each after the ones before it."""
+        running = Counter(
+            job.group
+            for job in self.seen(actor).values()
+            if job.state == "running" and job.lease != "over"
+        )
+        found = []
+        for job in jobs:
+            if job.group is None or running[job.group] < self.scenario.declaration.max_per_key:
+                running[job.group] += 1
+                found.append(job)
+        return found
 
     def _claimed(self, job: Job, step: Claim, number: int) -> Job:
         if step.deletes:
@@ -202,29 +242,49 @@ class Model:
             attempts=job.attempts + 1,
             lease="lasts" if step.lease else "none",
             owner=number,
+            has_failed=False,
+            aged=False,
             claimed_note=job.claimed_note or step.note,
         )
 
     # The end of a job.
 
-    def owns(self, actor: Actor, number: int, ident: int) -> bool:
+    def owns(self, actor: Actor, number: int, ident: int, how: str) -> bool:
         """Return True if a claim still owns a job; without a token any running job passes."""
         job = self.seen(actor).get(ident)
         if job is None or job.state != "running":
             return False
+        if (
+            how == "extend"
+            and job.lease == "over"
+            and self.scenario.declaration.label("exclusive_by")
+        ):
+            # Its key may be another's by now.
+            return False
         return self.scenario.declaration.label("token") is None or job.owner == number
 
-    def end(self, actor: Actor, how: str, idents: Iterable[int]) -> None:
+    def end(self, actor: Actor, how: str, idents: Iterable[int], error: str | None = None) -> None:
         """End, extend or give back jobs that the claim owns."""
         said = self.scenario.declaration
         for ident in idents:
             job = self.seen(actor)[ident]
+            if how in {"fail", "retry", "retry now"} and error is not None:
+                job = replace(job, error=error)
+            is_last = how.startswith("retry") and self.is_spent(job) and said.failed
             if how == "extend":
                 made = replace(job, lease="lasts")
-            elif how in {"complete", "fail"}:
+            elif how in {"complete", "fail"} or is_last:
                 ends = said.done if how == "complete" else said.failed
                 token = next((end for end in ends if not end.endswith("_at")), None)
-                made = replace(job, state="ended", token=token, owner=None, lease="none")
+                made = replace(
+                    job,
+                    state="ended",
+                    token=token,
+                    owner=None,
+                    lease="none",
+                    has_failed=how != "complete",
+                    aged=False,
+                )
             else:
                 made = replace(
                     job,
@@ -232,7 +292,8 @@ class Model:
                     token=None if len(said.free) > 1 else said.free[0],
                     owner=None,
                     lease="none",
-                    due=job.due if how == "release" else False,
+                    due={"release": job.due, "retry now": True}.get(how, False),
+                    aged=False,
                     attempts=max(0, job.attempts - (how == "release")),
                 )
             self._put(actor, made)
@@ -246,6 +307,39 @@ class Model:
             and not self.is_locked(actor, job.ident)
             and (job.state == "free" or (job.state == "running" and job.lease == "over"))
         ]
+
+    def sweep(self, actor: Actor, idents: Iterable[int]) -> None:
+        """Mark spent jobs as failed; the last error stays."""
+        for ident in idents:
+            self.end(actor, "fail", [ident], self.seen(actor)[ident].error or SPENT)
+
+    def failed(self, actor: Actor, step: Requeue) -> list[int]:
+        """Return the jobs that a requeue frees."""
+        found = [
+            job
+            for job in self.seen(actor).values()
+            if job.state == "ended"
+            and job.has_failed
+            and (step.where is None or job.ident > step.where)
+        ]
+        found.sort(key=lambda job: job.rank)
+        return [job.ident for job in found[: step.limit] if not self.is_locked(actor, job.ident)]
+
+    def requeue(self, actor: Actor, idents: Iterable[int], *, keep_error: bool) -> None:
+        """Free failed jobs again."""
+        for ident in idents:
+            job = self.seen(actor)[ident]
+            made = replace(
+                job,
+                state="free",
+                token=self.scenario.declaration.free[0],
+                attempts=0,
+                lease="none",
+                has_failed=False,
+                aged=False,
+                error=job.error if keep_error else None,
+            )
+            self._put(actor, made)
 
     # What others do.
 

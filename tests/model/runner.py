@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,8 +14,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tests.model import adapter
-from tests.model.kinds import INNODB, KINDS
-from tests.model.model import Model
+from tests.model.kinds import INNODB, KINDS, error_text
+from tests.model.model import Job, Model
 from tests.model.scenario import (
     Actor,
     Bind,
@@ -25,6 +26,7 @@ from tests.model.scenario import (
     Finish,
     Outside,
     Read,
+    Requeue,
     Row,
     Scenario,
     Step,
@@ -163,6 +165,12 @@ class Run:
                     step.actor,
                     lambda player: adapter.sweep(player, self.table),
                     partial(self._judge_sweep, step),
+                )
+            case Requeue():
+                self._call(
+                    step.actor,
+                    lambda player: adapter.requeue(player, self.world.schema, self.table, step),
+                    partial(self._judge_requeue, step),
                 )
             case Read():
                 if not self.scenario.bind(step.actor).is_own:
@@ -308,7 +316,9 @@ class Run:
         elif step.what == "mark" and tokens["claimed"] != "NOW":
             if (ident := pick("free")) is not None:
                 self.world.write(ident, state=tokens["claimed"])
-                self.model.change(ident, state="running", token="claimed", owner=None, lease="none")
+                is_old = self.model.committed[ident].aged and self.scenario.declaration.unleased
+                lease = "over" if is_old else "none"
+                self.model.change(ident, state="running", token="claimed", owner=None, lease=lease)
         elif step.what == "cancel" and "paused" in tokens:
             if (ident := pick("free", "running")) is not None:
                 self.world.write(ident, state=tokens["paused"])
@@ -387,12 +397,19 @@ class Run:
         elif isinstance(error, HookError):
             if not armed:
                 self.fail(f"{what}: {error!r}", error)
-        elif not (kills and is_lost(error)):
+        elif not (kills and is_lost(error)) and not self._is_refused(actor, error):
             self.fail(f"{what}: a raw error: {error!r:.400}", error)
         self.world.players[actor].armed = {}
         self._roll_back(actor)
         if kills and self.scenario.declaration.label("token") is None:
             self._accept_unknown()
+
+    def _is_refused(self, actor: Actor, error: BaseException) -> bool:
+        """Return True if the table's own trigger or index refused a change, and may tell so."""
+        table = self.scenario.table
+        refuses = table.trigger == "refuse" or table.index == "one"
+        is_own = self.scenario.bind(actor).is_own
+        return refuses and not is_own and isinstance(error, DBAPIError)
 
     def _accept_unknown(self) -> None:
         """Take in what an unknown outcome has left, where no token tells whose it is."""
@@ -449,7 +466,7 @@ class Run:
         self, step: End, number: int, owned: adapter.Handed, future: Future[Any]
     ) -> None:
         wanted = owned.idents[:1] if step.only_first or step.by_ticket else owned.idents
-        ours = [ident for ident in wanted if self.model.owns(step.actor, number, ident)]
+        ours = [ident for ident in wanted if self.model.owns(step.actor, number, ident, step.how)]
         error = future.exception()
         if isinstance(error, adapter.LOST):
             if len(ours) == len(wanted):
@@ -462,6 +479,7 @@ class Run:
                 "complete": not said.done,
                 "fail": not said.failed,
                 "retry": said.label("due") is None,
+                "retry now": said.label("due") is None,
                 "extend": said.label("lease") is None or said.label("token") is None,
             }.get(step.how, False)
             self._judge_error(step.actor, step.how, error, role=lacks)
@@ -471,7 +489,7 @@ class Run:
         elif future.result() != len(wanted):
             self.fail(f"{step.how}: {future.result()} changed, expected {len(wanted)}")
         self.log.append(f"    -> {ours}")
-        self.model.end(step.actor, step.how, ours)
+        self.model.end(step.actor, step.how, ours, step.error)
 
     def _judge_sweep(self, step: Sweep, future: Future[Any]) -> None:
         said = self.scenario.declaration
@@ -483,7 +501,20 @@ class Run:
         if future.result() != len(spent) and self.excuse is None and not self.model.locks_more:
             self.fail(f"sweep: {future.result()} marked, expected {spent}")
         if future.result() == len(spent):
-            self.model.end(step.actor, "fail", spent)
+            self.model.sweep(step.actor, spent)
+        else:
+            self._accept_unknown()
+
+    def _judge_requeue(self, step: Requeue, future: Future[Any]) -> None:
+        if (error := future.exception()) is not None:
+            lacks = not self.scenario.declaration.failed
+            self._judge_error(step.actor, "requeue", error, role=lacks)
+            return
+        failed = self.model.failed(step.actor, step)
+        if future.result() != len(failed) and self.excuse is None and not self.model.locks_more:
+            self.fail(f"requeue: {future.result()} freed, expected {failed}")
+        if future.result() == len(failed):
+            self.model.requeue(step.actor, failed, keep_error=step.keep_error)
         else:
             self._accept_unknown()
 
@@ -510,8 +541,9 @@ class Run:
                     self.fail(f"{what}: {label} of {ident} was {expected!r} and is {text!r}")
             self._check_state(what, ident, row["state"])
             label = self.scenario.declaration.label("attempts")
-            if label is not None and row[label] not in {None, str(job.attempts)}:
+            if label == "attempts" and row[label] not in {None, str(job.attempts)}:
                 self.fail(f"{what}: {row[label]} attempts of {ident}, expected {job.attempts}")
+            self._check_error(what, job, row)
             if job.owner is not None and job.state == "running":
                 handed = self.claims[job.owner][1]
                 label = self.scenario.declaration.label("token")
@@ -521,23 +553,45 @@ class Run:
                     self.fail(f"{what}: the version of {ident} was not counted up")
 
     def _take_in_passed_over(self, ident: int, row: Mapping[str, str | None]) -> None:
-        """Accept that a job that cannot be read was freed, and its attempt counted."""
+        """Accept that a job that cannot be read was freed, and its attempt counted.
+
+        In a transaction of the caller's the further values of the claim stay, too.
+        """
         said, job = self.scenario.declaration, self.model.committed[ident]
         if job.sound or job.owner is not None:
             return
+        if row["note"] == "claimed":
+            self.model.change(ident, claimed_note=True)
         label = said.label("attempts")
         if label is not None and (counted := row[label]) is not None:
             self.model.change(ident, attempts=max(job.attempts, int(counted)))
         if job.lease == "over" and row["state"] == self.world.texts.get(said.free[0]):
             self.model.change(ident, state="free", token=said.free[0], lease="none")
 
+    def _check_error(self, what: str, job: Job, row: Mapping[str, str | None]) -> None:
+        column = self.scenario.table.column("error")
+        is_known = self.scenario.declaration.label("error") == "error" and self.excuse is None
+        if column is None or not is_known:
+            return
+        text, expected = row["error"], [job.error]
+        if column.kind == "json" and text is not None:
+            said = json.loads(text)
+            text = said["message"] if said else None
+        if job.error is not None:
+            expected = [error_text(column.kind, job.error, plain=plain) for plain in (False, True)]
+        if text not in expected:
+            self.fail(f"{what}: the error of {job.ident} is {text!r:.300}, not {expected!r:.300}")
+
     def _is_text(self, text: str | None, value: str | None) -> bool:
-        return text in (value, f"p:{value}") or text == (value or "").encode().hex().upper()
+        stored = (value, f"p:{value}", f'"{value}"')
+        return text in (*stored, *(str(each).encode().hex().upper() for each in stored))
 
     def _check_state(self, what: str, ident: int, text: str | None) -> None:
         job, texts = self.model.committed[ident], self.world.texts
         if job.token in {None, "null"}:
             return
+        if job.token not in texts:
+            self.fail(f"{what}: {ident} was marked with {job.token!r}, which the state cannot hold")
         expected = texts[job.token]
         if self.scenario.table.state.kind == "time state":
             text, expected = str(text is None), str(expected is None)

@@ -86,6 +86,8 @@ class Declaration(Printed):
         done: a token of the state, or the label of a time column, or both; likewise `failed`.
         order: labels, with whether they descend.
         max_attempts: how many claims a row may have.
+        unleased: whether rows that run without a lease are free after `world.HOUR`.
+        max_per_key: how many rows of one exclusive key may run.
         coherent: whether it was drawn so that it means what the rows mean.
     """
 
@@ -97,6 +99,8 @@ class Declaration(Printed):
     failed: tuple[str, ...] = ()
     order: tuple[tuple[str, bool], ...] = ()
     max_attempts: int | None = None
+    unleased: bool = False
+    max_per_key: int = 1
     coherent: bool = True
 
     def label(self, role: str) -> str | None:
@@ -154,6 +158,8 @@ class Row(Printed):
         bad: whether its extra column holds what cannot be read.
         identity: the polymorphic identity: `base`, `sub` or `ghost`, which no class has.
         hooked: whether the trigger acts on it.
+        aged: whether it was last changed long ago.
+        group: its exclusive key; None is NULL.
     """
 
     state: str = "free"
@@ -165,6 +171,8 @@ class Row(Printed):
     bad: bool = False
     identity: str = "base"
     hooked: bool = False
+    aged: bool = False
+    group: int | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,7 +191,12 @@ class Claim(Printed):
 
 @dataclass(frozen=True, repr=False)
 class End(Printed):
-    """End, extend or give back a claim, or one of its jobs."""
+    """End, extend or give back a claim, or one of its jobs.
+
+    Attributes:
+        how: `complete`, `fail`, `retry`, `retry now`, `release` or `extend`.
+        error: the text; `kinds.NO_MESSAGE` is an exception without one.
+    """
 
     actor: Actor
     how: str
@@ -213,6 +226,16 @@ class Sweep(Printed):
     """Mark as failed what has spent its attempts."""
 
     actor: Actor
+
+
+@dataclass(frozen=True, repr=False)
+class Requeue(Printed):
+    """Free failed jobs again."""
+
+    actor: Actor
+    limit: int | None = None
+    where: int | None = None
+    keep_error: bool = True
 
 
 @dataclass(frozen=True, repr=False)
@@ -247,7 +270,7 @@ class Elsewhere(Printed):
     limit: int = 2
 
 
-Step = Claim | End | Read | Finish | Sweep | Outside | Fault | Elsewhere
+Step = Claim | End | Read | Finish | Sweep | Requeue | Outside | Fault | Elsewhere
 
 
 @dataclass(frozen=True, repr=False)

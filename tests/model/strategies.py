@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from hypothesis import strategies as st
 
-from tests.model.kinds import INNODB, KEYS, KINDS, STATES
+from tests.model.kinds import INNODB, KEYS, KINDS, NO_MESSAGE, STATES
 from tests.model.scenario import (
     Actor,
     Bind,
@@ -19,31 +19,32 @@ from tests.model.scenario import (
     Finish,
     Outside,
     Read,
+    Requeue,
     Row,
     Scenario,
     Step,
     Sweep,
     Table,
 )
-from tests.model.world import STYLES
+from tests.model.world import NAME_OF, STYLES, UNFIT
 
 # The kinds that a role's column has in most tables, and those that do not fit it.
 FITTING: Final[dict[str, tuple[str, ...]]] = {
     "due": ("instant", "naive", "timestamp"),
     "lease": ("instant", "naive", "timestamp"),
     "worker": ("long string", "text", "short string"),
-    "token": ("long string",),
+    "token": ("long string", "json text"),
     "attempts": ("integer", "small"),
-    "error": ("text", "long string", "short string"),
+    "error": ("text", "long string", "short string", "json"),
     "order": ("integer", "instant", "numeric"),
 }
 UNFITTING: Final[dict[str, tuple[str, ...]]] = {
     "due": ("text", "integer", "date"),
     "lease": ("long string", "date"),
     "worker": ("integer", "uuid", "json", "array"),
-    "token": ("short string", "integer", "uuid", "json text"),
+    "token": ("short string", "integer", "uuid"),
     "attempts": ("long string", "boolean"),
-    "error": ("boolean", "json", "array", "integer"),
+    "error": ("boolean", "array", "integer"),
     "order": ("long string",),
 }
 EXTRAS: Final = (
@@ -65,7 +66,11 @@ ERRORS: Final = (
     "half \ud800 pair",
     "long " * 4000,
     "\U0001f4a5",
+    "\U0001f4a5" * 20_000,
+    NO_MESSAGE,
 )
+GROUPS: Final = ("integer", "long string", "uuid", "boolean", "date")
+SPOILS: Final = ("role", "role", "same", "free", "claimed", "done", "failed", "attempts")
 ROLES: Final = ("due", "lease", "worker", "token", "attempts", "error")
 
 
@@ -80,7 +85,7 @@ def chosen(draw: Any, names: Any, database: str) -> str:
 
 
 @st.composite
-def tables(draw: Any, database: str) -> tuple[Table, Declaration]:
+def tables(draw: Any, database: str, *, exclusive: bool = False) -> tuple[Table, Declaration]:
     """Return a table, and the declaration that fits it."""
     state_kind = chosen(draw, STATES, database)
     in_key = state_kind in {"status", "char", "number", "flag"} and sometimes(draw, 12)
@@ -124,9 +129,14 @@ def tables(draw: Any, database: str) -> tuple[Table, Declaration]:
     if draw(st.booleans()):
         others.append(Column("extra", chosen(draw, EXTRAS, database), draw(st.booleans())))
     free = ("free", "retry") if "retry" in tokens and sometimes(draw) else ("free",)
-    free = (
-        (*free, "null") if nullable and sometimes(draw, 4) and state_kind != "time state" else free
-    )
+    if state.nullable and state_kind != "time state" and sometimes(draw, 4):
+        free = (*free, "null")
+    if unleased := leases and {"lease", "token"} <= roles.keys() and sometimes(draw, 3):
+        others.append(Column("stamp", "instant", nullable=False))
+        roles["stamps"] = "stamp"
+    if exclusive:
+        others.append(Column("group", draw(st.sampled_from(GROUPS))))
+        roles["exclusive_by"] = "group"
     fits = dict.fromkeys(roles.values(), True)
     schema = database != "sqlite" and sometimes(draw, 8)
     table = Table(
@@ -149,8 +159,11 @@ def tables(draw: Any, database: str) -> tuple[Table, Declaration]:
         failed=tuple(failed),
         order=order,
         max_attempts=draw(st.sampled_from([None, 2, 3])) if "attempts" in fits else None,
+        unleased=unleased,
+        max_per_key=draw(st.sampled_from([1, 1, 2])) if exclusive else 1,
         coherent=all(
             _kind(table, label) in (*FITTING.get(role, ()), state_kind)
+            or role in {"stamps", "exclusive_by"}
             for role, label in roles.items()
         ),
     )
@@ -175,12 +188,15 @@ def spoiled(draw: Any, table: Table, said: Declaration) -> Declaration:
     tokens = [*STATES[table.state.kind].tokens, "null"]
     # Not what the model could not know the meaning of.
     labels = [column.label for column in table.columns if column.label not in {"order", "extra"}]
+    tokens += [*UNFIT, *(NAME_OF + label for label in labels)]
     for _ in range(draw(st.integers(1, 2))):
-        match draw(st.sampled_from(["role", "free", "claimed", "done", "failed", "attempts"])):
+        match draw(st.sampled_from(SPOILS)):
             case "role":
                 role = draw(st.sampled_from(ROLES))
                 roles = dict(fields["roles"]) | {role: draw(st.sampled_from(labels))}
                 fields["roles"] = tuple(roles.items())
+            case "same":
+                fields["claimed"] = fields["free"][0]
             case "free":
                 fields["free"] = tuple(
                     draw(st.lists(st.sampled_from(tokens), min_size=1, max_size=3))
@@ -229,13 +245,10 @@ def inferred(draw: Any, database: str) -> tuple[Table, Declaration]:
 
 
 @st.composite
-def binds(draw: Any, database: str, *, mapped: bool) -> Bind:
+def binds(draw: Any, database: str, *, mapped: bool, own: bool = False) -> Bind:
     """Return a bind."""
-    kind = draw(
-        st.sampled_from(
-            ["engine", "engine", "session", "sessionmaker", "connection", "scoped_session"]
-        )
-    )
+    kinds = ["engine", "engine", "session", "sessionmaker", "connection", "scoped_session"]
+    kind = draw(st.sampled_from(["engine", "sessionmaker"] if own else kinds))
     levels = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT", "AUTOCOMMIT"]
     if database == "sqlite":
         levels = ["SERIALIZABLE", "AUTOCOMMIT"]
@@ -283,6 +296,8 @@ def rows(
         if len(identities) > 1 and sometimes(draw, 12)
         else draw(st.sampled_from(identities)),
         hooked=table.trigger is not None and sometimes(draw, 3),
+        aged=said.unleased and draw(st.booleans()),
+        group=draw(st.sampled_from([0, 0, 0, 1, None])) if said.label("exclusive_by") else None,
     )
 
 
@@ -322,6 +337,8 @@ class Steps:
                 return [Read(actor)]
             case "sweep":
                 return [Sweep(actor)]
+            case "retries":
+                return self.retries(actor)
             case "elsewhere":
                 return [Elsewhere(self.draw(st.sampled_from([1, 2])))]
             case "again":
@@ -348,7 +365,9 @@ class Steps:
         kinds = ["claim"] * 5 + ["end"] * 3 + ["finish", "finish", "outside", "outside", "read"]
         kinds += ["again"] * 2 + ["pause"] * 4
         if self.said.max_attempts is not None:
-            kinds += ["sweep", "sweep"]
+            kinds += ["sweep", "sweep"] + ["retries"] * 3
+        if self.said.failed:
+            kinds += ["retries", "retries"]
         if other:
             kinds += ["elsewhere"]
         if self.leases:
@@ -361,6 +380,24 @@ class Steps:
     def call(self, actor: Actor) -> Step:
         """Return a call of an actor."""
         return self.end(actor) if sometimes(self.draw, 3) else self.claim(actor)
+
+    def retries(self, actor: Actor) -> list[Step]:
+        """Return attempts, until none is left perhaps, and what becomes of the job then."""
+        how = "retry now" if self.said.label("due") else "release"
+        error = self.draw(st.sampled_from(ERRORS)) if self.said.label("error") else None
+        once = [Claim(actor), End(actor, how, error=error), Finish(actor)]
+        last = self.draw(st.sampled_from([Sweep(actor), Outside("expire"), self.requeue(actor)]))
+        return [*once * self.draw(st.sampled_from([0, 0, 1, 2, 3])), last]
+
+    def requeue(self, actor: Actor) -> Requeue:
+        """Return a requeue."""
+        draw = self.draw
+        return Requeue(
+            actor,
+            limit=draw(st.sampled_from([None, None, 1, 2])),
+            where=draw(st.sampled_from([None, None, 2])),
+            keep_error=draw(st.booleans()),
+        )
 
     def claim(self, actor: Actor) -> Claim:
         """Return a claim."""
@@ -382,7 +419,7 @@ class Steps:
         """Return the end of a claim, or its extension."""
         draw, said = self.draw, self.said
         how = ["complete", "fail", "release"]
-        how += ["retry"] if said.label("due") else []
+        how += ["retry", "retry now"] if said.label("due") else []
         how += ["extend"] if self.leases else []
         return End(
             actor,
@@ -411,10 +448,12 @@ def steps(
 @st.composite
 def scenarios(draw: Any, database: str) -> Scenario:
     """Return a scenario for a database."""
+    exclusive = False
     if sometimes(draw, 8):
         table, said = draw(inferred(database))
     else:
-        table, said = draw(tables(database))
+        exclusive = sometimes(draw)
+        table, said = draw(tables(database, exclusive=exclusive))
         if sometimes(draw, 6):
             said = draw(spoiled(table, said))
     mapping: tuple[str, ...] = (
@@ -427,12 +466,13 @@ def scenarios(draw: Any, database: str) -> Scenario:
         more = ["deferred", "version", *(["selectin"] if single_key and not table.schema else [])]
         mapping += tuple(draw(st.lists(st.sampled_from(more), max_size=2, unique=True)))
     mapped = mapping[0] != "table"
-    two = (draw(binds(database, mapped=mapped)), draw(binds(database, mapped=mapped)))
+    bind = binds(database, mapped=mapped, own=exclusive)
+    two = (draw(bind), draw(bind))
     generic = not table.schema and all(
         "sqlite" in KINDS[column.kind].on and not column.moved for column in table.columns
     )
     # Rows that others refer to cannot be deleted.
-    alone = mapping[0] != "joined" and "selectin" not in mapping
+    alone = mapping[0] != "joined" and "selectin" not in mapping and not exclusive
     some = steps(database, said, two, other=generic, deletes=alone)
     return Scenario(
         table=table,
@@ -442,5 +482,28 @@ def scenarios(draw: Any, database: str) -> Scenario:
             step for together in draw(st.lists(some, min_size=1, max_size=8)) for step in together
         ),
         binds=two,
+        mapping=mapping,
+    )
+
+
+@st.composite
+def incoherent(draw: Any, database: str) -> Scenario:
+    """Return a scenario whose declaration does not mean what its rows mean, claimed twice."""
+    table, said = draw(tables(database))
+    said = draw(spoiled(table, said))
+    mapping = (draw(st.sampled_from(["table", "class"])),)
+    lease = {"lease", "token"} <= dict(said.roles).keys() and draw(st.booleans())
+    some = st.lists(rows(table, said, mapping, database), min_size=1, max_size=3)
+    ends = st.sampled_from(["complete", "fail", "release", "retry now"])
+    return Scenario(
+        table=table,
+        declaration=said,
+        rows=tuple(draw(some)),
+        steps=(
+            Claim("a", 30, lease=lease),
+            Claim("b", 30, lease=lease),
+            End("a", draw(ends), only_first=draw(st.booleans())),
+            Claim("b", 30),
+        ),
         mapping=mapping,
     )

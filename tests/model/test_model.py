@@ -8,19 +8,21 @@ from typing import Final
 
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from tests.conftest import fresh_database
 from tests.databases import NAMES
 from tests.model.known import KNOWN, Known, known_fault
 from tests.model.runner import Violation, run
-from tests.model.scenario import Scenario
-from tests.model.strategies import scenarios
+from tests.model.scenario import Column, Declaration, Row, Scenario, Sweep, Table
+from tests.model.strategies import incoherent, scenarios
 from tests.model.world import Places
 
 # It draws on the newer SQLAlchemy; what it finds becomes a test that runs on both.
 pytestmark = pytest.mark.once
 
-EXAMPLES: Final = {"sqlite": 150, "postgresql": 150, "mysql": 100, "mariadb": 100}
+EXAMPLES: Final = {"sqlite": 90, "postgresql": 90, "mysql": 60, "mariadb": 60}
+INCOHERENT: Final = dict.fromkeys(NAMES, 20)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,32 @@ def shared(
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_holds(shared: dict[str, Places], name: str) -> None:
     """Whatever is drawn, each step does what the model allows."""
-    places = shared[name]
+    check(scenarios(name), shared[name], EXAMPLES[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_incoherent_declarations(shared: dict[str, Places], name: str) -> None:
+    """Each is refused, or hands out nothing twice, and nothing that has ended."""
+    check(incoherent(name), shared[name], INCOHERENT[name])
+
+
+def test_what_has_no_lease_is_swept(shared: dict[str, Places]) -> None:
+    """A sweep of a table without a lease marks spent rows."""
+    state = Column("state", "status", nullable=False)
+    said = Declaration(
+        roles=(("state", "state"), ("attempts", "attempts")), failed=("failed",), max_attempts=2
+    )
+    table = Table(
+        (Column("key0", "integer", nullable=False),), state, (Column("attempts", "integer"),)
+    )
+    run(Scenario(table, said, (Row(attempts=2), Row()), (Sweep("a"),)), shared["sqlite"])
+
+
+def check(strategy: SearchStrategy[Scenario], places: Places, examples: int) -> None:
+    """Run scenarios of a strategy, always the same ones."""
 
     @settings(
-        max_examples=EXAMPLES[name],
+        max_examples=examples,
         derandomize=True,
         deadline=None,
         database=None,
@@ -57,12 +81,12 @@ def test_the_model_holds(shared: dict[str, Places], name: str) -> None:
         report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
-    @given(scenarios(name))
-    def check(scenario: Scenario) -> None:
-        assume(known_fault(scenario, name) is None)
+    @given(strategy)
+    def holds(scenario: Scenario) -> None:
+        assume(known_fault(scenario, places.name) is None)
         run(scenario, places)
 
-    check()
+    holds()
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)

@@ -54,6 +54,9 @@ CONVENTIONAL: Final = {
     "done_at": "completed_at",
     "failed_at": "failed_at",
 }
+# Values of the state that no row has: the name of a column, and what hardly a type can hold.
+NAME_OF: Final = "the name of "
+UNFIT: Final = {"too long": "x" * 300, "too large": 2**70, "a list": ("free",)}
 SCHEMA: Final = "other_schema"
 HOUR: Final = timedelta(hours=1)
 ON_LOOP: Final = {
@@ -139,6 +142,10 @@ class Schema:
 
     def token(self, token: str) -> Any:
         """Return the state's value for a token."""
+        if token.startswith(NAME_OF):
+            return self.columns[token.removeprefix(NAME_OF)].name
+        if token in UNFIT:
+            return UNFIT[token]
         return None if token == "null" else KINDS[self.scenario.table.state.kind].tokens[token]
 
     def _add(
@@ -323,10 +330,17 @@ class Schema:
         if label in {"done_at", "failed_at"}:
             ended = row.ended and label == "done_at"
             return moment(column.kind, -HOUR) if ended else None
+        if label == "stamp":
+            return moment(column.kind, -2 * HOUR if row.aged else -HOUR / 60)
+        if label == "group":
+            return None if row.group is None else kind.value(row.group)
         if label == "order":
             return None if row.rank is None and column.nullable else kind.value(row.rank or 0)
         if label == "attempts" and column.kind in {"integer", "small", "bigint"}:
             return row.attempts
+        if label == "error" and column.kind == "json" and column.nullable:
+            # Not JSON's own null.
+            return sa.null()
         return None if column.nullable and label != "extra" else kind.value(ident)
 
 
