@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
@@ -38,13 +36,9 @@ from .state_values import UNSET
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
-declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
-"""The job tables of this process, so that a ticket finds its own again."""
-
-
 T = TypeVar("T")
-# The key of what was inferred, in the ``info`` of its table.
 MARKS = ("claimed", "done", "failed", "withdrawn", "released")
+# The key of what was inferred, in the ``info`` of its table.
 INFERRED = "atomic_claim.inferred"
 
 
@@ -178,7 +172,6 @@ class JobTable(Preparing):
         state_values.check_free_changes(self.free, written | set(self.claimed))
         for column in self.time_columns:
             self.now(column)
-        declared_tables.add(self)
 
     def __repr__(self) -> str:
         said = [f"state={self.state.name!r}"] if self.state is not None else []
@@ -264,25 +257,6 @@ class JobTable(Preparing):
     def key(self) -> tuple[Column[Any], ...]:
         """The primary key's columns, in its order."""
         return tuple(self.table.primary_key.columns)
-
-    @cached_property
-    def shape(self) -> str:
-        """A short name for what the columns mean, the same in every process."""
-        roles = [
-            f"{role}={column.name}"
-            for role in ("state", "due", "worker", "token", "lease", "attempts", "error")
-            if (column := getattr(self, role)) is not None
-        ]
-        said = [*roles, str(self.free), str(sorted(self._marks))]
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
-
-    @property
-    def _marks(self) -> list[str]:
-        return [
-            f"{role}: {column.name} = {value}"
-            for role in MARKS
-            for column, value in getattr(self, role).items()
-        ]
 
     @cached_property
     def mapper(self) -> Mapper[Any] | None:
