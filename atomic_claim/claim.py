@@ -21,7 +21,7 @@ from .execution import Bind, Run, keyed_apart, run_in
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
-from .tickets import part_of, pickled, read, unpickled, written
+from .tickets import lease_of, part_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -67,9 +67,7 @@ class Claim(Sequence[J]):
         return len(self.jobs)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Claim):
-            return self.table.table is other.table.table and self.jobs == other.jobs
-        return isinstance(other, (list, tuple)) and self.jobs == tuple(other)
+        return isinstance(other, (Claim, list, tuple)) and self.jobs == tuple(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -160,8 +158,7 @@ class Claim(Sequence[J]):
                 f"{job_table!r} with the key {sorted(names)!r}: pass the table of the claim"
             )
         found = tuple(read(column, key[column.name]) for column in job_table.key)
-        seconds = part_of(ticket, "lease")
-        lease = None if seconds is None else timedelta(seconds=seconds)
+        lease = lease_of(ticket)
         return Claim((found,), table=job_table, keys=(found,), token=token, lease=lease)
 
 
