@@ -167,7 +167,10 @@ class JobTable(Preparing):
         marks = {role: dict(getattr(self, role)) for role in MARKS}
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
-        state_values.check_marks(marks, self.state, self.free_values)
+        free = self.free_values
+        if self.null_is_free and free and self.state.nullable:
+            free = (*free, None)
+        state_values.check_marks(marks, self.state, free)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         for column in self.time_columns:
