@@ -14,10 +14,12 @@ from sqlalchemy import (
     Table,
     bindparam,
     func,
+    literal,
 )
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import (
     DateTime,
+    Float,
     Integer,
 )
 
@@ -343,7 +345,9 @@ class JobTable(Preparing):
         first_free: Any = UNSET
         if state is not None and state is self.lease and free is None and not state.nullable:
             # A lease that is over frees the row, and is what a release writes.
-            free, first_free = state <= self.now(state), self.now(state)
+            # Rounded down: without fractions of the second, MySQL's lease would end later.
+            free = state <= self.now(state)
+            first_free = self.now(state, literal(0.0, Float()), floor=True)
         elif not isinstance(free, ClauseElement):
             if state is None:
                 raise ClaimError(

@@ -385,6 +385,21 @@ def test_columns_that_are_not_null(database: Database, state: str, *, nullable: 
     assert {claim_jobs(engine, jobs, lease=LEASE)[0].id for _ in range(2)} == {3, 4}
 
 
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_released_lease_is_over_at_once(database: Database) -> None:
+    """A lease that is the state ends now, however the column rounds the fraction of the second."""
+    table, engine = leased_table(nullable=False), database.engine()
+    fill(engine, table, 1)
+    jobs = JobTable(
+        table, state="lease_until", lease="lease_until", token="claim_token", naive_times="utc"
+    )
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET timestamp = 1700000000.75")
+        assert release_jobs(connection, claim_jobs(connection, jobs, lease=LEASE)) == 1
+        assert ids(claim_jobs(connection, jobs, lease=LEASE)) == [1]
+        connection.exec_driver_sql("SET timestamp = DEFAULT")
+
+
 def test_a_worker_that_is_not_named(database: Database) -> None:
     """A claim that names no worker leaves the column as it is."""
     table = job_table(Column("owner", String(20)))
