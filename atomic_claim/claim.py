@@ -23,7 +23,7 @@ from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
 from .telemetry import logs_claims, report_claim, subscribers
-from .tickets import part_of, pickled, read, unpickled, written
+from .tickets import lease_of, part_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -69,9 +69,7 @@ class Claim(Sequence[J]):
         return len(self.jobs)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Claim):
-            return self.table.table is other.table.table and self.jobs == other.jobs
-        return isinstance(other, (list, tuple)) and self.jobs == tuple(other)
+        return isinstance(other, (Claim, list, tuple)) and self.jobs == tuple(other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -162,8 +160,7 @@ class Claim(Sequence[J]):
                 f"{job_table!r} with the key {sorted(names)!r}: pass the table of the claim"
             )
         found = tuple(read(column, key[column.name]) for column in job_table.key)
-        seconds = part_of(ticket, "lease")
-        lease = None if seconds is None else timedelta(seconds=seconds)
+        lease = lease_of(ticket)
         return Claim((found,), table=job_table, keys=(found,), token=token, lease=lease)
 
 

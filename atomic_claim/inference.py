@@ -30,13 +30,15 @@ class Now:
 
 
 NOW = Now()
+TOKEN_LENGTH = 32
 
 
 def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
-    """Return the type beneath any ``TypeDecorator``."""
+    """Return the type beneath any ``TypeDecorator`` and PostgreSQL's ``DOMAIN``."""
     while isinstance(type_, TypeDecorator):
         type_ = type_.impl_instance
-    return type_
+    beneath: TypeEngine[Any] | None = getattr(type_, "data_type", None)
+    return type_ if beneath is None else plain_type(beneath)
 
 
 def is_flag(column: Column[Any]) -> bool:
@@ -60,15 +62,22 @@ def is_time(column: Column[Any]) -> bool:
 
 
 def is_text(column: Column[Any]) -> bool:
-    """Check whether the column holds plain text; an enum does not."""
+    """Check whether the column holds plain text; an enum and MySQL's SET do not."""
     type_ = plain_type(column.type)
-    return isinstance(type_, String) and not isinstance(type_, Enum)
+    listed = isinstance(type_, Enum) or type_.__visit_name__ == "SET"
+    return isinstance(type_, String) and not listed
+
+
+def holds_tokens(column: Column[Any]) -> bool:
+    """Check whether the column can hold the token of a claim."""
+    length = getattr(plain_type(column.type), "length", None)
+    return is_text(column) and (length is None or length >= TOKEN_LENGTH)
 
 
 def _is_token(column: Column[Any]) -> bool:
     # "token" alone is as often a credential; beside a lease it is the fence.
     alone = column.name == "token" and not any(c.name in LEASES for c in column.table.columns)
-    return is_text(column) and not alone
+    return holds_tokens(column) and not alone
 
 
 def _names(text: str) -> tuple[str, ...]:

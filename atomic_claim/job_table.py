@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
@@ -16,10 +14,12 @@ from sqlalchemy import (
     Table,
     bindparam,
     func,
+    literal,
 )
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import (
     DateTime,
+    Float,
     Integer,
 )
 
@@ -38,13 +38,9 @@ from .state_values import UNSET
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
-declared_tables: weakref.WeakSet[JobTable] = weakref.WeakSet()
-"""The job tables of this process, so that a ticket finds its own again."""
-
-
 T = TypeVar("T")
-# The key of what was inferred, in the ``info`` of its table.
 MARKS = ("claimed", "done", "failed", "withdrawn", "released")
+# The key of what was inferred, in the ``info`` of its table.
 INFERRED = "atomic_claim.inferred"
 
 
@@ -173,12 +169,14 @@ class JobTable(Preparing):
         marks = {role: dict(getattr(self, role)) for role in MARKS}
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
-        state_values.check_marks(marks, self.state, self.free_values)
+        free = self.free_values
+        if self.null_is_free and self.state is not None and self.state.nullable:
+            free = (*free, None)
+        state_values.check_marks(marks, self.state, free)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         for column in self.time_columns:
             self.now(column)
-        declared_tables.add(self)
 
     def __repr__(self) -> str:
         said = [f"state={self.state.name!r}"] if self.state is not None else []
@@ -266,25 +264,6 @@ class JobTable(Preparing):
         return tuple(self.table.primary_key.columns)
 
     @cached_property
-    def shape(self) -> str:
-        """A short name for what the columns mean, the same in every process."""
-        roles = [
-            f"{role}={column.name}"
-            for role in ("state", "due", "worker", "token", "lease", "attempts", "error")
-            if (column := getattr(self, role)) is not None
-        ]
-        said = [*roles, str(self.free), str(sorted(self._marks))]
-        return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
-
-    @property
-    def _marks(self) -> list[str]:
-        return [
-            f"{role}: {column.name} = {value}"
-            for role in MARKS
-            for column, value in getattr(self, role).items()
-        ]
-
-    @cached_property
     def mapper(self) -> Mapper[Any] | None:
         """The mapper of the class that was given, if one was."""
         return mapper_of(self.entity) if self.entity is not None else None
@@ -366,7 +345,9 @@ class JobTable(Preparing):
         first_free: Any = UNSET
         if state is not None and state is self.lease and free is None and not state.nullable:
             # A lease that is over frees the row, and is what a release writes.
-            free, first_free = state <= self.now(state), self.now(state)
+            # Rounded down: without fractions of the second, MySQL's lease would end later.
+            free = state <= self.now(state)
+            first_free = self.now(state, literal(0.0, Float()), floor=True)
         elif not isinstance(free, ClauseElement):
             if state is None:
                 raise ClaimError(

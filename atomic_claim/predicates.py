@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Column, ColumnElement, and_, false, literal, not_, or_, true
 from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
-from sqlalchemy.types import Boolean, DateTime, Float, Integer
+from sqlalchemy.types import DateTime, Float, Integer
 
 from .inference import ORDER, plain_type
 from .job_table import JobTable
@@ -216,8 +216,8 @@ def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
     """Build the condition that a column does not hold the value; it is true for NULL."""
     if isinstance(value, DatabaseTime) or not isinstance(value, ClauseElement):
         return column.is_(None)
-    if isinstance(plain_type(column.type), Boolean) and value is not None:
-        flag = value.compare(true())
+    if isinstance(value, (True_, False_)):
+        flag = isinstance(value, True_)
         if not column.nullable:
             return column == (false() if flag else true())
         return column.is_not(true() if flag else false())

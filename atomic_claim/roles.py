@@ -26,7 +26,7 @@ from sqlalchemy.types import (
 )
 
 from .errors import ClaimError
-from .inference import is_text, plain_type
+from .inference import TOKEN_LENGTH, holds_tokens, is_text, plain_type
 
 COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", "exclusive_by")
 """The arguments of ``JobTable`` that name one column."""
@@ -49,7 +49,6 @@ MAY_SHARE: Mapping[frozenset[str], str] = {
     frozenset({"max_attempts", "exclusive_by"}): "both are only read",
 }
 """The pairs of roles that may share a column, and what that means."""
-TOKEN_LENGTH = 32
 # Of exclusive keys: their equal values are written alike.
 KEY_TYPES = (Integer, String, Uuid, Date, Boolean, BINARY, LargeBinary, VARBINARY)
 WRITTEN_BY_CLAIMS = {"worker", "token", "lease", "attempts", "stamps"}
@@ -70,19 +69,14 @@ def highest(type_: TypeEngine[Any]) -> int:
     return int(2 ** (bits if getattr(plain, "unsigned", False) else bits - 1)) - 1
 
 
-def _holds_tokens(column: Column[Any]) -> bool:
-    length = getattr(plain_type(column.type), "length", None)
-    return is_text(column) and (length is None or length >= TOKEN_LENGTH)
-
-
 def _is_integer(column: Column[Any]) -> bool:
     return isinstance(plain_type(column.type), Integer)
 
 
 NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
-    "state": ("one value", lambda c: not isinstance(plain_type(c.type), ARRAY)),
+    "state": ("one value", lambda c: not isinstance(plain_type(c.type), (ARRAY, JSON))),
     "worker": ("a string", is_text),
-    "token": (f"a string of at least {TOKEN_LENGTH} characters", _holds_tokens),
+    "token": (f"a string of at least {TOKEN_LENGTH} characters", holds_tokens),
     "attempts": ("an integer", _is_integer),
     "max_attempts": ("an integer", _is_integer),
     "error": ("a string or JSON", lambda c: is_text(c) or isinstance(plain_type(c.type), JSON)),

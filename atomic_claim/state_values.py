@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import product
@@ -26,6 +27,7 @@ class _Unset:
 
 UNSET: Any = _Unset()
 Values = Mapping[Column[Any], Any]
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 EXCLUSIVE: Mapping[tuple[str, str], str] = {
@@ -127,13 +129,15 @@ def check_value(column: Column[Any], value: Any, role: str) -> None:
 
 def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
     """Describe what a column of the type holds; return None if the value is such."""
-    held, expected = True, ""
+    type_, held, expected = plain_type(type_), True, ""
     if isinstance(type_, Integer):
         most = highest(type_)
         held, expected = isinstance(value, int) and abs(value) <= most, f"integers up to {most}"
     elif isinstance(type_, String):
         held = isinstance(value, str) and len(value) <= (type_.length or len(value))
         expected = f"strings of up to {type_.length or 'any number of'} characters"
+        if held and UNSTORABLE.search(value):
+            held, expected = False, "strings without NUL and surrogates"
     elif isinstance(type_, Boolean):
         held, expected = value in {0, 1}, "true and false"
     elif isinstance(type_, DateTime):
@@ -198,11 +202,12 @@ def literal(column: Column[Any], value: Any, now: Callable[[Column[Any]], Any]) 
         return now(column)
     if value is None or isinstance(value, ClauseElement):
         return value
-    if isinstance(value, bool) and is_flag(column):
-        if isinstance(plain_type(column.type), Boolean):
+    is_truth = isinstance(value, int) and value in {0, 1} and is_flag(column)
+    if is_truth and not _converts(column.type):
+        type_ = plain_type(column.type)
+        if isinstance(type_, Boolean):
             return true() if value else false()
-        bits = column.type.__visit_name__ == "BIT"
-        return InlineLiteral(int(value), column.type if bits else Integer())
+        return InlineLiteral(int(value), type_ if type_.__visit_name__ == "BIT" else Integer())
     try:
         hash(value)
     except TypeError:
@@ -211,6 +216,14 @@ def literal(column: Column[Any], value: Any, now: Callable[[Column[Any]], Any]) 
             "it is part of the statement; pass it in values=... of the call"
         ) from None
     return InlineLiteral(value, column.type)
+
+
+def _converts(type_: TypeEngine[Any]) -> bool:
+    """Check whether a decorated type stores another value than the one declared."""
+    return isinstance(type_, TypeDecorator) and any(
+        getattr(type(type_), name) is not getattr(TypeDecorator, name)
+        for name in ("process_bind_param", "process_literal_param")
+    )
 
 
 def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> tuple[Any, Any]:

@@ -98,6 +98,18 @@ def part_of(ticket: Mapping[str, Any], name: str) -> Any:
     return ticket[name]
 
 
+def lease_of(ticket: Mapping[str, Any]) -> timedelta | None:
+    """Return the lease of a ticket, or raise if it is no duration."""
+    seconds = part_of(ticket, "lease")
+    try:
+        return None if seconds is None else timedelta(seconds=seconds)
+    except (TypeError, ValueError, OverflowError):
+        raise ClaimError(
+            f"the ticket's lease is {seconds!r}; expected its seconds, as Claim.ticket(job) "
+            "returned them, or None"
+        ) from None
+
+
 class _Pickler(pickle.Pickler):
     """Pickles a ``JobTable`` without its statements; its class's mapper and tables by reference."""
 
@@ -117,7 +129,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, JobTable):
             return NotImplemented
         state = {each.name: getattr(obj, each.name) for each in fields(obj)}
-        return object.__new__, (JobTable,), state | {"statements": {}}
+        return object.__new__, (JobTable,), state
 
 
 class _Unpickler(pickle.Unpickler):
@@ -142,6 +154,9 @@ def pickled(job_table: JobTable) -> tuple[type[Any] | None, bytes]:
 def unpickled(entity: type[Any] | None, state: bytes) -> JobTable:
     """Return the declaration that :func:`pickled` has pickled."""
     found: JobTable = _Unpickler(io.BytesIO(state), _tables(entity)).load()
+    for column in found.table.columns if entity is None else ():
+        # SQLAlchemy keeps it, and unpickles it before the column has its type.
+        column.__dict__.pop("comparator", None)
     return found
 
 

@@ -105,6 +105,8 @@ def full_table() -> sa.Table:
         Column("half", Integer, sa.Computed("size / 2")),
         Column("tags", postgresql.ARRAY(sa.Text)),
         Column("tiny", mysql.TINYINT(unsigned=True)),
+        Column("extra", sa.JSON),
+        Column("domain", postgresql.DOMAIN("stage", String(10))),
     )
 
 
@@ -157,6 +159,18 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     "a computed state": ({"state": "half", "free": 0, "claimed": 1}, "GENERATED"),
     "a computed end": ({**STATUS, "done": {"half": 1}}, "done writes 'half'"),
     "an array": ({"state": "tags", "free": "a", "claimed": "b"}, "expected one value"),
+    "JSON": ({"state": "extra", "free": "a", "claimed": "b"}, "expected one value"),
+    "NULL is free, and is claimed": (
+        {**STATUS, "claimed": None, "null_is_free": True},
+        "hand out the same rows",
+    ),
+    "a flag's 1 is true": ({"state": "flag", "free": True, "claimed": 1}, "hand out the same"),
+    "a text with NUL": ({**STATUS, "claimed": "a\0"}, "without NUL and surrogates"),
+    "a text with a surrogate": ({**STATUS, "done": "a\udc80"}, "without NUL and surrogates"),
+    "a number in a domain of texts": (
+        {"state": "domain", "free": "new", "claimed": 5},
+        "claimed has 5 in 'domain'",
+    ),
     "a maximum beyond its type": (
         {**STATUS, "attempts": "size", "max_attempts": 32_768},
         "counts to 32767, so no row would ever be spent",
@@ -197,6 +211,8 @@ def test_refused_declarations(declaration: str) -> None:
         {**STATUS, "attempts": "tiny", "max_attempts": 255},
         {"state": "kind", "free": Status.PENDING, "claimed": "RUNNING", "done": "ENDED"},
         {"state": "flag", "done": {"flag": False, "finished_at": NOW}},
+        {"state": "flag", "free": 0, "claimed": 1},
+        {"state": "domain", "free": "new", "claimed": "run"},
         {**STATUS, "free": ("owner",)},
         {**STATUS, "done": {"status": "owner"}},
     ],
@@ -238,6 +254,76 @@ def test_null_beside_other_free_values(database: Database) -> None:
     with engine.connect() as connection:
         query = sa.select(table.c.status).order_by(table.c.id)
         assert connection.scalars(query).all() == ["late", "late", "end"]
+
+
+class Inverted(sa.TypeDecorator[bool]):
+    """A flag that is stored as its contrary."""
+
+    impl = sa.Boolean
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
+        """Write the contrary."""
+        return None if value is None else not value
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
+        """Read the contrary."""
+        return None if value is None else not value
+
+
+class MinusOne(sa.TypeDecorator[bool]):
+    """A flag in an INTEGER column, where true is -1."""
+
+    impl = sa.Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
+        """Write -1 for true."""
+        return None if value is None else -int(value)
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:  # noqa: ARG002
+        """Read true only from -1."""
+        return None if value is None else value == -1
+
+
+@pytest.mark.parametrize("type_", [Inverted(), MinusOne()], ids=lambda type_: type(type_).__name__)
+def test_flags_of_a_type_that_converts(database: Database, type_: Any) -> None:
+    """A flag is compared and written as its type stores it, in the state and in an end."""
+    zero = None if isinstance(type_, Inverted) else "0"
+    flags = [Column(name, type_, server_default=zero) for name in ("processing", "done")]
+    table, engine = table_of(*flags), database.engine()
+    table.metadata.create_all(engine)
+    fresh = {"processing": False, "done": False}
+    with engine.begin() as connection:
+        rows = [fresh, fresh, {**fresh, "processing": True}, {**fresh, "done": True}]
+        connection.execute(table.insert(), [{"id": n, **r} for n, r in enumerate(rows, 1)])
+    jobs = JobTable(table, state="processing", done={"done": True})
+    claim = claim_jobs(engine, jobs, 5)
+    assert [(row.id, row.processing) for row in claim] == [(1, True), (2, True)]
+    assert complete_jobs(engine, claim[:1], unfenced=True) == 1
+    assert release_jobs(engine, claim[1:], unfenced=True) == 1
+    assert ids(claim_jobs(engine, jobs, 5)) == [2]
+
+
+@pytest.mark.databases("postgresql")
+def test_columns_of_domains(database: Database) -> None:
+    """A reflected domain has the roles that the type beneath it has."""
+    engine = database.engine()
+    with engine.begin() as connection:
+        for text in (
+            "CREATE DOMAIN flag AS boolean",
+            "CREATE DOMAIN moment AS timestamptz",
+            "CREATE DOMAIN word AS varchar(32)",
+            "CREATE TABLE jobs (id int PRIMARY KEY, processing flag NOT NULL)",
+            "ALTER TABLE jobs ADD completed_at moment, ADD lease_until moment",
+            "ALTER TABLE jobs ADD claim_token word, ADD worker word",
+            "INSERT INTO jobs VALUES (1, false), (2, true)",
+        ):
+            connection.exec_driver_sql(text)
+    table = sa.Table("jobs", sa.MetaData(), autoload_with=engine)
+    claim = claim_jobs(engine, table, 5, lease=LEASE, worker="w")
+    assert (ids(claim), claim[0].worker) == ([1], "w")
+    assert extend_jobs(engine, claim) == complete_jobs(engine, claim) == 1
 
 
 def test_an_end_of_several_values(database: Database) -> None:
@@ -297,6 +383,21 @@ def test_columns_that_are_not_null(database: Database, state: str, *, nullable: 
         past = {"lease_until": sa.text("'2020-01-01 00:00:00'")}
         connection.execute(table.update().where(table.c.id == 3).values(past))
     assert {claim_jobs(engine, jobs, lease=LEASE)[0].id for _ in range(2)} == {3, 4}
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_released_lease_is_over_at_once(database: Database) -> None:
+    """A lease that is the state ends now, however the column rounds the fraction of the second."""
+    table, engine = leased_table(nullable=False), database.engine()
+    fill(engine, table, 1)
+    jobs = JobTable(
+        table, state="lease_until", lease="lease_until", token="claim_token", naive_times="utc"
+    )
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SET timestamp = 1700000000.75")
+        assert release_jobs(connection, claim_jobs(connection, jobs, lease=LEASE)) == 1
+        assert ids(claim_jobs(connection, jobs, lease=LEASE)) == [1]
+        connection.exec_driver_sql("SET timestamp = DEFAULT")
 
 
 def test_a_worker_that_is_not_named(database: Database) -> None:

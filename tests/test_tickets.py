@@ -151,6 +151,8 @@ def test_a_key_that_does_not_survive_is_refused_at_once(database: Database) -> N
         ticket | {"key": {"number": ["int", "1"]}},
         ticket | {"key": {"id": "1"}},
         ticket | {"key": {"id": ["list", "1"]}},
+        ticket | {"lease": "long"},
+        ticket | {"lease": float("nan")},
         {},
     ):
         with pytest.raises(ClaimError, match=r"ticket"):
@@ -223,7 +225,10 @@ def test_a_claim_can_be_pickled(database: Database) -> None:
     claim = claim_jobs(engine, jobs, 2, lease=LEASE)
     again: Claim[Any] = pickle.loads(pickle.dumps(claim))  # noqa: S301 - our own
     assert (list(again), again.keys, again.token) == (list(claim), claim.keys, claim.token)
+    assert again == claim
     assert complete_jobs(engine, again[:1]) == 1
+    for column, read in zip(jobs.table.columns, again.table.table.columns, strict=True):
+        assert type(read.comparator.type) is type(column.comparator.type)
 
     Base.metadata.create_all(engine)
     letters = JobTable(

@@ -11,8 +11,8 @@ from sqlalchemy import DateTime, Integer, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
+from atomic_claim.inference import TOKEN_LENGTH
 from atomic_claim.job_table import JobTable
-from atomic_claim.roles import TOKEN_LENGTH
 from atomic_claim.testing.database import CommandError
 
 from .indexes import INNODB, NeededIndex, needed_indexes
