@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Connection, Engine, update
+from sqlalchemy import Connection, Engine, Update, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
@@ -41,6 +41,7 @@ FIRST_PAUSE = 0.005
 LONGEST_PAUSE = 0.5
 FIRST_OUTAGE_PAUSE = 0.1
 LONGEST_OUTAGE_PAUSE = 2.0
+NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
 # The key of a backend's facts in the ``info`` of a DBAPI connection.
 FACTS = "atomic_claim_facts"
@@ -184,34 +185,29 @@ class OwnTransaction:
     def run(self, run: Run[R]) -> R:
         """Run once, and commit."""
         self.committing = self.ended = False
-        with ExitStack() as stack:
-            session, engine = None, self.bind
-            if not isinstance(engine, Engine):
-                session, engine = self._session(stack)
+        session, engine = None, self.bind
+        if not isinstance(engine, Engine):
+            session, engine = self._session()
+        if engine.dialect.server_version_info is None:
+            # A database that is not known is refused before it is connected to.
             backend_for(engine.dialect)
-            if isinstance(engine.pool, SHARED):
-                _refuse_shared(engine)
-            connection = stack.enter_context(engine.connect())
+        if isinstance(engine.pool, SHARED):
+            _refuse_shared(engine)
+        with session or NOTHING, engine.connect() as connection:
             backend = backend_for(connection.dialect)
+            tx = Transaction(backend, session or connection, connection, own=True)
+            tx.after_disconnect = self.unknown
             try:
-                self._prepare(backend, connection, session, stack)
-                found = run(
-                    Transaction(
-                        backend,
-                        session or connection,
-                        connection,
-                        own=True,
-                        autocommit=self.committing,
-                        after_disconnect=self.unknown,
-                    )
-                )
-                self.committing = self.ended = True
-                (session or connection).commit()
+                if self._may_autocommit(tx):
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                    self.committing = tx.autocommit = True
+                with NOTHING if tx.autocommit else self._transaction(tx):
+                    found = run(tx)
+                    self.committing = self.ended = True
+                    tx.executor.commit()
             except BaseException as error:
-                _fail(backend, connection, error)
+                _fail(tx, error)
                 raise
-            if session is not None:
-                session.expunge_all()
         return found
 
     def _undo(self, undo: Run[None]) -> None:
@@ -220,10 +216,10 @@ class OwnTransaction:
         own.process, own.unknown, own.lost_at = self.process, True, time.monotonic()
         own.run(undo)
 
-    def _session(self, stack: ExitStack) -> tuple[Session, Engine]:
+    def _session(self) -> tuple[Session, Engine]:
         assert not isinstance(self.bind, Engine)
         # Expiring at commit would unload the entities that are about to be detached.
-        session = stack.enter_context(self.bind(expire_on_commit=False))
+        session = self.bind(expire_on_commit=False)
         if not session.in_transaction():
             session.begin()
         engine = _engine_of(session, self.job_table)
@@ -234,14 +230,12 @@ class OwnTransaction:
             )
         return session, engine
 
-    def _prepare(
-        self,
-        backend: Backend,
-        connection: Connection,
-        session: Session | None,
-        stack: ExitStack,
-    ) -> None:
-        """Begin a transaction, or set AUTOCOMMIT where that makes no difference."""
+    def _may_autocommit(self, tx: Transaction) -> bool:
+        """Return True if AUTOCOMMIT makes no difference but of round trips.
+
+        Before that, end the process of a lost connection, and ask what has to be known of this one.
+        """
+        backend, connection, level = tx.backend, tx.connection, None
         if self.unknown:
             end_process(backend, connection, self.process, time.monotonic() - self.lost_at)
         if self.recoverable:
@@ -249,30 +243,46 @@ class OwnTransaction:
             if facts is None:
                 facts = connection.info[FACTS] = backend.facts(connection)
                 connection.rollback()
-            self.process = facts.process
-            if (
-                self.single is not None
-                and session is None
-                and facts.level == connection.dialect.default_isolation_level
-                and not (connection.dispatch.begin or connection.dispatch.commit)
-                and not connection.get_execution_options()
-                and backend.commits_singly
-                and connection.dialect.driver in KNOWN
-                and (driver := connection.connection.dbapi_connection) is not None
-                and not connection.dialect.detect_autocommit_setting(driver)
-                and self.single.prepare(backend.is_single)
-            ):
-                connection.execution_options(isolation_level="AUTOCOMMIT")
-                self.committing = True
-                return
-        if self.keyed:
-            stack.enter_context(backend.key_locks.around(connection, self.job_table.table))
-        if session is not None:
-            stack.enter_context(pinned(session, connection.engine, connection))
-            stack.callback(session.close)
-        stack.enter_context(_begun(connection))
-        if self.keyed:
-            backend.key_locks.begin(connection)
+            self.process, level = facts
+        if self.single is None or tx.executor is not connection or not backend.commits_singly:
+            return False
+        # Asked of the dispatcher only where there are any: every Connection would build its own.
+        has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
+        return (
+            level == connection.dialect.default_isolation_level
+            and not (has_events and (connection.dispatch.begin or connection.dispatch.commit))
+            and not connection.get_execution_options()
+            and connection.dialect.driver in KNOWN
+            and (driver := connection.connection.dbapi_connection) is not None
+            and not connection.dialect.detect_autocommit_setting(driver)
+            and self.single.prepare(backend.is_single)
+        )
+
+    @contextmanager
+    def _transaction(self, tx: Transaction) -> Iterator[None]:
+        """Begin a transaction, and clean up behind it."""
+        backend, connection = tx.backend, tx.connection
+        with ExitStack() as stack:
+            if self.keyed:
+                stack.enter_context(backend.key_locks.around(connection, self.job_table.table))
+                # The lock of the keys outlasts the rollback.
+                stack.push(lambda _, error, __: None if error is None else _fail(tx, error))
+            if not isinstance(tx.executor, Connection):
+                stack.enter_context(pinned(tx.executor, connection.engine, connection))
+                stack.callback(tx.executor.close)
+            if not connection.in_transaction():
+                connection.begin()
+            driver = connection.connection.dbapi_connection
+            assert driver is not None
+            try:
+                in_autocommit = connection.dialect.detect_autocommit_setting(driver)
+            except NotImplementedError:
+                in_autocommit = False
+            if in_autocommit and not in_transaction(connection.connection.driver_connection):
+                stack.enter_context(_out_of_autocommit(connection))
+            if self.keyed:
+                backend.key_locks.begin(connection)
+            yield
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
@@ -283,19 +293,10 @@ class OwnTransaction:
 
 
 @contextmanager
-def _begun(connection: Connection) -> Iterator[None]:
-    """Begin a transaction, on a connection in the caller's AUTOCOMMIT too."""
-    if not connection.in_transaction():
-        connection.begin()
+def _out_of_autocommit(connection: Connection) -> Iterator[None]:
+    """Run in a transaction on a connection in the caller's AUTOCOMMIT."""
     dialect, driver = connection.dialect, connection.connection.dbapi_connection
     assert driver is not None
-    try:
-        in_autocommit = dialect.detect_autocommit_setting(driver)
-    except NotImplementedError:
-        in_autocommit = False
-    if not in_autocommit or in_transaction(connection.connection.driver_connection):
-        yield
-        return
     # On MySQL the session has a level of its own in AUTOCOMMIT, too.
     dialect.set_isolation_level(driver, dialect.get_isolation_level(driver))
     try:
@@ -306,12 +307,13 @@ def _begun(connection: Connection) -> Iterator[None]:
             dialect.set_isolation_level(driver, "AUTOCOMMIT")
 
 
-def _fail(backend: Backend, connection: Connection, error: BaseException) -> None:
+def _fail(tx: Transaction, error: BaseException) -> None:
     """Clean up after a failed transaction, and raise a conflict as ``ClaimConflict``.
 
     SQLAlchemy takes a COMMIT that failed, or was vetoed, for an end of the transaction; SQLite's
     stays open if it is busy at COMMIT.
     """
+    backend, connection = tx.backend, tx.connection
     if not (connection.closed or connection.invalidated or connection.in_transaction()):
         connection.connection.rollback()
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
@@ -320,11 +322,6 @@ def _fail(backend: Backend, connection: Connection, error: BaseException) -> Non
         # The driver would send the prepared statement again and again.
         connection.invalidate()
     _raise_conflict(backend, error)
-
-
-def _explain(error: Exception, committing: bool) -> None:
-    if committing and isinstance(error, DBAPIError):
-        error.add_detail(UNKNOWN)
 
 
 def pinned(
@@ -393,6 +390,10 @@ def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     return backend_for(dialect).outages(dialect)
 
 
+def _writing(job_table: JobTable) -> Update:
+    return update(job_table.table)
+
+
 def _engine_of(session: Session, job_table: JobTable) -> Engine | Connection:
     """Return the bind to which the session sends an UPDATE of the table."""
     module: Any = sys.modules.get("sqlalchemy.ext.horizontal_shard")
@@ -402,7 +403,7 @@ def _engine_of(session: Session, job_table: JobTable) -> Engine | Connection:
             "databases: claim from each shard with its own Session or Engine"
         )
     try:
-        return session.get_bind(mapper=job_table.mapper, clause=update(job_table.table))
+        return session.get_bind(mapper=job_table.mapper, clause=job_table.prepare(_writing))
     except UnboundExecutionError as error:
         raise ClaimError(f"the Session has no bind for this table: {error}") from error
 

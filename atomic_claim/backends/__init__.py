@@ -20,7 +20,8 @@ from atomic_claim.references import resolve
 from atomic_claim.sql_elements import DatabaseTime
 from atomic_claim.statement import ClaimStatement
 
-from .base import CHUNK, Backend, Find, KeyedRows, Transaction, read_back
+from .base import CHUNK, Backend, Find, Transaction, read_back
+from .reading import KeyedRows
 
 __all__ = [
     "BACKENDS",

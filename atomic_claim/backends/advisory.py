@@ -30,7 +30,8 @@ from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import ByKey
 
-from .base import Candidate, Key, KeyLocks, Transaction
+from .base import Candidate, KeyLocks, Transaction
+from .reading import Key
 
 SCHEMA = "atomic_claim_schema"
 TABLE = "atomic_claim_table"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -16,7 +15,6 @@ from sqlalchemy import (
     CursorResult,
     Dialect,
     Result,
-    Row,
     Select,
     Table,
     Update,
@@ -25,7 +23,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.engine import result_tuple
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.types import DateTime, Float
@@ -34,23 +31,19 @@ from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import FAULT, INSTANT, LEAST, LIMIT, SCAN_LIMIT, ClaimPlan
+from atomic_claim.plan import INSTANT, LEAST, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
 from .drivers import in_transaction
+from .reading import Key, KeyedRows, Reading
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
-Key = tuple[Any, ...]
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
-KeyedRows = list[tuple[Key, Any]]
-"""Keys and the rows or entities they belong to, in claim order."""
-
-
 Read = Callable[[Select[Any], Mapping[str, Any]], Sequence[Any]]
 """Executes a SELECT, and returns its rows."""
 
@@ -81,7 +74,7 @@ class Facts(NamedTuple):
     level: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Transaction:
     """Where the statements of one operation run.
 
@@ -413,40 +406,6 @@ class Backend(ABC):
         )
 
 
-def row_maker(plan: ClaimPlan, names: tuple[str, ...]) -> Callable[[Iterable[Any]], Row[Any]]:
-    """Return a function that makes rows of the claim's columns, without what was added to them."""
-    return result_tuple(names, [(column, column.key) for column in plan.columns])
-
-
-def keyed_rows(plan: ClaimPlan, rows: Sequence[Row[Any]]) -> KeyedRows:
-    """Pair rows or entities with their keys, in the order of the rows.
-
-    What follows them is taken off, and a column :data:`FAULT` is checked.
-
-    Raises:
-        ClaimError: a row does not bear the mark of the claim, or is claimable still; or several
-            rows have one key.
-    """
-    if not rows:
-        return []
-    key_of, width = plan.key_of, plan.width
-    items: Sequence[Any] = rows
-    if len(rows[0]) > width:
-        if FAULT in rows[0]._fields:
-            for row in rows:
-                if row[width] != 0:
-                    plan.refuse_fault(row[width], tuple(row[:width]))
-        if not plan.entities:
-            make = plan.prepare(row_maker, rows[0]._fields[:width])
-            items = list(map(make, map(operator.itemgetter(slice(width)), rows)))
-    if plan.entities:
-        items = list(map(operator.itemgetter(0), rows))
-    keys = list(map(key_of, items))
-    if len(set(keys)) < len(keys):
-        plan.refuse_shared_keys(keys)
-    return list(zip(keys, items, strict=True))
-
-
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
     """Add a hint for each dialect to the statement; other dialects do not render it."""
     for dialect_name, hint in hints.items():
@@ -531,7 +490,8 @@ def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
 
 def marked_by_key(plan: ClaimPlan, backend: Backend) -> tuple[ByKey, ByKey]:
     """Return the statements of :func:`mark_and_load`."""
-    return plan.prepare(marking_by_key, backend), plan.prepare(reading_by_key, backend)
+    reading = plan.prepare(reading_by_key, backend, False, True)
+    return plan.prepare(marking_by_key, backend), reading.statement
 
 
 def read_back(
@@ -553,15 +513,13 @@ def read_back(
     for lock in (False, True):
         reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
         missing = list(filterfalse(found.__contains__, keys))
-        for _, result in tx.by_key(reading, missing, params):
+        for _, result in tx.by_key(reading.statement, missing, params):
             rows = result.unique().all() if plan.entities else result.all()
-            found.update(keyed_rows(plan, rows))
+            found.update(reading.keyed(rows))
     return list(zip(keys, map(found.__getitem__, keys), strict=True))
 
 
-def reading_by_key(
-    plan: ClaimPlan, backend: Backend, lock: bool = False, checks: bool = True
-) -> ByKey:
+def reading_by_key(plan: ClaimPlan, backend: Backend, lock: bool, checks: bool) -> Reading:
     """Return the SELECT that reads claimed rows or entities by key."""
     reading = hinted(plan.reading, plan.job_table.table, backend.hints)
     if checks:
@@ -569,4 +527,4 @@ def reading_by_key(
     if lock:
         reading = reading.with_for_update()
     key = plan.key_attributes if plan.entities else plan.job_table.key
-    return ByKey(key, reading.where)
+    return Reading(plan, ByKey(key, reading.where), checks)

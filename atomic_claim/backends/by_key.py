@@ -54,18 +54,8 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, labelled_terms
 
-from .base import (
-    CHUNK,
-    Backend,
-    Candidate,
-    Key,
-    KeyedRows,
-    Mark,
-    Read,
-    Transaction,
-    hinted,
-    marked_by_key,
-)
+from .base import CHUNK, Backend, Candidate, Mark, Read, Transaction, hinted, marked_by_key
+from .reading import Key, KeyedRows
 
 KEY = "atomic_claim_key"
 PLACE = "atomic_claim_place"

@@ -36,20 +36,12 @@ from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey, DatabaseTime, RandomFraction, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
-from .base import (
-    Backend,
-    Facts,
-    Find,
-    Key,
-    KeyLocks,
-    Transaction,
-    hinted,
-    marked_by_key,
-)
+from .base import Backend, Facts, Find, KeyLocks, Transaction, hinted, marked_by_key
 from .by_key import keyed_statements, refuse_view
 from .drivers import code_of
 from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
+from .reading import Key
 from .versions import require
 
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:

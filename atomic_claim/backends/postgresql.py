@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 from sqlalchemy import (
@@ -40,20 +41,10 @@ from atomic_claim.sql_elements import (
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import AdvisoryLocks, require_locks
-from .base import (
-    Backend,
-    Facts,
-    Find,
-    Key,
-    KeyedRows,
-    Mark,
-    Transaction,
-    keyed_rows,
-    mark_and_load,
-    marked_by_key,
-)
+from .base import Backend, Facts, Find, Mark, Transaction, mark_and_load, marked_by_key
 from .by_key import claim_by_key, keyed_statements, refuse_view
 from .drivers import code_of
+from .reading import Key, KeyedRows, Reading
 from .versions import require
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
@@ -123,11 +114,12 @@ class PostgreSQL(Backend):
             self._check_zone(tx, plan)
             return claim_by_key(tx, plan, params, mark or mark_and_load)
         is_plain = tx.own and not plan.entities
-        if mark or not plan.prepare(self.is_single) or not (is_plain or not tx.needs_steps(plan)):
+        single = None if mark else plan.prepare(_single_claim, self)
+        if single is None or not (is_plain or not tx.needs_steps(plan)):
             return super().claim(tx, plan, params, mark)
-        if plan.prepare(self._has_naive):
+        if single.has_naive:
             self._check_zone(tx, plan)
-        return keyed_rows(plan, tx.execute(plan.prepare(claiming), params).all())
+        return single.keyed(tx.execute(single.statement, params).all())
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -156,7 +148,7 @@ class PostgreSQL(Backend):
         if plan.job_table.exclusive_by is not None:
             return keyed_statements(self, plan)
         if self.is_single(plan):
-            return (plan.prepare(claiming),)
+            return (claiming(plan),)
         return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
@@ -200,6 +192,24 @@ def _time_zone(tx: Transaction) -> str:
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
     known = status("TimeZone") if status is not None else None
     return str(known or tx.connection.scalar(text("SELECT current_setting('TimeZone')")))
+
+
+@dataclass
+class SingleClaim(Reading):
+    """The claim as one statement.
+
+    Attributes:
+        has_naive: whether the session's time zone has to be known.
+    """
+
+    has_naive: bool = False
+
+
+def _single_claim(plan: ClaimPlan, backend: PostgreSQL) -> SingleClaim | None:
+    if not backend.is_single(plan):
+        return None
+    has_naive = bool(backend.naive_columns(plan.job_table))
+    return SingleClaim(plan, claiming(plan), has_naive=has_naive)
 
 
 def claiming(plan: ClaimPlan) -> Executable:

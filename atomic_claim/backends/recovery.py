@@ -22,17 +22,9 @@ from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
 from atomic_claim.sql_elements import ByKey, key_in
 
-from .base import (
-    Backend,
-    Key,
-    KeyedRows,
-    Transaction,
-    Unreadable,
-    hinted,
-    mark_and_load,
-    read_back,
-)
+from .base import Backend, Transaction, Unreadable, hinted, mark_and_load, read_back
 from .drivers import code_of
+from .reading import Key, KeyedRows
 
 # How often a claim passes over rows none of which can be marked and read.
 ROUNDS = 10

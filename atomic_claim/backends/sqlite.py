@@ -35,19 +35,9 @@ from atomic_claim.plan import INSTANT, LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm, RandomFraction
 from atomic_claim.statement import ClaimStatement, statement_of
 
-from .base import (
-    Backend,
-    Find,
-    Key,
-    KeyedRows,
-    Mark,
-    Transaction,
-    instant,
-    keyed_rows,
-    mark_and_load,
-    marked_by_key,
-)
+from .base import Backend, Find, Mark, Transaction, instant, mark_and_load, marked_by_key
 from .by_key import claim_by_key, keyed_statements, refuse_view
+from .reading import Key, KeyedRows, Reading
 from .versions import require
 
 MARK = "/* claimable */"
@@ -109,10 +99,11 @@ class SQLite(Backend):
         given = dict(params)
         if (asking := plan.prepare(instant)) is not None:
             given[INSTANT] = tx.connection.scalar(asking, params)
-        rows = list(tx.execute(plan.prepare(_claiming), params).all())
+        claiming = plan.prepare(_claiming)
+        rows = list(tx.execute(claiming.statement, params).all())
         if len(rows) < params[LIMIT]:
             rows += self._passed_over(tx, plan, params, len(rows))
-        found = keyed_rows(plan, _in_order(plan, rows))
+        found = claiming.keyed(_in_order(plan, rows))
         keys = [key for key, _ in found]
         tx.marked.extend(keys)
         for _, result in tx.by_key(plan.prepare(_wrong), keys, given):
@@ -133,14 +124,14 @@ class SQLite(Backend):
         if not (left := tx.tuples(plan.prepare(_first_left), params)):
             return ()
         wanted = {**params, LIMIT: params[LIMIT] - count}
-        more = tx.execute(plan.prepare(_claiming), wanted).all()
+        more = tx.execute(plan.prepare(_claiming).statement, wanted).all()
         if not more and left == tx.tuples(plan.prepare(_first_left), params):
             plan.refuse_fault(None, left[0])
         return more
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):
-            return (plan.prepare(_claiming), plan.prepare(_wrong))
+            return (plan.prepare(_claiming).statement, plan.prepare(_wrong))
         if plan.job_table.exclusive_by is not None:
             return (_lock(plan.job_table), *keyed_statements(self, plan))
         return (_lock(plan.job_table), plan.candidates.select(), *marked_by_key(plan, self))
@@ -195,17 +186,17 @@ def _terms(plan: ClaimPlan) -> list[OrderTerm]:
     return [OrderTerm.of(term) for term in plan.order]
 
 
-def _claiming(plan: ClaimPlan) -> Executable:
+def _claiming(plan: ClaimPlan) -> Reading:
     """Return the claim with the stored values of its order terms."""
     stored = [
         type_coerce(term.element, NullType()).label(f"{ORDER}{place}")
         for place, term in enumerate(_terms(plan), 1)
     ]
-    statement = statement_of(plan).returning(*stored)
-    if not plan.entities:
-        return statement
-    found = select(plan.returned_table, *stored).from_statement(statement)
-    return found.execution_options(populate_existing=True)
+    statement: Any = statement_of(plan).returning(*stored)
+    if plan.entities:
+        found = select(plan.returned_table, *stored).from_statement(statement)
+        statement = found.execution_options(populate_existing=True)
+    return Reading(plan, statement, checks=False)
 
 
 def _wrong(plan: ClaimPlan) -> ByKey:
