@@ -266,7 +266,7 @@ def test_errors_are_one_line(app: Path, name: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
 
 
-def test_a_function_that_the_main_module_never_defines(app: Path) -> None:
+def test_a_function_never_defined(app: Path) -> None:
     """What no line of it has defined by its end is an error then."""
     wrong = PATCHES.replace("legacy_app:Queue.take", "legacy_app:wrok")
     (app / "pyproject.toml").write_text(wrong, encoding="utf-8")
