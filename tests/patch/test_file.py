@@ -267,7 +267,7 @@ def test_errors_are_one_line(app: Path, name: str) -> None:
 
 
 def test_a_function_never_defined(app: Path) -> None:
-    """What no line of it has defined by its end is an error then."""
+    """A name that no line of the main module has defined by its end is an error then."""
     wrong = PATCHES.replace("legacy_app:Queue.take", "legacy_app:wrok")
     (app / "pyproject.toml").write_text(wrong, encoding="utf-8")
     done = run(app, sys.executable, "legacy_app.py")
