@@ -6,12 +6,12 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from sqlalchemy import func
 
 from atomic_claim.errors import PatchError
+from atomic_claim.references import resolve
 
 from .main_module import loaded_module
 
@@ -92,19 +92,13 @@ def referred(name: str) -> Any:
     Raises:
         PatchError: there is nothing of that name.
     """
-    module_name, _, path = name.partition(":")
+    module, _, path = name.partition(":")
+    # A module that another thread is importing is waited for; the main module is never new.
+    main = loaded_module(module)
     try:
-        # A module that another thread is importing is waited for; the main module is never new.
-        found: Any = import_module(module_name)
-    except ImportError as error:
-        found = loaded_module(module_name)
-        if found is None:
-            raise PatchError(f"{name!r} cannot be imported: {error}") from error
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise PatchError(f"{name!r} does not exist: {found!r} has no {part!r}")
-        found = getattr(found, part)
-    return found
+        return resolve(f"{main.__name__ if main else module}:{path}")
+    except (ImportError, AttributeError) as error:
+        raise PatchError(f"{name!r} cannot be had: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)

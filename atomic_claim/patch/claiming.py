@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar, Unpack
 
 from sqlalchemy.util import greenlet_spawn
@@ -240,24 +240,10 @@ class Claiming(Replacing):
                 stacklevel=8,
             )
 
-    @contextmanager
-    def claimed(self, call: Call, limit: int) -> Iterator[tuple[Sequence[Any], Any]]:
-        """Claim for a call of a function; yield the jobs while its session is open."""
-        with self.sessions.open(call) as opened:
-            claim = self._claim(call, limit, opened)
-            try:
-                yield claim, opened.bind
-            except BaseException as error:
-                self._give_back(opened, claim, error)
-                raise
-            opened.end(claim)
-
     @asynccontextmanager
-    async def claimed_async(
-        self, call: Call, limit: int
-    ) -> AsyncIterator[tuple[Sequence[Any], Any]]:
-        """Claim for a call of a coroutine; yield the jobs while its session is open."""
-        async with self.sessions.open_async(call) as opened:
+    async def claimed(self, call: Call, limit: int) -> AsyncIterator[tuple[Sequence[Any], Any]]:
+        """Claim; yield the jobs and the bind while the session is open."""
+        async with self.sessions.open(call, waits=self.is_coroutine) as opened:
             claim: Claim[Any] = await _beside(opened, self._claim, call, limit, opened)
             try:
                 yield claim, opened.bind

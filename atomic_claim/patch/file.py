@@ -18,9 +18,9 @@ from .calls import Reference
 from .claimed_reads import claim_reads
 from .claiming import patch_claims
 from .locking import lock_reads
+from .main_module import MissingModule
 from .options import NAMES
 from .patches import Patch
-from .sources import MissingModule
 from .tables import TableReference
 from .targets import parts_of
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,13 @@ class FileClaiming(Replacing):
                     "or a callable"
                 )
 
-    @contextmanager
-    def claimed(self, call: Call, limit: int) -> Iterator[tuple[list[ClaimedFile], Any]]:
-        """Claim files for a call of a function and yield them."""
-        yield self._claim(call, limit), None
-
     @asynccontextmanager
-    async def claimed_async(
-        self, call: Call, limit: int
-    ) -> AsyncIterator[tuple[list[ClaimedFile], Any]]:
-        """Claim files for a call of a coroutine and yield them."""
-        yield await asyncio.to_thread(self._claim, call, limit), None
+    async def claimed(self, call: Call, limit: int) -> AsyncIterator[tuple[list[ClaimedFile], Any]]:
+        """Claim files, beside the event loop if there is one, and yield them."""
+        if self.is_coroutine:
+            yield await asyncio.to_thread(self._claim, call, limit), None
+        else:
+            yield self._claim(call, limit), None
 
     def _claim(self, call: Call, limit: int) -> list[ClaimedFile]:
         if limit == 0:

@@ -1,10 +1,11 @@
-"""The program's main module, whose functions no import ever brings."""
+"""The modules of a program, and its main one, whose functions no import ever brings."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -15,9 +16,38 @@ MAINS = ("__main__", "__mp_main__")
 VARIABLE = "ATOMIC_CLAIM_MAIN"
 """Tells the processes that multiprocessing starts what their parent's main module is called."""
 
-Ready = Callable[[ModuleType], bool]
+Ready = Callable[[ModuleType, bool], bool]
 waiting: list[Ready] = []
-"""What is yet to be patched in the main module; each tells whether it is done."""
+"""What is yet to be patched in the main module; each tells whether it is done, by its end too."""
+
+
+class MissingModule(PatchError):
+    """The module of a target cannot be imported."""
+
+
+def check_module(name: str) -> None:
+    """Refuse a module that cannot be imported; its packages are not imported for it.
+
+    Raises:
+        MissingModule: there is no such module.
+    """
+    above: Iterable[str] | None = None
+    names = name.split(".")
+    for depth in range(1, len(names) + 1):
+        part = ".".join(names[:depth])
+        if (loaded := sys.modules.get(part)) is not None:
+            above = getattr(loaded, "__path__", ())
+            continue
+        path = None if above is None else list(above)
+        # An editable installation brings a finder of its own.
+        finds = [getattr(finder, "find_spec", None) for finder in (PathFinder, *sys.meta_path)]
+        found = next((spec for find in finds if find and (spec := find(part, path))), None)
+        if found is None:
+            raise MissingModule(
+                f"there is no module {name!r} on this Python's path, so nothing of it can ever be "
+                "patched"
+            )
+        above = found.submodule_search_locations or ()
 
 
 def main_name() -> str:
@@ -59,7 +89,8 @@ def when_defined(ready: Ready) -> None:
     """Have the main module looked at, line by line of it, until something is defined there.
 
     Only the main module's own lines are watched, and only until all is found: what a function
-    costs that is called meanwhile is one look at its name.
+    costs that is called meanwhile is one look at its name. What is not defined by its end is
+    an error.
     """
     if not waiting:
         if sys.gettrace() is not None:
@@ -77,11 +108,13 @@ def _enter(frame: FrameType, _event: str, _arg: Any) -> Any:
     return None
 
 
-def _line(frame: FrameType, _event: str, _arg: Any) -> Any:
+def _line(frame: FrameType, kind: str, _arg: Any) -> Any:
     module = sys.modules.get(frame.f_globals["__name__"])
     if module is None or vars(module) is not frame.f_globals:
         return _line
-    waiting[:] = [ready for ready in waiting if not ready(module)]
+    # What multiprocessing starts by -c is not yet the program's own main module.
+    is_over = kind == "return" and hasattr(module, "__file__")
+    waiting[:] = [ready for ready in waiting if not ready(module, is_over)]
     if waiting:
         return _line
     sys.settrace(None)

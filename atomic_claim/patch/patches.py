@@ -13,8 +13,7 @@ from wrapt import register_post_import_hook
 from atomic_claim.errors import ClaimError
 
 from .holders import MISSING, Attribute, Place, find_places
-from .main_module import is_main, loaded_module, when_defined
-from .sources import check_source
+from .main_module import check_module, is_main, loaded_module, when_defined
 from .targets import (
     PatchWrapper,
     Target,
@@ -155,8 +154,8 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
                 on_failure(error)
             raise
 
-    def install_in_main(module: ModuleType) -> bool:
-        if is_defined(module, path):
+    def install_in_main(module: ModuleType, is_over: bool) -> bool:
+        if is_over or is_defined(module, path):
             install(module)
             return True
         return not patch.is_active
@@ -164,9 +163,10 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     if (module := loaded_module(module_name)) is not None:
         install(module)
         return patch
-    check_source(module_name, path)
     if is_main(module_name):
         when_defined(install_in_main)
+    else:
+        check_module(module_name)
     register_post_import_hook(install, module_name)
     return patch
 

@@ -8,9 +8,19 @@ import logging
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager
-from typing import Any
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 from atomic_claim.errors import PatchError
 
@@ -20,10 +30,20 @@ from .patches import Patch
 from .sources import yield_notes
 from .targets import Target
 
+T = TypeVar("T")
+
 ONE: Any = object()
 """The limit of a function that claims one job and returns it, not a list."""
 ALL = 2**31 - 1
 logger = logging.getLogger("atomic_claim")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outcome of one claim: whether it found a job, and what returns or raises the result."""
+
+    found: bool
+    get: Callable[[], Any]
 
 
 class Replacing(ABC):
@@ -101,70 +121,56 @@ class Replacing(ABC):
             )
 
     @abstractmethod
-    def claimed(self, call: Call, limit: int) -> AbstractContextManager[tuple[Sequence[Any], Any]]:
-        """Claim for a call of a function; yield the jobs and the bind while they can be read."""
-
-    @abstractmethod
-    def claimed_async(
+    def claimed(
         self, call: Call, limit: int
     ) -> AbstractAsyncContextManager[tuple[Sequence[Any], Any]]:
-        """Claim for a call of a coroutine; yield the jobs and the bind while they can be read."""
+        """Claim; yield the jobs and the bind while they can be read.
+
+        Where the function is no coroutine, nothing in it waits.
+        """
 
     def run(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """In place of a function."""
-        with self._logged():
-            call = self._call(instance, args, kwargs)
-            if call is not None:
-                with self.claimed(call, self._limit(call)) as (claim, bind):
-                    return self._answer(call, claim, bind)
-        return wrapped(*args, **kwargs)
+        if (bound := self._bound(instance, args, kwargs)) is None:
+            return wrapped(*args, **kwargs)
+        return finished(self._once(*bound)).get()
 
     def generate(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Generator[Any, Any, Any]:
         """In place of a generator."""
-        with self._logged():
-            call = self._call(instance, args, kwargs)
-        if call is None:
+        if (bound := self._bound(instance, args, kwargs)) is None:
             return (yield from wrapped(*args, **kwargs))
-        for limit in self._rounds(call):
-            with self._logged(), self.claimed(call, limit) as (claim, bind):
-                answer = self._answer(call, claim, bind)
-            if self.is_generator and not claim:
+        for limit in self._rounds(bound[1]):
+            answer = finished(self._once(bound[0], limit))
+            if self.is_generator and not answer.found:
                 break
-            yield answer
+            yield answer.get()
         return None
 
     async def run_async(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """In place of a coroutine."""
-        with self._logged():
-            call = self._call(instance, args, kwargs)
-            if call is not None:
-                async with self.claimed_async(call, self._limit(call)) as (claim, bind):
-                    return await _awaited(self._answer(call, claim, bind))
-        return await wrapped(*args, **kwargs)
+        if (bound := self._bound(instance, args, kwargs)) is None:
+            return await wrapped(*args, **kwargs)
+        return (await self._once(*bound)).get()
 
     async def generate_async(
         self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
         """In place of an asynchronous generator."""
-        with self._logged():
-            call = self._call(instance, args, kwargs)
-        if call is None:
+        if (bound := self._bound(instance, args, kwargs)) is None:
             async for each in wrapped(*args, **kwargs):
                 yield each
             return
-        for limit in self._rounds(call):
-            with self._logged():
-                async with self.claimed_async(call, limit) as (claim, bind):
-                    answer = await _awaited(self._answer(call, claim, bind))
-            if self.is_generator and not claim:
+        for limit in self._rounds(bound[1]):
+            answer = await self._once(bound[0], limit)
+            if self.is_generator and not answer.found:
                 break
-            yield answer
+            yield answer.get()
 
     @contextmanager
     def _logged(self) -> Iterator[None]:
@@ -175,41 +181,39 @@ class Replacing(ABC):
             logger.error("%s: %s", self.target.name, error)
             raise
 
-    def _call(self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """Bind the call, or return None if it does not claim or the signature does not fit."""
-        call = bound_call(self.options.signature, instance, args, kwargs)
-        if call is None or not self.when.read(call):
-            self.patch.count(passed_through=1)
-            return None
-        if dropped := [name for name in self._unread if call.arguments[name]]:
-            raise PatchError(
-                f"{self.target.name} was given {call.arguments[dropped[0]]!r} for {dropped[0]!r}, "
-                f"which no option reads: name it in one, or in ignore={dropped!r}"
-            )
-        return call
+    def _bound(
+        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Call, int] | None:
+        """Bind the call; return None if it does not claim or the signature does not fit."""
+        with self._logged():
+            call = bound_call(self.options.signature, instance, args, kwargs)
+            if call is None or not self.when.read(call):
+                self.patch.count(passed_through=1)
+                return None
+            if dropped := [name for name in self._unread if call.arguments[name]]:
+                raise PatchError(
+                    f"{self.target.name} was given {call.arguments[dropped[0]]!r} for "
+                    f"{dropped[0]!r}, which no option reads: name it in one, or in "
+                    f"ignore={dropped!r}"
+                )
+            limit = self.limit.read(call)
+            return call, ALL if limit is None else limit
 
-    def _limit(self, call: Call) -> int:
-        limit = self.limit.read(call)
-        return ALL if limit is None else limit
-
-    def _rounds(self, call: Call) -> Iterable[int]:
+    def _rounds(self, limit: int) -> Iterable[int]:
         """Yield the limit of each claim: a generator's consumer may stop after any job."""
-        if not self.is_generator:
-            return [self._limit(call)]
-        return (1 for _ in range(self._limit(call)))
+        return (1 for _ in range(limit)) if self.is_generator else [limit]
 
-    def _answer(self, call: Call, claim: Sequence[Any], bind: Any) -> Any:
-        """Return the function's result, or raise its exception."""
-        if claim:
-            return self.returns(claim[0] if self.single else claim, call, bind)
-        empty = self.empty.read(call)
-        if isinstance(empty, BaseException):
-            raise copy.copy(empty)
-        if isinstance(empty, type) and issubclass(empty, BaseException):
-            raise empty
-        if empty is not None:
-            return copy.copy(empty)
-        return None if self.single else self.returns(claim, call, bind)
+    async def _once(self, call: Call, limit: int) -> Answer:
+        """Claim, and make the function's result while the session is open."""
+        with self._logged():
+            async with self.claimed(call, limit) as (claim, bind):
+                empty = None if claim else self.empty.read(call)
+                if not claim and (self.single or empty is not None):
+                    return Answer(found=False, get=partial(_answered, empty))
+                answer = self.returns(claim[0] if self.single else claim, call, bind)
+                if self.is_coroutine and inspect.isawaitable(answer):
+                    answer = await answer
+                return Answer(found=bool(claim), get=lambda: answer)
 
     def _adapter(self, given: Any) -> tuple[Callable[..., Any], frozenset[str] | None]:
         """Return what makes the result of the jobs, the call and the bind, and what it takes."""
@@ -244,8 +248,23 @@ class Replacing(ABC):
         return fitted(given, ("found", "call", "bind"), what, least=1)
 
 
-async def _awaited(answer: Any) -> Any:
-    return await answer if inspect.isawaitable(answer) else answer
+def finished(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+    coroutine.close()
+    raise AssertionError("the claim of a plain function waited for an event loop")
+
+
+def _answered(empty: Any) -> Any:
+    """Return or raise what stands for nothing."""
+    if isinstance(empty, type) and issubclass(empty, BaseException):
+        raise empty
+    if isinstance(empty, BaseException):
+        raise copy.copy(empty)
+    return copy.copy(empty)
 
 
 def is_text(given: Any) -> bool:

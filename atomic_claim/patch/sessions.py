@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     AsyncExitStack,
-    ExitStack,
     asynccontextmanager,
     contextmanager,
 )
@@ -117,37 +116,32 @@ class Sessions:
             f"{commit_note(self._target.function)}"
         )
 
-    @contextmanager
-    def open(self, call: Call) -> Iterator[Opened]:
-        """Yield the session of a call, and close it at the end if the patch opened it."""
-        with ExitStack() as stack:
-            newest, given = self._read(call)
-            is_entered = not is_bind(given) and isinstance(given, AbstractContextManager)
-            bind = stack.enter_context(given) if is_entered else given
-            if isinstance(bind, async_types()):
+    @asynccontextmanager
+    async def open(self, call: Call, *, waits: bool) -> AsyncIterator[Opened]:
+        """Yield the session of a call, and close it at the end if the patch opened it.
+
+        Args:
+            call: the call.
+            waits: whether it is a coroutine's, which alone may wait for a session.
+        """
+        async with AsyncExitStack() as stack:
+            newest, bind = self._read(call)
+            if waits and inspect.isawaitable(bind):
+                bind = await bind
+            is_entered = False
+            if not is_bind(bind):
+                is_entered = True
+                if waits and isinstance(bind, AbstractAsyncContextManager):
+                    bind = await stack.enter_async_context(bind)
+                elif isinstance(bind, AbstractContextManager):
+                    bind = stack.enter_context(bind)
+                else:
+                    is_entered = False
+            if not waits and isinstance(bind, async_types()):
                 raise PatchError(
                     f"session={self.session.given!r} of {self._target.name} is {bind!r}, which "
                     "only a coroutine can use: give a synchronous one"
                 )
-            opened = self._opened(call, bind, newest, is_entered=is_entered)
-            if opened.own and not (is_entered or opened.is_maker):
-                stack.callback(opened.bind.close)
-            yield opened
-
-    @asynccontextmanager
-    async def open_async(self, call: Call) -> AsyncIterator[Opened]:
-        """Yield the session of a coroutine's call, likewise."""
-        async with AsyncExitStack() as stack:
-            newest, given = self._read(call)
-            if inspect.isawaitable(given):
-                given = await given
-            is_entered = not is_bind(given)
-            if is_entered and isinstance(given, AbstractAsyncContextManager):
-                bind = await stack.enter_async_context(given)
-            elif is_entered and isinstance(given, AbstractContextManager):
-                bind = stack.enter_context(given)
-            else:
-                bind, is_entered = given, False
             opened = self._opened(call, bind, newest, is_entered=is_entered)
             if opened.own and not (is_entered or opened.is_maker):
                 if isinstance(bind, async_types()):

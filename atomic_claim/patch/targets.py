@@ -97,9 +97,8 @@ def named_target(module: ModuleType, path: str) -> Target:
 
 
 def is_defined(module: ModuleType, path: str) -> bool:
-    """Check whether a module that is being loaded already defines the path."""
-    found = _stored(module, path)
-    return found is not None
+    """Check whether a module that is being loaded already has the function, or its class."""
+    return hasattr(module, path.partition(".")[0])
 
 
 def object_target(given: Any) -> Target:

@@ -241,7 +241,7 @@ def test_another_sitecustomize_is_kept(app: Path) -> None:
 WRONG: dict[str, tuple[Callable[[str], str], str]] = {
     "no such function": (
         lambda text: text.replace("Queue.take", "Queue.tak"),
-        "legacy_app:Queue.tak does not exist: legacy_app.py defines no 'tak'; did you mean 'take'?",
+        "__main__:Queue.tak does not exist: Queue has no 'tak'; did you mean 'take'?",
     ),
     "no such module": (
         lambda text: text.replace('"legacy_app:Queue', '"legacy_ap:Queue'),
@@ -264,6 +264,16 @@ def test_errors_are_one_line(app: Path, name: str) -> None:
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_function_never_defined(app: Path) -> None:
+    """A name that no line of the main module has defined by its end is an error then."""
+    wrong = PATCHES.replace("legacy_app:Queue.take", "legacy_app:wrok")
+    (app / "pyproject.toml").write_text(wrong, encoding="utf-8")
+    done = run(app, sys.executable, "legacy_app.py")
+    assert "__main__:wrok does not exist" in done.stderr
+    assert "did you mean 'work'?" in done.stderr
+    assert done.returncode == 2
 
 
 def test_an_unknown_command(app: Path) -> None:

@@ -6,6 +6,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -365,12 +366,15 @@ def test_a_module_that_is_yet_to_be_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its function is patched when it is imported; undone before, it is left alone."""
-    for name in ("late_one", "late_two"):
+    for name in ("late_one", "late_two", "late_three"):
         source = "def claim(session):\n    return 'original'\n"
         (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(PatchError, match="defines no 'clam'; did you mean 'claim'"):
-        patch_claims("late_one:clam", jobs)
+    with pytest.raises(PatchError, match="there is no module 'late_on'"):
+        patch_claims("late_on:claim", jobs)
+    patch_claims("late_three:clam", jobs)
+    with pytest.raises(PatchError, match="late_three has no 'clam'; did you mean 'claim'"):
+        import_module("late_three")
     one, two = (
         patch_claims("late_one:claim", jobs, commit=True),
         patch_claims("late_two:claim", jobs, commit=True),

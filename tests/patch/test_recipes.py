@@ -1,11 +1,15 @@
 """The recipes for installed packages, each in one process; `examples.recipes.measure` has more."""
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
+from atomic_claim.patch.file import read_file
+from examples import recipes
 from tests.databases import Database
 
 pytestmark = pytest.mark.databases("sqlite", "postgresql")
@@ -84,3 +88,27 @@ def test_apso(database: Database) -> None:
     with database.engine().connect() as connection:
         left = sa.text("SELECT count(*) FROM events WHERE status <> 'published'")
         assert connection.scalar(left) == 0
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.filterwarnings("ignore:what listens to after_update:UserWarning")
+def test_bean_queue(database: Database) -> None:
+    """A dispatch hands out as many tasks as it was asked for, as a query."""
+    pytest.importorskip("bq", reason="beanqueue is not installed")
+    from bq.db.base import Base  # type: ignore[import-not-found]  # noqa: PLC0415
+    from bq.models import Task, Worker  # type: ignore[import-not-found]  # noqa: PLC0415
+    from bq.services.dispatch import DispatchService  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    engine = database.engine()
+    Base.metadata.create_all(engine)
+    file = Path(recipes.__file__).with_name("recipes.toml")
+    (entry,) = [each for each in read_file(file) if each.target.startswith("bq.")]
+    with Session(engine) as session, entry.apply():
+        worker = Worker(name="worker", channels=["default"])
+        names = {"channel": "default", "module": "m", "func_name": "f"}
+        session.add_all([worker, *(Task(**names) for _ in range(3))])
+        session.flush()
+        service = DispatchService(session)
+        found = [service.dispatch(["default"], worker.id, limit=2).all() for _ in range(3)]
+        assert [len(tasks) for tasks in found] == [2, 1, 0]
+        assert {task.worker_id for tasks in found for task in tasks} == {worker.id}
