@@ -25,7 +25,7 @@ from atomic_claim import (
     requeue_jobs,
 )
 from tests.databases import Database
-from tests.guides import PATHS, blocks
+from tests.guides import blocks
 from tests.jobs import fill, ids, job_table
 from tests.test_aio import DRIVERS
 from tests.test_lease import LEASE, made, row
@@ -75,8 +75,8 @@ def test_the_guides_run_as_shown(
 ) -> None:
     """The guide's example prints what stands below it; a ticket's ends its jobs."""
     monkeypatch.chdir(tmp_path)
-    guide = PATHS["leases"].with_name("retries_and_dead_letters.md").read_text(encoding="utf-8")
-    example, shown = re.findall(r"^```(?:python|text)\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    (example,) = blocks("retries_and_dead_letters", "python")
+    (shown,) = blocks("retries_and_dead_letters", "text")
     found: dict[str, Any] = {}
     exec(example, found)  # noqa: S102 - the guides are ours
     found["engine"].dispose()
