@@ -1,7 +1,6 @@
 """Ends of jobs at their edges: texts, refused rows, dead letters."""
 
 import asyncio
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any

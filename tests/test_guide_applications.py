@@ -119,6 +119,7 @@ def test_flask(database: Database, tmp_path: Path) -> None:
         "FLASK_APP": "mailer",
         "FLASK_SQLALCHEMY_DATABASE_URI": database.url.render_as_string(hide_password=False),
         "DATABASE_URL": database.url.render_as_string(hide_password=False),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
 
     def run(*command: str) -> str:

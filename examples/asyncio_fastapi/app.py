@@ -71,7 +71,7 @@ JOBS = JobTable(
     order="created_at",
     worker="worker",
     lease="lease_until",
-    token="claim_token",
+    token="claim_token",  # noqa: S106 - a column's name
     attempts="attempts",
     max_attempts=5,
     error="last_error",
@@ -88,7 +88,7 @@ async def run(claim: Claim[Job], job: Job) -> None:
     try:
         try:
             await send(job)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a job may raise anything
             await aio.fail_jobs(SESSIONS, claim, [job], retry=True, error=error)
         else:
             await aio.complete_jobs(SESSIONS, claim, [job])
@@ -113,7 +113,7 @@ async def work(stopped: asyncio.Event) -> None:
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """Create the table, and run the worker beside the application."""
     async with ENGINE.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
