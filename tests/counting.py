@@ -1,4 +1,4 @@
-"""A job table that counts its completions itself, whoever makes them and however."""
+"""A job table whose trigger counts its completions."""
 
 from typing import Any, Final
 

@@ -245,7 +245,7 @@ def _remove_leftovers() -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on; the system never gives a well-known one."""
+    """Return a port without a listener; the system never gives a well-known one."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

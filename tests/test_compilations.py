@@ -63,7 +63,7 @@ def leased(_table: Any, turn: int) -> dict[str, Any]:
 
 
 def composed(table: Any, turn: int) -> dict[str, Any]:
-    """Conditions, an order and values that are made anew each time, with other values in them."""
+    """Conditions, an order and values that are built at each call, with other values in them."""
     return {
         "where": [table.c.id > -turn, sa.or_(table.c.note.is_(None), table.c.note != f"{turn}")],
         "order_by": [table.c.created_at.desc(), table.c.id],

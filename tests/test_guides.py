@@ -111,6 +111,11 @@ def test_the_index_names_every_guide() -> None:
     assert index.replace("](", "](examples/") in GUIDES["README"]
 
 
-def test_the_readme_stays_short() -> None:
-    """Chapters go into guides."""
-    assert len(GUIDES["README"].splitlines()) <= 200
+# A guide that is longer answers more than one question, unless it shows what commands print.
+LONGEST = {"README": 180, "legacy_app": 150, "declaring_tables": 140}
+
+
+@pytest.mark.parametrize("topic", GUIDES)
+def test_guides_stay_short(topic: str) -> None:
+    """Each guide answers one question, and chapters of the README go into guides."""
+    assert len(GUIDES[topic].splitlines()) <= LONGEST.get(topic, 120)

@@ -1,4 +1,4 @@
-"""Docstrings begin as a reader of the field expects, and avoid phrases that nobody else uses."""
+"""Docstrings begin as a reader of the field expects, and avoid unusual phrases."""
 
 import ast
 import re

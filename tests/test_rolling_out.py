@@ -27,7 +27,7 @@ def statements_of(heading: str) -> list[str]:
 
 
 def run(engine: sa.Engine, *statements: str) -> None:
-    """Run statements as somebody at a console would."""
+    """Run statements as a console would."""
     with engine.begin() as connection:
         for statement in statements:
             connection.exec_driver_sql(statement)

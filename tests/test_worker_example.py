@@ -66,7 +66,7 @@ def test_the_worker_works_and_stops(database: Database, on_loop: bool) -> None:
 
 
 def notified(engine: sa.Engine) -> None:
-    """Add a job once somebody listens."""
+    """Add a job once a worker listens."""
     listening = sa.text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
     with engine.connect() as connection:
         while not connection.scalar(listening):

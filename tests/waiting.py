@@ -1,4 +1,4 @@
-"""Waiting for what somebody else brings about."""
+"""Wait until a condition holds."""
 
 import time
 from collections.abc import Callable

@@ -39,8 +39,8 @@ def chosen(spec: str | None) -> str:
         entries = [] if path is None else read_file(path)
     except ClaimError as error:
         raise CommandError(one_line(error)) from None
-    found = sorted({each.options["table"] for each in entries if "table" in each.options})
-    names = [name for name in found if isinstance(name, str)]
+    found = (each.options.get("table") for each in entries)
+    names = sorted({name for name in found if isinstance(name, str)})
     if len(names) != 1:
         said = f"{path} names {', '.join(names)}" if names else "no pyproject.toml names one"
         raise CommandError(f"which table? Give --table MODULE:NAME or NAME; {said}")

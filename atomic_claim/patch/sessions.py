@@ -166,11 +166,12 @@ class Sessions:
 
     def _opened(self, call: Call, bind: Any, newest: int, *, is_entered: bool) -> Opened:
         sync = sync_bind(bind)
-        if isinstance(sync, scoped_session):
+        # The session of a registry is the caller's, even if this is its first use.
+        if is_scoped := isinstance(sync, scoped_session):
             sync = sync.registry()
         if isinstance(sync, MAKERS) or not isinstance(sync, (Session, Connection)):
             return Opened(bind, sync, own=True, commits=False, began=True)
-        is_new = isinstance(sync, Session) and sync.hash_key > newest
+        is_new = not is_scoped and isinstance(sync, Session) and sync.hash_key > newest
         is_made = isinstance(sync, Connection) and _makes(self.session)
         own = is_entered or is_new or is_made
         commit = self.commit.read(call)

@@ -1,4 +1,4 @@
-"""Trap 2: FOR UPDATE starves jobs to which somebody is adding children."""
+"""Trap 2: FOR UPDATE starves jobs to which another transaction adds children."""
 
 import pytest
 import sqlalchemy as sa

@@ -1,4 +1,4 @@
-"""Trap 19: a row that kills its workers is not claimed for ever, and stands in nobody's way."""
+"""Trap 19: a row that kills its workers is retired, and does not block other rows."""
 
 from datetime import timedelta
 from typing import Any
