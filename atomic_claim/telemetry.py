@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from .backends.base import Key
+from .backends.reading import Key
 from .backends.recovery import logger
 from .job_table import JobTable
 from .predicates import waiting_since

@@ -154,6 +154,7 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "sql_elements",
         "state_values",
         "statement",
+        "telemetry",
         "tickets",
     }
 
