@@ -170,7 +170,7 @@ class JobTable(Preparing):
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
         free = self.free_values
-        if self.null_is_free and self.state is not None and self.state.nullable:
+        if free and self.null_is_free and self.state is not None and self.state.nullable:
             free = (*free, None)
         state_values.check_marks(marks, self.state, free)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
