@@ -188,7 +188,7 @@ class OwnTransaction:
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
-        if engine.dialect.server_version_info is None:
+        if not engine.dialect.server_version_info:
             # A database that is not known is refused before it is connected to.
             backend_for(engine.dialect)
         if isinstance(engine.pool, SHARED):

@@ -166,6 +166,12 @@ class JobTable(Preparing):
         roles.check_unleased(self.unleased, tells_age=tells_age)
         roles.check_most_rows(self.max_per_key, self.exclusive_by)
         roles.check_claimed(self._roles, self.claimed, self.state)
+        self._check_marks()
+        for column in self.time_columns:
+            self.now(column)
+
+    def _check_marks(self) -> None:
+        """Refuse marks that contradict each other or leave a claimed row free."""
         marks = {role: dict(getattr(self, role)) for role in MARKS}
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
@@ -175,8 +181,6 @@ class JobTable(Preparing):
         state_values.check_marks(marks, self.state, free)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
-        for column in self.time_columns:
-            self.now(column)
 
     def __repr__(self) -> str:
         said = [f"state={self.state.name!r}"] if self.state is not None else []

@@ -341,7 +341,7 @@ DECLARATIONS: dict[str, tuple[Roles, type[Exception], tuple[str, ...]]] = {
     "a value that is not hashable": (
         {"state": "data", "free": {"a": [1]}, "claimed": "x"},
         ClaimError,
-        ("data={'a': [1]} cannot be declared", "hashable", "values=..."),
+        ("state='data' is JSON()", "expected one value"),
     ),
     "a short token": (
         {"token": "short"},

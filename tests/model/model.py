@@ -218,6 +218,10 @@ class Model:
                 self._put(actor, self._claimed(possible[ident], step, number))
         return problems
 
+    def to_claim(self, actor: Actor, step: Claim) -> list[Job]:
+        """Return the claimable jobs whose keys have room, in claim order."""
+        return self._with_room(actor, self.claimable(actor, step))
+
     def _with_room(self, actor: Actor, jobs: Iterable[Job]) -> list[Job]:
         """Return the jobs whose keys have room, each after the ones before it."""
         running = Counter(

@@ -611,7 +611,7 @@ class Run:
         player = self.world.players["a"]
         engine = make_engine(self.places.here, Bind())
         step = Claim("a", limit=60)
-        expected = [job.ident for job in self.model.claimable("a", step)]
+        expected = [job.ident for job in self.model.to_claim("a", step)]
         try:
             call = partial(adapter.claim, player, self.world.schema, self.table, step, bind=engine)
             found = player.do(call).result(PATIENCE)

@@ -35,9 +35,12 @@ STYLES: Final[dict[str, Callable[[str], str]]] = {
     "colon": lambda label: f":{label}:x",
     "upper": str.title,
     "parentheses": lambda label: f"{label}(1)",
-    "reserved": lambda label: {"state": "group", "lease": "select", "due": "where"}.get(
-        label, label
-    ),
+    "reserved": lambda label: {
+        "state": "group",
+        "group": "having",
+        "lease": "select",
+        "due": "where",
+    }.get(label, label),
 }
 # Names by which each role is inferred.
 CONVENTIONAL: Final = {
