@@ -33,6 +33,8 @@ from tests.processes import Workspace
 from tests.statements import sent_by
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.once
+
 INNODB = ("mysql", "mariadb")
 SERVERS = ("postgresql", *INNODB)
 COMMITTED = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED"

@@ -21,6 +21,8 @@ from tests.jobs import START, ids
 from tests.test_doctor import INNODB, ails, doctor, execute, filled, healthy, reader, settled
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.once
+
 WORDS = ("waiting", "running", "done", "failed")
 
 

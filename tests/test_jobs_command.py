@@ -15,6 +15,8 @@ from tests.jobs import ids, job_table
 from tests.test_doctor import filled
 from tests.test_faults import declared
 
+pytestmark = pytest.mark.once
+
 SPEC = "tests.test_faults:declared"
 
 

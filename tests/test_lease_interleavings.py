@@ -33,6 +33,8 @@ from tests.databases import Database
 from tests.test_lease import LEASE, PAST
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.once
+
 Order = tuple[str, ...]
 
 EXPIRY: Final = "time passes"
