@@ -26,6 +26,7 @@ from atomic_claim import (
     requeue_jobs,
 )
 from tests.commands import Command
+from tests.counting import counted_jobs
 from tests.databases import Database
 from tests.guides import GUIDES, blocks
 from tests.jobs import fill, ids, job_table
@@ -264,3 +265,29 @@ def test_one_batch_is_retried_and_ended(database: Database) -> None:
     assert row(engine, jobs, 1).failed_at is not None
     assert (row(engine, jobs, 2).failed_at, row(engine, jobs, 2).last_error) == (None, "again")
     assert ids(claim_jobs(engine, jobs, 2, lease=LEASE)) == [2]
+
+
+@pytest.mark.databases("sqlite")
+def test_ends_look_their_rows_up_by_key(database: Database) -> None:
+    """Not in the index of all running rows, which makes the time grow with their square."""
+    engine, jobs = database.engine(), counted_jobs()
+    fill(engine, jobs.table, 400)
+    columns = jobs.table.c
+    running = sa.text("processing = 1 AND done_at IS NULL AND failed_at IS NULL")
+    leases = sa.Index(
+        "running", columns.processing, columns.done_at, columns.lease_until, sqlite_where=running
+    )
+    leases.create(engine)
+    claim = claim_jobs(engine, jobs, 400, lease=timedelta(minutes=1))
+    sent: list[tuple[str, Any]] = []
+
+    def keep(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        sent.append((statement, parameters))
+
+    sa.event.listen(engine, "before_cursor_execute", keep)
+    complete_jobs(engine, claim)
+    ((statement, parameters),) = [each for each in sent if each[0].startswith("UPDATE")]
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    assert plan[0].detail.endswith("USING INTEGER PRIMARY KEY (rowid=?)")
+    leases.drop(engine)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import operator
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import (
     CTE,
+    ColumnElement,
     Dialect,
     Row,
     Select,
     Update,
     false,
+    func,
     select,
     text,
     tuple_,
@@ -160,6 +162,13 @@ class SQLite(Backend):
             yield
         finally:
             tx.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
+
+    def changes(
+        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+    ) -> Sequence[ByKey]:
+        """Hide the guard from the planner, which else reads an index of all running rows."""
+        hidden: ColumnElement[bool] = func.coalesce(guard, false())
+        return super().changes(job_table, hidden, values)
 
     def is_conflict(self, error: DBAPIError) -> bool:
         code = getattr(error.orig, "sqlite_errorcode", None)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 
 from atomic_claim import claim_jobs, complete_jobs
-from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table
+from tests.benchmarks.ground import Ground, Rows, fill, job_table
 from tests.benchmarks.measuring import Line, check_whole
 
 FIGURE = "ends"
@@ -20,11 +20,10 @@ def measure(ground: Ground, *, rounds: int, sizes: Sequence[int] = SIZES) -> Ite
     jobs = job_table(lease=True)
     for name in ground.kinds():
         engine = ground.engine(name)
-        fill(engine, jobs, Rows(many))
         seconds: dict[int, list[float]] = {few: [], many: []}
         for _ in range(rounds):
             for size in (few, many):
-                free_all(engine, jobs)
+                fill(engine, jobs, Rows(many))
                 claim = claim_jobs(engine, jobs, size)
                 check_whole(claim, size)
                 start = perf_counter()
