@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Column, ColumnElement, and_, false, literal, not_, or_, true
+from sqlalchemy import Column, ColumnElement, and_, literal, not_, or_
 from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
 from sqlalchemy.types import DateTime, Float, Integer
 
@@ -85,7 +85,7 @@ def is_held(job_table: JobTable) -> ColumnElement[bool]:
         return running
     lasts: list[ColumnElement[bool]] = [lease > job_table.now(lease)]
     if job_table.unleased is not None:
-        since = claimed_since(job_table)
+        since = running_since(job_table)[0]
         lasts.append(and_(lease.is_(None), or_(since.is_(None), not_(_is_old(job_table)))))
     elif lease.nullable:
         lasts.append(lease.is_(None))
@@ -115,7 +115,8 @@ def _expired(job_table: JobTable) -> tuple[Branch, ...]:
     over = Branch((running, lease <= job_table.now(lease)), (lease,))
     if job_table.unleased is None:
         return (over,)
-    return over, Branch((running, lease.is_(None), _is_old(job_table)), (claimed_since(job_table),))
+    old = (running, lease.is_(None), _is_old(job_table))
+    return over, Branch(old, running_since(job_table)[:1])
 
 
 @_once
@@ -181,10 +182,9 @@ def is_unspent(job_table: JobTable) -> Conditions:
     return (_null_or(most, _null_or(attempts, attempts < most)),)
 
 
-def claimed_since(job_table: JobTable) -> Column[Any]:
-    """Return the column from which the age of a running row without a lease is told."""
-    found: tuple[Column[Any], ...] = (*job_table.claim_times, *job_table.stamps)
-    return found[0]
+def running_since(job_table: JobTable) -> tuple[Column[Any], ...]:
+    """Return the columns that tell since when a row runs; the first one counts."""
+    return (*job_table.claim_times, *job_table.stamps)
 
 
 def waiting_since(job_table: JobTable) -> tuple[Column[Any], ...]:
@@ -203,7 +203,7 @@ def waiting_since(job_table: JobTable) -> tuple[Column[Any], ...]:
 def _is_old(job_table: JobTable) -> ColumnElement[bool]:
     """Build the condition that a row without a lease has been running for ``unleased``."""
     assert job_table.unleased is not None
-    since = claimed_since(job_table)
+    since = running_since(job_table)[0]
     age = literal(-job_table.unleased.total_seconds(), Float())
     return since <= job_table.now(since, age)
 
@@ -217,8 +217,5 @@ def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
     if isinstance(value, DatabaseTime) or not isinstance(value, ClauseElement):
         return column.is_(None)
     if isinstance(value, (True_, False_)):
-        flag = isinstance(value, True_)
-        if not column.nullable:
-            return column == (false() if flag else true())
-        return column.is_not(true() if flag else false())
+        return column.is_not(value) if column.nullable else column == not_(value)
     return _null_or(column, column != value)

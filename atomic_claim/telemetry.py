@@ -19,7 +19,7 @@ from sqlalchemy import Row
 from .backends.reading import Key
 from .backends.recovery import logger
 from .job_table import JobTable
-from .predicates import waiting_since
+from .predicates import running_since, waiting_since
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def report_ends(job_table: JobTable, outcomes: Mapping[Key, str]) -> None:
 def _waited(job_table: JobTable, job: Any) -> timedelta | None:
     """Return how long a row has waited: by the database's clock, if the row has a claim time."""
     since = _first_time(job_table, job, job_table.prepare(waiting_since))
-    now = _first_time(job_table, job, (*job_table.claim_times, *job_table.stamps))
+    now = _first_time(job_table, job, running_since(job_table))
     if since is None or (now is None and since.tzinfo is None and job_table.naive_times != "utc"):
         return None
     if now is None or (now.tzinfo is None) != (since.tzinfo is None):
@@ -148,7 +148,11 @@ def _first_time(job_table: JobTable, job: Any, columns: Iterable[Any]) -> dateti
     if isinstance(job, Row):
         found = [job._mapping.get(column.key) for column in columns]  # noqa: SLF001 - public name
     else:
-        mapper: Any = job_table.mapper
-        names = {column: each.key for each in mapper.column_attrs for column in each.columns}
+        names = job_table.prepare(_attribute_names)
         found = [vars(job).get(names.get(column, "")) for column in columns]
     return next((value for value in found if isinstance(value, datetime)), None)
+
+
+def _attribute_names(job_table: JobTable) -> dict[Any, str]:
+    mapper: Any = job_table.mapper
+    return {column: each.key for each in mapper.column_attrs for column in each.columns}

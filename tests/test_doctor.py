@@ -193,9 +193,13 @@ def filled(database: Database, table: Table = jobs, count: int = 50, **values: A
 def healthy(database: Database, table: Any = jobs, count: int = 50, **values: Any) -> sa.Engine:
     """Create a table of waiting jobs with the indexes that it needs."""
     engine = filled(database, job_table_of(table).table, count, **values)
-    name = "mariadb" if database.name == "mariadb" else engine.dialect.name
-    execute(database, [create_index(each, name) for each in needed_indexes(job_table_of(table))])
+    create_indexes(database, job_table_of(table))
     return engine
+
+
+def create_indexes(database: Database, job_table: JobTable) -> None:
+    """Create the indexes that the claims of a declaration need."""
+    execute(database, [create_index(each, database.name) for each in needed_indexes(job_table)])
 
 
 # --- in general

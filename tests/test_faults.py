@@ -12,13 +12,21 @@ import sqlalchemy as sa
 from sqlalchemy import Column, DateTime, Integer, String, Table
 
 from atomic_claim import JobTable, claim_jobs
-from atomic_claim.cli.indexes import needed_indexes
-from atomic_claim.cli.operations import create_index
 from atomic_claim.guard import guard
 from tests.commands import Command
 from tests.databases import NAMES, Database
 from tests.jobs import START, ids
-from tests.test_doctor import INNODB, ails, doctor, execute, filled, healthy, reader, settled
+from tests.test_doctor import (
+    INNODB,
+    ails,
+    create_indexes,
+    doctor,
+    execute,
+    filled,
+    healthy,
+    reader,
+    settled,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.once
@@ -329,8 +337,7 @@ def cure(database: Database, command: Command, name: str) -> None:
     due = datetime.now(UTC).replace(tzinfo=None) - timedelta(minutes=1)
     values = {"status": "waiting", "attempts": 0, "run_at": due, **fault.values}
     filled(database, table_of(**columns), 50, **values)
-    kind = "mariadb" if database.name == "mariadb" else database.engine().dialect.name
-    execute(database, [create_index(each, kind) for each in needed_indexes(own)])
+    create_indexes(database, own)
     statements = fault.sql
     if isinstance(statements, Mapping):
         statements = statements[database.name]

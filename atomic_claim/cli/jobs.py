@@ -171,14 +171,13 @@ def _stuck(job_table: JobTable, seconds: float) -> ColumnElement[bool]:
     """Build the condition of a row whose worker is dead, as far as anything tells."""
     running, lease, since = is_marked(job_table), job_table.lease, claimed_at(job_table)
     reasons: list[ColumnElement[bool]] = []
+    unleased: list[ColumnElement[bool]] = []
     if lease is not None:
         reasons.append(lease <= job_table.now(lease))
-        running_on = [lease.is_(None)]
-    else:
-        running_on = []
+        unleased.append(lease.is_(None))
     if since is not None:
         old = since <= job_table.now(since, literal(-seconds, Float()))
-        reasons.append(and_(*running_on, old))
+        reasons.append(and_(*unleased, old))
     if not reasons:
         raise CommandError(
             f"no column of {job_table.table.fullname} says when a job was claimed, so that a dead "

@@ -245,7 +245,7 @@ def is_marked(job_table: JobTable) -> ColumnElement[bool]:
 
 def claimed_at(job_table: JobTable) -> Column[Any] | None:
     """Return the column that holds the time of a row's claim, if there is one."""
-    return next(iter((*job_table.claim_times, *job_table.stamps)), None)
+    return next(iter(predicates.running_since(job_table)), None)
 
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
