@@ -114,14 +114,19 @@ def test_two_recoveries_of_many_jobs(memory: Path) -> None:
         assert queue.drain() == dict.fromkeys("abcd", 1)
 
 
+def of_one_name(folder: Path) -> tuple[FileQueue, list[ClaimedFile]]:
+    """Claim two jobs of one name, by the workers "first" and "second"."""
+    queue, files = FileQueue.make(folder), []
+    for content in ("first", "second"):
+        (queue.waiting / "a").write_text(content, encoding="utf-8")
+        files.append(queue.one(content))
+    return queue, files
+
+
 def test_two_failures_of_equal_names(memory: Path) -> None:
     """Two jobs of one name that fail at once keep one reason each, each its own."""
     for before in range(60):
-        queue = FileQueue.make(memory / str(before))
-        files = []
-        for content in ("first", "second"):
-            (queue.waiting / "a").write_text(content, encoding="utf-8")
-            files.append(queue.one(content))
+        queue, files = of_one_name(memory / str(before))
         with stepwise():
             first = Actor(partial(fail_files, files[0], "first"))
             first.go(before + 1)
@@ -141,11 +146,7 @@ def test_two_failures_of_equal_names(memory: Path) -> None:
 def test_two_returns_of_equal_names(memory: Path) -> None:
     """Two jobs of one name that go back at once: one waits, the other is claimed still."""
     for before in range(60):
-        queue = FileQueue.make(memory / str(before))
-        files = []
-        for content in ("first", "second"):
-            (queue.waiting / "a").write_text(content, encoding="utf-8")
-            files.append(queue.one(content))
+        queue, _ = of_one_name(memory / str(before))
         with stepwise():
             first = Actor(partial(queue.recover, worker="first"))
             first.go(before + 1)
