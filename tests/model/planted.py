@@ -23,13 +23,13 @@ from typing import Final
 REPOSITORY: Final = Path(__file__).parent.parent.parent
 MODEL: Final = ("tests/model/test_model.py",)
 FAST: Final = (
-    "tests/test_claim.py",
-    "tests/test_lease.py",
-    "tests/test_lease_order.py",
-    "tests/test_tables.py",
-    "tests/test_restart.py",
-    "tests/test_own_transactions.py",
-    "tests/test_one_road.py",
+    "tests/claim/test_claim.py",
+    "tests/ending/test_lease.py",
+    "tests/ending/test_lease_order.py",
+    "tests/claim/test_tables.py",
+    "tests/claim/test_restart.py",
+    "tests/claim/test_own_transactions.py",
+    "tests/claim/test_one_road.py",
     "tests/traps",
 )
 

@@ -13,12 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from atomic_claim import Patch, patch_claims
+from tests.claim.test_aio import DRIVERS
 from tests.databases import Database
 from tests.patch import legacy
 from tests.patch.legacy import Job, Message
 from tests.patch.patched import LEASE, SHAPES, jobs, leased
 from tests.patch.test_shapes import fill
-from tests.test_aio import DRIVERS
 
 COUNT = 7
 

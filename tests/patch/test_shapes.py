@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from tests.claim.test_aio import DRIVERS
 from tests.databases import Database
 from tests.jobs import START
 from tests.patch.legacy import Base, Job, Run
 from tests.patch.patched import KILLED, SHAPES, Order, prepare, undone, work
-from tests.test_aio import DRIVERS
 
 WORKERS = 4
 JOBS = 150

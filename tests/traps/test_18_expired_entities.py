@@ -20,7 +20,7 @@ from atomic_claim import (
 )
 from tests.counting import completions, make_counted
 from tests.databases import Database
-from tests.test_lease import LEASE, expire, mapped, row
+from tests.ending.test_lease import LEASE, expire, mapped, row
 
 CALLS: dict[str, Callable[..., int]] = {
     "complete": complete_jobs,

@@ -30,9 +30,9 @@ from atomic_claim.backends.advisory import AdvisoryLocks
 from atomic_claim.backends.base import KeyLocks
 from atomic_claim.backends.by_key import KeySearch
 from tests.databases import Database, end_connection
+from tests.exclusive.test_exclusive import LEASE, expire, filled, keyed_table, quick, running
 from tests.jobs import ids, in_thread
 from tests.stepping import Stepped, commit_after, stopped
-from tests.test_exclusive import LEASE, expire, filled, keyed_table, quick, running
 
 SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
 INNODB = pytest.mark.databases("mysql", "mariadb")

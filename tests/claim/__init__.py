@@ -1,0 +1,1 @@
+"""Claims: their rows, their transactions, their connections."""

@@ -1,0 +1,1 @@
+"""Leases, heartbeats and the ends of claims."""

@@ -1,0 +1,293 @@
+"""Ends of jobs at their edges: texts, refused rows, dead letters."""
+
+import asyncio
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Column, DateTime, Integer, String
+from sqlalchemy.dialects import mysql
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import sessionmaker
+
+from atomic_claim import (
+    ClaimError,
+    ClaimLost,
+    JobTable,
+    aio,
+    claim_jobs,
+    complete_jobs,
+    fail_jobs,
+    requeue_jobs,
+)
+from tests.claim.test_aio import DRIVERS
+from tests.commands import Command
+from tests.counting import counted_jobs
+from tests.databases import Database
+from tests.ending.test_lease import LEASE, made, row
+from tests.guides import GUIDES, blocks
+from tests.jobs import fill, ids, job_table
+
+NARROW = sa.Text().with_variant(mysql.TEXT(charset="utf8mb3"), "mysql", "mariadb")
+LATIN = sa.Text().with_variant(mysql.TINYTEXT(charset="latin1"), "mysql", "mariadb")
+TEXTS: dict[str, tuple[Any, Any, Any]] = {
+    "nul": (sa.Text(), "bad \x00 byte", "bad \\x00 byte"),
+    "surrogate": (sa.Text(), "name \udcff", "name \\udcff"),
+    "long": (sa.Text(), "x" * 70_000, "x" * 65_532 + "..."),
+    "long in bytes": (sa.Text(), "é" * 40_000, "é" * 32_766 + "..."),
+    "characters": (String(10), "é" * 50, "é" * 7 + "..."),
+    "two characters": (String(2), "abc", ".."),
+    "no message": (sa.Text(), ValueError(), "ValueError"),
+    "json": (sa.JSON(), "no \x00 \udcff", {"message": "no \\x00 \\udcff"}),
+    "emoji": (NARROW, "\U0001f600 no", None),
+    "short and latin": (LATIN, "\U0001f600" * 400, None),
+}
+
+
+def failing(error: Any, *more: Any) -> JobTable:
+    """Declare a table that stores an error of this type."""
+    table = job_table(
+        Column("done_at", DateTime),
+        Column("failed_at", DateTime),
+        Column("claim_token", String(32)),
+        Column("last_error", error),
+        *more,
+    )
+    return JobTable(
+        table,
+        state="processing",
+        done={"done_at": sa.func.now()},
+        failed={"failed_at": sa.func.now()},
+        token="claim_token",
+        error="last_error",
+    )
+
+
+@pytest.mark.once
+@pytest.mark.databases("sqlite")
+def test_a_ticket_ends_its_jobs_as_shown(database: Database) -> None:
+    """The guide's example for another process."""
+    (example,) = [block for block in blocks("leases", "python") if "from_ticket" in block]
+    engine, jobs = made(database, 2)
+    exec(example, {"engine": engine, "jobs": jobs})  # noqa: S102 - the guides are ours
+    assert row(engine, jobs, 2).done_at is not None
+
+
+@pytest.mark.once
+def test_the_guide_runs_as_shown(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: Command,
+) -> None:
+    """Its code and its commands, one after the other, print what stands below them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DATABASE_URL", "sqlite:///jobs.db")
+    monkeypatch.setenv("COLUMNS", "100")
+    parts = re.findall(
+        r"^```(python|text|console)\n(.*?)^```",
+        GUIDES["retries_and_dead_letters"],
+        re.DOTALL | re.MULTILINE,
+    )
+    module = parts.pop(0)[1]
+    tmp_path.joinpath("mail_jobs.py").write_text(module, encoding="utf-8")
+    found: dict[str, Any] = {}
+    for language, text in parts:
+        if language == "python":
+            exec(text, found)  # noqa: S102 - the guides are ours
+        elif language == "text":
+            assert capsys.readouterr().out == text
+        else:
+            for call in re.findall(r"^\$ atomic-claim (.*)$", text, re.MULTILINE):
+                ended = command(*call.split())
+                assert (ended.code, ended.err) == (0, "")
+                _, _, shown = text.partition(f"$ atomic-claim {call}\n")
+                assert undated(shown.partition("\n$ ")[0]).rstrip() == undated(ended.out).rstrip()
+    found["engine"].dispose()
+    monkeypatch.delitem(sys.modules, "mail_jobs")
+
+
+def undated(text: str) -> str:
+    """Return a command's output with one time for all."""
+    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "2026-11-02 08:00:00", text)
+
+
+@pytest.mark.parametrize("what", TEXTS)
+def test_no_text_keeps_a_job_from_failing(database: Database, what: str) -> None:
+    """By Engine and in the caller's transaction; what cannot be stored is escaped or cut."""
+    type_, error, expected = TEXTS[what]
+    engine, jobs = database.engine(), failing(type_)
+    fill(engine, jobs.table, 4)
+    claim = claim_jobs(engine, jobs, 4)
+    assert fail_jobs(engine, claim[:2], error=error) == 2
+    with engine.begin() as connection:
+        assert fail_jobs(connection, claim[2:3], error=error) == 1
+        assert fail_jobs(connection, claim[3:], error="no") == 1
+    stored = [row(engine, jobs, number).last_error for number in (1, 2, 3, 4)]
+    if expected is None:
+        is_narrow = database.name in {"mysql", "mariadb"}
+        expected = (r"\U0001f600" * 400)[:252] + "..." if what == "short and latin" else None
+        expected = expected or r"\U0001f600 no"
+        expected = expected if is_narrow else error
+    plain = {"message": "no"} if what == "json" else "no"
+    assert stored == [expected] * 3 + [plain]
+
+
+def refusing(database: Database) -> tuple[sa.Engine, JobTable]:
+    """Create five jobs; the third cannot be completed."""
+    engine = database.engine()
+    jobs = failing(
+        sa.Text(), Column("size", Integer), sa.CheckConstraint("done_at IS NULL OR size < 3")
+    )
+    jobs.table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        sizes = [{"id": number, "size": 3 if number == 3 else 1} for number in range(1, 6)]
+        created = {"created_at": sa.func.now()}
+        connection.execute(jobs.table.insert().values(created), sizes)
+    return engine, jobs
+
+
+def test_a_row_that_is_refused_does_not_cost_the_others(database: Database) -> None:
+    """The others are done, the error names the row, and it can be failed; a lost row is lost."""
+    engine, jobs = refusing(database)
+    claim = claim_jobs(sessionmaker(engine), jobs, 5)
+    fail_jobs(engine, claim[4:])
+    with pytest.raises(ClaimLost, match=r"1 of 5 jobs") as raised:
+        complete_jobs(engine, claim)
+    assert raised.value.keys == ((5,),)
+    refused = raised.value.__cause__
+    assert isinstance(refused, ClaimError)
+    assert "refused the change of 1 of 5 jobs of 'jobs', their keys: [(3,)]" in str(refused)
+    assert isinstance(refused.__cause__, sa.exc.DBAPIError)
+    done = [number for number in range(1, 6) if row(engine, jobs, number).done_at is not None]
+    assert done == [1, 2, 4]
+    with pytest.raises(ClaimError, match=r"(?s)their keys: \[\(3,\)\].* the other 0 were"):
+        complete_jobs(engine, claim[2:3])
+    assert fail_jobs(engine, claim[2:3], error="too large") == 1
+
+
+@pytest.mark.databases("postgresql")
+def test_a_refused_row_in_the_callers_transaction(database: Database) -> None:
+    """The transaction is the caller's to roll back, so the database's own error is raised."""
+    engine, jobs = refusing(database)
+    claim = claim_jobs(engine, jobs, 5)
+    with engine.connect() as connection, pytest.raises(IntegrityError):
+        complete_jobs(connection, claim)
+
+
+@pytest.fixture
+def dead(database: Database) -> tuple[sa.Engine, JobTable]:
+    """Four failed jobs, a job that runs and one that is done."""
+    engine, jobs = made(database, 6)
+    claim = claim_jobs(engine, jobs, 6, lease=LEASE, worker="w")
+    fail_jobs(engine, claim[:4], error="card declined")
+    complete_jobs(engine, claim[5:])
+    return engine, jobs
+
+
+def test_failed_jobs_are_requeued(dead: tuple[sa.Engine, JobTable]) -> None:
+    """They are free again with all their attempts; what runs or is done is left as it is."""
+    engine, jobs = dead
+    this = jobs.table.c.id
+    with engine.begin() as connection:
+        assert requeue_jobs(connection, jobs, where=this == 2, keep_error=False) == 1
+    assert requeue_jobs(engine, jobs, limit=2) == 2
+    freed = row(engine, jobs, 1)
+    assert (freed.processing, freed.failed_at, freed.attempts) == (False, None, 0)
+    assert (freed.worker, freed.lease_until, freed.last_error) == (None, None, "card declined")
+    assert row(engine, jobs, 2).last_error is None
+    assert ids(claim_jobs(engine, jobs, 9, lease=LEASE)) == [1, 2, 3]
+    assert requeue_jobs(engine, jobs, where=[this > 1, this < 9]) == 1
+    assert requeue_jobs(engine, jobs) == 0
+    assert (row(engine, jobs, 5).processing, row(engine, jobs, 6).done_at is None) == (True, False)
+    with pytest.raises(ValueError, match="limit is 0"):
+        requeue_jobs(engine, jobs, limit=0)
+
+
+def test_failed_jobs_are_requeued_beside_an_event_loop(
+    database: Database, dead: tuple[sa.Engine, JobTable]
+) -> None:
+    """The asynchronous twin."""
+
+    async def requeue(drivername: str) -> int:
+        engine = create_async_engine(database.url.set(drivername=drivername))
+        found = await aio.requeue_jobs(engine, dead[1], limit=3)
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(requeue(DRIVERS[database.name][0])) == 3
+
+
+@pytest.mark.databases("sqlite")
+def test_states_that_a_requeue_leads_back(database: Database) -> None:
+    """A state, a flag and a nullable column are undone; what else failed means has to be said."""
+    engine = database.engine()
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        Column("id", Integer, primary_key=True),
+        Column("state", String(10), nullable=False, default="new"),
+        Column("is_dead", sa.Boolean, nullable=False, default=False),
+        Column("reason", String(10)),
+        Column("kind", String(10), nullable=False, default="a"),
+        Column("claim_token", String(32)),
+    )
+    said = {"state": "state", "free": "new", "claimed": "busy", "token": "claim_token"}
+    jobs = JobTable(table, failed={"state": "dead", "is_dead": True, "reason": "x"}, **said)
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(table.insert(), [{"id": 1}])
+    fail_jobs(engine, claim_jobs(engine, jobs))
+    assert claim_jobs(engine, jobs) == []
+    assert requeue_jobs(engine, jobs) == 1
+    [job] = claim_jobs(engine, jobs)
+    assert (job.state, job.is_dead, job.reason) == ("busy", False, None)
+    with pytest.raises(ClaimError, match=r"'kind'.*JobTable\(released="):
+        requeue_jobs(engine, JobTable(table, failed={"state": "dead", "kind": "b"}, **said))
+    with pytest.raises(ClaimError, match=r"JobTable\(failed="):
+        requeue_jobs(engine, JobTable(table, **said))
+
+
+def test_one_batch_is_retried_and_ended(database: Database) -> None:
+    """The rows that have no attempts left are failed, and the others wait."""
+    engine, jobs = made(database, 2)
+    claim = claim_jobs(engine, jobs, 2, lease=LEASE)
+    with engine.begin() as connection:
+        spent = jobs.table.update().where(jobs.table.c.id == 1)
+        connection.execute(spent.values(attempts=3))
+    assert fail_jobs(engine, claim, retry=timedelta(0), error="again") == 2
+    assert row(engine, jobs, 1).failed_at is not None
+    assert (row(engine, jobs, 2).failed_at, row(engine, jobs, 2).last_error) == (None, "again")
+    assert ids(claim_jobs(engine, jobs, 2, lease=LEASE)) == [2]
+
+
+@pytest.mark.databases("sqlite")
+def test_ends_look_their_rows_up_by_key(database: Database) -> None:
+    """Not in the index of all running rows, which makes the time grow with their square."""
+    engine, jobs = database.engine(), counted_jobs()
+    fill(engine, jobs.table, 400)
+    columns = jobs.table.c
+    running = sa.text("processing = 1 AND done_at IS NULL AND failed_at IS NULL")
+    leases = sa.Index(
+        "running", columns.processing, columns.done_at, columns.lease_until, sqlite_where=running
+    )
+    leases.create(engine)
+    claim = claim_jobs(engine, jobs, 400, lease=timedelta(minutes=1))
+    sent: list[tuple[str, Any]] = []
+
+    def keep(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        sent.append((statement, parameters))
+
+    sa.event.listen(engine, "before_cursor_execute", keep)
+    complete_jobs(engine, claim)
+    ((statement, parameters),) = [each for each in sent if each[0].startswith("UPDATE")]
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
+    assert plan[0].detail.endswith("USING INTEGER PRIMARY KEY (rowid=?)")
+    leases.drop(engine)

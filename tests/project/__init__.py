@@ -1,0 +1,1 @@
+"""Rules of the project's own code, and its test servers."""
