@@ -83,7 +83,7 @@ class Database(ABC):
 
     @abstractmethod
     def drop(self) -> None:
-        """Remove the database, whoever is still connected to it."""
+        """Remove the database, even while clients are connected to it."""
 
 
 class SQLiteDatabase(Database):
@@ -156,7 +156,7 @@ class PostgreSQLDatabase(ServerDatabase):
         self._janitor.init()
 
     def drop(self) -> None:
-        """Remove the database, whoever is still connected to it."""
+        """Remove the database, even while clients are connected to it."""
         self._janitor.drop()
 
 
@@ -169,7 +169,7 @@ class InnoDBDatabase(ServerDatabase):
             connection.exec_driver_sql(f"CREATE DATABASE {self.url.database}")
 
     def drop(self) -> None:
-        """Remove the database, whoever is still connected to it."""
+        """Remove the database, even while clients are connected to it."""
         with self._server.admin.connect() as connection:
             # Open transactions would keep the tables, for as long as a year.
             processes = connection.exec_driver_sql("SHOW PROCESSLIST").mappings().all()

@@ -33,7 +33,7 @@ class Account:
 
     @classmethod
     def without_rights(cls, *preferred: str) -> Self:
-        """Choose the first of the preferred users that exists, else `nobody`."""
+        """Choose the first of the preferred users that exists, else the usual unprivileged one."""
         if os.geteuid() != 0:
             return cls(None)
         for name in preferred:

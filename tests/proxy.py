@@ -22,7 +22,7 @@ class Pair:
     deaf: bool = False
 
     def close(self) -> None:
-        """Close both ends, for whoever is reading too."""
+        """Close both ends; a read in another thread ends, too."""
         for end in (self.client, self.server):
             close(end)
 
@@ -115,7 +115,7 @@ class Proxy:
 
 
 def close(end: socket.socket) -> None:
-    """Close a socket under the feet of whoever reads from it."""
+    """Close a socket, and end a read from it in another thread."""
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
     end.close()

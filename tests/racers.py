@@ -108,7 +108,7 @@ def with_lease(engine: sa.Engine, limit: int) -> Any:
 
 
 def find_and_mark(connection: sa.Connection, limit: int = 10) -> list[dict[str, Any]]:
-    """Find, then mark, as dictionaries; nobody who runs it commits anything himself."""
+    """Find, then mark, as dictionaries; the commit is left to the caller."""
     free = sa.select(jobs).where(jobs.c.processing == sa.false())
     found = connection.execute(free.order_by(jobs.c.id).limit(limit)).mappings().all()
     for row in found:
@@ -167,7 +167,7 @@ def blocked(engine: sa.Engine) -> None:
 
 
 def waiting_for_locks(connection: sa.Connection, limit: int = 5) -> Any:
-    """Locks what others have locked, and has it for a while."""
+    """Wait for locks of other workers, and hold them for a while."""
     free = sa.select(jobs.c.id).where(jobs.c.processing == sa.false())
     found = connection.execute(free.order_by(jobs.c.id).limit(limit).with_for_update()).scalars()
     keys = found.all()

@@ -157,7 +157,7 @@ def test_a_closed_connection(database: Database) -> None:
 
 
 def test_a_sessionmaker_on_a_connection(database: Database) -> None:
-    """A transaction that is somebody else's is neither committed nor used."""
+    """Another caller's transaction is neither committed nor used."""
     engine, table = filled(database)
     with engine.connect() as connection:
         with refused(engine, table, ClaimError, "bound to a Connection", "pass that Connection"):

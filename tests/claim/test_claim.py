@@ -122,7 +122,7 @@ def test_detached_entities_have_every_column(database: Database, limit: int) -> 
 
 
 def test_detached_entities_have_no_relationships(database: Database) -> None:
-    """Relationships are not loaded: they would be further reads that nobody asked for."""
+    """Relationships are not loaded: each would be a read that the caller did not ask for."""
     job = claim_jobs(sessionmaker(filled(database)), Job)[0]
     with pytest.raises(DetachedInstanceError):
         _ = job.steps

@@ -145,7 +145,7 @@ def test_the_connection_is_given_back_as_it_was(database: Database, own: Own) ->
 
 @pytest.mark.databases("postgresql")
 def test_psycopg_leaves_autocommit_again(database: Database) -> None:
-    """The driver's own setting is as before, also on an engine that was in AUTOCOMMIT."""
+    """The driver's setting is as before, also on an engine that was in AUTOCOMMIT."""
     engine, table = database.engine(), job_table()
     fill(engine, table, 4)
     automatic = database.engine(isolation_level="AUTOCOMMIT")

@@ -208,7 +208,7 @@ def proxy(ground: Ground) -> Iterator[Proxy]:
     "bind", ["engine", "engine of many claims", "engine with a begin listener", "sessionmaker"]
 )
 def test_the_reply_to_a_claim_is_lost(ground: Ground, proxy: Proxy, bind: str) -> None:
-    """The claim is committed and nobody hears of it: the next try finds what it has won."""
+    """The claim is committed and the reply is lost: the next try finds the claimed rows."""
     engine = by_proxy(ground, proxy)
     if bind == "engine with a begin listener":
         in_transactions(engine)
@@ -230,7 +230,7 @@ def test_the_reply_to_a_claim_is_lost(ground: Ground, proxy: Proxy, bind: str) -
 def test_the_reply_to_a_change_is_lost(
     ground: Ground, proxy: Proxy, operation: str, begin: bool
 ) -> None:
-    """The change is committed and nobody hears of it: it is not made again, nor called lost."""
+    """The change is committed and the reply is lost: it is not repeated, nor reported as lost."""
     engine = by_proxy(ground, proxy)
     if begin:
         in_transactions(engine)
@@ -300,7 +300,7 @@ def stays_away(server: OwnServer, engine: sa.Engine) -> list[int]:
 
 
 def test_the_server_stays_away(ground: Ground) -> None:
-    """While nobody answers it is tried again, for a claim as for a completion."""
+    """While the server does not answer, a claim and a completion are tried again."""
     claim: Claim[Any] = Claim(table=ground.jobs)
     for call in ("claim", "complete"):
         engine = ground.database.engine()
@@ -352,7 +352,7 @@ def test_without_a_token_nobody_can_tell(ground: Ground) -> None:
 
 @pytest.mark.parametrize("operation", ["claim", "complete"])
 def test_the_callers_transaction_is_the_callers(ground: Ground, operation: str) -> None:
-    """By session a lost connection raises; nothing of the transaction stays, and it can be anew."""
+    """By session a lost connection raises; nothing of it is stored, and it can be repeated."""
     claim = claim_jobs(ground.watch, ground.jobs, 3, lease=LEASE)
     with Session(ground.engine) as session:
         if operation == "claim":

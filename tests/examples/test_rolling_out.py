@@ -63,7 +63,7 @@ def reflected(engine: sa.Engine) -> sa.Table:
 
 
 def test_the_columns_are_read_by_their_names(engine: sa.Engine) -> None:
-    """After the migration a lease needs no declaration, and old rows are owned for ever."""
+    """After the migration a lease needs no declaration, and old running rows never expire."""
     table = reflected(engine)
     claim = claim_jobs(engine, table, 10, lease=LEASE)
     assert ids(claim) == [3, 4, 5]

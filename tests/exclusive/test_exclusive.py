@@ -266,7 +266,7 @@ def test_a_composite_primary_key(database: Database) -> None:
 
 
 def test_rows_of_busy_keys_ahead(database: Database) -> None:
-    """Thousands of rows of busy keys in front keep nobody from the others, in their order."""
+    """Thousands of rows of busy keys in front do not hide the others, claimed in their order."""
     customers: list[int | None] = [1] * 1500 + [2] * 1500 + [5, 4, 3, 4, None]
     jobs = filled(database, customers)
     engine = database.engine()
@@ -327,7 +327,7 @@ def rows_read(database: Database, ahead: int, most: int) -> int:
 
 @pytest.mark.databases("postgresql")
 def test_an_open_claim_holds_its_key(database: Database) -> None:
-    """Of a key with an uncommitted claim nobody gets a row; after a rollback the first one."""
+    """A key with an uncommitted claim gives no row; after a rollback it gives its first one."""
     jobs = filled(database, [1, 1, 2, 2, 3])
     engine = database.engine()
     with transaction(engine) as mine:
@@ -463,7 +463,7 @@ def test_an_expired_lease_frees_the_key(database: Database) -> None:
 
 
 def test_a_spent_row_with_an_expired_lease_holds_nobody_up(database: Database) -> None:
-    """A row that nobody may claim again does not run once its lease is over."""
+    """A row whose attempts are spent does not count as running once its lease is over."""
     jobs = filled(database, [1, 1])
     counted = keyed_table(attempts=None)
     engine = database.engine()

@@ -111,7 +111,7 @@ def test_limits_are_one_shape(database: Database, kind: str) -> None:
 @by_rows_and_entities
 @one_statement
 def test_equal_declarations_share_their_text(database: Database, kind: str) -> None:
-    """A `JobTable` that is declared anew for every claim still finds the compiled text."""
+    """A `JobTable` declared again for every claim still finds the compiled text."""
     engine, jobs = made(database, kind)
     compiled = compiled_by(engine)
     with bound(engine, kind) as bind:

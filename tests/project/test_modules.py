@@ -1,4 +1,4 @@
-"""The modules import each other in one direction, and of others only what is theirs to import."""
+"""The modules import each other in one direction, and only the packages listed for each."""
 
 import ast
 import subprocess

@@ -125,7 +125,7 @@ def test_blocked_by_a_table_is_recognised(database: Database) -> None:
 
 @pytest.mark.databases("postgresql")
 def test_waiting_for_the_blocked_ends(database: Database) -> None:
-    """Where nobody gets blocked, a test hears so."""
+    """Raise `TimeoutError` if no connection is blocked."""
     with pytest.raises(TimeoutError, match=r"0 connections wait for a lock after 0\.01 s"):
         database.wait_until_blocked(seconds=0.01)
 

@@ -63,7 +63,7 @@ def test_the_legacy_function_races_for_sure_and_the_claim_does_not(database: Dat
 
 @pytest.mark.databases("postgresql", "mysql", "mariadb")
 def test_time_spent_waiting_for_locks(database: Database) -> None:
-    """Workers that lock what others have locked wait, and the server says for how long."""
+    """Workers wait for each other's locks, and the server says for how long."""
     found = small("waiting_for_locks", url=address(database), jobs=20)
     assert found.duplicates == 0
     assert found.blocked is not None
@@ -85,7 +85,7 @@ def test_a_late_worker_is_waited_for() -> None:
 
 
 def test_a_lock_that_no_database_knows_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that wait outside of the database are not waited for at the meeting for ever."""
+    """The meeting does not wait without end for workers that wait outside of the database."""
     monkeypatch.setenv("RACERS_FOLDER", str(tmp_path))
     assert small("with_file_lock", jobs=20, workers=2).exact
 
@@ -107,7 +107,7 @@ def test_lost_jobs_are_found() -> None:
 
 
 def test_jobs_of_killed_workers() -> None:
-    """Without a lease they are stuck for ever; with one they come back."""
+    """Without a lease they stay stuck; with one they come back."""
     stuck = small("cured", kill=True, workers=4, limit=5, patience=0.1)
     assert (stuck.killed, stuck.stuck, stuck.lost, stuck.duplicates) == (2, 10, 0, 0)
     assert not stuck.exact
@@ -405,7 +405,7 @@ class TestWhatItReturns:
         ],
     )
     def test_of_a_table(self, found: Any, keys: list[int]) -> None:
-        """Keys, dictionaries, objects, one or several, and not for ever."""
+        """Keys, dictionaries, objects, one or several; an endless iterator is cut."""
         assert Reader(jobs, 50).keys(found) == tuple((str(key),) for key in keys)
 
     def test_rows_and_entities(self) -> None:

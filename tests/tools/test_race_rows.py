@@ -142,7 +142,7 @@ def columns(*more: Any) -> Table:
 
 
 class Odd(sa.types.UserDefinedType[Any]):
-    """A type that nobody knows."""
+    """A type that the generator of rows does not know."""
 
     cache_ok = True
 

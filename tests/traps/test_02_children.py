@@ -46,7 +46,7 @@ def test_for_update_skips_it(database: Database) -> None:
 
 @pytest.mark.databases("postgresql")
 def test_a_claim_that_writes_a_key_skips_it(database: Database) -> None:
-    """Values that change a unique column lock FOR UPDATE, and the claim waits for nobody."""
+    """Values that change a unique column lock FOR UPDATE, and the claim does not wait."""
     engine, jobs, steps = with_children(database, Column("place", Integer, unique=True))
     with engine.begin() as producer:
         producer.execute(steps.insert().values(id=1, job_id=1))

@@ -115,7 +115,7 @@ def test_mariadbs_snapshot_isolation_is_treated_alike(database: Database, kind: 
 @at_both_levels
 @pytest.mark.databases("postgresql")
 def test_our_own_transaction_is_tried_again(database: Database, level: str, kind: str) -> None:
-    """By an engine or a sessionmaker the claim begins anew until nobody was in the way."""
+    """By an engine or a sessionmaker the claim is repeated until it meets no conflict."""
     check_tried_again(database, strict(database, level), kind)
 
 
@@ -170,7 +170,7 @@ def test_tries_are_bounded(database: Database, kind: str) -> None:
 @at_both_levels
 @pytest.mark.databases("postgresql")
 def test_skip_locked_fails_raw(database: Database, level: str) -> None:
-    """The twin: the plain statement raises `could not serialize access`, which nobody repeats."""
+    """The twin: the plain statement raises `could not serialize access`, and is not repeated."""
     assert raw_error(database, strict(database, level)) == "40001"
 
 

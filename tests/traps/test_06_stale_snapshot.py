@@ -103,7 +103,7 @@ def test_a_plain_read_misses_them(database: Database) -> None:
 
 @each_caller
 def test_an_empty_queue_locks_nothing(database: Database, kind: str) -> None:
-    """With an old snapshot of an empty queue the claim is empty, and is in nobody's way."""
+    """With an old snapshot of an empty queue the claim is empty and blocks no other."""
     engine, table = repeatable(database), job_table()
     fill(engine, table, 3, processing=True)
     with bound(engine, kind) as bind:
@@ -130,7 +130,7 @@ def test_rows_that_others_hold_are_no_sign_of_age(database: Database, kind: str)
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "READ COMMITTED"])
 def test_producers_pass_where_others_hold_the_last_row(database: Database, level: str) -> None:
-    """A claim that has to skip the row at the end of the table keeps nobody from adding more."""
+    """A claim that skips the last row of the table does not block inserts after it."""
     engine, table = repeatable(database, level=level), job_table()
     fill(engine, table, 4)
     with engine.begin() as other, engine.begin() as bind:

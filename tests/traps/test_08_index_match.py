@@ -81,7 +81,7 @@ def reads_in_order(plan: str) -> bool:
 @pytest.mark.parametrize("limit", [1, 10])
 @pytest.mark.parametrize("index", FREE_INDEXES.values(), ids=FREE_INDEXES)
 def test_a_claim_uses_the_index(database: Database, index: str, limit: int) -> None:
-    """The index of the free rows serves the claim, be it partial or plain."""
+    """The index of the free rows serves the claim, partial or plain."""
     engine, _, jobs = made(database, index)
     plan = plan_of_claim(engine, jobs, limit)
     assert reads_in_order(plan), plan

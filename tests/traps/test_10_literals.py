@@ -211,7 +211,7 @@ def engines(database: Database) -> list[sa.Engine]:
 
 
 def test_awkward_strings_are_quoted(database: Database) -> None:
-    """Quotes, backslashes, percent signs and what else means something to somebody."""
+    """Quotes, backslashes, percent signs and other characters with a meaning in SQL or a driver."""
     table = job_table(
         Column("state", String(40)), mysql_charset="utf8mb4", mariadb_charset="utf8mb4"
     )

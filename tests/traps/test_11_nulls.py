@@ -19,7 +19,7 @@ of_each_flag_type = pytest.mark.parametrize("type_", [Boolean, Integer])
 def filled(
     database: Database, name: str, type_: Any = Boolean, values: Any = THREE_WAYS
 ) -> tuple[sa.Engine, sa.Table]:
-    """Five jobs, of which some have NULL in the column of this name; the others are free."""
+    """Five jobs, some with NULL in the column of this name; the others are free."""
     engine = database.engine()
     column = Column(name, type_)
     table = job_table(processing=column) if name == "processing" else job_table(column)

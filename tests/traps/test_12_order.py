@@ -249,7 +249,7 @@ def test_returning_has_another_order(database: Database) -> None:
 
 
 def test_what_the_claim_wrote_tells_no_order(database: Database) -> None:
-    """The twin: once `updated_at` is stamped, nobody can tell the order by it any more."""
+    """The twin: once `updated_at` is stamped, it no longer tells the order."""
     engine, table = filled(database)
     assert select_six(engine, table, [table.c.updated_at]) == [7, 6, 5, 4, 3, 2]
     with engine.begin() as connection:

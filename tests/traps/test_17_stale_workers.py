@@ -41,7 +41,7 @@ def two_workers(
 ) -> tuple[sa.Engine, JobTable, Claim[Any], Claim[Any]]:
     """Create a job that one worker held until its lease expired and another worker holds now.
 
-    They bear the same name, as a worker does after its restart. If released, somebody else had it
+    They have the same name, as a worker does after its restart. If released, a third worker had it
     in between, and gave it back.
     """
     engine = database.engine()
@@ -104,7 +104,7 @@ def test_other_guards_let_it_pass(database: Database, guard: str) -> None:
 
 
 def test_the_owner_overwrites_what_was_done_late(database: Database) -> None:
-    """The twin's other half: where nobody compares anything, a job is completed twice."""
+    """The twin's other half: where no owner is compared, a job is completed twice."""
     engine, _, _, owner = two_workers(database)
     for _ in ("late", "owner"):
         with engine.begin() as connection:

@@ -18,7 +18,7 @@ of_both_maxima = pytest.mark.parametrize("most", [3, "max_attempts"], ids=["int"
 
 
 def made(database: Database, attempts: list[Any], **values: Any) -> tuple[sa.Engine, sa.Table]:
-    """Jobs that have had so many attempts, of three each."""
+    """Jobs with the given numbers of attempts, of three each."""
     engine = database.engine()
     table = job_table(
         Column("claim_token", String(32)),
@@ -155,7 +155,7 @@ def test_without_a_maximum_it_is_claimed_for_ever(database: Database) -> None:
 
 
 def test_rows_put_aside_afterwards_fill_slots(database: Database) -> None:
-    """The twin: a limit that counts spent rows too is used up by them, and nobody works."""
+    """The twin: a limit that counts spent rows too is used up by them, and no job runs."""
     engine, table = made(database, [3, 3, 3, 0])
     claimed = claim_jobs(engine, declared(table, None), 3)
     assert [job.id for job in claimed if job.attempts <= 3] == []
