@@ -238,7 +238,7 @@ class Stage:
         while self.waiting and self.blocked is None:
             call = self.waiting[0]
             future = self.threads.submit(self.in_own_transaction, call)
-            wait([future], 0.05)
+            wait([future], 0.01)
             wait_until(partial(self.is_settled, future))
             if not future.done():
                 self.blocked = future

@@ -21,6 +21,9 @@ from tests.jobs import ids
 from tests.waiting import wait_until
 from tests.worker import complete_when_told, drain
 
+# A worker that is killed or stopped calls nothing of SQLAlchemy: one version is enough.
+pytestmark = pytest.mark.once
+
 WORKERS, JOBS = 6, 1000
 LEASE = timedelta(seconds=2)
 # How many jobs are completed between two kills.

@@ -64,6 +64,12 @@ ALL = tuple(
         ),
     )
 )
+# Of five parts with two values each: those that differ from the first in an even number of parts.
+HALF = tuple(
+    each
+    for each in ALL
+    if sum(getattr(each, part.name) != getattr(ALL[0], part.name) for part in fields(each)) % 2 == 0
+)
 
 
 class Ran(NamedTuple):

@@ -1109,9 +1109,9 @@ def fill(folder: Path, count: int) -> None:
 
 
 def test_one_listing_serves_many_claims(queue: FileQueue, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder of 200,000 is read once for all these claims, and no file before it is claimed."""
+    """A folder of 20,000 is read once for all these claims, and no file before it is claimed."""
     monkeypatch.setattr(listing, "SECONDS", 600.0)
-    fill(queue.waiting, 200_000)
+    fill(queue.waiting, 20_000)
     with recorded() as calls:
         names = [queue.one().name for _ in range(500)]
     assert names == [f"{number:09d}" for number in range(500)]

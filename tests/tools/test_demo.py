@@ -33,6 +33,8 @@ typer = pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 
 # The loop shows itself at its first step already, so once would do almost always.
 ATTEMPTS = 3
+# Two workers are enough to run a job twice, and each has to import what it needs.
+FEW = ("--jobs", "400", "--workers", "2")
 PATIENCE = 60
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -96,19 +98,19 @@ def test_the_claim_is_exact_and_the_legacy_loop_is_not(database: Database) -> No
     """On each database the claim has every job run once; the loop has some run again."""
     url = address(database)
     for _ in range(ATTEMPTS):
-        ended = real("demo", "--jobs", "300", "--url", url, "--json")
+        ended = real("demo", *FEW, "--url", url, "--json")
         assert ended.code == 0, ended
         assert ended.err == ""
         figures = json.loads(ended.out)
         assert figures["exact"] is True
         claimed = figures["halves"]["claim_jobs"]
         assert (
-            claimed["jobs"] == claimed["times_claimed"] == sum(claimed["claimed_by_worker"]) == 300
+            claimed["jobs"] == claimed["times_claimed"] == sum(claimed["claimed_by_worker"]) == 400
         )
         assert claimed["duplicates"] == claimed["extra_runs"] == claimed["lost"] == 0
         legacy = figures["halves"]["legacy_loop"]
         assert legacy["lost"] == 0
-        assert legacy["times_claimed"] == 300 + legacy["extra_runs"]
+        assert legacy["times_claimed"] == 400 + legacy["extra_runs"]
         assert tables(database) == []
         if legacy["duplicates"]:
             break
@@ -120,7 +122,7 @@ def test_files_are_compared_alike(tmp_path: Path) -> None:
     """With --files both loops work on a folder, no database is asked, and nothing is left."""
     variables = {"TMPDIR": str(tmp_path), "DATABASE_URL": "sqlite:///no/such/file.db"}
     for _ in range(ATTEMPTS):
-        ended = real("demo", "--files", "--jobs", "400", "--json", env=os.environ | variables)
+        ended = real("demo", "--files", *FEW, "--json", env=os.environ | variables)
         assert ended.code == 0, ended
         assert ended.err == ""
         figures = json.loads(ended.out)
@@ -161,7 +163,7 @@ def test_exit_code_1_if_files_are_run_twice(
 ) -> None:
     """A half of claims with duplicates fails this demo, too."""
     monkeypatch.setitem(file_workload.FILE_HALVES, "claim_files", file_workload.legacy_file_loop)
-    codes = (command("demo", "--files", "--jobs", "400", "--json").code for _ in range(ATTEMPTS))
+    codes = (command("demo", "--files", *FEW, "--json").code for _ in range(ATTEMPTS))
     assert any(code == 1 for code in codes)
 
 
@@ -184,26 +186,11 @@ def refused_loop(waiting: Path, *_: Any) -> None:
 def test_a_folder_is_removed_on_ctrl_c(tmp_path: Path) -> None:
     """Ctrl-C in the middle leaves no files behind."""
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with begun("demo", "--files", "--jobs", "20000", env=environment) as process:
+    with begun("demo", "--files", "--jobs", "8000", env=environment) as process:
         wait_until(lambda: list(tmp_path.glob("*/processing/*")), seconds=PATIENCE)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
     assert Ended(process.returncode, out, err) == Ended(130, "", "atomic-claim: interrupted\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
-    """Without a URL one table is printed, no bars where there is no terminal, nothing is left."""
-    ended = real("demo", "--jobs", "100", env=os.environ | {"TMPDIR": str(tmp_path)})
-    assert ended.code == 0
-    assert ended.err == ""
-    lines = ended.out.splitlines()
-    assert lines[0].startswith(f"SQLite {sqlite3.sqlite_version}: 100 jobs, 4 workers, limit 10")
-    assert sum(line.startswith(" legacy loop ") for line in lines) == 1
-    claimed = next(line for line in lines if line.startswith(" claim_jobs "))
-    assert claimed.split()[1:6] == ["100", "100", "0", "0", "0"]
-    assert lines[-1].strip() == "claim_jobs: every job ran exactly once."
-    assert all(len(line) <= 80 for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,10 +199,21 @@ def words(text: str) -> list[str]:
     return re.sub(r"[\d,.]*\d", "0", text).split()
 
 
-def test_the_readme_shows_what_is_printed() -> None:
-    """The README's run of the demo is one of this very demo, figures aside."""
+def test_the_default_is_a_temporary_file(tmp_path: Path) -> None:
+    """Without a URL the README's table is printed, figures aside, and nothing is left."""
+    ended = real("demo", env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert ended.code == 0
+    assert ended.err == ""
+    lines = ended.out.splitlines()
+    assert lines[0].startswith(f"SQLite {sqlite3.sqlite_version}: 1,000 jobs, 4 workers, limit 10")
+    assert sum(line.startswith(" legacy loop ") for line in lines) == 1
+    claimed = next(line for line in lines if line.startswith(" claim_jobs "))
+    assert claimed.split()[1:6] == ["1,000", "1,000", "0", "0", "0"]
+    assert lines[-1].strip() == "claim_jobs: every job ran exactly once."
+    assert all(len(line) <= 80 for line in lines)
+    assert list(tmp_path.iterdir()) == []
     (shown,) = re.findall(r"atomic-claim demo\n(.*?)```", GUIDES["README"], re.DOTALL)
-    assert words(real("demo").out) == words(shown)
+    assert words(ended.out) == words(shown)
 
 
 def test_progress_goes_to_the_terminal(tmp_path: Path) -> None:
@@ -244,7 +242,7 @@ def test_progress_goes_to_the_terminal(tmp_path: Path) -> None:
 
 def test_the_table_is_dropped_on_ctrl_c(database: Database) -> None:
     """Ctrl-C, which a terminal sends to the workers too, leaves nothing behind."""
-    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+    with begun("demo", "--jobs", "8000", "--workers", "2", "--url", address(database)) as process:
         assert table_in_use(database).startswith("atomic_claim_demo_")
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
@@ -255,7 +253,7 @@ def test_the_table_is_dropped_on_ctrl_c(database: Database) -> None:
 @pytest.mark.databases("sqlite")
 def test_the_table_is_dropped_when_killed(database: Database) -> None:
     """The signal by which processes are asked to end leaves nothing behind either."""
-    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+    with begun("demo", "--jobs", "8000", "--workers", "2", "--url", address(database)) as process:
         table_in_use(database)
         process.terminate()
         out, err = process.communicate(timeout=PATIENCE)
@@ -265,7 +263,7 @@ def test_the_table_is_dropped_when_killed(database: Database) -> None:
 
 def test_the_table_is_dropped_after_an_error(database: Database) -> None:
     """A worker that fails ends the demo by one line, and the table goes all the same."""
-    with begun("demo", "--jobs", "20000", "--workers", "2", "--url", address(database)) as process:
+    with begun("demo", "--jobs", "8000", "--workers", "2", "--url", address(database)) as process:
         name = table_in_use(database)
         waits = {"connect_args": {"timeout": PATIENCE}} if database.name == "sqlite" else {}
         with database.engine(**waits).begin() as connection:
@@ -294,7 +292,7 @@ def test_exit_code_1_if_jobs_are_run_twice(
 ) -> None:
     """A claim half with duplicates fails the demo."""
     monkeypatch.setitem(workload.HALVES, "claim_jobs", workload.legacy_loop)
-    assert any(command("demo", "--jobs", "300", "--json").code == 1 for _ in range(ATTEMPTS))
+    assert any(command("demo", *FEW, "--json").code == 1 for _ in range(ATTEMPTS))
 
 
 @pytest.mark.parametrize(
