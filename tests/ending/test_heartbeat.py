@@ -535,6 +535,7 @@ def test_a_beat_leaves_the_connection_as_it_was(database: Database) -> None:
     assert setting() == before
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ON_SERVERS)
 def test_a_restart_inside_the_lease(name: str) -> None:
     """The server dies and comes back: the leases grow on, and nothing is lost, sync or async."""

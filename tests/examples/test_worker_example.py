@@ -16,6 +16,8 @@ from examples.worker.worker import add, async_waker, jobs, waker
 from tests.databases import Database
 from tests.jobs import in_thread
 
+pytestmark = pytest.mark.once
+
 WORKER = Path(__file__).parent.parent.parent / "examples" / "worker" / "worker.py"
 DRIVERS = {
     "sqlite": ["sqlite", "sqlite+aiosqlite"],
