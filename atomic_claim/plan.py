@@ -40,13 +40,13 @@ from .arguments import (
     conditions_of,
     order_terms,
 )
-from .candidates import Candidates
 from .errors import ClaimError
 from .job_table import JobTable
 from .predicates import any_of, claimable, claimable_branches
 from .predicates import marks as declared_marks
 from .roles import highest
 from .sql_elements import (
+    Candidates,
     InlineLiteral,
     Preparing,
     key_in,
