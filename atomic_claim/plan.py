@@ -135,7 +135,7 @@ class ClaimPlan(Preparing):
         if lease is not None and self.values[lease] is None:
             marks.append(lease.is_(None))
         elif lease is not None:
-            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()))
+            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True)
             marks.append(lease > (bindparam(INSTANT, None, lease.type) if later else least))
         free, *others = claimable_branches(job_table)
         wrong = case(
