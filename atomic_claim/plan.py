@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from sqlalchemy import (
     Column,
@@ -67,9 +67,6 @@ CLAIMABLE = 2
 CUT = 1.0
 # Rows that are looked at beyond those that are wanted: others may hold the first ones.
 MARGIN = 100
-
-T = TypeVar("T")
-
 
 new_token = partial(secrets.token_hex, 16)
 """Generates a fencing token on the client: 128 random bits as hexadecimal digits."""
