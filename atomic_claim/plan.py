@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
-from typing import Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 from sqlalchemy import (
     Column,
@@ -40,13 +40,13 @@ from .arguments import (
     conditions_of,
     order_terms,
 )
-from .candidates import Candidates
 from .errors import ClaimError
 from .job_table import JobTable
 from .predicates import any_of, claimable, claimable_branches
 from .predicates import marks as declared_marks
 from .roles import highest
 from .sql_elements import (
+    Candidates,
     InlineLiteral,
     Preparing,
     key_in,
@@ -67,9 +67,6 @@ CLAIMABLE = 2
 CUT = 1.0
 # Rows that are looked at beyond those that are wanted: others may hold the first ones.
 MARGIN = 100
-
-T = TypeVar("T")
-
 
 new_token = partial(secrets.token_hex, 16)
 """Generates a fencing token on the client: 128 random bits as hexadecimal digits."""
@@ -135,7 +132,7 @@ class ClaimPlan(Preparing):
         if lease is not None and self.values[lease] is None:
             marks.append(lease.is_(None))
         elif lease is not None:
-            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()))
+            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True)
             marks.append(lease > (bindparam(INSTANT, None, lease.type) if later else least))
         free, *others = claimable_branches(job_table)
         wrong = case(

@@ -93,11 +93,18 @@ def check_free_changes(free: ColumnElement[bool], written: Collection[Column[Any
 def is_same(one: Any, other: Any) -> bool:
     """Check whether two declared values are known to be equal; a time equals any other time."""
     if isinstance(one, InlineLiteral) and isinstance(other, InlineLiteral):
-        return bool(one.value == other.value)
+        return bool(_stored(one) == _stored(other))
     if isinstance(one, ClauseElement) and isinstance(other, ClauseElement):
         times = isinstance(one, DatabaseTime) and isinstance(other, DatabaseTime)
         return times or one.compare(other)
     return one is None and other is None
+
+
+def _stored(literal_: InlineLiteral) -> Any:
+    """Return the value as the column holds it: of a member of an enum, its name."""
+    type_, value = literal_.type, literal_.value
+    members = type_.enum_class.__members__ if isinstance(type_, Enum) and type_.enum_class else {}
+    return next((name for name, member in members.items() if member is value), value)
 
 
 def _shown(value: Any) -> str:

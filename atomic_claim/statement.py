@@ -9,7 +9,6 @@ from typing import Any, cast
 from sqlalchemy import Update
 from sqlalchemy.sql.visitors import InternalTraversal
 
-from .candidates import Candidates
 from .errors import ClaimError
 from .job_table import job_table_of
 from .plan import ClaimPlan, ClaimRequest, build_plan, checked_limit
@@ -25,11 +24,7 @@ class ClaimStatement(Update):
     # What makes up the cache key, in the form that SQLAlchemy documents for its extensions.
     _traverse_internals = [  # noqa: RUF012
         *Update._traverse_internals,  # noqa: SLF001
-        ("branches", InternalTraversal.dp_clauseelement_tuple),
-        ("order_terms", InternalTraversal.dp_clauseelement_tuple),
-        ("limit_parameter", InternalTraversal.dp_clauseelement),
-        ("reach_parameter", InternalTraversal.dp_clauseelement),
-        ("claimable_rows", InternalTraversal.dp_clauseelement),
+        ("candidates", InternalTraversal.dp_clauseelement),
         ("changes_key", InternalTraversal.dp_boolean),
         ("multi_table", InternalTraversal.dp_boolean),
         ("guarded", InternalTraversal.dp_boolean),
@@ -38,27 +33,12 @@ class ClaimStatement(Update):
 
     def __init__(self, plan: ClaimPlan) -> None:
         super().__init__(plan.returned_table)
-        self.branches = plan.candidates.branches
-        self.order_terms = plan.order
-        self.limit_parameter = plan.candidates.limit
-        self.reach_parameter = plan.candidates.scan_limit
-        self.claimable_rows = plan.candidates.rows
+        self.candidates = plan.candidates
         self.changes_key = plan.changes_key
         self.multi_table = plan.multi_table
         self.guarded = False
         self.checked = False
         self.written = dict(plan.values)
-
-    @property
-    def candidates(self) -> Candidates:
-        """Return the candidates, built from elements that are part of the cache key."""
-        return Candidates(
-            self.branches,
-            self.order_terms,
-            self.limit_parameter,
-            self.reach_parameter,
-            self.claimable_rows,
-        )
 
 
 def statement_of(plan: ClaimPlan) -> ClaimStatement:

@@ -28,12 +28,18 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer
 
-from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
-from atomic_claim.sql_elements import ByKey, DatabaseTime, RandomFraction, key_equals, key_in
+from atomic_claim.sql_elements import (
+    ByKey,
+    Candidates,
+    DatabaseTime,
+    RandomFraction,
+    key_equals,
+    key_in,
+)
 from atomic_claim.statement import ClaimStatement
 
 from .base import Backend, Facts, Find, KeyLocks, Transaction, hinted, marked_by_key

@@ -27,13 +27,13 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
-from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
     ByKey,
+    Candidates,
     DatabaseTime,
     OrderTerm,
     key_equals,
@@ -282,7 +282,7 @@ def _count(found: FromClause) -> ColumnElement[int]:
 def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
     PostgreSQL().check(compiler.dialect)
     key = tuple(element.table.primary_key)
-    terms = [OrderTerm.of(term) for term in element.order_terms]
+    terms = [OrderTerm.of(term) for term in element.candidates.order]
     names = [f"{ORDER}{place}" for place in range(1, len(terms) + 1)]
 
     # A CTE must not be called like the table that is updated.

@@ -21,6 +21,7 @@ from atomic_claim import (
     predicates,
     release_jobs,
 )
+from atomic_claim.plan import ClaimRequest, claim_plan
 from atomic_claim.roles import MAY_SHARE, USES
 from tests.databases import Database
 from tests.guides import GUIDES
@@ -165,6 +166,10 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
         "hand out the same rows",
     ),
     "a flag's 1 is true": ({"state": "flag", "free": True, "claimed": 1}, "hand out the same"),
+    "a member and its name": (
+        {"state": "kind", "free": Status.PENDING, "claimed": "PENDING"},
+        "hand out the same rows",
+    ),
     "a text with NUL": ({**STATUS, "claimed": "a\0"}, "without NUL and surrogates"),
     "a text with a surrogate": ({**STATUS, "done": "a\udc80"}, "without NUL and surrogates"),
     "a number in a domain of texts": (
@@ -442,3 +447,20 @@ def leased_rows(engine: sa.Engine, table: sa.Table) -> int:
     claimed = sa.and_(table.c.processing == sa.true(), table.c.lease_until.is_not(None))
     with engine.connect() as connection:
         return connection.scalar(sa.select(sa.func.count()).where(claimed)) or 0
+
+
+@once
+def test_the_check_of_a_lease_allows_for_rounding() -> None:
+    """A lease without fractions is stored rounded, so the time that it must exceed is not."""
+    table = table_of(
+        Column("processing", sa.Boolean, nullable=False),
+        Column("lease_until", postgresql.TIMESTAMP(timezone=True, precision=0)),
+        Column("claim_token", String(32)),
+    )
+    jobs = JobTable(table, state="processing", lease="lease_until", token="claim_token")
+    request = ClaimRequest(1, lease=timedelta(seconds=0.1))
+    plan = claim_plan(jobs, request, entities=False)
+    compiled = str(plan.fault().compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+    assert "+ 0.5" not in compiled
+    marked = str(plan.values[table.c.lease_until].compile(dialect=postgresql.dialect()))  # type: ignore[no-untyped-call]
+    assert "+ 0.5" in marked

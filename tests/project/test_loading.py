@@ -136,7 +136,6 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "backends.drivers",
         "backends.reading",
         "backends.recovery",
-        "candidates",
         "claim",
         "columns",
         "errors",

@@ -32,7 +32,6 @@ ROOMS = [
     "tickets",
     "predicates",
     "outcomes",
-    "candidates",
     "arguments",
     "plan",
     "statement",
