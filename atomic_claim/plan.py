@@ -42,13 +42,14 @@ from .arguments import (
 )
 from .errors import ClaimError
 from .job_table import JobTable
-from .predicates import any_of, claimable, claimable_branches
+from .predicates import any_of, claimable, claimable_branches, is_last_chance
 from .predicates import marks as declared_marks
 from .roles import highest
 from .sql_elements import (
     Candidates,
     InlineLiteral,
     Preparing,
+    alone_if,
     key_in,
     labelled_terms,
 )
@@ -340,7 +341,10 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
             "keep the state in a column outside of the key"
         )
     limit = bindparam(LIMIT, request.limit, Integer(), literal_execute=True)
-    source = _source(job_table, *key, *labelled_terms(order))
+    alone = is_last_chance(job_table)
+    is_told = alone is not None and request.limit > 1 and not request.deletes
+    flag = [alone_if(cast("Any", alone))] if is_told else []
+    source = _source(job_table, *key, *flag, *labelled_terms(order))
     scan_limit = bindparam(SCAN_LIMIT, request.limit + MARGIN, Integer(), literal_execute=True)
     branches = [
         source.where(*branch.conditions, *where)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Column, ColumnElement, and_, literal, not_, or_
+from sqlalchemy import Column, ColumnElement, and_, func, literal, not_, or_
 from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
 from sqlalchemy.types import DateTime, Float, Integer
 
@@ -117,6 +117,21 @@ def _expired(job_table: JobTable) -> tuple[Branch, ...]:
         return (over,)
     old = (running, lease.is_(None), _is_old(job_table))
     return over, Branch(old, running_since(job_table)[:1])
+
+
+@_once
+def is_last_chance(job_table: JobTable) -> ColumnElement[bool] | None:
+    """Build the condition that a claim is the last attempt of a row whose worker has died.
+
+    None if attempts are not limited, or if a dead worker's rows do not come back.
+    """
+    attempts, most = job_table.attempts, job_table.max_attempts
+    expired = _expired(job_table)
+    if attempts is None or most is None or not expired:
+        return None
+    claims: ColumnElement[Any] = func.coalesce(attempts, 0) + 1
+    least = InlineLiteral(most, Integer()) if isinstance(most, int) else most
+    return and_(any_of(expired), claims >= least)
 
 
 @_once

@@ -17,6 +17,9 @@ from sqlalchemy import (
     Select,
     and_,
     bindparam,
+    case,
+    func,
+    literal_column,
     or_,
     select,
     union_all,
@@ -33,6 +36,7 @@ T = TypeVar("T")
 
 KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
+ALONE = "claim_alone"
 
 
 class InlineLiteral(ColumnElement[Any]):
@@ -236,8 +240,12 @@ class Candidates(ClauseElement):
     SELECT of its own, since no index serves their OR in order. Free rows come in the claim's
     order; the others as their index has them, with a margin from which the claim's order is made.
 
+    A row for which :func:`~atomic_claim.predicates.is_last_chance` is claimed alone: the rows
+    behind it wait for the next claim, and it waits for the rows before it.
+
     Attributes:
-        branches: SELECTs of the key and the terms of the order, each ordered and limited.
+        branches: SELECTs of the key, of whether the row is claimed alone (if any may be) and of
+            the terms of the order; each ordered and limited.
         order: the terms of the order.
         limit: the parameter that limits the first of them, and all together.
         scan_limit: the parameter that limits the others.
@@ -271,26 +279,61 @@ class Candidates(ClauseElement):
         """
         if len(self.branches) == 1:
             return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = self.ordered(self.together(*map(lock, self.branches)).subquery("branches"))
-        return (found if terms else self.only_keys(found)).limit(self.limit)
+        found = self.in_one_claim(self._first(lock))
+        return found if terms else self.only_keys(found)
+
+    def select_with_alone(self) -> Select[Any]:
+        """One SELECT of the keys and, if any row may be claimed alone, of whether it is."""
+        if not self.tells_alone:
+            return self.select()
+        found = self._first(lambda branch: branch)
+        return self.only_keys(found, and_alone=True)
+
+    @property
+    def tells_alone(self) -> bool:
+        """Whether the branches tell of each row if it is claimed alone."""
+        return ALONE in self.branches[0].selected_columns
+
+    def _first(self, lock: Callable[[Select[Any]], Select[Any]]) -> Select[Any]:
+        together = self.together(*map(lock, self.branches)).subquery("branches")
+        return self.ordered(together).limit(self.limit)
 
     def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
         """All that several SELECTs find."""
         numbered = enumerate(branches, 1)
         return union_all(*(select(each.subquery(f"branch_{place}")) for place, each in numbered))
 
-    def ordered(self, found: FromClause) -> Select[Any]:
-        """Keys and terms of the order, in that order."""
-        columns = list(found.columns)
-        terms = columns[len(columns) - len(self.order) :]
-        return select(*columns).order_by(
-            *(OrderTerm.of(term).applied(c) for term, c in zip(self.order, terms, strict=True))
-        )
+    def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
+        """Order what has been found as the claim does."""
+        terms = enumerate(self.order, 1)
+        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
 
-    def only_keys(self, branch: Select[Any]) -> Select[Any]:
-        """Remove the order terms from the columns of a branch."""
-        columns = list(branch.selected_columns)
-        return branch.with_only_columns(*columns[: len(columns) - len(self.order)])
+    def ordered(self, found: FromClause) -> Select[Any]:
+        """All columns, in claim order."""
+        return select(*found.columns).order_by(*self.terms(found))
+
+    def in_one_claim(self, found: Select[Any]) -> Select[Any]:
+        """Remove the rows that may not be claimed together with the first one."""
+        if ALONE not in found.selected_columns:
+            return found
+        rows = found.subquery("found")
+        order = self.terms(rows)
+        place = func.row_number().over(order_by=order).label("place")
+        leader = func.first_value(rows.columns[ALONE]).over(order_by=order).label("leader")
+        placed = select(*rows.columns, place, leader).subquery("placed")
+        is_shared = and_(placed.columns.leader == _ZERO, placed.columns[ALONE] == _ZERO)
+        left = self.ordered(placed).where(or_(placed.columns.place == _ONE, is_shared))
+        return left.with_only_columns(*list(placed.columns)[: len(rows.columns)])
+
+    def only_keys(self, branch: Select[Any], *, and_alone: bool = False) -> Select[Any]:
+        """Keep the columns of the key, and the one that tells whether a row is claimed alone."""
+        width = len(self.rows.selected_columns) + and_alone
+        return branch.with_only_columns(*list(branch.selected_columns)[:width])
+
+
+def alone_if(condition: ColumnElement[bool]) -> ColumnElement[int]:
+    """Return the column that tells whether a candidate is claimed alone."""
+    return case((condition, _ONE), else_=_ZERO).label(ALONE)
 
 
 def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
@@ -299,6 +342,7 @@ def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[An
     return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]
 
 
+_ZERO, _ONE = literal_column("0", Integer()), literal_column("1", Integer())
 _MODIFIERS = (
     operators.asc_op,
     operators.desc_op,

@@ -55,11 +55,13 @@ class Candidate(NamedTuple):
         row: the row's primary key.
         key: its exclusive key.
         lock: the number of the key's lock, where keys are locked one by one.
+        alone: 1 if the row is claimed alone, else 0.
     """
 
     row: Key
     key: Any
     lock: int | None = None
+    alone: int = 0
 
 
 class Facts(NamedTuple):

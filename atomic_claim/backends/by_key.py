@@ -24,6 +24,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
+from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -52,7 +54,7 @@ from sqlalchemy.sql.elements import Label
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, labelled_terms
+from atomic_claim.sql_elements import ALONE, ByKey, OrderTerm, labelled_terms
 
 from .base import CHUNK, Backend, Candidate, Mark, Read, Transaction, hinted, marked_by_key
 from .reading import Key, KeyedRows
@@ -97,7 +99,7 @@ class KeySearch:
         rows, has_room = self._numbered(self._together(*branches, name="first"))
         session = self.backend.key_locks.session(self.plan.job_table)
         found = cast("Select[Any]", select(*session, *self._told(rows, has_room)))
-        return found.order_by(*self._order(rows))
+        return found.order_by(*self.plan.candidates.terms(rows))
 
     @cached_property
     def heads(self) -> Select[Any]:
@@ -120,7 +122,7 @@ class KeySearch:
         rows, has_room = self._numbered(self._together(*free_heads, *branches, name="heads"))
         most = bindparam(FOUND, 1, Integer(), literal_execute=True)
         found = select(*self._told(rows, has_room)).where(or_(rows.columns[BRANCH] > 0, has_room))
-        return found.order_by(*self._order(rows)).limit(most)
+        return found.order_by(*self.plan.candidates.terms(rows)).limit(most)
 
     @cached_property
     def chosen(self) -> ByKey:
@@ -132,7 +134,7 @@ class KeySearch:
             given = given.add_columns(self._column.label(KEY))
             rows, has_room = self._numbered(given.cte(self._name("given")))
             found = cast("Select[Any]", select(*self._ids(rows)).where(has_room))
-            return found.order_by(*self._order(rows)).limit(limit)
+            return found.order_by(*self.plan.candidates.terms(rows)).limit(limit)
 
         return ByKey(self.plan.key_attributes, build)
 
@@ -158,7 +160,8 @@ class KeySearch:
     def batches(self, read: Read, limit: int) -> Iterator[list[Candidate]]:
         """Yield lists of candidates, each once, in claim order, until there are no more.
 
-        A list is enough for the limit, as far as it was read, unless it is the last.
+        The candidates of a list may be claimed together. Those of the lists between two reads are
+        enough for the limit, as far as it was read.
         """
         tried: set[Key] = set()
         pending: list[Candidate] = []
@@ -179,7 +182,7 @@ class KeySearch:
             pending += [each for each in candidates if each.row not in tried]
             tried.update(each.row for each in pending)
             if pending and (is_all or self._room_of(pending) >= limit):
-                yield pending
+                yield from _in_one_claim(pending)
                 pending = []
             if is_all:
                 return
@@ -261,7 +264,7 @@ class KeySearch:
             The rows, and the condition that a row may run beside those before it and the running.
         """
         job_table = self.plan.job_table
-        order = [*self._order(read), *self._ids(read)]
+        order = [*self.plan.candidates.terms(read), *self._ids(read)]
         place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
         rows = select(read, place).subquery(self._name("numbered"))
         key, number = rows.columns[KEY], rows.columns[PLACE]
@@ -279,14 +282,11 @@ class KeySearch:
         return columns[: len(self.plan.job_table.key)]
 
     def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
-        """Return what is told of each row: its keys, its branch, and whether its key has room."""
+        """Return the parts of a :class:`Candidate`, its branch, and whether its key has room."""
         key = found.columns[KEY]
-        lock = self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")
-        return [*self._ids(found), key, lock, found.columns[BRANCH], has_room.label("has_room")]
-
-    def _order(self, found: FromClause) -> list[ColumnElement[Any]]:
-        terms = enumerate(self.plan.order, 1)
-        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
+        told = [key, self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")]
+        told += [found.columns[ALONE]] if ALONE in found.columns else []
+        return [*self._ids(found), *told, found.columns[BRANCH], has_room.label("has_room")]
 
     # The keys that have free rows.
 
@@ -339,6 +339,16 @@ class KeySearch:
         return head.where(values[0].is_not(None))
 
 
+def _in_one_claim(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    """Part candidates into those that are claimed alone and the others, which come together."""
+    others = [each for each in candidates if not each.alone]
+    before = list(takewhile(attrgetter("alone"), candidates))
+    yield from ([each] for each in before)
+    if others:
+        yield others
+    yield from ([each] for each in candidates[len(before) :] if each.alone)
+
+
 def _number(value: int) -> ColumnElement[int]:
     return literal_column(str(value), Integer())
 
@@ -365,8 +375,10 @@ def claim_by_key(
     found: KeyedRows = []
     limit = params[LIMIT]
     for batch in key_search(tx.backend, plan).batches(tx.tuples, limit):
+        if found and batch[0].alone:
+            continue
         found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
-        if len(found) == limit:
+        if len(found) == limit or (found and batch[0].alone):
             break
     return found
 

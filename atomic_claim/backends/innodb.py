@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from typing import Any
 
 from sqlalchemy import (
@@ -48,7 +49,9 @@ class InnoDBStatements:
     """The statements of a search for rows to claim, built once per plan.
 
     Attributes:
-        candidates: reads keys in claim order, and what has to be known of the session.
+        candidates: reads keys in claim order, whether a row is claimed alone (if any may be), and
+            what has to be known of the session.
+        width: how many columns stand before those.
         session: reads the latter alone.
         asks_zone: whether that includes the session's time zone.
         lock: locks those of the rows that are free and not locked.
@@ -77,7 +80,9 @@ class InnoDBStatements:
         if self.asks_zone:
             session.append(SKEW)
         self.session = select(*session)
-        self.candidates = plan.candidates.select().add_columns(*session)
+        self.candidates = plan.candidates.select_with_alone().add_columns(*session)
+        tells_alone = plan.candidates.tells_alone
+        self.width = len(key) + tells_alone
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
@@ -90,7 +95,9 @@ class InnoDBStatements:
         self.lock_all = by_key(all_rows, skip_locked=True)
         self.lock_unless_held = by_key(all_rows, nowait=True)
         self.latest = [
-            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
+            plan.candidates.only_keys(branch, and_alone=tells_alone).with_for_update(
+                skip_locked=True, of=of
+            )
             for branch in plan.candidates.branches
         ]
 
@@ -104,6 +111,7 @@ class Search:
         statements: its statements.
         limit: how many rows are wanted.
         taken: the keys of the rows that are locked and free.
+        alone: the keys of the rows that are claimed alone.
         may_fail: whether a lock that fails leaves the transaction as it was.
         patience: how many more locks may fail before rows are put aside.
         aside: rows in the order of their keys that are tried again at the end.
@@ -114,6 +122,7 @@ class Search:
     statements: InnoDBStatements
     limit: int
     taken: set[Key] = field(default_factory=set)
+    alone: set[Key] = field(default_factory=set)
     may_fail: bool = False
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
@@ -176,6 +185,20 @@ class Search:
             ahead *= 2
         return tried
 
+    def keys(self, rows: Sequence[Any]) -> list[Key]:
+        """Return the keys of candidates in their order, and note which are claimed alone."""
+        width = len(self.statements.lock.key)
+        keys = [tuple(row[:width]) for row in rows]
+        if self.statements.width > width:
+            self.alone.update(key for key, row in zip(keys, rows, strict=True) if row[width])
+        return keys
+
+    def in_one_claim(self, keys: list[Key]) -> list[Key]:
+        """Remove the rows that may not be claimed together with the first one."""
+        if not self.alone.isdisjoint(keys[:1]):
+            return keys[:1]
+        return list(filterfalse(self.alone.__contains__, keys))
+
     def lock_aside(self) -> None:
         """Lock what was put aside, which is all that is left."""
         self.patience = sys.maxsize
@@ -191,5 +214,5 @@ class Search:
         snapshot has turned out to be old.
         """
         asked = ClaimRequest(self.limit).parameters()
-        found = [key for each in self.statements.latest for key in self.tx.tuples(each, asked)]
-        return [key for key in found if key not in self.taken]
+        rows = [row for each in self.statements.latest for row in self.tx.tuples(each, asked)]
+        return list(filterfalse(self.taken.__contains__, self.keys(rows)))

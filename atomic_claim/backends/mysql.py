@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import filterfalse
-from operator import itemgetter
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -139,21 +138,20 @@ class MySQL(Backend):
         is_mariadb: bool = dialect.is_mariadb  # type: ignore[attr-defined]
         statements = plan.prepare(InnoDBStatements, self, is_mariadb)
         search = Search(tx, statements, limit)
-        width = len(plan.job_table.key)
-        key_of = itemgetter(slice(width))
+        is_narrow = len(plan.job_table.key) == 1
         tried: set[Key] = set()
         # A few more than are wanted, since others may hold the first ones.
         scan_limit = limit + WINDOW
         while True:
             rows, level = self._candidates(search, plan, scan_limit)
-            seen = list(map(key_of, rows))
+            seen = search.keys(rows)
             fresh = list(filterfalse(tried.__contains__, seen))
             tried.update(fresh)
             # In a transaction of the call's own, the gaps are locked for a moment.
             is_brief = tx.own or level != "REPEATABLE-READ"
             lock = search.lock_free if is_brief else search.lock_without_gaps
             while fresh and len(search.taken) < limit:
-                del fresh[: lock(fresh, width == 1 and isinstance(fresh[0][0], int))]
+                del fresh[: lock(fresh, is_narrow and isinstance(fresh[0][0], int))]
             if len(search.taken) == limit or len(rows) < scan_limit:
                 break
             # Others hold the head of the queue; all that is read again is keys.
@@ -164,7 +162,7 @@ class MySQL(Backend):
         found = list(filter(search.taken.__contains__, seen))
         if search.is_stale and len(found) < limit:
             found += search.lock_latest()[: limit - len(found)]
-        return found
+        return search.in_one_claim(found)
 
     def _candidates(
         self, search: Search, plan: ClaimPlan, scan_limit: int
@@ -186,7 +184,7 @@ class MySQL(Backend):
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         if not rows and tx.own and not statements.asks_zone:
             return rows, None
-        session = rows[0][len(plan.job_table.key) :] if rows else tx.tuples(statements.session)[0]
+        session = rows[0][statements.width :] if rows else tx.tuples(statements.session)[0]
         level, rolls_back, *skew = session
         if level == SERIALIZABLE:
             raise ClaimError(PLAIN_READS_WAIT)

@@ -248,7 +248,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     branches = [branch.limit(scan_limit) for branch in candidates.branches]
     near = candidates.together(*branches).subquery("branches")
     nearest = candidates.ordered(near).cte(f"{prefix}nearest")
-    key = list(nearest.columns)[: len(nearest.columns) - len(candidates.order)]
+    key = list(nearest.columns)[: len(candidates.rows.selected_columns)]
 
     # One after the other, until there are enough: LATERAL leaves the planner no other way.
     own = list(candidates.rows.selected_columns)
@@ -271,7 +271,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
         taken.append(farther.cte(f"{prefix}taken_{place}"))
     together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
     # There are no more in any case; but so the planner knows it.
-    return select(*together.columns).limit(limit)
+    return candidates.in_one_claim(select(*together.columns).limit(limit))
 
 
 def _count(found: FromClause) -> ColumnElement[int]:

@@ -103,7 +103,9 @@ class SQLite(Backend):
             given[INSTANT] = tx.connection.scalar(asking, params)
         claiming = plan.prepare(_claiming)
         rows = list(tx.execute(claiming.statement, params).all())
-        if len(rows) < params[LIMIT]:
+        # What is claimed alone may be left for the next claim.
+        may_be_all = not (rows and plan.candidates.tells_alone)
+        if may_be_all and len(rows) < params[LIMIT]:
             rows += self._passed_over(tx, plan, params, len(rows))
         found = claiming.keyed(_in_order(plan, rows))
         keys = [key for key, _ in found]
