@@ -79,7 +79,8 @@ class JobTable(Preparing):
             time if it is NOT NULL; then every claim needs a lease.
         attempts: the integer column that counts the claims, up to the end of its type.
         max_attempts: how many claims are allowed, an ``int`` or a column, in which NULL is no
-            maximum. A row that has had as many is not claimed.
+            maximum. A row that has had as many is not claimed. If a row's lease runs out before its
+            last attempt, it is claimed alone then, so that it costs no other row an attempt.
         error: the column of a failure's text, a string or JSON.
         stamps: time columns that claims and their ends set to the database's clock.
         naive_times: the zone of time columns that store none: ``"utc"``, or ``"server"`` for the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     Column,
@@ -279,24 +279,32 @@ class Candidates(ClauseElement):
         """
         if len(self.branches) == 1:
             return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = self.in_one_claim(self._first(lock))
+        found = self.in_one_claim(self._first(lock)).limit(self.limit)
         return found if terms else self.only_keys(found)
 
     def select_with_alone(self) -> Select[Any]:
         """One SELECT of the keys and, if any row may be claimed alone, of whether it is."""
         if not self.tells_alone:
             return self.select()
-        found = self._first(lambda branch: branch)
+        found = self._first(lambda branch: branch).limit(self.limit)
         return self.only_keys(found, and_alone=True)
 
     @property
     def tells_alone(self) -> bool:
-        """Whether the branches tell of each row if it is claimed alone."""
+        """True if the branches tell of each row whether it is claimed alone."""
         return ALONE in self.branches[0].selected_columns
+
+    @property
+    def shared_branches(self) -> list[Select[Any]]:
+        """The branches without the rows that are claimed alone."""
+        if not self.tells_alone:
+            return list(self.branches)
+        flags = [cast("Any", branch.selected_columns[ALONE]).element for branch in self.branches]
+        return [b.where(flag == _ZERO) for b, flag in zip(self.branches, flags, strict=True)]
 
     def _first(self, lock: Callable[[Select[Any]], Select[Any]]) -> Select[Any]:
         together = self.together(*map(lock, self.branches)).subquery("branches")
-        return self.ordered(together).limit(self.limit)
+        return self.ordered(together)
 
     def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
         """All that several SELECTs find."""

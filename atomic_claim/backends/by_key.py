@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -56,7 +55,17 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ALONE, ByKey, OrderTerm, labelled_terms
 
-from .base import CHUNK, Backend, Candidate, Mark, Read, Transaction, hinted, marked_by_key
+from .base import (
+    CHUNK,
+    Backend,
+    Candidate,
+    Mark,
+    Read,
+    Transaction,
+    hinted,
+    in_one_claim,
+    marked_by_key,
+)
 from .reading import Key, KeyedRows
 
 KEY = "atomic_claim_key"
@@ -182,7 +191,7 @@ class KeySearch:
             pending += [each for each in candidates if each.row not in tried]
             tried.update(each.row for each in pending)
             if pending and (is_all or self._room_of(pending) >= limit):
-                yield from _in_one_claim(pending)
+                yield from in_one_claim(pending, attrgetter("alone"))
                 pending = []
             if is_all:
                 return
@@ -337,16 +346,6 @@ class KeySearch:
         named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
         head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
         return head.where(values[0].is_not(None))
-
-
-def _in_one_claim(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    """Part candidates into those that are claimed alone and the others, which come together."""
-    others = [each for each in candidates if not each.alone]
-    before = list(takewhile(attrgetter("alone"), candidates))
-    yield from ([each] for each in before)
-    if others:
-        yield others
-    yield from ([each] for each in candidates[len(before) :] if each.alone)
 
 
 def _number(value: int) -> ColumnElement[int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import filterfalse
 from typing import Any
 
 from sqlalchemy import (
@@ -81,8 +80,7 @@ class InnoDBStatements:
             session.append(SKEW)
         self.session = select(*session)
         self.candidates = plan.candidates.select_with_alone().add_columns(*session)
-        tells_alone = plan.candidates.tells_alone
-        self.width = len(key) + tells_alone
+        self.width = len(key) + plan.candidates.tells_alone
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
@@ -95,10 +93,8 @@ class InnoDBStatements:
         self.lock_all = by_key(all_rows, skip_locked=True)
         self.lock_unless_held = by_key(all_rows, nowait=True)
         self.latest = [
-            plan.candidates.only_keys(branch, and_alone=tells_alone).with_for_update(
-                skip_locked=True, of=of
-            )
-            for branch in plan.candidates.branches
+            plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
+            for branch in plan.candidates.shared_branches
         ]
 
 
@@ -111,7 +107,6 @@ class Search:
         statements: its statements.
         limit: how many rows are wanted.
         taken: the keys of the rows that are locked and free.
-        alone: the keys of the rows that are claimed alone.
         may_fail: whether a lock that fails leaves the transaction as it was.
         patience: how many more locks may fail before rows are put aside.
         aside: rows in the order of their keys that are tried again at the end.
@@ -122,7 +117,6 @@ class Search:
     statements: InnoDBStatements
     limit: int
     taken: set[Key] = field(default_factory=set)
-    alone: set[Key] = field(default_factory=set)
     may_fail: bool = False
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
@@ -185,20 +179,6 @@ class Search:
             ahead *= 2
         return tried
 
-    def keys(self, rows: Sequence[Any]) -> list[Key]:
-        """Return the keys of candidates in their order, and note which are claimed alone."""
-        width = len(self.statements.lock.key)
-        keys = [tuple(row[:width]) for row in rows]
-        if self.statements.width > width:
-            self.alone.update(key for key, row in zip(keys, rows, strict=True) if row[width])
-        return keys
-
-    def in_one_claim(self, keys: list[Key]) -> list[Key]:
-        """Remove the rows that may not be claimed together with the first one."""
-        if not self.alone.isdisjoint(keys[:1]):
-            return keys[:1]
-        return list(filterfalse(self.alone.__contains__, keys))
-
     def lock_aside(self) -> None:
         """Lock what was put aside, which is all that is left."""
         self.patience = sys.maxsize
@@ -214,5 +194,5 @@ class Search:
         snapshot has turned out to be old.
         """
         asked = ClaimRequest(self.limit).parameters()
-        rows = [row for each in self.statements.latest for row in self.tx.tuples(each, asked)]
-        return list(filterfalse(self.taken.__contains__, self.keys(rows)))
+        found = [key for each in self.statements.latest for key in self.tx.tuples(each, asked)]
+        return [key for key in found if key not in self.taken]

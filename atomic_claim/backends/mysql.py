@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import filterfalse
+from operator import itemgetter
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -41,7 +42,16 @@ from atomic_claim.sql_elements import (
 )
 from atomic_claim.statement import ClaimStatement
 
-from .base import Backend, Facts, Find, KeyLocks, Transaction, hinted, marked_by_key
+from .base import (
+    Backend,
+    Facts,
+    Find,
+    KeyLocks,
+    Transaction,
+    hinted,
+    in_one_claim,
+    marked_by_key,
+)
 from .by_key import keyed_statements, refuse_view
 from .drivers import code_of
 from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
@@ -138,21 +148,29 @@ class MySQL(Backend):
         is_mariadb: bool = dialect.is_mariadb  # type: ignore[attr-defined]
         statements = plan.prepare(InnoDBStatements, self, is_mariadb)
         search = Search(tx, statements, limit)
-        is_narrow = len(plan.job_table.key) == 1
+        width = len(plan.job_table.key)
+        key_of = itemgetter(slice(width))
+        alone: set[Key] = set()
         tried: set[Key] = set()
         # A few more than are wanted, since others may hold the first ones.
         scan_limit = limit + WINDOW
         while True:
             rows, level = self._candidates(search, plan, scan_limit)
-            seen = search.keys(rows)
+            seen = list(map(key_of, rows))
+            if statements.width > width:
+                alone.update(key_of(row) for row in rows if row[width])
             fresh = list(filterfalse(tried.__contains__, seen))
             tried.update(fresh)
             # In a transaction of the call's own, the gaps are locked for a moment.
             is_brief = tx.own or level != "REPEATABLE-READ"
             lock = search.lock_free if is_brief else search.lock_without_gaps
-            while fresh and len(search.taken) < limit:
-                del fresh[: lock(fresh, is_narrow and isinstance(fresh[0][0], int))]
-            if len(search.taken) == limit or len(rows) < scan_limit:
+            for part in in_one_claim(fresh, alone.__contains__) if alone else [fresh]:
+                if alone and search.taken and (part[0] in alone or search.taken & alone):
+                    continue
+                while part and len(search.taken) < limit:
+                    del part[: lock(part, width == 1 and isinstance(part[0][0], int))]
+            is_full = len(search.taken) == limit or bool(search.taken & alone)
+            if is_full or len(rows) < scan_limit:
                 break
             # Others hold the head of the queue; all that is read again is keys.
             scan_limit = 4 * scan_limit + WINDOW
@@ -160,9 +178,9 @@ class MySQL(Backend):
             search.lock_aside()
         # Rows that were only locked are still free in this transaction's own reads.
         found = list(filter(search.taken.__contains__, seen))
-        if search.is_stale and len(found) < limit:
+        if search.is_stale and not is_full:
             found += search.lock_latest()[: limit - len(found)]
-        return search.in_one_claim(found)
+        return found
 
     def _candidates(
         self, search: Search, plan: ClaimPlan, scan_limit: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sqlalchemy import (
+    CTE,
     ColumnElement,
     Connection,
     Dialect,
@@ -31,6 +32,7 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import (
+    ALONE,
     ORDER,
     ByKey,
     Candidates,
@@ -253,25 +255,39 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     # One after the other, until there are enough: LATERAL leaves the planner no other way.
     own = list(candidates.rows.selected_columns)
     held = lock(candidates.rows.where(key_equals(own, key))).lateral("held")
-    taken = [
-        select(*held.columns, *list(nearest.columns)[len(key) :])
-        .select_from(nearest.join(held, true()))
-        .limit(limit)
-        .cte(f"{prefix}taken")
-    ]
+    locked = select(*held.columns, *list(nearest.columns)[len(key) :])
+    locked = locked.select_from(nearest.join(held, true()))
+    taken: list[CTE] = []
     # Others hold so many of the nearest that the farther ones are to be looked at.
-    is_deep = _count(nearest) >= scan_limit
-    for place, branch in enumerate(candidates.branches, 1):
-        columns = list(branch.selected_columns)[: len(key)]
-        others = [
-            tuple_(*columns).not_in(select(*list(found.columns)[: len(key)])) for found in taken
-        ]
-        missing = limit - sum((_count(found) for found in taken), literal_column("0"))
-        farther = lock(branch.where(is_deep, *others).limit(missing))
+    is_deep = [_count(nearest) >= scan_limit]
+
+    if candidates.tells_alone:
+        first = locked.limit(literal_column("1")).cte(f"{prefix}first")
+        taken.append(first)
+        is_alone = select(first.columns[ALONE]).scalar_subquery()
+        may_share = func.coalesce(is_alone, literal_column("0")) == literal_column("0")
+        shares = nearest.columns[ALONE] == literal_column("0")
+        locked = locked.where(may_share, shares, *_not_in(taken, key))
+        is_deep.append(may_share)
+    missing = _missing(limit, taken)
+    taken.append(locked.limit(missing).cte(f"{prefix}taken"))
+    for place, branch in enumerate(candidates.shared_branches, 1):
+        others = _not_in(taken, list(branch.selected_columns)[: len(key)])
+        farther = lock(branch.where(*is_deep, *others).limit(_missing(limit, taken)))
         taken.append(farther.cte(f"{prefix}taken_{place}"))
     together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
     # There are no more in any case; but so the planner knows it.
-    return candidates.in_one_claim(select(*together.columns).limit(limit))
+    return select(*together.columns).limit(limit)
+
+
+def _not_in(taken: Sequence[CTE], key: Sequence[ColumnElement[Any]]) -> list[ColumnElement[bool]]:
+    """Build the conditions that a row is none of those that are taken."""
+    keys = [select(*list(found.columns)[: len(key)]) for found in taken]
+    return [tuple_(*key).not_in(each) for each in keys]
+
+
+def _missing(limit: ColumnElement[Any], taken: Sequence[CTE]) -> ColumnElement[Any]:
+    return limit - sum(map(_count, taken), literal_column("0")) if taken else limit
 
 
 def _count(found: FromClause) -> ColumnElement[int]:

@@ -205,7 +205,7 @@ class Model:
         if places != sorted(places):
             problems.append(f"not in order: {idents}, {places}")
         if exact:
-            wanted = self._with_room(actor, possible.values())[: step.limit]
+            wanted = self._in_one_claim(self._with_room(actor, possible.values()), step)
             first = [self.place(job, step) for job in wanted]
             if places != first:
                 problems.append(f"not the first jobs: {places} in place of {first}")
@@ -217,6 +217,19 @@ class Model:
             if ident in possible:
                 self._put(actor, self._claimed(possible[ident], step, number))
         return problems
+
+    def _in_one_claim(self, jobs: list[Job], step: Claim) -> list[Job]:
+        """Return the first of the jobs that one claim may have together."""
+        if jobs and self._is_alone(jobs[0], step):
+            return jobs[:1]
+        return [job for job in jobs if not self._is_alone(job, step)][: step.limit]
+
+    def _is_alone(self, job: Job, step: Claim) -> bool:
+        """Return True if the claim would be the last attempt of a job whose worker has died."""
+        most = self.scenario.declaration.max_attempts
+        is_over = job.state == "running" and job.lease == "over"
+        told = most is not None and is_over and step.limit > 1 and not step.deletes
+        return told and most is not None and job.attempts + 1 >= most
 
     def to_claim(self, actor: Actor, step: Claim) -> list[Job]:
         """Return the claimable jobs whose keys have room, in claim order."""
