@@ -80,6 +80,12 @@ BUGS: Final = (
         "return condition",
     ),
     Planted(
+        "a last attempt is claimed together with other rows",
+        "plan.py",
+        "is_told = alone is not None and request.limit > 1",
+        "is_told = alone is not None and request.limit < 1",
+    ),
+    Planted(
         "limit plus one",
         "plan.py",
         "found: dict[str, Any] = {LIMIT: self.limit,",
