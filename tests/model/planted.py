@@ -125,8 +125,8 @@ BUGS: Final = (
     Planted(
         "an isolation level of the connection's own is ignored",
         "execution.py",
-        "and facts.level == connection.dialect.default_isolation_level",
-        "and facts.level is not None",
+        "level == connection.dialect.default_isolation_level",
+        "level is not None",
         "postgresql",
     ),
     Planted(
