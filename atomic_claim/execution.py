@@ -16,6 +16,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for
+from .backends.base import Facts
 from .backends.drivers import KNOWN, in_transaction
 from .backends.recovery import end_process, pause
 from .errors import ClaimConflict, ClaimError
@@ -45,6 +46,7 @@ NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
 # The key of a backend's facts in the ``info`` of a DBAPI connection.
 FACTS = "atomic_claim_facts"
+UNASKED = Facts()
 UNKNOWN = (
     "The connection was lost during the COMMIT, so its outcome is unknown, and without a token "
     "column it cannot be looked up: rows may have been claimed or changed."
@@ -198,7 +200,16 @@ class OwnTransaction:
             tx = Transaction(backend, session or connection, connection, own=True)
             tx.after_disconnect = self.unknown
             try:
-                if self._may_autocommit(tx):
+                if self.unknown:
+                    lost_for = time.monotonic() - self.lost_at
+                    end_process(backend, connection, self.process, lost_for)
+                facts = connection.info.get(FACTS, UNASKED)
+                if facts is UNASKED and self.recoverable:
+                    facts = connection.info[FACTS] = backend.facts(connection)
+                    connection.rollback()
+                self.process = facts.process
+                plan = self.single
+                if plan is not None and self._may_autocommit(tx, plan, facts.level):
                     connection.execution_options(isolation_level="AUTOCOMMIT")
                     self.committing = tx.autocommit = True
                 with NOTHING if tx.autocommit else self._transaction(tx):
@@ -230,21 +241,10 @@ class OwnTransaction:
             )
         return session, engine
 
-    def _may_autocommit(self, tx: Transaction) -> bool:
-        """Return True if AUTOCOMMIT makes no difference but of round trips.
-
-        Before that, end the process of a lost connection, and ask what has to be known of this one.
-        """
-        backend, connection, level = tx.backend, tx.connection, None
-        if self.unknown:
-            end_process(backend, connection, self.process, time.monotonic() - self.lost_at)
-        if self.recoverable:
-            facts = connection.info.get(FACTS)
-            if facts is None:
-                facts = connection.info[FACTS] = backend.facts(connection)
-                connection.rollback()
-            self.process, level = facts
-        if self.single is None or tx.executor is not connection or not backend.commits_singly:
+    def _may_autocommit(self, tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
+        """Return True if AUTOCOMMIT makes no difference but of round trips."""
+        backend, connection = tx.backend, tx.connection
+        if tx.executor is not connection or not backend.commits_singly:
             return False
         # Asked of the dispatcher only where there are any: every Connection would build its own.
         has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
@@ -255,7 +255,7 @@ class OwnTransaction:
             and connection.dialect.driver in KNOWN
             and (driver := connection.connection.dbapi_connection) is not None
             and not connection.dialect.detect_autocommit_setting(driver)
-            and self.single.prepare(backend.is_single)
+            and plan.prepare(backend.is_single)
         )
 
     @contextmanager

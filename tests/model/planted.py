@@ -170,8 +170,8 @@ BUGS: Final = (
     Planted(
         "an end or an extension is not guarded by the token of its claim",
         "lifecycle.py",
-        "guard = and_(_owned_by(job_table, given), *outcome.conditions)",
-        "guard = and_(predicates.is_running(job_table), *outcome.conditions)",
+        "return _owned_by(job_table, given)",
+        "return predicates.is_running(job_table)",
     ),
     Planted(
         "an earlier try is not looked for after a lost connection",
