@@ -20,6 +20,7 @@ from sqlalchemy.orm import (
 
 from atomic_claim import ClaimError, JobTable, UnsupportedDialect, backends, claim_jobs
 from atomic_claim.backends.sqlite import SQLite
+from atomic_claim.plan import MARGIN
 from tests.databases import Database, end_connection
 from tests.jobs import OWN, bound, fill, ids, job_table, mapped, taken
 
@@ -546,6 +547,19 @@ def test_rows_of_an_earlier_round_are_handed_out(database: Database, token: str 
         connection.commit()
     assert found.unreadable == ((510,),)
     assert len(found) >= 500
+    assert taken(engine, table) == ids(found)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_unreadable_rows_of_an_earlier_batch_are_told(database: Database, kind: str) -> None:
+    """A claim by exclusive keys tells all that it passed over, whatever batch they were in."""
+    count = 1 + MARGIN
+    engine, table = with_kind(database, count + 2, *range(1, count + 1))
+    jobs = JobTable(table, state="processing", exclusive_by="k", order="id")
+    with bound(engine, kind) as bind:
+        found = claim_jobs(bind, jobs)
+    assert ids(found) == [count + 1]
+    assert found.unreadable == tuple((number,) for number in range(1, count + 1))
     assert taken(engine, table) == ids(found)
 
 
