@@ -345,7 +345,7 @@ class Claiming:
                     found = tx.backend.claim(tx, plan, params)
                 else:
                     found = claim_batch(tx, plan, batch, params, mark_and_load)
-                if plan.entities:
+                if plan.entities and tx.own:
                     self._complete(tx, found)
             except BaseException as error:
                 if tx.own and not tx.autocommit:
@@ -377,7 +377,7 @@ class Claiming:
 
     def _complete(self, tx: Transaction, found: KeyedRows) -> None:
         """Load what entities lack that are about to be detached."""
-        if self.plan.entities and tx.own:
+        if self.plan.entities:
             _load_fully(tx, self.plan, found)
 
     def _run_keyed(self, bind: Bind, run: Run[Claimed], careful: Run[Claimed]) -> Claimed:

@@ -428,10 +428,10 @@ class Change:
     def _change_in_callers(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
         """Change the rows in the caller's transaction, which outlasts a text that is refused."""
         plain, self.plain = self.plain, None
+        if not tx.connection.in_transaction():
+            tx.connection.begin()
         try:
-            driver: Any = tx.connection.connection.dbapi_connection
-            is_open = not tx.connection.dialect.detect_autocommit_setting(driver)
-            with tx.connection.begin_nested() if is_open else nullcontext():
+            with nullcontext() if tx.in_autocommit() else tx.connection.begin_nested():
                 return self.change(tx, keys)
         except (DBAPIError, UnicodeError) as error:
             conflicts = isinstance(error, DBAPIError) and tx.backend.is_conflict(error)

@@ -37,6 +37,7 @@ from tests.ending.test_lease import LEASE, made, row
 from tests.guides import GUIDES, blocks
 from tests.jobs import CALLERS, OWN, START, bound, fill, ids, job_table, taken
 
+SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
 # A job of size 3 has to run.
 RUNNING = "size < 3 OR processing <> false"
 NARROW = sa.Text().with_variant(mysql.TEXT(charset="utf8mb3"), "mysql", "mariadb")
@@ -152,6 +153,64 @@ def test_no_text_keeps_a_job_from_failing(database: Database, what: str) -> None
         expected = expected if is_narrow else error
     plain = {"message": "no"} if what == "json" else "no"
     assert stored == [expected] * 3 + [plain]
+
+
+def plain_only(database: Database) -> JobTable:
+    """Declare a table that stores an error in ASCII only."""
+    size = "octet_length" if database.name == "postgresql" else "length"
+    return failing(String(50), sa.CheckConstraint(f"{size}(last_error) = char_length(last_error)"))
+
+
+@pytest.mark.parametrize("kind", CALLERS)
+@SERVERS
+def test_a_refused_text_on_an_engine_that_begins_by_itself(database: Database, kind: str) -> None:
+    """Its driver is in autocommit; the caller's transaction outlasts the text all the same."""
+    engine, jobs = database.engine(), plain_only(database)
+    fill(engine, jobs.table, 1)
+    claim = claim_jobs(engine, jobs)
+    beginning = database.engine()
+
+    @sa.event.listens_for(beginning, "connect")
+    def automatic(connection: Any, _: object) -> None:
+        beginning.dialect.set_isolation_level(connection, "AUTOCOMMIT")
+
+    @sa.event.listens_for(beginning, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    with bound(beginning, kind) as bind:
+        assert fail_jobs(bind, claim, error="\U0001f600") == 1
+        assert row(engine, jobs, 1).failed_at is None
+        bind.rollback()
+    assert row(engine, jobs, 1).last_error is None
+    with bound(beginning, kind) as bind:
+        assert fail_jobs(bind, claim, error="\U0001f600") == 1
+        bind.commit()
+    assert row(engine, jobs, 1).last_error == r"\U0001f600"
+
+
+@SERVERS
+def test_a_refused_text_on_a_driver_that_is_not_known(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that does not tell whether it is in AUTOCOMMIT is taken for one that is not."""
+    engine, jobs = database.engine(), plain_only(database)
+    fill(engine, jobs.table, 1)
+    claim = claim_jobs(engine, jobs)
+
+    def silent(*_: object) -> bool:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(engine.dialect), "detect_autocommit_setting", silent)
+    monkeypatch.setattr(type(engine.dialect), "driver", "invented")
+    with engine.begin() as connection:
+        if database.name == "postgresql":
+            assert fail_jobs(connection, claim, error="\U0001f600") == 1
+        else:
+            with pytest.raises(ClaimError, match="'invented'"):
+                fail_jobs(connection, claim, error="\U0001f600")
+    stored = row(engine, jobs, 1).last_error
+    assert stored == (r"\U0001f600" if database.name == "postgresql" else None)
 
 
 def refusing(database: Database) -> tuple[sa.Engine, JobTable]:

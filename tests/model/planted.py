@@ -204,8 +204,8 @@ BUGS: Final = (
     Planted(
         "a lost COMMIT is taken for rolled back",
         "execution.py",
-        "self.lost, self.unknown = True, self.unknown or self.committing",
-        "self.lost, self.unknown = True, False",
+        "own.lost, own.unknown = True, own.unknown or own.committing",
+        "own.lost, own.unknown = True, False",
         "postgresql",
     ),
 )
