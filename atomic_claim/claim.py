@@ -63,7 +63,8 @@ class Claim(Sequence[J]):
         worker: the worker's name, if one was given.
         lease: how long the claim holds, if a lease was asked for.
         unreadable: the primary keys of rows that the claim passed over, since they cannot be
-            marked or read; they are free.
+            marked or read; they are free. Where the claim was not rolled back (in the caller's
+            transaction, or as one statement in AUTOCOMMIT) what ``values`` wrote to them stays.
     """
 
     jobs: tuple[J, ...] = ()

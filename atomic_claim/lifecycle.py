@@ -103,6 +103,9 @@ def complete_jobs(
 ) -> int:
     """Mark claimed jobs as done, those that this claim still owns.
 
+    A row keeps its attempts. Where it then is free for the next step of a workflow, let the mark
+    reset them, or each step spends the next one's: ``done={"stage": "parsed", "attempts": 0}``.
+
     Args:
         bind: as for :func:`claim_jobs`; the claim's own transaction, or any later one.
         claim: what ``claim_jobs`` or :meth:`Claim.from_ticket` returned, or a slice of it.
