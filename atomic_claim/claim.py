@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
@@ -31,9 +31,22 @@ if TYPE_CHECKING:
     from .backends.base import Candidate
 
 Key = tuple[Any, ...]
-Claimed = tuple[KeyedRows, Sequence[Key]]
-"""Rows or entities with their keys, in claim order; and the keys of rows that failed."""
 J = TypeVar("J")
+
+
+class Claimed(NamedTuple):
+    """What a transaction has claimed.
+
+    Attributes:
+        rows: the rows or entities with their keys, in claim order.
+        passed: the keys of rows that cannot be marked or read.
+        error: what a claim raises that hands out nothing: only once the attempts that are counted
+            for such rows are committed, so that ``max_attempts`` retires them.
+    """
+
+    rows: KeyedRows
+    passed: Sequence[Key] = ()
+    error: ClaimError | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,7 +63,8 @@ class Claim(Sequence[J]):
         worker: the worker's name, if one was given.
         lease: how long the claim holds, if a lease was asked for.
         unreadable: the primary keys of rows that the claim passed over, since they cannot be
-            marked or read; they are free.
+            marked or read; they are free. Where the claim was not rolled back (in the caller's
+            transaction, or as one statement in AUTOCOMMIT) what ``values`` wrote to them stays.
     """
 
     jobs: tuple[J, ...] = ()
@@ -249,7 +263,9 @@ def claim_jobs(
     Raises:
         ClaimConflict: another transaction was in the way; roll back and claim again. Own
             transactions raise it only once their tries are spent.
-        ClaimError: an argument or the bind does not fit; nothing was written.
+        ClaimError: an argument or the bind does not fit, and nothing was written; or nothing can be
+            handed out since the database refuses the mark of every row, or none of many rows can
+            be read: by ``Engine`` or ``sessionmaker`` the attempts to read rows stay counted.
         AmbiguousTable: the table's columns cannot be read with certainty.
         UnsupportedDialect: the database has no atomic claim.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
@@ -263,11 +279,11 @@ def claim_jobs(
     params = request.parameters(token=job_table.token is not None)
     claiming = Claiming(plan, params)
     if job_table.exclusive_by is not None:
-        found, unreadable = claiming.by_key(bind)
+        claimed = claiming.by_key(bind)
     else:
         # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
         may_autocommit = TOKEN in params and bool(job_table.released)
-        found, unreadable = run_in(
+        claimed = run_in(
             bind,
             job_table,
             claiming.run,
@@ -276,7 +292,9 @@ def claim_jobs(
             undo=claiming.undo,
             recoverable=TOKEN in params,
         )
-    keys, jobs = zip(*found, strict=True) if found else ((), ())
+    if claimed.error is not None:
+        raise claimed.error
+    keys, jobs = zip(*claimed.rows, strict=True) if claimed.rows else ((), ())
     claim = Claim(
         jobs,
         table=job_table,
@@ -284,7 +302,7 @@ def claim_jobs(
         token=params.get(TOKEN),
         worker=worker,
         lease=lease,
-        unreadable=tuple(unreadable),
+        unreadable=tuple(claimed.passed),
     )
     if subscribers or logs_claims():
         report_claim(claim, began)
@@ -302,14 +320,17 @@ class Claiming:
         """Claim by exclusive keys; where their lock outlasts a transaction, search before it."""
         if (backend := keyed_apart(bind, self.plan.job_table)) is None:
             return self._run_keyed(bind, self.run, self.run_one_by_one)
-        limit = self.params[LIMIT]
+        limit, passed, errors = self.params[LIMIT], list[Key](), list[ClaimError]()
         for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
             found = self._run_keyed(
                 bind, partial(self.run, batch=batch), partial(self.run_one_by_one, batch=batch)
             )
-            if found[0]:
-                return found
-        return [], []
+            passed += found.passed
+            if found.rows:
+                return Claimed(found.rows, passed)
+            if found.error is not None:
+                errors.append(found.error)
+        return Claimed([], passed, errors[0] if errors else None)
 
     def run(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
         """Claim, and hand out what can be read of rows that are not rolled back."""
@@ -317,7 +338,7 @@ class Claiming:
         if plan.entities:
             _refuse_unflushed(tx.executor, plan)
         if tx.after_disconnect and (keys := traced(tx, plan, params)):
-            return read_back(tx, plan, keys, None), []
+            return Claimed(read_back(tx, plan, keys, None))
         unreadable: list[Key] = []
         for _ in range(ROUNDS):
             try:
@@ -325,7 +346,7 @@ class Claiming:
                     found = tx.backend.claim(tx, plan, params)
                 else:
                     found = claim_batch(tx, plan, batch, params, mark_and_load)
-                if plan.entities:
+                if plan.entities and tx.own:
                     self._complete(tx, found)
             except BaseException as error:
                 if tx.own and not tx.autocommit:
@@ -335,7 +356,7 @@ class Claiming:
                 if not found and batch is None:
                     plan = self.plan.passing_over(unreadable)
                     continue
-            return found, unreadable
+            return Claimed(found, unreadable)
         raise ClaimError(
             f"none of {len(unreadable)} claimable rows of {plan.job_table.table.fullname!r} can be "
             f"read; they are free again: {unreadable!r}"
@@ -352,11 +373,12 @@ class Claiming:
             found = one_by_one.claim(tx, self.plan, self.params)
         else:
             found = claim_batch(tx, self.plan, batch, self.params, one_by_one.mark)
-        return found, list(one_by_one.passed)
+        error = None if found else one_by_one.error(self.plan)
+        return Claimed(found, list(one_by_one.passed), error)
 
     def _complete(self, tx: Transaction, found: KeyedRows) -> None:
         """Load what entities lack that are about to be detached."""
-        if self.plan.entities and tx.own:
+        if self.plan.entities:
             _load_fully(tx, self.plan, found)
 
     def _run_keyed(self, bind: Bind, run: Run[Claimed], careful: Run[Claimed]) -> Claimed:

@@ -16,6 +16,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for
+from .backends.base import Facts
 from .backends.drivers import KNOWN, in_transaction
 from .backends.recovery import end_process, pause
 from .errors import ClaimConflict, ClaimError
@@ -45,6 +46,7 @@ NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
 # The key of a backend's facts in the ``info`` of a DBAPI connection.
 FACTS = "atomic_claim_facts"
+UNASKED = Facts()
 UNKNOWN = (
     "The connection was lost during the COMMIT, so its outcome is unknown, and without a token "
     "column it cannot be looked up: rows may have been claimed or changed."
@@ -83,38 +85,69 @@ def run_in(
         ClaimConflict: another transaction was in the way.
         ClaimError: the bind cannot be used.
     """
-    if isinstance(bind, Engine) or is_maker(bind):
-        own = OwnTransaction(bind, job_table, keyed, single, recoverable)
-        return own.run_again(run, careful, undo, tries)
+    if not (isinstance(bind, Engine) or is_maker(bind)):
+        return _run_in_callers(bind, job_table, run, keyed)
+    own = OwnTransaction(bind, job_table, keyed, single, recoverable)
+    for tried in range(1, tries + 1):
+        try:
+            return own.run(run)
+        except ClaimConflict:
+            if tried == tries:
+                raise
+        except ClaimError:
+            raise
+        except Exception as error:
+            if not own.is_outage(error):
+                if careful is None or run is careful or own.unknown or own.ended:
+                    raise
+                run, own.single = careful, None
+                continue
+            if tried == tries or (own.committing and not recoverable):
+                if own.committing and isinstance(error, DBAPIError):
+                    error.add_detail(UNKNOWN)
+                raise
+            own.lost, own.unknown = True, own.unknown or own.committing
+            own.lost_at = time.monotonic()
+        except BaseException:
+            if undo is not None and own.committing and recoverable:
+                own.undo(undo)
+            raise
+        report(Retried(job_table.table.fullname, (), tried, own.lost))
+        # Full jitter, so that the ones in each other's way do not meet again.
+        longest = LONGEST_OUTAGE_PAUSE if own.lost else LONGEST_PAUSE
+        first = FIRST_OUTAGE_PAUSE if own.lost else FIRST_PAUSE
+        pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
+    raise AssertionError("unreachable")
+
+
+def _run_in_callers(bind: Any, job_table: JobTable, run: Run[R], keyed: bool) -> R:
+    """Run in a transaction that the caller begins and ends."""
+    pinning: AbstractContextManager[Connection]
     if is_scoped(bind):
         bind = bind.registry()
     if is_session(bind):
         engine = _engine_of(bind, job_table)
+        # A database that is not known is refused before it is connected to.
         backend_for(engine.dialect)
-        with pinned(bind, engine) as connection:
-            return _run_in_callers(bind, connection, run, keyed)
-    if isinstance(bind, Connection):
-        if bind.closed:
-            raise ClaimError("the Connection is closed; open one with engine.connect()")
-        return _run_in_callers(bind, bind, run, keyed)
-    raise ClaimError(
-        f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
-        "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
-    )
-
-
-def _run_in_callers(
-    executor: Session | Connection, connection: Connection, run: Run[R], keyed: bool
-) -> R:
-    """Run in a transaction that the caller begins and ends."""
-    backend = backend_for(connection.dialect)
-    if keyed and backend.key_locks.needs_own:
-        raise ClaimError(backend.key_locks.needs_own)
-    try:
-        return run(Transaction(backend, executor, connection, own=False))
-    except DBAPIError as error:
-        _raise_conflict(backend, error)
-        raise
+        pinning = pinned(bind, engine)
+    elif not isinstance(bind, Connection):
+        raise ClaimError(
+            f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
+            "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+        )
+    elif bind.closed:
+        raise ClaimError("the Connection is closed; open one with engine.connect()")
+    else:
+        pinning = nullcontext(bind)
+    with pinning as connection:
+        backend = backend_for(connection.dialect)
+        if keyed and backend.key_locks.needs_own:
+            raise ClaimError(backend.key_locks.needs_own)
+        try:
+            return run(Transaction(backend, bind, connection, own=False))
+        except DBAPIError as error:
+            _raise_conflict(backend, error)
+            raise
 
 
 @dataclass
@@ -147,41 +180,6 @@ class OwnTransaction:
     unknown: bool = False
     lost_at: float = 0.0
 
-    def run_again(
-        self, run: Run[R], careful: Run[R] | None, undo: Run[None] | None, tries: int
-    ) -> R:
-        """Run, and run again after a conflict or a lost connection."""
-        for tried in range(1, tries + 1):
-            try:
-                return self.run(run)
-            except ClaimConflict:
-                if tried == tries:
-                    raise
-            except ClaimError:
-                raise
-            except Exception as error:
-                if not self._is_outage(error):
-                    if careful is None or run is careful or self.unknown or self.ended:
-                        raise
-                    run, self.single = careful, None
-                    continue
-                if tried == tries or (self.committing and not self.recoverable):
-                    if self.committing and isinstance(error, DBAPIError):
-                        error.add_detail(UNKNOWN)
-                    raise
-                self.lost, self.unknown = True, self.unknown or self.committing
-                self.lost_at = time.monotonic()
-            except BaseException:
-                if undo is not None and self.committing and self.recoverable:
-                    self._undo(undo)
-                raise
-            report(Retried(self.job_table.table.fullname, (), tried, self.lost))
-            # Full jitter, so that the ones in each other's way do not meet again.
-            longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
-            first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
-            pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
-        raise AssertionError("unreachable")
-
     def run(self, run: Run[R]) -> R:
         """Run once, and commit."""
         self.committing = self.ended = False
@@ -198,7 +196,16 @@ class OwnTransaction:
             tx = Transaction(backend, session or connection, connection, own=True)
             tx.after_disconnect = self.unknown
             try:
-                if self._may_autocommit(tx):
+                if self.unknown:
+                    lost_for = time.monotonic() - self.lost_at
+                    end_process(backend, connection, self.process, lost_for)
+                facts = connection.info.get(FACTS, UNASKED)
+                if facts is UNASKED and self.recoverable:
+                    facts = connection.info[FACTS] = backend.facts(connection)
+                    connection.rollback()
+                self.process = facts.process
+                plan = self.single
+                if plan is not None and self._may_autocommit(tx, plan, facts.level):
                     connection.execution_options(isolation_level="AUTOCOMMIT")
                     self.committing = tx.autocommit = True
                 with NOTHING if tx.autocommit else self._transaction(tx):
@@ -210,7 +217,7 @@ class OwnTransaction:
                 raise
         return found
 
-    def _undo(self, undo: Run[None]) -> None:
+    def undo(self, undo: Run[None]) -> None:
         """Undo on a connection of its own: the interrupted one is in no known state."""
         own = OwnTransaction(self.bind, self.job_table, False, None, True)
         own.process, own.unknown, own.lost_at = self.process, True, time.monotonic()
@@ -230,21 +237,10 @@ class OwnTransaction:
             )
         return session, engine
 
-    def _may_autocommit(self, tx: Transaction) -> bool:
-        """Return True if AUTOCOMMIT makes no difference but of round trips.
-
-        Before that, end the process of a lost connection, and ask what has to be known of this one.
-        """
-        backend, connection, level = tx.backend, tx.connection, None
-        if self.unknown:
-            end_process(backend, connection, self.process, time.monotonic() - self.lost_at)
-        if self.recoverable:
-            facts = connection.info.get(FACTS)
-            if facts is None:
-                facts = connection.info[FACTS] = backend.facts(connection)
-                connection.rollback()
-            self.process, level = facts
-        if self.single is None or tx.executor is not connection or not backend.commits_singly:
+    def _may_autocommit(self, tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
+        """Return True if AUTOCOMMIT makes no difference but of round trips."""
+        backend, connection = tx.backend, tx.connection
+        if tx.executor is not connection or not backend.commits_singly:
             return False
         # Asked of the dispatcher only where there are any: every Connection would build its own.
         has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
@@ -255,7 +251,7 @@ class OwnTransaction:
             and connection.dialect.driver in KNOWN
             and (driver := connection.connection.dbapi_connection) is not None
             and not connection.dialect.detect_autocommit_setting(driver)
-            and self.single.prepare(backend.is_single)
+            and plan.prepare(backend.is_single)
         )
 
     @contextmanager
@@ -272,19 +268,13 @@ class OwnTransaction:
                 stack.callback(tx.executor.close)
             if not connection.in_transaction():
                 connection.begin()
-            driver = connection.connection.dbapi_connection
-            assert driver is not None
-            try:
-                in_autocommit = connection.dialect.detect_autocommit_setting(driver)
-            except NotImplementedError:
-                in_autocommit = False
-            if in_autocommit and not in_transaction(connection.connection.driver_connection):
+            if tx.in_autocommit():
                 stack.enter_context(_out_of_autocommit(connection))
             if self.keyed:
                 backend.key_locks.begin(connection)
             yield
 
-    def _is_outage(self, error: Exception) -> bool:
+    def is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
         if isinstance(error, DBAPIError):
             # Only a statement's error names a statement, a refusal to connect does not.

@@ -7,7 +7,7 @@ an entity that a commit has expired would read the successor's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,12 +15,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
 
-from sqlalchemy import ColumnElement, Connection, Engine, and_, bindparam, not_, select
+from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, bindparam, not_, select
 from sqlalchemy.exc import DBAPIError
 
 from . import predicates
 from .arguments import conditions_of
-from .backends import Backend, Transaction
+from .backends import Transaction
 from .backends.recovery import is_general
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
@@ -38,12 +38,10 @@ from .outcomes import (
 )
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
-from .telemetry import Lost, Requeued, Swept, logs_claims, report, report_ends, subscribers
+from .telemetry import Event, Lost, Requeued, Swept, logs_claims, report, report_ends, subscribers
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
-
-Runner = Callable[[Callable[[Transaction], list[Key]]], list[Key]]
 
 LONGEST_LOOK = 0.25
 """Seconds that is waited for others before rows are left to the end of their lease."""
@@ -105,6 +103,9 @@ def complete_jobs(
 ) -> int:
     """Mark claimed jobs as done, those that this claim still owns.
 
+    A row keeps its attempts. Where it then is free for the next step of a workflow, let the mark
+    reset them, or each step spends the next one's: ``done={"stage": "parsed", "attempts": 0}``.
+
     Args:
         bind: as for :func:`claim_jobs`; the claim's own transaction, or any later one.
         claim: what ``claim_jobs`` or :meth:`Claim.from_ticket` returned, or a slice of it.
@@ -126,7 +127,7 @@ def complete_jobs(
             error is raised.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return Change(bind, owned, owned.job_table.prepare(_completing)).apply()
+    return _apply(bind, owned, owned.job_table.prepare(_completing))
 
 
 def fail_jobs(
@@ -162,9 +163,9 @@ def fail_jobs(
     owned = owned_rows(claim, jobs, unfenced=unfenced)
     outcomes = failures(owned.job_table, retry=retry, error=error)
     if error is None or owned.job_table.error is None:
-        return Change(bind, owned, outcomes).apply()
+        return _apply(bind, owned, outcomes)
     plain = failures(owned.job_table, retry=retry, error=error, plain=True)
-    return Change(bind, owned, outcomes, plain).apply()
+    return _apply(bind, owned, outcomes, plain)
 
 
 def release_jobs(
@@ -185,7 +186,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return Change(bind, owned, [_releasing(owned.job_table)]).apply()
+    return _apply(bind, owned, [_releasing(owned.job_table)])
 
 
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
@@ -199,13 +200,17 @@ def release_left(bind: Bind, claim: Claim[Any]) -> int:
     owned = owned_rows(claim, None, unfenced=False)
     outcomes = [_releasing(owned.job_table)]
 
-    def run(tx: Transaction) -> list[Key]:
-        with tx.backend.limit_wait(tx, LONGEST_LOOK):
-            return _change_unlocked(tx, owned.job_table, owned.keys, owned.guard(), outcomes)
-
-    if freed := run_in(bind, owned.job_table, run, tries=1):
-        report_ends(owned.job_table, dict.fromkeys(freed, "released"))
-    return len(freed)
+    change = UnlockedChange(
+        bind, owned.job_table, owned.guard(), outcomes, owned.keys, longest=LONGEST_LOOK
+    )
+    try:
+        change.run(owned.keys, tries=1)
+    finally:
+        if change.changed:
+            report_ends(owned.job_table, change.changed)
+    for error in change.refused.values():
+        raise error
+    return len(change.changed)
 
 
 def extend_jobs(
@@ -234,7 +239,8 @@ def extend_jobs(
     """
     owned = owned_rows(claim, jobs, unfenced=False)
     values = extension(owned.job_table, lease or owned.lease)
-    return Change(bind, owned, [Outcome(values, lasting(owned.job_table))], ends=False).apply()
+    outcomes = [Outcome(values, lasting(owned.job_table))]
+    return _apply(bind, owned, outcomes, ends=False)
 
 
 def sweep_jobs(bind: Bind, table: Any) -> int:
@@ -252,7 +258,8 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
 
     Raises:
         ClaimConflict: another transaction was in the way.
-        ClaimError: the table has no attempts, no maximum or no mark for failed rows.
+        ClaimError: the table has no attempts, no maximum or no mark for failed rows, or the
+            database refused the change of some rows, as for :func:`complete_jobs`.
     """
     job_table = job_table_of(table, ordered=True)
     unspent = predicates.is_unspent(job_table)
@@ -261,15 +268,8 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
             f"{job_table!r} says neither attempts=... nor max_attempts=...: nothing can be spent"
         )
     spent = and_(*map(not_, unspent), predicates.is_unowned(job_table))
-    outcomes = sweeping(job_table)
-
-    def run(tx: Transaction) -> list[Key]:
-        keys = tx.tuples(select(*job_table.key).where(spent))
-        return _change_unlocked(tx, job_table, keys, spent, outcomes)
-
-    if swept := run_in(bind, job_table, run):
-        report(Swept(job_table.table.fullname, tuple(swept)))
-    return len(swept)
+    query = select(*job_table.key).where(spent)
+    return UnlockedChange(bind, job_table, spent, sweeping(job_table), query=query).apply(Swept)
 
 
 def requeue_jobs(
@@ -296,7 +296,8 @@ def requeue_jobs(
 
     Raises:
         ClaimConflict: another transaction was in the way.
-        ClaimError: the table has no mark for failed rows, or nothing says how they become free.
+        ClaimError: the table has no mark for failed rows, or nothing says how they become free,
+            or the database refused the change of some rows, as for :func:`complete_jobs`.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     job_table = job_table_of(table, ordered=True)
@@ -308,13 +309,7 @@ def requeue_jobs(
     query = select(*job_table.key).where(failed, *conditions_of(where)).order_by(*job_table.order)
     if limit is not None:
         query = query.limit(checked_limit(limit))
-
-    def run(tx: Transaction) -> list[Key]:
-        return _change_unlocked(tx, job_table, tx.tuples(query), failed, outcomes)
-
-    if freed := run_in(bind, job_table, run):
-        report(Requeued(job_table.table.fullname, tuple(freed)))
-    return len(freed)
+    return UnlockedChange(bind, job_table, failed, outcomes, query=query).apply(Requeued)
 
 
 def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
@@ -351,158 +346,188 @@ def _owned_by(job_table: JobTable, token: Any) -> ColumnElement[bool]:
     return and_(job_table.token == token, predicates.is_running(job_table))
 
 
-def _change_unlocked(
-    tx: Transaction,
-    job_table: JobTable,
-    keys: Sequence[Key],
-    guard: ColumnElement[bool],
-    outcomes: Sequence[Outcome],
-) -> list[Key]:
-    """Change the rows that the guard is true for, except those that are locked elsewhere."""
-    left: Sequence[Key] = tx.backend.unlocked(tx, job_table, keys, guard)
-    changed = list[Key]()
-    for outcome in outcomes:
-        guarded = and_(guard, *outcome.conditions)
-        changes = tx.backend.changes(job_table, guarded, outcome.values)
-        found = tx.backend.change(tx, left, changes)
-        left = _without(left, found)
-        changed += found
-    return changed
-
-
 @dataclass
 class Change:
-    """One call's change of a claim's rows.
+    """A change of rows: of all in one transaction, or in smaller parts if some are refused.
 
     Attributes:
         bind: where it runs.
-        owned: the rows, and what proves that they are the claim's.
+        job_table: the table of the rows.
+        guard: the condition that a row must meet.
         outcomes: what becomes of them; the first whose conditions are true counts.
+        keys: the rows.
+        owned: the same, and what proves that they are a claim's, if they are.
         plain: the outcomes with an error's text that every column can hold, if there is a text.
         ends: whether the rows run no longer afterwards.
+        changed: the rows that were changed, and the names of their outcomes.
         refused: the rows whose change the database has refused, and its errors.
-        outcome_of: the names of the outcomes of the rows that were changed.
     """
 
     bind: Bind
-    owned: Owned
+    job_table: JobTable
+    guard: ColumnElement[bool]
     outcomes: Sequence[Outcome]
+    keys: Sequence[Key] = ()
+    owned: Owned | None = None
     plain: Sequence[Outcome] | None = None
     ends: bool = True
+    changed: dict[Key, str] = field(default_factory=dict)
     refused: dict[Key, Exception] = field(default_factory=dict)
-    outcome_of: dict[Key, str] = field(default_factory=dict)
 
-    def apply(self) -> int:
-        """Change what is still owned, and raise for what is not, or what the database refuses."""
-        owned = self.owned
-        run = partial(
-            run_in,
-            self.bind,
-            owned.job_table,
-            keyed=not self.ends and owned.job_table.exclusive_by is not None,
-            recoverable=owned.token is not None,
-        )
+    def run(self, keys: Sequence[Key], **options: Any) -> None:
+        """Change these rows; by ``Engine`` or ``sessionmaker`` those that are not refused."""
         try:
-            changed = run(partial(self._run, keys=owned.keys))
+            run = partial(self.change, keys=keys)
+            self.changed.update(run_in(self.bind, self.job_table, run, **options))
         except (DBAPIError, UnicodeError) as error:
-            changed = self._run_parts(run, owned.keys, error)
-        if self.ends and owned.token is not None:
-            ended_here.get(owned.token, Ended()).update(changed)
-        if changed and self.ends and (subscribers or logs_claims()):
-            report_ends(owned.job_table, {key: self.outcome_of[key] for key in changed})
-        if len(changed) < len(owned.keys):
-            _raise_unchanged(owned, changed, self.refused)
-        return len(changed)
+            self._run_halves(keys or self.keys, error, **options)
 
-    def _run_parts(self, run: Runner, keys: Sequence[Key], error: Exception) -> list[Key]:
+    def _run_halves(self, keys: Sequence[Key], error: Exception, **options: Any) -> None:
         """Change the rows in two transactions, and so on, until the ones refused are alone.
 
         A row that is refused alone gets a plain text; if that helps, the rows after it too.
         """
-        if is_general(error) or not (isinstance(self.bind, Engine) or is_maker(self.bind)):
+        is_own = isinstance(self.bind, Engine) or is_maker(self.bind)
+        if is_general(error) or not is_own or not keys:
             raise error
         before, half = (self.outcomes, self.plain), len(keys) // 2
         if half == 0 and self.plain is None:
             self.refused[keys[0]] = error
-            return []
+            return
         if half == 0:
             self.outcomes, self.plain = self.plain or (), None
-        changed: list[Key] = []
         for part in filter(None, (keys[:half], keys[half:])):
-            try:
-                changed += run(partial(self._run, keys=part))
-            except (DBAPIError, UnicodeError) as refusal:
-                changed += self._run_parts(run, part, refusal)
-        if half == 0 and not changed:
+            self.run(part, **options)
+        if half == 0 and keys[0] not in self.changed:
             self.outcomes, self.plain = before
-        return changed
 
-    def _run(self, tx: Transaction, keys: Sequence[Key]) -> list[Key]:
+    def change(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
+        """Change rows in a transaction, and return the names of their outcomes."""
         if self.plain and tx.backend.checks_text and not tx.own:
-            return self._run_in_callers(tx, keys)
-        job_table, changed = self.owned.job_table, list[Key]()
-        params = {} if job_table.token is None else {TOKEN: self.owned.token}
+            return self._change_in_callers(tx, keys)
+        job_table, owned, changed = self.job_table, self.owned, dict[Key, str]()
+        params = {} if owned is None or owned.token is None else {TOKEN: owned.token}
         for outcome in self.outcomes:
             left = _without(keys, changed) if changed else keys
             if (changes := outcome.statements.get(tx.backend)) is None:
-                changes = outcome.statements[tx.backend] = _changes(job_table, outcome, tx.backend)
+                guard = and_(self.guard, *outcome.conditions)
+                changes = tx.backend.changes(job_table, guard, outcome.values)
+                outcome.statements[tx.backend] = changes
             if self.ends:
                 found = tx.backend.change(tx, left, changes, params)
             else:
                 found = tx.backend.extend(tx, job_table, left, changes, params)
-            changed += found
-            self.outcome_of.update(dict.fromkeys(found, outcome.name))
-        if tx.after_disconnect and self.ends:
+            changed.update(dict.fromkeys(found, outcome.name))
+        if owned is not None and tx.after_disconnect and self.ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             for outcome in self.outcomes:
-                found = self.owned.changed_before(tx, _without(keys, changed), outcome)
-                changed += found
-                self.outcome_of.update(dict.fromkeys(found, outcome.name))
-        if not isinstance(tx.executor, Connection):
+                found = owned.changed_before(tx, _without(keys, changed), outcome)
+                changed.update(dict.fromkeys(found, outcome.name))
+        if owned is not None and not isinstance(tx.executor, Connection):
             written = {column for outcome in self.outcomes for column in outcome.values}
             _expire(tx.executor, job_table, changed, written)
         return changed
 
-    def _run_in_callers(self, tx: Transaction, keys: Sequence[Key]) -> list[Key]:
+    def _change_in_callers(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
         """Change the rows in the caller's transaction, which outlasts a text that is refused."""
         plain, self.plain = self.plain, None
+        if not tx.connection.in_transaction():
+            tx.connection.begin()
         try:
-            driver: Any = tx.connection.connection.dbapi_connection
-            is_open = not tx.connection.dialect.detect_autocommit_setting(driver)
-            with tx.connection.begin_nested() if is_open else nullcontext():
-                return self._run(tx, keys)
+            with nullcontext() if tx.in_autocommit() else tx.connection.begin_nested():
+                return self.change(tx, keys)
         except (DBAPIError, UnicodeError) as error:
             conflicts = isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
             if conflicts or is_general(error):
                 raise
         self.outcomes = plain or ()
-        return self._run(tx, keys)
+        return self.change(tx, keys)
+
+    def refusal(self, left: str) -> ClaimError | None:
+        """Return the error that names the rows whose change the database has refused, if any."""
+        error: ClaimError | None = None
+        for cause in self.refused.values():
+            error = ClaimError(
+                f"the database refused the change of {len(self.refused)} of {len(self.keys)} jobs "
+                f"of {self.job_table.table.fullname!r}, their keys: {list(self.refused)!r}, the "
+                f"last one: {getattr(cause, 'orig', cause)}. They are {left}; the other "
+                f"{len(self.changed)} were changed"
+            )
+            error.__cause__ = cause
+        return error
 
 
-def _raise_unchanged(
-    owned: Owned, changed: Sequence[Key], refused: Mapping[Key, Exception]
-) -> NoReturn:
+@dataclass
+class UnlockedChange(Change):
+    """A change that passes over rows that are locked elsewhere.
+
+    Attributes:
+        query: finds the rows, where they are not known.
+        longest: how many seconds it waits for other locks.
+    """
+
+    query: Select[Any] | None = None
+    longest: float | None = None
+
+    def apply(self, event: type[Event]) -> int:
+        """Change the rows that the query finds, report them, and raise for those refused."""
+        try:
+            self.run(())
+        finally:
+            if self.changed:
+                report(event(self.job_table.table.fullname, tuple(self.changed)))
+        if error := self.refusal("as they were"):
+            raise error
+        return len(self.changed)
+
+    def change(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
+        """Change those of the rows that are not locked."""
+        wait = nullcontext() if self.longest is None else tx.backend.limit_wait(tx, self.longest)
+        with wait:
+            if not keys and self.query is not None:
+                # Not again for each part: a limit of the query counts for all of them.
+                keys = self.keys = tx.tuples(self.query)
+            return super().change(tx, tx.backend.unlocked(tx, self.job_table, keys, self.guard))
+
+
+def _apply(
+    bind: Bind,
+    owned: Owned,
+    outcomes: Sequence[Outcome],
+    plain: Sequence[Outcome] | None = None,
+    *,
+    ends: bool = True,
+) -> int:
+    """Change what is still owned, and raise for what is not, or what the database refuses."""
+    job_table, keys, token = owned.job_table, owned.keys, owned.token
+    guard = job_table.prepare(_owning)
+    change = Change(bind, job_table, guard, outcomes, keys, owned, plain, ends)
+    keyed = not ends and job_table.exclusive_by is not None
+    try:
+        change.run(keys, keyed=keyed, recoverable=token is not None)
+    finally:
+        if ends and token is not None:
+            ended_here.get(token, Ended()).update(change.changed)
+        if change.changed and ends and (subscribers or logs_claims()):
+            report_ends(job_table, change.changed)
+    if len(change.changed) < len(keys):
+        _raise_unchanged(owned, change)
+    return len(change.changed)
+
+
+def _raise_unchanged(owned: Owned, change: Change) -> NoReturn:
     """Raise for the rows that are not the claim's, or that the database has refused."""
-    name, total = owned.job_table.table.fullname, len(owned.keys)
-    error: ClaimError | None = None
-    for cause in refused.values():
-        reason = getattr(cause, "orig", cause)
-        error = ClaimError(
-            f"the database refused the change of {len(refused)} of {total} jobs of {name!r}, "
-            f"their keys: {list(refused)!r}, the last one: {reason}. They are still this claim's; "
-            f"the other {len(changed)} were changed"
-        )
-        error.__cause__ = cause
-    lost = _without(owned.keys, [*changed, *refused])
+    name, error = owned.job_table.table.fullname, change.refusal("still this claim's")
+    lost = _without(owned.keys, [*change.changed, *change.refused])
     if error is not None and not lost:
         raise error
     known = ended_here.get(owned.token or "", Ended()).lost
     if news := tuple(key for key in lost if key not in known):
         report(Lost(name, news))
     raise ClaimLost(
-        f"{len(lost)} of {total} jobs of {name!r} are no longer this claim's, their keys: "
-        f"{lost!r}. Another worker has them, or they have ended: do not apply their results. "
-        f"The other {len(changed)} were changed",
+        f"{len(lost)} of {len(owned.keys)} jobs of {name!r} are no longer this claim's, their "
+        f"keys: {lost!r}. Another worker has them, or they have ended: do not apply their "
+        f"results. The other {len(change.changed)} were changed",
         keys=lost,
     ) from error
 
@@ -523,12 +548,11 @@ def _releasing(job_table: JobTable) -> Outcome:
     return Outcome(release(job_table), name="released")
 
 
-def _changes(job_table: JobTable, outcome: Outcome, backend: Backend) -> Sequence[ByKey]:
-    """Return the statements of an outcome, whose token is a parameter."""
+def _owning(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row belongs to the claim whose token is a parameter."""
     token = job_table.token
     given = None if token is None else bindparam(TOKEN, None, token.type)
-    guard = and_(_owned_by(job_table, given), *outcome.conditions)
-    return backend.changes(job_table, guard, outcome.values)
+    return _owned_by(job_table, given)
 
 
 def _expire(

@@ -136,22 +136,28 @@ class Transaction:
             return False
         return bool(session.dispatch.do_orm_execute)
 
-    def refuse_autocommit(self, why: str) -> None:
-        """Refuse a bind whose driver commits after every statement.
+    def in_autocommit(self) -> bool | None:
+        """Check whether the driver commits after every statement; None if it does not tell.
 
-        Asked after a first statement: an engine may begin its transactions by itself, on a driver
-        in autocommit, and only then has done so.
+        Asked once a transaction has begun: an engine may begin its transactions by itself, on a
+        driver in autocommit, and only then has done so.
         """
-        dialect, pooled = self.connection.dialect, self.connection.connection
+        pooled = self.connection.connection
         assert pooled.dbapi_connection is not None
         try:
-            in_autocommit = dialect.detect_autocommit_setting(pooled.dbapi_connection)
+            found = self.connection.dialect.detect_autocommit_setting(pooled.dbapi_connection)
         except NotImplementedError:
+            return None
+        return found and not in_transaction(pooled.driver_connection)
+
+    def refuse_autocommit(self, why: str) -> None:
+        """Refuse a bind whose driver commits after every statement; asked after a first one."""
+        if (in_autocommit := self.in_autocommit()) is None:
             raise UnsupportedDialect(
-                f"the driver {dialect.driver!r} does not tell whether a connection is in "
-                "AUTOCOMMIT, where this claim would not be safe: use another driver"
-            ) from None
-        if in_autocommit and not in_transaction(pooled.driver_connection):
+                f"the driver {self.connection.dialect.driver!r} does not tell whether a connection "
+                "is in AUTOCOMMIT, where this claim would not be safe: use another driver"
+            )
+        if in_autocommit:
             raise ClaimError(
                 f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
                 'as engine.execution_options(isolation_level="READ COMMITTED")'

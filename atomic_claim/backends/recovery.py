@@ -43,29 +43,42 @@ class OneByOne:
     Attributes:
         complete: called with the rows or entities that were read, to load what they lack.
         passed: the keys of the rows that failed, and why.
+        has_given_up: whether there may be more rows than were tried.
     """
 
     def __init__(self, complete: Callable[[Transaction, KeyedRows], None]) -> None:
         self.complete = complete
         self.passed: dict[Key, Exception] = {}
+        self.has_given_up = False
 
     def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        """Claim the first rows that can be marked and read.
-
-        Raises:
-            ClaimError: as many rows as ten claims take cannot be.
-        """
+        """Claim the first rows that can be marked and read, of those that ten claims take."""
         for _ in range(ROUNDS):
             before = len(self.passed)
             narrowed = plan.passing_over(list(self.passed))
             found = tx.backend.claim(tx, narrowed, params, self.mark)
             if found or len(self.passed) == before:
                 return found
-        keys = list(self.passed)
-        raise ClaimError(
-            f"none of {len(keys)} claimable rows of {plan.job_table.table.fullname!r} can be "
-            f"marked and read, the last being {keys[-1]!r}: {self.passed[keys[-1]]}"
-        ) from self.passed[keys[-1]]
+        self.has_given_up = True
+        return []
+
+    def error(self, plan: ClaimPlan) -> ClaimError | None:
+        """Return why nothing was claimed: rows are refused, or there may be more than were tried.
+
+        It is for the caller to raise once the attempts that were counted are committed.
+        """
+        refused = {k: e for k, e in self.passed.items() if not isinstance(e, Unreadable)}
+        told = refused or (self.passed if self.has_given_up else {})
+        if not told:
+            return None
+        key, cause = next(iter(told.items()))
+        what, why = ("marked", cause) if refused else ("read", cause.__cause__)
+        error = ClaimError(
+            f"none of {len(self.passed)} claimable rows of {plan.job_table.table.fullname!r} can "
+            f"be handed out: {key!r} cannot be {what}: {getattr(why, 'orig', why)}"
+        )
+        error.__cause__ = why
+        return error
 
     def mark(
         self, tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]

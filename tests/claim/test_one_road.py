@@ -20,8 +20,9 @@ from sqlalchemy.orm import (
 
 from atomic_claim import ClaimError, JobTable, UnsupportedDialect, backends, claim_jobs
 from atomic_claim.backends.sqlite import SQLite
+from atomic_claim.plan import MARGIN
 from tests.databases import Database, end_connection
-from tests.jobs import bound, fill, ids, job_table, mapped, taken
+from tests.jobs import OWN, bound, fill, ids, job_table, mapped, taken
 
 SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
 
@@ -336,6 +337,83 @@ def test_rows_that_cannot_be_read_are_passed_over_ten_times(database: Database, 
     assert taken(engine, table) == [4]
 
 
+def checked(database: Database, **roles: Any) -> tuple[sa.Engine, JobTable]:
+    """Create three free jobs whose mark a CHECK refuses while their size is 3."""
+    table = job_table(
+        Column("size", sa.Integer),
+        Column("kind", sa.Enum("mail", native_enum=False, length=10)),
+        Column("attempts", sa.Integer, nullable=False, server_default="0"),
+        Column("claim_token", String(32)),
+        Column("customer", sa.Integer),
+        sa.CheckConstraint("size < 3 OR processing = false"),
+    )
+    engine = database.engine()
+    fill(engine, table, 3, size=3, kind="mail")
+    with engine.begin() as connection:
+        connection.execute(table.update().values(customer=table.c.id))
+    return engine, JobTable(table, state="processing", **roles)
+
+
+@pytest.mark.parametrize("roles", [{}, {"token": "claim_token"}, {"exclusive_by": "customer"}])
+@pytest.mark.parametrize("kind", OWN)
+def test_rows_whose_mark_is_refused(database: Database, kind: str, roles: dict[str, Any]) -> None:
+    """They are passed over while others are handed out; then the claim raises, and names one."""
+    engine, jobs = checked(database, **roles)
+    table, this = jobs.table, jobs.table.c.id
+    with bound(engine, kind) as bind:
+        for limit in (1, 5):
+            with pytest.raises(
+                ClaimError, match=r"of 3 .* handed out: \(1,\) .* marked: "
+            ) as raised:
+                claim_jobs(bind, jobs, limit)
+            assert isinstance(raised.value.__cause__, sa.exc.DBAPIError)
+        with engine.begin() as connection:
+            connection.execute(table.update().where(this == 2).values(size=1))
+        found = claim_jobs(bind, jobs, 3)
+    assert (ids(found), found.unreadable) == ([2], ((1,), (3,)))
+    assert taken(engine, table) == [2]
+
+
+@pytest.mark.parametrize("roles", [{}, {"token": "claim_token"}, {"exclusive_by": "customer"}])
+@pytest.mark.parametrize("kind", OWN)
+def test_attempts_beside_a_refused_mark(
+    database: Database, kind: str, roles: dict[str, Any]
+) -> None:
+    """A claim that raises has counted the attempt of a row that cannot be read."""
+    engine, jobs = checked(database, attempts="attempts", max_attempts=2, **roles)
+    table, this = jobs.table, jobs.table.c.id
+    with engine.begin() as connection:
+        connection.execute(table.update().where(this == 1).values(size=1))
+        connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id = 1")
+    with bound(engine, kind) as bind:
+        for _ in range(2):
+            with pytest.raises(ClaimError, match=r"of 3 .*: \(2,\) cannot be marked"):
+                claim_jobs(bind, jobs, 3)
+    with engine.connect() as connection:
+        found = connection.execute(sa.select(table.c.attempts).order_by(this)).scalars().all()
+    assert found == [2, 0, 0]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_rows_that_cannot_be_read_are_retired_by_a_claim_that_raises(
+    database: Database, kind: str
+) -> None:
+    """A claim gives up after ten rows, but their attempts are counted, so the next one goes on."""
+    attempts = Column("attempts", sa.Integer, nullable=False, server_default="0")
+    kinds = sa.Enum("mail", native_enum=False, length=10)
+    engine, table = database.engine(), job_table(attempts, Column("kind", kinds))
+    fill(engine, table, 12, kind="mail")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id < 12")
+    jobs = JobTable(table, state="processing", attempts="attempts", max_attempts=1)
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match=r"none of 10 .*: \(1,\) cannot be read: 'fax' is not"):
+            claim_jobs(bind, jobs)
+        found = claim_jobs(bind, jobs)
+    assert (ids(found), found.unreadable) == ([12], ((11,),))
+    assert taken(engine, table) == [12]
+
+
 @pytest.mark.databases("postgresql")
 def test_a_type_that_changes_under_a_prepared_statement(database: Database) -> None:
     """Trap 30: the connection is given up, and the claim made on another one."""
@@ -469,6 +547,19 @@ def test_rows_of_an_earlier_round_are_handed_out(database: Database, token: str 
         connection.commit()
     assert found.unreadable == ((510,),)
     assert len(found) >= 500
+    assert taken(engine, table) == ids(found)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_unreadable_rows_of_an_earlier_batch_are_told(database: Database, kind: str) -> None:
+    """A claim by exclusive keys tells all that it passed over, whatever batch they were in."""
+    count = 1 + MARGIN
+    engine, table = with_kind(database, count + 2, *range(1, count + 1))
+    jobs = JobTable(table, state="processing", exclusive_by="k", order="id")
+    with bound(engine, kind) as bind:
+        found = claim_jobs(bind, jobs)
+    assert ids(found) == [count + 1]
+    assert found.unreadable == tuple((number,) for number in range(1, count + 1))
     assert taken(engine, table) == ids(found)
 
 

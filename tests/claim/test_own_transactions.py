@@ -470,7 +470,7 @@ def test_a_row_that_cannot_be_read_is_not_lost(
 def test_a_row_that_cannot_be_read_in_the_caller_s_transaction(
     database: Database, kind: str, token: bool
 ) -> None:
-    """It is freed by key and token, and the transaction can be committed."""
+    """It is freed by key and token, the transaction can be committed, and further values stay."""
     kinds = sa.Enum("mail", "film", native_enum=False, length=10)
     engine = database.engine()
     table = job_table(Column("kind", kinds), Column("claim_token", String(32)))
@@ -479,10 +479,13 @@ def test_a_row_that_cannot_be_read_in_the_caller_s_transaction(
         connection.exec_driver_sql("UPDATE jobs SET kind = 'fax' WHERE id = 1")
     jobs = JobTable(table, state="processing", token="claim_token" if token else None)
     with bound(engine, kind) as bind:
-        found = claim_jobs(bind, jobs, 3)
+        found = claim_jobs(bind, jobs, 3, values={"note": "mine"})
         bind.commit()
     assert (ids(found), found.unreadable) == ([2, 3], ((1,),))
     assert taken(engine, table) == [2, 3]
+    with engine.connect() as connection:
+        written = sa.select(table.c.id).where(table.c.note == "mine").order_by(table.c.id)
+        assert connection.scalars(written).all() == [1, 2, 3]
 
 
 # PostgreSQL is not configured for it, and SQLite does not know it.

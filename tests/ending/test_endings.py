@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, DateTime, Integer, String
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -24,15 +25,21 @@ from atomic_claim import (
     complete_jobs,
     fail_jobs,
     requeue_jobs,
+    sweep_jobs,
 )
+from atomic_claim.lifecycle import release_left
+from atomic_claim.telemetry import Event, Requeued, Swept, subscribe
 from tests.claim.test_aio import DRIVERS
 from tests.commands import Command
 from tests.counting import counted_jobs
 from tests.databases import Database
 from tests.ending.test_lease import LEASE, made, row
 from tests.guides import GUIDES, blocks
-from tests.jobs import fill, ids, job_table
+from tests.jobs import CALLERS, OWN, START, bound, fill, ids, job_table, taken
 
+SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
+# A job of size 3 has to run.
+RUNNING = "size < 3 OR processing <> false"
 NARROW = sa.Text().with_variant(mysql.TEXT(charset="utf8mb3"), "mysql", "mariadb")
 LATIN = sa.Text().with_variant(mysql.TINYTEXT(charset="latin1"), "mysql", "mariadb")
 TEXTS: dict[str, tuple[Any, Any, Any]] = {
@@ -47,6 +54,15 @@ TEXTS: dict[str, tuple[Any, Any, Any]] = {
     "emoji": (NARROW, "\U0001f600 no", None),
     "short and latin": (LATIN, "\U0001f600" * 400, None),
 }
+
+
+@pytest.fixture
+def events() -> Iterator[list[Event]]:
+    """Collect the events of the test."""
+    found: list[Event] = []
+    end = subscribe(found.append)
+    yield found
+    end()
 
 
 def failing(error: Any, *more: Any) -> JobTable:
@@ -139,6 +155,64 @@ def test_no_text_keeps_a_job_from_failing(database: Database, what: str) -> None
     assert stored == [expected] * 3 + [plain]
 
 
+def plain_only(database: Database) -> JobTable:
+    """Declare a table that stores an error in ASCII only."""
+    size = "octet_length" if database.name == "postgresql" else "length"
+    return failing(String(50), sa.CheckConstraint(f"{size}(last_error) = char_length(last_error)"))
+
+
+@pytest.mark.parametrize("kind", CALLERS)
+@SERVERS
+def test_a_refused_text_on_an_engine_that_begins_by_itself(database: Database, kind: str) -> None:
+    """Its driver is in autocommit; the caller's transaction outlasts the text all the same."""
+    engine, jobs = database.engine(), plain_only(database)
+    fill(engine, jobs.table, 1)
+    claim = claim_jobs(engine, jobs)
+    beginning = database.engine()
+
+    @sa.event.listens_for(beginning, "connect")
+    def automatic(connection: Any, _: object) -> None:
+        beginning.dialect.set_isolation_level(connection, "AUTOCOMMIT")
+
+    @sa.event.listens_for(beginning, "begin")
+    def begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    with bound(beginning, kind) as bind:
+        assert fail_jobs(bind, claim, error="\U0001f600") == 1
+        assert row(engine, jobs, 1).failed_at is None
+        bind.rollback()
+    assert row(engine, jobs, 1).last_error is None
+    with bound(beginning, kind) as bind:
+        assert fail_jobs(bind, claim, error="\U0001f600") == 1
+        bind.commit()
+    assert row(engine, jobs, 1).last_error == r"\U0001f600"
+
+
+@SERVERS
+def test_a_refused_text_on_a_driver_that_is_not_known(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that does not tell whether it is in AUTOCOMMIT is taken for one that is not."""
+    engine, jobs = database.engine(), plain_only(database)
+    fill(engine, jobs.table, 1)
+    claim = claim_jobs(engine, jobs)
+
+    def silent(*_: object) -> bool:
+        raise NotImplementedError
+
+    monkeypatch.setattr(type(engine.dialect), "detect_autocommit_setting", silent)
+    monkeypatch.setattr(type(engine.dialect), "driver", "invented")
+    with engine.begin() as connection:
+        if database.name == "postgresql":
+            assert fail_jobs(connection, claim, error="\U0001f600") == 1
+        else:
+            with pytest.raises(ClaimError, match="'invented'"):
+                fail_jobs(connection, claim, error="\U0001f600")
+    stored = row(engine, jobs, 1).last_error
+    assert stored == (r"\U0001f600" if database.name == "postgresql" else None)
+
+
 def refusing(database: Database) -> tuple[sa.Engine, JobTable]:
     """Create five jobs; the third cannot be completed."""
     engine = database.engine()
@@ -179,6 +253,103 @@ def test_a_refused_row_in_the_callers_transaction(database: Database) -> None:
     claim = claim_jobs(engine, jobs, 5)
     with engine.connect() as connection, pytest.raises(IntegrityError):
         complete_jobs(connection, claim)
+
+
+@pytest.fixture
+def stuck(database: Database) -> tuple[sa.Engine, JobTable]:
+    """Five failed jobs, five whose attempts are spent; 3 cannot be freed, 8 cannot be failed."""
+    engine = database.engine()
+    table = job_table(
+        Column("failed_at", DateTime),
+        Column("attempts", Integer),
+        Column("size", Integer),
+        sa.CheckConstraint("size <> 3 OR failed_at IS NOT NULL"),
+        sa.CheckConstraint("size <> 8 OR failed_at IS NULL"),
+    )
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        created = {"created_at": START, "attempts": 2}
+        rows = [{"id": number, "size": number} for number in range(1, 11)]
+        rows = [each | created | {"failed_at": START} for each in rows[:5]] + [
+            each | created | {"failed_at": None} for each in rows[5:]
+        ]
+        connection.execute(table.insert(), rows)
+    failed = {"failed_at": sa.func.now()}
+    return engine, JobTable(
+        table, state="processing", failed=failed, attempts="attempts", max_attempts=2
+    )
+
+
+def failed(engine: sa.Engine, jobs: JobTable) -> list[int]:
+    """Return the ids of the jobs that are marked as failed."""
+    with engine.connect() as connection:
+        table = jobs.table
+        query = sa.select(table.c.id).where(table.c.failed_at.is_not(None)).order_by(table.c.id)
+        return list(connection.scalars(query))
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_refused_row_does_not_stop_a_sweep(
+    stuck: tuple[sa.Engine, JobTable], kind: str, events: list[Event]
+) -> None:
+    """The others are marked and reported, and the error names the row."""
+    engine, jobs = stuck
+    said = r"(?s)of 1 of 5 jobs of 'jobs', their keys: \[\(8,\)\].* as they were; the other 4 were"
+    with bound(engine, kind) as bind, pytest.raises(ClaimError, match=said) as raised:
+        sweep_jobs(bind, jobs)
+    assert isinstance(raised.value.__cause__, sa.exc.DBAPIError)
+    assert failed(engine, jobs) == [1, 2, 3, 4, 5, 6, 7, 9, 10]
+    [event] = events
+    assert isinstance(event, Swept)
+    assert sorted(event.keys) == [(6,), (7,), (9,), (10,)]
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_refused_row_does_not_stop_a_requeue(
+    stuck: tuple[sa.Engine, JobTable], kind: str, events: list[Event]
+) -> None:
+    """It counts for the limit, which the parts do not exceed together."""
+    engine, jobs = stuck
+    said = r"(?s)of 1 of 4 jobs of 'jobs', their keys: \[\(3,\)\].* as they were; the other 3 were"
+    with bound(engine, kind) as bind, pytest.raises(ClaimError, match=said):
+        requeue_jobs(bind, jobs, limit=4)
+    assert failed(engine, jobs) == [3, 5]
+    [event] = events
+    assert isinstance(event, Requeued)
+    assert sorted(event.keys) == [(1,), (2,), (4,)]
+
+
+@pytest.mark.parametrize("kind", CALLERS)
+def test_a_refused_row_in_the_callers_sweep(
+    stuck: tuple[sa.Engine, JobTable], kind: str, events: list[Event]
+) -> None:
+    """The transaction is the caller's to roll back, so the database's own error is raised."""
+    engine, jobs = stuck
+    for call in (sweep_jobs, requeue_jobs):
+        with bound(engine, kind) as bind, pytest.raises(DBAPIError):
+            call(bind, jobs)
+    assert (failed(engine, jobs), events) == ([1, 2, 3, 4, 5], [])
+
+
+def test_a_requeue_that_cannot_find_its_rows(stuck: tuple[sa.Engine, JobTable]) -> None:
+    """A condition that fails on every row is not taken for a row's fault."""
+    engine, jobs = stuck
+    with pytest.raises(DBAPIError):
+        requeue_jobs(engine, jobs, where=sa.text("no_such_column = 1"))
+    assert failed(engine, jobs) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_left_of_a_claim_is_freed_beside_a_refused_row(database: Database) -> None:
+    """The database's own error is raised once the others are free."""
+    engine = database.engine()
+    jobs = failing(sa.Text(), Column("size", Integer), sa.CheckConstraint(RUNNING))
+    fill(engine, jobs.table, 4, size=1)
+    claim = claim_jobs(engine, jobs, 4)
+    with engine.begin() as connection:
+        connection.execute(jobs.table.update().where(jobs.table.c.id == 2).values(size=3))
+    with pytest.raises(DBAPIError):
+        release_left(engine, claim)
+    assert taken(engine, jobs.table) == [2]
 
 
 @pytest.fixture

@@ -9,14 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tests.model.scenario import Column, Declaration, Requeue, Row, Scenario, Sweep, Table
+from tests.model.scenario import Scenario
 
 Predicate = Callable[[Scenario, str], bool]
-
-
-def a_refused_row_stops_a_sweep(scenario: Scenario, _: str) -> bool:
-    """Return True if a row that the database refuses may cost a sweep or requeue the others."""
-    return scenario.table.trigger == "refuse" and (scenario.has(Sweep) or scenario.has(Requeue))
 
 
 @dataclass(frozen=True)
@@ -41,29 +36,7 @@ class Known:
         return self.predicate.__name__
 
 
-KNOWN: Final = (
-    Known(
-        "batches: a row that the database refuses",
-        a_refused_row_stops_a_sweep,
-        Scenario(
-            Table(
-                (Column("key0", "integer", nullable=False),),
-                Column("state", "status", nullable=False),
-                (Column("attempts", "integer"),),
-                trigger="refuse",
-            ),
-            Declaration(
-                roles=(("state", "state"), ("attempts", "attempts")),
-                done=("done",),
-                failed=("failed",),
-                max_attempts=2,
-            ),
-            (Row(attempts=2, hooked=True), Row(attempts=2)),
-            (Sweep("a"),),
-        ),
-        "sqlite",
-    ),
-)
+KNOWN: Final[tuple[Known, ...]] = ()
 
 
 def known_fault(scenario: Scenario, database: str) -> str | None:

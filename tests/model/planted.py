@@ -131,8 +131,8 @@ BUGS: Final = (
     Planted(
         "an isolation level of the connection's own is ignored",
         "execution.py",
-        "and facts.level == connection.dialect.default_isolation_level",
-        "and facts.level is not None",
+        "level == connection.dialect.default_isolation_level",
+        "level is not None",
         "postgresql",
     ),
     Planted(
@@ -176,8 +176,8 @@ BUGS: Final = (
     Planted(
         "an end or an extension is not guarded by the token of its claim",
         "lifecycle.py",
-        "guard = and_(_owned_by(job_table, given), *outcome.conditions)",
-        "guard = and_(predicates.is_running(job_table), *outcome.conditions)",
+        "return _owned_by(job_table, given)",
+        "return predicates.is_running(job_table)",
     ),
     Planted(
         "an earlier try is not looked for after a lost connection",
@@ -210,8 +210,8 @@ BUGS: Final = (
     Planted(
         "a lost COMMIT is taken for rolled back",
         "execution.py",
-        "self.lost, self.unknown = True, self.unknown or self.committing",
-        "self.lost, self.unknown = True, False",
+        "own.lost, own.unknown = True, own.unknown or own.committing",
+        "own.lost, own.unknown = True, False",
         "postgresql",
     ),
 )

@@ -495,7 +495,11 @@ class Run:
         said = self.scenario.declaration
         if (error := future.exception()) is not None:
             lacks = not said.failed or said.max_attempts is None
-            self._judge_error(step.actor, "sweep", error, role=lacks)
+            spared = self._beside_refused(self.model.spent(step.actor), error)
+            if spared is None:
+                self._judge_error(step.actor, "sweep", error, role=lacks)
+            else:
+                self.model.sweep(step.actor, spared)
             return
         spent = self.model.spent(step.actor)
         if future.result() != len(spent) and self.excuse is None and not self.model.locks_more:
@@ -508,7 +512,11 @@ class Run:
     def _judge_requeue(self, step: Requeue, future: Future[Any]) -> None:
         if (error := future.exception()) is not None:
             lacks = not self.scenario.declaration.failed
-            self._judge_error(step.actor, "requeue", error, role=lacks)
+            spared = self._beside_refused(self.model.failed(step.actor, step), error)
+            if spared is None:
+                self._judge_error(step.actor, "requeue", error, role=lacks)
+            else:
+                self.model.requeue(step.actor, spared, keep_error=step.keep_error)
             return
         failed = self.model.failed(step.actor, step)
         if future.result() != len(failed) and self.excuse is None and not self.model.locks_more:
@@ -517,6 +525,22 @@ class Run:
             self.model.requeue(step.actor, failed, keep_error=step.keep_error)
         else:
             self._accept_unknown()
+
+    def _beside_refused(self, idents: list[int], error: BaseException) -> list[int] | None:
+        """Return the jobs that were changed although the trigger refuses others.
+
+        None if the error is not about jobs that it refuses.
+        """
+        found = self.scenario.table.trigger == "refuse" and isinstance(error, adapter.REFUSAL)
+        if not found or "the database refused the change of" not in str(error):
+            return None
+        spared = [ident for ident in idents if not self.scenario.rows[ident - 1].hooked]
+        if len(spared) == len(idents):
+            self.fail(f"no job of {idents} is refused: {error}", error)
+        if f"the other {len(spared)} were changed" not in str(error) and not self.model.locks_more:
+            self.fail(f"expected the change of {spared} of {idents}: {error}", error)
+        self.log.append(f"    -> {spared}")
+        return spared
 
     # What is in the table.
 
