@@ -167,6 +167,10 @@ class Options:
         value = read(Call({}, (), {}))
         return Reading(role, value, lambda _: value, constant=True)
 
+    def is_path(self, given: str) -> bool:
+        """Check whether a string is a parameter's name or a dotted path from one."""
+        return self._parts(given) is not None
+
     def _parts(self, given: str) -> list[str] | None:
         """Split a parameter's name or a path from one; None if it is neither."""
         first, *rest = given.split(".")

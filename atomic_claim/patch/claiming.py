@@ -119,7 +119,7 @@ def claims(table: Any = None, **options: Unpack[ClaimOptions]) -> Callable[[F], 
     def decorate(function: F) -> F:
         target = loaded(function)
         patch = Patch(target.name)
-        run = guarded(patch, prepared(table, options, patch, target))
+        run = guarded(patch, target, prepared(table, options, patch, target))
         return PatchWrapper(function, run, patch)  # type: ignore[return-value]
 
     return decorate
@@ -253,7 +253,7 @@ class Claiming(Replacing):
             await _beside(opened, opened.end, claim)
 
     def _claim(self, call: Call, limit: int, opened: Opened) -> Claim[Any]:
-        job_table = self.tables.of(call)
+        job_table = self.tables.of(call, opened.sync)
         if limit == 0:
             return Claim(table=job_table)
         if not self._has_listened:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from wrapt import register_post_import_hook
 
 from atomic_claim.errors import ClaimError
 
+from .calls import Call, bound_call
 from .holders import MISSING, Attribute, Place, find_places
 from .main_module import check_module, is_main, loaded_module, when_defined
 from .targets import (
@@ -26,7 +28,8 @@ from .targets import (
 on_failure: Callable[[ClaimError], Any] | None = None
 """What ends a program that was started to be patched, and cannot be."""
 
-Run = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+Run = Callable[[Call, Callable[[], Any]], Any]
+"""Runs in place of a function: gets the bound call, and what runs the original."""
 Prepare = Callable[["Patch", Target], Run]
 
 
@@ -102,7 +105,7 @@ class Patch:
             self.claimed += claimed
             self.passed_through += passed_through
 
-    def install(self, target: Target, run: Run) -> None:
+    def install(self, target: Target, run: Callable[..., Any]) -> None:
         """Replace the target, and warn of what looks like it and is not replaced."""
         wrapper = PatchWrapper(target.wrapped, run, self)
         for place in target.places:
@@ -138,7 +141,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     if not isinstance(given, str):
         target = object_target(given)
         patch = Patch(target.name)
-        patch.install(target, guarded(patch, prepare(patch, target)))
+        patch.install(target, guarded(patch, target, prepare(patch, target)))
         return patch
     module_name, path = parts_of(given)
     patch = Patch(given)
@@ -148,7 +151,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
             return
         try:
             target = named_target(module, path)
-            patch.install(target, guarded(patch, prepare(patch, target)))
+            patch.install(target, guarded(patch, target, prepare(patch, target)))
         except ClaimError as error:
             if on_failure is not None:
                 on_failure(error)
@@ -171,13 +174,21 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     return patch
 
 
-def guarded(patch: Patch, run: Run) -> Run:
-    """Return a function that runs the patch while it is active and the original afterwards."""
+def guarded(patch: Patch, target: Target, run: Run) -> Callable[..., Any]:
+    """Return a wrapper that runs the patch while it is active, the original otherwise.
+
+    So it does where the arguments do not fit the function's signature.
+    """
 
     def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not patch.is_active:
             return wrapped(*args, **kwargs)
         patch.count(calls=1)
-        return run(wrapped, instance, args, kwargs)
+        original = partial(wrapped, *args, **kwargs)
+        bound = bound_call(target.signature, instance, args, kwargs)
+        if bound is None:
+            patch.count(passed_through=1)
+            return original()
+        return run(bound, original)
 
     return call
