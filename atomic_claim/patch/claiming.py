@@ -57,6 +57,10 @@ def patch_claims(target: Any, table: Any = None, **options: Unpack[ClaimOptions]
             is patched when it is.
         table: a ``Table``, a mapped class or a :class:`JobTable`, or the name of one
             (``"package.models:Job"``), which is found at the first call if it is not defined yet.
+            A table that the code knows only as text is given by its name in the database
+            (``"jobs"``, ``"schema.jobs"``), and reflected at the first call, from the call's bind.
+            A dictionary holds either name as ``"table"``, and the arguments of
+            :meth:`JobTable.infer` beside it.
             Where every object has a table of its own, a path (``"self.jobs_table"``) or a callable
             that gives the same one again for the same object.
         session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
