@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -337,19 +337,13 @@ def _parted(
 
 def _looks_up(find: Find) -> bool:
     """Check whether the SELECT looks its rows up by primary key, as ``session.get()`` does."""
-    named = set(_compared(find))
-    return {column.key for column in find.job_table.key} <= named
-
-
-def _compared(find: Find) -> Iterator[str]:
-    for condition in filters.conjuncts_of(conjuncts(find.statement)):
-        if not isinstance(condition, BinaryExpression):
-            continue
-        column, how = condition.left, getattr(condition.operator, "__name__", "")
-        if (
-            how in {"eq", "in_op"}
-            and isinstance(column, ColumnClause)
-            and speaks_only_of(column, find.place)
-            and not isinstance(condition.right, ColumnClause)
-        ):
-            yield column.key
+    found = {
+        each.left.key
+        for each in filters.conjuncts_of(conjuncts(find.statement))
+        if isinstance(each, BinaryExpression)
+        and isinstance(each.left, ColumnClause)
+        and getattr(each.operator, "__name__", "") in {"eq", "in_op"}
+        and speaks_only_of(each.left, find.place)
+        and not isinstance(each.right, ColumnClause)
+    }
+    return {column.key for column in find.job_table.key} <= found

@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,13 @@ from .targets import parts_of
 
 SECTION = "tool.atomic_claim.patches"
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-OPTIONS: Mapping[str, frozenset[str]] = {
-    "patch_claims": NAMES | {"table"},
-    "lock_reads": frozenset({"table", "limit"}),
-    "claim_reads": frozenset({"table", "lease", "worker", "limit", "at_most_once"}),
-}
 TABLE = re.compile(r"[^\s:]+|" + REFERENCE.pattern)
-MAKERS: Mapping[str, Callable[..., Patch]] = {
-    "patch_claims": patch_claims,
-    "lock_reads": lock_reads,
-    "claim_reads": claim_reads,
+MAKERS: Mapping[str, tuple[Callable[..., Patch], frozenset[str]]] = {
+    "patch_claims": (patch_claims, NAMES | {"table"}),
+    "lock_reads": (lock_reads, frozenset(signature(lock_reads).parameters) - {"target"}),
+    "claim_reads": (claim_reads, frozenset(signature(claim_reads).parameters) - {"target"}),
 }
+"""What makes a patch, and its options."""
 # What is text, and never the name of an object.
 TEXTS = frozenset({"table", "worker", "target", "by", "pattern", "layout", "ignore"})
 TABLE_OPTIONS = frozenset(field.name for field in fields(JobTable) if field.init)
@@ -50,7 +47,7 @@ class Entry:
     def apply(self) -> Patch:
         """Make the patch."""
         options = {name: _option(name, value) for name, value in self.options.items()}
-        return MAKERS[self.by](self.target, **options)
+        return MAKERS[self.by][0](self.target, **options)
 
 
 def find_file(folder: Path) -> Path | None:
@@ -143,10 +140,10 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
         raise PatchError(f"{where} is {given!r}; expected a table of options")
     parts_of(target)
     by = given.get("by", "patch_claims")
-    if by not in OPTIONS:
-        raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(OPTIONS)}")
+    if by not in MAKERS:
+        raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(MAKERS)}")
     options = {name: value for name, value in given.items() if name != "by"}
-    _check_names(where, options, OPTIONS[by])
+    _check_names(where, options, MAKERS[by][1])
     if "table" not in options:
         if by == "patch_claims" and "directory" in options:
             return Entry(by, target, options)

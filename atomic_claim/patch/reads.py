@@ -156,8 +156,8 @@ def unwatched() -> Iterator[None]:
 
 def watching(patch: Patch, target: Target, make: Callable[[Call], Watch]) -> Run:
     """Return a function that runs the patched function and watches its reads."""
-    listeners.begin()
-    patch.at_undo(listeners.end)
+    _listen(patch)
+    patch.at_undo(lambda: _unlisten(patch))
     patch.at_undo(lambda: _warn_if_unseen(patch))
     function = target.function
 
@@ -300,31 +300,25 @@ def _read_already(result: Any, watch: Watch) -> Any:
     return result
 
 
-class _Listeners:
-    """Our listeners to SQLAlchemy's events, there as long as a patch needs them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._patches = 0
-
-    def begin(self) -> None:
-        """Register the listeners for the first patch."""
-        with self._lock:
-            if self._patches == 0:
-                for target, name, function, options in LISTENERS:
-                    event.listen(target, name, function, **options)
-            self._patches += 1
-
-    def end(self) -> None:
-        """Remove the listeners after the last patch."""
-        with self._lock:
-            self._patches -= 1
-            if self._patches == 0:
-                for target, name, function, _ in LISTENERS:
-                    event.remove(target, name, function)
+_watching: set[Patch] = set()
+_lock = threading.Lock()
 
 
-listeners = _Listeners()
+def _listen(patch: Patch) -> None:
+    """Have our listeners to SQLAlchemy's events, as long as a patch needs them."""
+    with _lock:
+        if not _watching:
+            for target, name, function, options in LISTENERS:
+                event.listen(target, name, function, **options)
+        _watching.add(patch)
+
+
+def _unlisten(patch: Patch) -> None:
+    with _lock:
+        _watching.remove(patch)
+        if not _watching:
+            for target, name, function, _ in LISTENERS:
+                event.remove(target, name, function)
 
 
 def _before_orm(state: ORMExecuteState) -> None:

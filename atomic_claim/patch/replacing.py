@@ -80,7 +80,7 @@ class Replacing(ABC):
                 "None for all, or the name of a parameter"
             )
         for note in yield_notes(function) if yields else ():
-            warnings.warn(f"{target.name} {note}", stacklevel=6)
+            warnings.warn(f"{target.name} {note}", stacklevel=8)
 
     def _reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False

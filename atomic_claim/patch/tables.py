@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sqlalchemy import Connection, MetaData, Table, TableClause, func, true
@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable
+from atomic_claim.state_values import UNSET
 
 from .calls import Call, Options, referred
 from .main_module import is_main, loaded_module
@@ -59,25 +60,11 @@ def leased_only(job_table: JobTable) -> JobTable:
             f"{job_table!r} has exclusive keys, and a find under a lease frees a row's key as soon "
             "as the legacy mark is written: leave out exclusive_by, or claim in place of the find"
         )
-    kept = {
-        role: getattr(job_table, role)
-        for role in (
-            "withdrawn",
-            "due",
-            "order",
-            "worker",
-            "token",
-            "lease",
-            "attempts",
-            "max_attempts",
-            "error",
-            "stamps",
-            "naive_times",
-            "text_times",
-        )
-    }
     table = job_table.entity or job_table.table
-    return JobTable(table, state=job_table.lease, done=job_table.claimed, **kept)
+    unset: dict[str, Any] = dict.fromkeys(("free", "claimed", "failed", "released"), UNSET)
+    unset |= {"null_is_free": False, "unleased": None}
+    state, done = job_table.lease, job_table.claimed
+    return replace(job_table, table=table, state=state, done=done, **unset)
 
 
 def _table_of(table: Any) -> Table:
@@ -110,19 +97,17 @@ class TableReference:
         """Check whether the table can be had now, without waiting for an import to go on."""
         if self.clause is not None:
             return False
-        module_name, _, path = self.name.partition(":")
-        found: Any = loaded_module(module_name)
-        if found is None:
+        module_name = self.name.partition(":")[0]
+        module = loaded_module(module_name)
+        try:
             return referred(self.name) is not None
-        spec = getattr(found, "__spec__", None)
-        is_loading = is_main(module_name) or getattr(spec, "_initializing", False)
-        for part in path.split("."):
-            if is_loading and not hasattr(found, part):
+        except PatchError:
+            spec = getattr(module, "__spec__", None)
+            if is_main(module_name) or getattr(spec, "_initializing", False):
                 return False
-            found = getattr(found, part, found)
-        return referred(self.name) is not None
+            raise
 
-    def resolve(self, bind: Any) -> Any:
+    def resolve(self, bind: Any = None) -> Any:
         """Return the table, or its ``JobTable``; reflect it if the database alone knows it.
 
         Raises:
@@ -193,14 +178,14 @@ class Tables:
     def __init__(self, given: Any, options: Options, make: Callable[[Any], JobTable]) -> None:
         if isinstance(given, Mapping):
             name = given.get("table")
-            if not isinstance(name, str) or options.is_path(name):
+            if not isinstance(name, str) or options.parts(name) is not None:
                 raise PatchError(
                     f"table={given!r} of {options.target}: its table is {name!r}; expected "
                     "'package.models:Job' or a name in the database"
                 )
             arguments = {role: clocks(each) for role, each in given.items() if role != "table"}
             given = TableReference(name, arguments)
-        elif isinstance(given, str) and not options.is_path(given):
+        elif isinstance(given, str) and options.parts(given) is None:
             given = TableReference(given)
         self.reading = options.reading("table", given, lambda each: isinstance(each, type))
         self._options = options
