@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +62,11 @@ def bound_call(
     return Call(bound.arguments, args, kwargs)
 
 
+@dataclass(frozen=True)
 class Reference:
-    """An object that is named ``"module:name"``, and found when it is first needed."""
+    """An object that is named ``"module:name"``, and found when it is needed."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._lock = threading.RLock()
-        self._found: list[Any] = []
+    name: str
 
     def __repr__(self) -> str:
         return repr(self.name)
@@ -80,10 +77,7 @@ class Reference:
         Raises:
             PatchError: there is nothing of that name.
         """
-        with self._lock:
-            if not self._found:
-                self._found.append(referred(self.name))
-            return self._found[0]
+        return referred(self.name)
 
 
 def referred(name: str) -> Any:
@@ -150,7 +144,7 @@ class Options:
             PatchError: a string names no parameter, and cannot be meant as it is; or a callable
                 takes more than the call.
         """
-        if isinstance(given, str) and self._parts(given) is None and not is_constant(given):
+        if isinstance(given, str) and self.parts(given) is None and not is_constant(given):
             raise PatchError(
                 f"{role}={given!r} is not a parameter of {self.target}, nor a path from one; it "
                 f"has {', '.join(self.signature.parameters) or 'no parameters'}"
@@ -167,7 +161,7 @@ class Options:
         value = read(Call({}, (), {}))
         return Reading(role, value, lambda _: value, constant=True)
 
-    def _parts(self, given: str) -> list[str] | None:
+    def parts(self, given: str) -> list[str] | None:
         """Split a parameter's name or a path from one; None if it is neither."""
         first, *rest = given.split(".")
         parameter = self.signature.parameters.get(first)
@@ -187,7 +181,7 @@ class Options:
     def _compiled(self, role: str, given: Any, names: set[str]) -> Reader:
         """Return what reads a value with all that is nested in it; note the parameters."""
         if isinstance(given, str):
-            if (parts := self._parts(given)) is not None:
+            if (parts := self.parts(given)) is not None:
                 names.add(parts[0])
                 return self._path_reader(role, given, parts)
             return lambda _: func.now() if given == "now()" else given

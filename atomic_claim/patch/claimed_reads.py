@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -34,7 +34,7 @@ from .selects import (
     adapted,
     baked,
     conjuncts,
-    find_of,
+    is_table,
     order_terms,
     speaks_only_of,
     with_conditions,
@@ -106,35 +106,31 @@ def claim_reads(
 
     def prepare(patch: Patch, found: Target) -> Run:
         tables = Tables(table, Options(found.signature, found.name), claimable)
-        return watching(
-            patch, found, lambda call: ClaimWatch(patch, *tables.of(call), worker, limit)
-        )
+        options: dict[str, Any] = {"lease": asked, "worker": worker, "limit": limit}
+        return watching(patch, found, lambda call: ClaimWatch(patch, tables, call, **options))
 
-    def claimable(given: Any) -> tuple[JobTable, timedelta | None]:
-        job_table, held = _leased(job_table_of(given), filters.lease(lease), at_most_once)
+    def claimable(given: Any) -> JobTable:
+        job_table = _leased(job_table_of(given), asked, at_most_once)
         if worker is not None and job_table.worker is None:
             raise PatchError(
                 f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
                 "none that is known: name it with JobTable(worker=...)"
             )
-        return job_table, held
+        return job_table
 
+    asked = filters.lease(lease)
     return make_patch(target, prepare)
 
 
-def _leased(
-    job_table: JobTable, lease: timedelta | None, at_most_once: bool
-) -> tuple[JobTable, timedelta | None]:
-    """Return the table and lease to claim with, or raise if a crash would lose jobs unnoticed."""
+def _leased(job_table: JobTable, lease: timedelta | None, at_most_once: bool) -> JobTable:
+    """Return the table to claim with, or raise if a crash would lose jobs unnoticed."""
     name = job_table.table.fullname
     only_state = not job_table.done and not job_table.failed
     columns = {"lease": job_table.lease, "token": job_table.token}
     missing = [role for role, column in columns.items() if column is None]
-    if not missing:
-        if only_state and job_table.state is not job_table.lease:
-            job_table = leased_only(job_table)
-        return job_table, LEASE if lease is None else lease
-    if lease is not None or (only_state and not at_most_once):
+    if not missing and only_state and job_table.state is not job_table.lease:
+        return leased_only(job_table)
+    if missing and (lease is not None or (only_state and not at_most_once)):
         why = (
             f"lease={lease!r} was asked for"
             if lease is not None
@@ -148,7 +144,7 @@ def _leased(
             f"ALTER TABLE {name} ADD COLUMN claim_token VARCHAR(32) NULL"
             + ("" if lease is not None else "; or agree to that with at_most_once=True")
         )
-    return job_table, None
+    return job_table
 
 
 class ClaimWatch(Watch):
@@ -156,15 +152,14 @@ class ClaimWatch(Watch):
 
     def __init__(
         self,
-        patch: Patch,
-        job_table: JobTable,
+        *watched: Any,
         lease: timedelta | None,
         worker: str | None,
         limit: int | None,
     ) -> None:
-        super().__init__(patch, job_table)
+        super().__init__(*watched)
         self._limit = ALL if limit is None else limit
-        self._lease = lease
+        self._asked = lease
         self._worker = worker
         self._claims: list[tuple[Engine, Claim[Any]]] = []
         self._beats: list[tuple[Engine, Beat]] = []
@@ -177,8 +172,7 @@ class ClaimWatch(Watch):
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Select[Any] | None:
         """Claim what the SELECT asks for, and make it read that."""
-        counts = self.reads > 0
-        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
+        find = self.find(connection, statement, params)
         if find is None or _looks_up(find):
             return None
         self.reads += 1
@@ -194,6 +188,11 @@ class ClaimWatch(Watch):
         return with_conditions(
             find.statement, *search.others, self._is_claimed(find.place, find.key, claim)
         )
+
+    @property
+    def _lease(self) -> timedelta | None:
+        can_hold = self.job_table.lease is not None and self.job_table.token is not None
+        return LEASE if self._asked is None and can_hold else self._asked
 
     def _claim(self, engine: Engine, find: Find, search: _Search) -> Claim[Any]:
         claim: Claim[Any] = claim_jobs(
@@ -263,9 +262,9 @@ class ClaimWatch(Watch):
     def flushing(self, entities: Iterable[Any]) -> None:
         """Note the rows that a session marks; a value that the claim wrote is no change."""
         self._marks_before = self._marks
-        table = self.job_table.table
-        states = [sa_inspect(entity) for entity in entities]
-        self._done.update(each.identity for each in states if table in each.mapper.tables)
+        for state in map(sa_inspect, entities):
+            if any(is_table(each, self.table) for each in state.mapper.tables):
+                self._done.add(state.identity)
 
     def flushed(self) -> None:
         """Leave only the marks whose rows are not known."""
@@ -338,19 +337,13 @@ def _parted(
 
 def _looks_up(find: Find) -> bool:
     """Check whether the SELECT looks its rows up by primary key, as ``session.get()`` does."""
-    named = set(_compared(find))
-    return {column.key for column in find.job_table.key} <= named
-
-
-def _compared(find: Find) -> Iterator[str]:
-    for condition in filters.conjuncts_of(conjuncts(find.statement)):
-        if not isinstance(condition, BinaryExpression):
-            continue
-        column, how = condition.left, getattr(condition.operator, "__name__", "")
-        if (
-            how in {"eq", "in_op"}
-            and isinstance(column, ColumnClause)
-            and speaks_only_of(column, find.place)
-            and not isinstance(condition.right, ColumnClause)
-        ):
-            yield column.key
+    found = {
+        each.left.key
+        for each in filters.conjuncts_of(conjuncts(find.statement))
+        if isinstance(each, BinaryExpression)
+        and isinstance(each.left, ColumnClause)
+        and getattr(each.operator, "__name__", "") in {"eq", "in_op"}
+        and speaks_only_of(each.left, find.place)
+        and not isinstance(each.right, ColumnClause)
+    }
+    return {column.key for column in find.job_table.key} <= found

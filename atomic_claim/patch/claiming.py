@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar, Unpack
 
 from sqlalchemy.util import greenlet_spawn
@@ -27,6 +28,7 @@ from .sources import source_of, writes_of
 from .tables import Tables, stateless
 from .targets import PatchWrapper, Target, loaded
 
+BY_LOCKS = "have it run as it is, its reads locked, by lock_reads()"
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -57,6 +59,10 @@ def patch_claims(target: Any, table: Any = None, **options: Unpack[ClaimOptions]
             is patched when it is.
         table: a ``Table``, a mapped class or a :class:`JobTable`, or the name of one
             (``"package.models:Job"``), which is found at the first call if it is not defined yet.
+            A table that the code knows only as text is given by its name in the database
+            (``"jobs"``, ``"schema.jobs"``), and reflected at the first call, from the call's bind.
+            A dictionary holds either name as ``"table"``, and the arguments of
+            :meth:`JobTable.infer` beside it.
             Where every object has a table of its own, a path (``"self.jobs_table"``) or a callable
             that gives the same one again for the same object.
         session: where the claim runs: whatever :func:`claim_jobs` takes, its asynchronous
@@ -106,7 +112,7 @@ def patch_claims(target: Any, table: Any = None, **options: Unpack[ClaimOptions]
         AmbiguousTable: the table's columns cannot be read with certainty.
     """
     checked(options)
-    return make_patch(target, lambda patch, found: prepared(table, options, patch, found))
+    return make_patch(target, partial(prepared, table, options))
 
 
 def claims(table: Any = None, **options: Unpack[ClaimOptions]) -> Callable[[F], F]:
@@ -119,7 +125,7 @@ def claims(table: Any = None, **options: Unpack[ClaimOptions]) -> Callable[[F], 
     def decorate(function: F) -> F:
         target = loaded(function)
         patch = Patch(target.name)
-        run = guarded(patch, prepared(table, options, patch, target))
+        run = guarded(patch, target, partial(prepared, table, options))
         return PatchWrapper(function, run, patch)  # type: ignore[return-value]
 
     return decorate
@@ -152,7 +158,8 @@ class Claiming(Replacing):
 
     def __init__(self, table: Any, options: ClaimOptions, patch: Patch, target: Target) -> None:
         super().__init__(patch, target, options)
-        self._has_warned = self._has_listened = False
+        self._warned: set[str] = set()
+        self._has_listened = False
         self.delete = options.get("delete", False)
         # What is read for the result can fail, and a row that was deleted cannot be given back.
         opens = self.returns_bind or (self.delete and options.get("returns") is not None)
@@ -194,9 +201,7 @@ class Claiming(Replacing):
                     f"{option}={given!r} of {name} needs a {role} column, and {table!r} has none "
                     f"that is known: name it with JobTable({role}=...)"
                 )
-        if not self._has_warned:
-            self._has_warned = True
-            self._warn_of_dropped(job_table)
+        self._warn_of_dropped(job_table)
         return job_table
 
     def _warn_of_dropped(self, job_table: JobTable) -> None:
@@ -218,27 +223,28 @@ class Claiming(Replacing):
         mine = [name for name in dropped if name in columns]
         others = [name for name in dropped if name not in own.union(columns)]
         if mine:
-            warnings.warn(
+            self._warn(
                 f"{self.target.name} sets {', '.join(mine)}, which the claim does not: name what "
-                f"it is to write, values={{{mine[0]!r}: ...}}",
-                stacklevel=7,
+                f"it is to write, values={{{mine[0]!r}: ...}}"
             )
         if others:
-            warnings.warn(
+            self._warn(
                 f"{self.target.name} writes {', '.join(others)} beside {job_table.table.fullname}, "
-                "which the claim does not: have it run as it is, its reads locked, by lock_reads()",
-                stacklevel=7,
+                f"which the claim does not: {BY_LOCKS}"
             )
         self._warn_of_events(listened(job_table, written, delete=self.delete))
 
     def _warn_of_events(self, names: list[str]) -> None:
         if names:
-            warnings.warn(
+            self._warn(
                 f"what listens to {', '.join(names)} does not run for the rows that the claim in "
-                f"place of {self.target.name} changes: have it run as it is, its reads locked, by "
-                "lock_reads()",
-                stacklevel=8,
+                f"place of {self.target.name} changes: {BY_LOCKS}"
             )
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=12)
 
     @asynccontextmanager
     async def claimed(self, call: Call, limit: int) -> AsyncIterator[tuple[Sequence[Any], Any]]:
@@ -253,7 +259,7 @@ class Claiming(Replacing):
             await _beside(opened, opened.end, claim)
 
     def _claim(self, call: Call, limit: int, opened: Opened) -> Claim[Any]:
-        job_table = self.tables.of(call)
+        job_table = self.tables.of(call, opened.sync)
         if limit == 0:
             return Claim(table=job_table)
         if not self._has_listened:

@@ -6,10 +6,9 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy import func
 
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.job_table import JobTable
@@ -21,24 +20,19 @@ from .locking import lock_reads
 from .main_module import MissingModule
 from .options import NAMES
 from .patches import Patch
-from .tables import TableReference
 from .targets import parts_of
 
 SECTION = "tool.atomic_claim.patches"
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-OPTIONS: Mapping[str, frozenset[str]] = {
-    "patch_claims": NAMES | {"table"},
-    "lock_reads": frozenset({"table", "limit"}),
-    "claim_reads": frozenset({"table", "lease", "worker", "limit", "at_most_once"}),
+TABLE = re.compile(r"[^\s:]+|" + REFERENCE.pattern)
+MAKERS: Mapping[str, tuple[Callable[..., Patch], frozenset[str]]] = {
+    "patch_claims": (patch_claims, NAMES | {"table"}),
+    "lock_reads": (lock_reads, frozenset(signature(lock_reads).parameters) - {"target"}),
+    "claim_reads": (claim_reads, frozenset(signature(claim_reads).parameters) - {"target"}),
 }
-PATH = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
-MAKERS: Mapping[str, Callable[..., Patch]] = {
-    "patch_claims": patch_claims,
-    "lock_reads": lock_reads,
-    "claim_reads": claim_reads,
-}
+"""What makes a patch, and its options."""
 # What is text, and never the name of an object.
-TEXTS = frozenset({"worker", "target", "by", "pattern", "layout", "ignore"})
+TEXTS = frozenset({"table", "worker", "target", "by", "pattern", "layout", "ignore"})
 TABLE_OPTIONS = frozenset(field.name for field in fields(JobTable) if field.init)
 
 
@@ -52,12 +46,8 @@ class Entry:
 
     def apply(self) -> Patch:
         """Make the patch."""
-        options = {
-            name: _option(name, value) for name, value in self.options.items() if name != "table"
-        }
-        if "table" in self.options:
-            options["table"] = _table(self.options["table"])
-        return MAKERS[self.by](self.target, **options)
+        options = {name: _option(name, value) for name, value in self.options.items()}
+        return MAKERS[self.by][0](self.target, **options)
 
 
 def find_file(folder: Path) -> Path | None:
@@ -150,10 +140,10 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
         raise PatchError(f"{where} is {given!r}; expected a table of options")
     parts_of(target)
     by = given.get("by", "patch_claims")
-    if by not in OPTIONS:
-        raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(OPTIONS)}")
+    if by not in MAKERS:
+        raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(MAKERS)}")
     options = {name: value for name, value in given.items() if name != "by"}
-    _check_names(where, options, OPTIONS[by])
+    _check_names(where, options, MAKERS[by][1])
     if "table" not in options:
         if by == "patch_claims" and "directory" in options:
             return Entry(by, target, options)
@@ -162,11 +152,11 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
     if isinstance(table, dict):
         _check_names(f"table of {where}", table, TABLE_OPTIONS)
         table = table.get("table")
-        expected, kind = REFERENCE, "'package.models:Job'"
-    else:
-        expected, kind = PATH, "'package.models:Job', or a path from a parameter"
-    if not isinstance(table, str) or not expected.fullmatch(table):
-        raise PatchError(f"{where}: table is {table!r}; expected {kind}")
+    if not isinstance(table, str) or not TABLE.fullmatch(table):
+        raise PatchError(
+            f"{where}: table is {table!r}; expected 'package.models:Job', or a path from a "
+            "parameter, or a name in the database"
+        )
     return Entry(by, target, options)
 
 
@@ -181,16 +171,3 @@ def _option(name: str, value: Any) -> Any:
     """Convert an option to what a call would pass: objects in place of their names."""
     is_name = isinstance(value, str) and name not in TEXTS and REFERENCE.fullmatch(value)
     return Reference(value) if is_name else value
-
-
-def _table(given: Any) -> Any:
-    if isinstance(given, str):
-        return given
-    options = {name: _clocks(value) for name, value in given.items() if name != "table"}
-    return TableReference(given["table"], options)
-
-
-def _clocks(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _clocks(each) for name, each in value.items()}
-    return func.now() if value == "now()" else value

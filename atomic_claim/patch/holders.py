@@ -21,8 +21,6 @@ class Attribute:
 
     def get(self) -> Any:
         """Return the value held there, or ``MISSING``."""
-        if isinstance(self.owner, type) or not hasattr(self.owner, "__dict__"):
-            return vars(self.owner).get(self.name, MISSING)
         if _is_proxy(self.owner):
             return getattr(self.owner, self.name)
         return vars(self.owner).get(self.name, MISSING)

@@ -14,10 +14,10 @@ from atomic_claim.backends import Transaction, backend_for
 from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
 from atomic_claim.job_table import JobTable
 
-from .calls import Options
+from .calls import Call, Options
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
-from .selects import find_of, with_conditions
+from .selects import with_conditions
 from .sessions import unlocking
 from .tables import Tables, keyed
 from .targets import Target
@@ -61,7 +61,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
                 "claim_reads()"
             )
         tables = Tables(table, Options(found.signature, found.name), keyed_by_row)
-        return watching(patch, found, lambda call: LockWatch(patch, tables.of(call), limit))
+        return watching(patch, found, lambda call: LockWatch(patch, tables, call, limit))
 
     def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.exclusive_by is not None:
@@ -77,8 +77,8 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
 class LockWatch(Watch):
     """A running call whose finds are locked."""
 
-    def __init__(self, patch: Patch, job_table: JobTable, limit: int | None) -> None:
-        super().__init__(patch, job_table)
+    def __init__(self, patch: Patch, tables: Tables, call: Call, limit: int | None) -> None:
+        super().__init__(patch, tables, call)
         self._limit = limit
         self._locked: WeakSet[Connection] = WeakSet()
 
@@ -86,8 +86,7 @@ class LockWatch(Watch):
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Select[Any] | None:
         """Lock, before or by the SELECT itself."""
-        counts = self.reads > 0
-        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
+        find = self.find(connection, statement, params)
         if find is None:
             return None
         if self._limit is not None and (find.limit is None or find.limit > self._limit):
@@ -121,7 +120,7 @@ class LockWatch(Watch):
         """Refuse what is not locked any more."""
         if self.reads and connection not in self._locked:
             raise PatchError(
-                f"{self.patch.target} changes {self.job_table.table.fullname!r} in another "
+                f"{self.patch.target} changes {self.table.fullname!r} in another "
                 "transaction than the one it found the rows in, whose end (a commit between two "
                 "rows) let go of them: other workers may have them too. lock_reads cannot protect "
                 "that; claim_reads() can"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from types import ModuleType, TracebackType
+from functools import partial
+from types import ModuleType
 from typing import Any, Self
 
 from wrapt import register_post_import_hook
 
 from atomic_claim.errors import ClaimError
 
+from .calls import Call, bound_call
 from .holders import MISSING, Attribute, Place, find_places
 from .main_module import check_module, is_main, loaded_module, when_defined
 from .targets import (
@@ -26,7 +28,8 @@ from .targets import (
 on_failure: Callable[[ClaimError], Any] | None = None
 """What ends a program that was started to be patched, and cannot be."""
 
-Run = Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any]
+Run = Callable[[Call, Callable[[], Any]], Any]
+"""Runs in place of a function: gets the bound call, and what runs the original."""
 Prepare = Callable[["Patch", Target], Run]
 
 
@@ -62,12 +65,7 @@ class Patch:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
     @property
@@ -102,27 +100,25 @@ class Patch:
             self.claimed += claimed
             self.passed_through += passed_through
 
-    def install(self, target: Target, run: Run) -> None:
+    def install(self, target: Target, prepare: Prepare) -> None:
         """Replace the target, and warn of what looks like it and is not replaced."""
-        wrapper = PatchWrapper(target.wrapped, run, self)
+        wrapper = PatchWrapper(target.wrapped, guarded(self, target, prepare), self)
         for place in target.places:
             created = isinstance(place, Attribute) and place.get() is MISSING
             place.put(wrapper)
             self._installed.append((place, created, wrapper))
         self.target = target.name
         self.overrides = tuple(target.overrides)
-        if target.overrides:
-            warnings.warn(
-                f"{target.name} is patched, and these override it and are not: "
-                f"{', '.join(target.overrides)}; patch each that does not call super()",
-                stacklevel=4,
-            )
-        if target.unpatched:
-            warnings.warn(
-                f"{target.name} is patched, and these names for it, bound before, are not: "
-                f"{', '.join(target.unpatched)}",
-                stacklevel=4,
-            )
+        left = {
+            "these override it and are not: {}; patch each that does not call super()": (
+                target.overrides
+            ),
+            "these names for it, bound before, are not: {}": target.unpatched,
+        }
+        for what, names in left.items():
+            if names:
+                which = what.format(", ".join(names))
+                warnings.warn(f"{target.name} is patched, and {which}", stacklevel=4)
 
 
 def make_patch(given: Any, prepare: Prepare) -> Patch:
@@ -138,7 +134,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     if not isinstance(given, str):
         target = object_target(given)
         patch = Patch(target.name)
-        patch.install(target, guarded(patch, prepare(patch, target)))
+        patch.install(target, prepare)
         return patch
     module_name, path = parts_of(given)
     patch = Patch(given)
@@ -147,8 +143,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
         if not patch.is_active:
             return
         try:
-            target = named_target(module, path)
-            patch.install(target, guarded(patch, prepare(patch, target)))
+            patch.install(named_target(module, path), prepare)
         except ClaimError as error:
             if on_failure is not None:
                 on_failure(error)
@@ -171,13 +166,22 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     return patch
 
 
-def guarded(patch: Patch, run: Run) -> Run:
-    """Return a function that runs the patch while it is active and the original afterwards."""
+def guarded(patch: Patch, target: Target, prepare: Prepare) -> Callable[..., Any]:
+    """Return a wrapper that runs the patch while it is active, the original otherwise.
+
+    So it does where the arguments do not fit the function's signature.
+    """
+    run = prepare(patch, target)
 
     def call(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not patch.is_active:
             return wrapped(*args, **kwargs)
         patch.count(calls=1)
-        return run(wrapped, instance, args, kwargs)
+        original = partial(wrapped, *args, **kwargs)
+        bound = bound_call(target.signature, instance, args, kwargs)
+        if bound is None:
+            patch.count(passed_through=1)
+            return original()
+        return run(bound, original)
 
     return call

@@ -20,6 +20,8 @@ from collections.abc import (
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -39,14 +41,16 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.util import greenlet_spawn
 
+from atomic_claim.backends import Find
 from atomic_claim.errors import ClaimLost, PatchError
 from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable
 from atomic_claim.statement import ClaimStatement
 
-from .calls import Call, bound_call
+from .calls import Call
 from .patches import Patch, Run
-from .selects import is_read, is_table, mentions, names
+from .selects import find_of, is_read, is_table, mentions, names
+from .tables import Tables
 from .targets import Target
 
 LOADS = "atomic_claim_loads"
@@ -62,17 +66,22 @@ class Watch(ABC):
 
     Attributes:
         patch: the patch of the function that is called.
-        job_table: the table that its reads are watched for.
+        table: the table that its reads are watched for, by its name alone if that is reflected.
+        job_table: what its jobs are read by, known from its first find on.
         reads: how many of them were seen.
         failed: whether the function raised.
+        is_over: whether the call has ended.
         refused: the first error that was raised within one of its statements.
     """
 
-    def __init__(self, patch: Patch, job_table: JobTable) -> None:
+    job_table: JobTable
+
+    def __init__(self, patch: Patch, tables: Tables, call: Call) -> None:
         self.patch = patch
-        self.job_table = job_table
+        self.table = tables.named(call)
+        self._table_from = partial(tables.of, call)
         self.reads = 0
-        self.failed = False
+        self.failed = self.is_over = False
         self.refused: PatchError | ClaimLost | None = None
 
     @contextmanager
@@ -85,6 +94,15 @@ class Watch(ABC):
                 self.refused = error
                 logger.error("%s", error)
             raise
+
+    def find(
+        self, connection: Connection, statement: Any, params: Mapping[str, Any]
+    ) -> Find | None:
+        """Analyze a SELECT of the table; return None if it finds no jobs."""
+        with unwatched():
+            self.job_table = self._table_from(connection)
+        counts = self.reads > 0
+        return find_of(self.job_table, statement, params, self.patch.target, counts=counts)
 
     @abstractmethod
     def read(
@@ -138,40 +156,31 @@ def unwatched() -> Iterator[None]:
 
 def watching(patch: Patch, target: Target, make: Callable[[Call], Watch]) -> Run:
     """Return a function that runs the patched function and watches its reads."""
-    listeners.begin()
-    patch.at_undo(listeners.end)
+    _listen(patch)
+    patch.at_undo(lambda: _unlisten(patch))
     patch.at_undo(lambda: _warn_if_unseen(patch))
     function = target.function
-    is_coroutine = inspect.iscoroutinefunction(function)
-    wrap: Any = WatchedAsyncGenerator if inspect.isasyncgenfunction(function) else None
 
-    def run(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = bound_call(target.signature, instance, args, kwargs)
-        if call is None:
-            return wrapped(*args, **kwargs)
+    def run(call: Call, original: Callable[[], Any]) -> Any:
         watch = make(call)
-        if wrap is not None:
-            return wrap(watch, wrapped(*args, **kwargs))
-        if is_coroutine:
-            return _finished(watch, wrapped(*args, **kwargs))
-        result: Any = None
         try:
             with _watched(watch):
-                result = wrapped(*args, **kwargs)
-                if not inspect.isawaitable(result):
+                result = original()
+                watch.is_over = not inspect.isawaitable(result)
+                if watch.is_over:
                     return _read_already(result, watch)
         finally:
-            if not inspect.isawaitable(result):
-                _over(watch)
+            _close_ended(watch)
         return _finished(watch, result)
 
-    def generate(
-        wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Generator[Any, Any, Any]:
-        call = bound_call(target.signature, instance, args, kwargs)
-        inner = wrapped(*args, **kwargs)
-        return (yield from inner if call is None else WatchedGenerator(make(call), inner))
+    def generate(call: Call, original: Callable[[], Any]) -> Generator[Any, Any, Any]:
+        return (yield from WatchedGenerator(make(call), original()))
 
+    def generate_async(call: Call, original: Callable[[], Any]) -> AsyncGenerator[Any, Any]:
+        return WatchedAsyncGenerator(make(call), original())
+
+    if inspect.isasyncgenfunction(function):
+        return generate_async
     return generate if inspect.isgeneratorfunction(function) else run
 
 
@@ -181,13 +190,13 @@ async def _finished(watch: Watch, result: Awaitable[Any]) -> Any:
         with _watched(watch):
             return _read_already(await result, watch)
     finally:
-        await greenlet_spawn(patiently, _over, watch)
+        await greenlet_spawn(patiently, _close_ended, watch)
 
 
 @contextmanager
 def _watched(watch: Watch) -> Iterator[None]:
     token = watches.set((*watches.get(), watch))
-    watch.failed = True
+    watch.failed = watch.is_over = True
     try:
         yield
     except Exception as error:
@@ -197,16 +206,33 @@ def _watched(watch: Watch) -> Iterator[None]:
     finally:
         watches.reset(token)
     if watch.refused is not None:
+        watch.is_over = True
         raise watch.refused
     watch.failed = False
 
 
-def _over(watch: Watch) -> None:
+@contextmanager
+def _step(watch: Watch) -> Iterator[None]:
+    """Watch a generator up to its next yield or its end."""
+    try:
+        with _watched(watch):
+            yield
+            watch.is_over = False
+    except (StopIteration, StopAsyncIteration):
+        if watch.refused is not None:
+            raise watch.refused from None
+        watch.failed = False
+        raise
+
+
+def _close_ended(watch: Watch) -> None:
+    if not watch.is_over:
+        return
     patch = watch.patch
     if not watch.reads and watch.refused is None:
         patch.count(passed_through=1)
         if patch.passed_through == patch.calls == 1:
-            logger.warning(UNSEEN, patch.target, watch.job_table.table.fullname)
+            logger.warning(UNSEEN, patch.target, watch.table.fullname)
     watch.close()
 
 
@@ -215,64 +241,50 @@ def _warn_if_unseen(patch: Patch) -> None:
         warnings.warn(UNSEEN % (patch.target, "the table in any of its calls"), stacklevel=3)
 
 
+@dataclass(eq=False)
 class WatchedGenerator(Generator[Any, Any, Any]):
     """A generator that is watched whenever it runs, and not while its consumer does."""
 
-    def __init__(self, watch: Watch, inner: Generator[Any, Any, Any]) -> None:
-        self._watch = watch
-        self._inner = inner
+    watch: Watch
+    inner: Generator[Any, Any, Any]
 
     def send(self, value: Any) -> Any:
         """Run up to the next yield."""
-        return self._run(lambda: self._inner.send(value))
+        return self._run(self.inner.send, value)
 
     def throw(self, *error: Any) -> Any:
         """Raise an exception where it stands."""
-        return self._run(lambda: self._inner.throw(*error))
+        return self._run(self.inner.throw, *error)
 
-    def _run(self, step: Callable[[], Any]) -> Any:
-        is_over = True
+    def _run(self, resume: Callable[..., Any], *args: Any) -> Any:
         try:
-            with _watched(self._watch):
-                found = step()
-            is_over = False
-            return found
-        except StopIteration:
-            self._watch.failed = False
-            raise
+            with _step(self.watch):
+                return resume(*args)
         finally:
-            if is_over:
-                _over(self._watch)
+            _close_ended(self.watch)
 
 
+@dataclass(eq=False)
 class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
     """The same of an asynchronous one."""
 
-    def __init__(self, watch: Watch, inner: AsyncGenerator[Any, Any]) -> None:
-        self._watch = watch
-        self._inner = inner
+    watch: Watch
+    inner: AsyncGenerator[Any, Any]
 
     async def asend(self, value: Any) -> Any:
         """Run up to the next yield."""
-        return await self._run(self._inner.asend(value))
+        return await self._run(self.inner.asend(value))
 
     async def athrow(self, *error: Any) -> Any:
         """Raise an exception where it stands."""
-        return await self._run(self._inner.athrow(*error))
+        return await self._run(self.inner.athrow(*error))
 
     async def _run(self, step: Awaitable[Any]) -> Any:
-        is_over = True
         try:
-            with _watched(self._watch):
-                found = await step
-            is_over = False
-            return found
-        except StopAsyncIteration:
-            self._watch.failed = False
-            raise
+            with _step(self.watch):
+                return await step
         finally:
-            if is_over:
-                await greenlet_spawn(patiently, _over, self._watch)
+            await greenlet_spawn(patiently, _close_ended, self.watch)
 
 
 def _read_already(result: Any, watch: Watch) -> Any:
@@ -288,31 +300,25 @@ def _read_already(result: Any, watch: Watch) -> Any:
     return result
 
 
-class _Listeners:
-    """Our listeners to SQLAlchemy's events, there as long as a patch needs them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._patches = 0
-
-    def begin(self) -> None:
-        """Register the listeners for the first patch."""
-        with self._lock:
-            if self._patches == 0:
-                for target, name, function, options in LISTENERS:
-                    event.listen(target, name, function, **options)
-            self._patches += 1
-
-    def end(self) -> None:
-        """Remove the listeners after the last patch."""
-        with self._lock:
-            self._patches -= 1
-            if self._patches == 0:
-                for target, name, function, _ in LISTENERS:
-                    event.remove(target, name, function)
+_watching: set[Patch] = set()
+_lock = threading.Lock()
 
 
-listeners = _Listeners()
+def _listen(patch: Patch) -> None:
+    """Have our listeners to SQLAlchemy's events, as long as a patch needs them."""
+    with _lock:
+        if not _watching:
+            for target, name, function, options in LISTENERS:
+                event.listen(target, name, function, **options)
+        _watching.add(patch)
+
+
+def _unlisten(patch: Patch) -> None:
+    with _lock:
+        _watching.remove(patch)
+        if not _watching:
+            for target, name, function, _ in LISTENERS:
+                event.remove(target, name, function)
 
 
 def _before_orm(state: ORMExecuteState) -> None:
@@ -323,7 +329,7 @@ def _before_orm(state: ORMExecuteState) -> None:
     if state.is_column_load or state.is_relationship_load:
         state.update_execution_options(**{LOADS: True})
     elif state.session.autoflush and any(
-        mentions(state.statement, watch.job_table.table) for watch in current
+        mentions(state.statement, watch.table) for watch in current
     ):
         # An entity that is loaded already would keep what it held before the row was ours.
         state.update_execution_options(populate_existing=True)
@@ -346,7 +352,7 @@ def _before(
 
 
 def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str, Any]) -> Any:
-    table = watch.job_table.table
+    table = watch.table
     if isinstance(clause, ClaimStatement):
         return None
     if isinstance(clause, StatementLambdaElement):
@@ -372,11 +378,11 @@ def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str
 
 
 def _raw(watch: Watch, connection: Connection, sql: str) -> None:
-    if not names(sql, watch.job_table.table):
+    if not names(sql, watch.table):
         return
     if is_read(sql):
         raise PatchError(
-            f"{watch.patch.target} reads {watch.job_table.table.fullname!r} by raw SQL, which "
+            f"{watch.patch.target} reads {watch.table.fullname!r} by raw SQL, which "
             f"nothing can be added to: {' '.join(sql.split())[:200]}; write it as a select() of "
             "the table"
         )
@@ -404,7 +410,7 @@ def _after(
 ) -> None:
     if isinstance(clause, (Update, Delete)) and not isinstance(clause, ClaimStatement):
         for watch in watches.get():
-            if is_table(clause.table, watch.job_table.table):
+            if is_table(clause.table, watch.table):
                 watch.marked(max(0, result.rowcount))
 
 

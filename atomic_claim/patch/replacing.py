@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from atomic_claim.errors import PatchError
 
-from .calls import VARIABLE, Call, Options, Reading, Reference, bound_call, fitted
+from .calls import VARIABLE, Call, Options, Reading, Reference, fitted
 from .options import ClaimOptions
 from .patches import Patch
 from .sources import yield_notes
@@ -80,7 +80,7 @@ class Replacing(ABC):
                 "None for all, or the name of a parameter"
             )
         for note in yield_notes(function) if yields else ():
-            warnings.warn(f"{target.name} {note}", stacklevel=6)
+            warnings.warn(f"{target.name} {note}", stacklevel=8)
 
     def _reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
@@ -129,45 +129,37 @@ class Replacing(ABC):
         Where the function is no coroutine, nothing in it waits.
         """
 
-    def run(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def run(self, call: Call, original: Callable[[], Any]) -> Any:
         """In place of a function."""
-        if (bound := self._bound(instance, args, kwargs)) is None:
-            return wrapped(*args, **kwargs)
-        return finished(self._once(*bound)).get()
+        if (limit := self._limit_of(call)) is None:
+            return original()
+        return finished(self._once(call, limit)).get()
 
-    def generate(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Generator[Any, Any, Any]:
+    def generate(self, call: Call, original: Callable[[], Any]) -> Generator[Any, Any, Any]:
         """In place of a generator."""
-        if (bound := self._bound(instance, args, kwargs)) is None:
-            return (yield from wrapped(*args, **kwargs))
-        for limit in self._rounds(bound[1]):
-            answer = finished(self._once(bound[0], limit))
+        if (limit := self._limit_of(call)) is None:
+            return (yield from original())
+        for each in self._rounds(limit):
+            answer = finished(self._once(call, each))
             if self.is_generator and not answer.found:
                 break
             yield answer.get()
         return None
 
-    async def run_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    async def run_async(self, call: Call, original: Callable[[], Any]) -> Any:
         """In place of a coroutine."""
-        if (bound := self._bound(instance, args, kwargs)) is None:
-            return await wrapped(*args, **kwargs)
-        return (await self._once(*bound)).get()
+        if (limit := self._limit_of(call)) is None:
+            return await original()
+        return (await self._once(call, limit)).get()
 
-    async def generate_async(
-        self, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
+    async def generate_async(self, call: Call, original: Callable[[], Any]) -> AsyncIterator[Any]:
         """In place of an asynchronous generator."""
-        if (bound := self._bound(instance, args, kwargs)) is None:
-            async for each in wrapped(*args, **kwargs):
-                yield each
+        if (limit := self._limit_of(call)) is None:
+            async for found in original():
+                yield found
             return
-        for limit in self._rounds(bound[1]):
-            answer = await self._once(bound[0], limit)
+        for each in self._rounds(limit):
+            answer = await self._once(call, each)
             if self.is_generator and not answer.found:
                 break
             yield answer.get()
@@ -181,13 +173,10 @@ class Replacing(ABC):
             logger.error("%s: %s", self.target.name, error)
             raise
 
-    def _bound(
-        self, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Call, int] | None:
-        """Bind the call; return None if it does not claim or the signature does not fit."""
+    def _limit_of(self, call: Call) -> int | None:
+        """Return how many jobs a call claims at most, or None if it does not claim."""
         with self._logged():
-            call = bound_call(self.options.signature, instance, args, kwargs)
-            if call is None or not self.when.read(call):
+            if not self.when.read(call):
                 self.patch.count(passed_through=1)
                 return None
             if dropped := [name for name in self._unread if call.arguments[name]]:
@@ -197,7 +186,7 @@ class Replacing(ABC):
                     f"ignore={dropped!r}"
                 )
             limit = self.limit.read(call)
-            return call, ALL if limit is None else limit
+            return ALL if limit is None else int(limit)
 
     def _rounds(self, limit: int) -> Iterable[int]:
         """Yield the limit of each claim: a generator's consumer may stop after any job."""

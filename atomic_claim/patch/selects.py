@@ -49,21 +49,21 @@ AGGREGATES = frozenset(
 # fmt: on
 
 
-def mentions(statement: Any, table: Table) -> bool:
+def mentions(statement: Any, table: TableClause) -> bool:
     """Check whether any part of a statement uses the table."""
     return any(is_table(element, table) for element in visitors.iterate(statement))
 
 
-def is_table(element: Any, table: Table) -> bool:
+def is_table(element: Any, table: TableClause) -> bool:
     """Check whether it is the table, or another object for it, as a reflected one."""
     return (
         isinstance(element, TableClause)
         and element.name == table.name
-        and getattr(element, "schema", None) == table.schema
+        and element.schema == table.schema
     )
 
 
-def names(sql: str, table: Table) -> bool:
+def names(sql: str, table: TableClause) -> bool:
     """Check whether raw SQL names the table."""
     return re.search(rf"(?<![\w$]){re.escape(table.name)}(?![\w$])", sql, re.IGNORECASE) is not None
 

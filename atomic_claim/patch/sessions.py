@@ -99,7 +99,7 @@ class Sessions:
         """Check whether a session of the caller's is asked for by its name, or given."""
         given = self.session.given
         if not isinstance(given, str):
-            return isinstance(given, (Session, scoped_session, Connection))
+            return is_bind(given) and hasattr(given, "commit")
         first, *rest = given.split(".")
         annotation = str(options.signature.parameters[first].annotation)
         if not rest and ("Engine" in annotation or "maker" in annotation):
@@ -165,10 +165,9 @@ class Sessions:
         return newest, given
 
     def _opened(self, call: Call, bind: Any, newest: int, *, is_entered: bool) -> Opened:
-        sync = sync_bind(bind)
         # The session of a registry is the caller's, even if this is its first use.
-        if is_scoped := isinstance(sync, scoped_session):
-            sync = sync.registry()
+        is_scoped = is_bind(bind) and hasattr(bind, "registry")
+        sync = sync_bind(bind.registry() if is_scoped else bind)
         if isinstance(sync, MAKERS) or not isinstance(sync, (Session, Connection)):
             return Opened(bind, sync, own=True, commits=False, began=True)
         is_new = not is_scoped and isinstance(sync, Session) and sync.hash_key > newest

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from sqlalchemy import Table, true
+from sqlalchemy import Connection, MetaData, Table, TableClause, func, true
 from sqlalchemy import inspect as sa_inspect
+from sqlalchemy import table as sql_table
+from sqlalchemy.exc import NoSuchTableError, SAWarning
+from sqlalchemy.orm import Session, sessionmaker
 
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable
+from atomic_claim.state_values import UNSET
 
 from .calls import Call, Options, referred
 from .main_module import is_main, loaded_module
-
-T = TypeVar("T")
 
 
 def stateless(table: Any) -> JobTable:
@@ -57,25 +60,11 @@ def leased_only(job_table: JobTable) -> JobTable:
             f"{job_table!r} has exclusive keys, and a find under a lease frees a row's key as soon "
             "as the legacy mark is written: leave out exclusive_by, or claim in place of the find"
         )
-    kept = {
-        role: getattr(job_table, role)
-        for role in (
-            "withdrawn",
-            "due",
-            "order",
-            "worker",
-            "token",
-            "lease",
-            "attempts",
-            "max_attempts",
-            "error",
-            "stamps",
-            "naive_times",
-            "text_times",
-        )
-    }
     table = job_table.entity or job_table.table
-    return JobTable(table, state=job_table.lease, done=job_table.claimed, **kept)
+    unset: dict[str, Any] = dict.fromkeys(("free", "claimed", "failed", "released"), UNSET)
+    unset |= {"null_is_free": False, "unleased": None}
+    state, done = job_table.lease, job_table.claimed
+    return replace(job_table, table=table, state=state, done=done, **unset)
 
 
 def _table_of(table: Any) -> Table:
@@ -89,7 +78,8 @@ class TableReference:
     """A table that is named, since what defines it may not be there yet.
 
     Attributes:
-        name: ``"module:Name"``.
+        name: ``"module:Name"``, or the table's name in the database, ``"jobs"`` or
+            ``"schema.jobs"``.
         options: the arguments of the ``JobTable``, if it needs one.
     """
 
@@ -97,28 +87,35 @@ class TableReference:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
+    def clause(self) -> TableClause | None:
+        """The table's name as SQL, or None if a module defines it."""
+        schema, _, name = self.name.rpartition(".")
+        return None if ":" in self.name else sql_table(name, schema=schema or None)
+
+    @property
     def is_defined(self) -> bool:
         """Check whether the table can be had now, without waiting for an import to go on."""
-        module_name, _, path = self.name.partition(":")
-        found: Any = loaded_module(module_name)
-        if found is None:
+        if self.clause is not None:
+            return False
+        module_name = self.name.partition(":")[0]
+        module = loaded_module(module_name)
+        try:
             return referred(self.name) is not None
-        spec = getattr(found, "__spec__", None)
-        is_loading = is_main(module_name) or getattr(spec, "_initializing", False)
-        for part in path.split("."):
-            if is_loading and not hasattr(found, part):
+        except PatchError:
+            spec = getattr(module, "__spec__", None)
+            if is_main(module_name) or getattr(spec, "_initializing", False):
                 return False
-            found = getattr(found, part, found)
-        return referred(self.name) is not None
+            raise
 
-    def resolve(self) -> Any:
-        """Return the table, or its ``JobTable``.
+    def resolve(self, bind: Any = None) -> Any:
+        """Return the table, or its ``JobTable``; reflect it if the database alone knows it.
 
         Raises:
             PatchError: there is nothing of that name.
             ClaimError: the options do not fit the table.
         """
-        table = referred(self.name)
+        clause = self.clause
+        table = referred(self.name) if clause is None else _reflected(clause, bind)
         if table is None:
             raise PatchError(
                 f"table={self.name!r} is None: what sets it has not run; call it before the "
@@ -137,45 +134,104 @@ class TableReference:
         return JobTable.infer(table, **options)
 
 
-class Tables(Generic[T]):
+def _reflected(clause: TableClause, bind: Any) -> Table:
+    """Reflect a table, and leave the bind without a transaction if it has none."""
+    if isinstance(bind, sessionmaker):
+        with bind() as session:
+            return _reflected(clause, session)
+    if isinstance(bind, Session):
+        begun = bind.in_transaction()
+        bind = bind.connection({"clause": clause}) if begun else bind.get_bind(clause=clause)
+    is_idle = isinstance(bind, Connection) and not bind.in_transaction()
+    try:
+        with warnings.catch_warnings():
+            # An index on an expression cannot be reflected, and is not needed.
+            warnings.simplefilter("ignore", SAWarning)
+            return Table(
+                clause.name,
+                MetaData(),
+                schema=clause.schema,
+                autoload_with=bind,
+                resolve_fks=False,
+            )
+    except NoSuchTableError:
+        raise PatchError(
+            f"table={clause.fullname!r} is neither a parameter of the function nor a table in the "
+            f"database {bind.engine.url.database!r}: write the table's name there, or "
+            "'package.models:Job' for one that a module defines"
+        ) from None
+    finally:
+        if is_idle:
+            bind.rollback()
+
+
+class Tables:
     """The table of each call of a patched function.
 
     Args:
-        given: a table, the name of one, a path from a parameter, or a callable.
+        given: a table, the name of one, a path from a parameter, a callable, or a dictionary of
+            the arguments of :meth:`JobTable.infer`.
         options: reads the options of the patch.
-        make: makes of a table what the patch needs, and raises if it does not fit.
+        make: makes of a table the ``JobTable`` of the patch, and raises if it does not fit.
     """
 
-    def __init__(self, given: Any, options: Options, make: Callable[[Any], T]) -> None:
-        if isinstance(given, str) and ":" in given:
+    def __init__(self, given: Any, options: Options, make: Callable[[Any], JobTable]) -> None:
+        if isinstance(given, Mapping):
+            name = given.get("table")
+            if not isinstance(name, str) or options.parts(name) is not None:
+                raise PatchError(
+                    f"table={given!r} of {options.target}: its table is {name!r}; expected "
+                    "'package.models:Job' or a name in the database"
+                )
+            arguments = {role: clocks(each) for role, each in given.items() if role != "table"}
+            given = TableReference(name, arguments)
+        elif isinstance(given, str) and options.parts(given) is None:
             given = TableReference(given)
         self.reading = options.reading("table", given, lambda each: isinstance(each, type))
         self._options = options
         self._make = make
-        self._made: dict[Any, T] = {}
+        self._made: dict[Any, JobTable] = {}
         self._lock = threading.RLock()
         if self.reading.constant and not (
             isinstance(given, TableReference) and not given.is_defined
         ):
             self._of(given)
 
-    def of(self, call: Call) -> T:
-        """Return what was made of the table of a call."""
-        return self._of(self.reading.read(call), call)
+    def named(self, call: Call) -> TableClause:
+        """Return the table of a call, by its name alone if it has to be reflected."""
+        given = self.reading.read(call)
+        given = TableReference(given) if isinstance(given, str) else given
+        clause = given.clause if isinstance(given, TableReference) else None
+        return self._of(given, call).table if clause is None else clause
 
-    def _of(self, given: Any, call: Call | None = None) -> T:
-        with self._lock:
-            if given in self._made:
-                return self._made[given]
-            found = given.resolve() if isinstance(given, TableReference) else given
-            if not callable(found) or isinstance(found, type):
-                return self._made.setdefault(given, self._make(found))
+    def of(self, call: Call, bind: Any) -> JobTable:
+        """Return the ``JobTable`` of a call, whose bind a table is reflected from."""
+        return self._of(self.reading.read(call), call, bind)
+
+    def _of(self, given: Any, call: Call | None = None, bind: Any = None) -> JobTable:
+        given = TableReference(given) if isinstance(given, str) else given
+        if given in self._made:
+            return self._made[given]
+        # Not under the lock: a thread that waits for it may have the last connection of a pool.
+        found = given.resolve(bind) if isinstance(given, TableReference) else given
+        if callable(found) and not isinstance(found, type):
             if call is None or found is given:
                 raise PatchError(
                     f"table={self.reading.given!r} of {self._options.target} gives {found!r}; "
                     "expected a Table, a mapped class or a JobTable"
                 )
-            return self._of(self._options.reading("table", found).read(call))
+            return self._of(self._options.reading("table", found).read(call), call, bind)
+        with self._lock:
+            if given not in self._made:
+                self._made[given] = self._make(found)
+            return self._made[given]
+
+
+def clocks(value: Any) -> Any:
+    """Replace each ``"now()"`` by the database's clock."""
+    if isinstance(value, Mapping):
+        return {name: clocks(each) for name, each in value.items()}
+    return func.now() if value == "now()" else value
 
 
 def order_of(table: Any, names: str | list[str]) -> list[Any]:

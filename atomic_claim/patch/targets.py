@@ -6,9 +6,9 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -118,13 +118,7 @@ def object_target(given: Any) -> Target:
             f"{given!r} is not a function or a method: pass one, or its name as "
             "'package.module:Class.method'"
         )
-    module = sys.modules.get(getattr(given, "__module__", None) or "")
-    path = getattr(given, "__qualname__", "")
-    if module is not None and path and "<locals>" not in path:
-        found = _stored(module, path)
-        if found is not None and plain(found[2]) is given:
-            return _target(f"{module.__name__}:{path}", found[0], found[1])
-    for place in _holders(given, module):
+    for place in _holders(given):
         dot = ":" if isinstance(place.owner, ModuleType) else "."
         return _target(f"{_title(place.owner)}{dot}{place.name}", place.owner, place.name)
     raise PatchError(
@@ -133,29 +127,25 @@ def object_target(given: Any) -> Target:
     )
 
 
-def _stored(module: ModuleType, path: str) -> tuple[Any, str, Any] | None:
-    owner: Any = module
-    *above, last = path.split(".")
-    for part in above:
-        owner = getattr(owner, part, None)
-    try:
-        return owner, last, _lookup(owner, last)
-    except (AttributeError, TypeError):
-        return None
-
-
-def _holders(given: Any, own: ModuleType | None) -> Iterator[Attribute]:
-    """Where a function is held that does not bear its own name, since a decorator hides it."""
-    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
-    for module in [*([own] if own is not None else []), *modules]:
+def _holders(given: Any) -> Iterator[Attribute]:
+    """Where a function is held: where it was defined, else by a name that is not its own."""
+    own = sys.modules.get(getattr(given, "__module__", None) or "")
+    *above, last = getattr(given, "__qualname__", "").split(".")
+    with suppress(AttributeError, TypeError):
+        owner = reduce(getattr, above, own)
+        if plain(_lookup(owner, last)) is given:
+            yield Attribute(owner, last)
+    for module in _modules():
         for value in list(vars(module).values()):
             if isinstance(value, type) and value.__module__ == module.__name__:
                 for name, held in list(vars(value).items()):
                     if plain(held) is given:
                         yield Attribute(value, name)
-        for name, value in list(vars(module).items()):
-            if value is given:
-                yield Attribute(module, name)
+    yield from _bindings(given)
+
+
+def _modules() -> list[ModuleType]:
+    return [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
 
 
 def _title(given: Any) -> str:
@@ -275,8 +265,7 @@ def _bindings(function: Any) -> list[Attribute]:
     """Return the module attributes that ``from module import function`` bound to a function."""
     return [
         Attribute(module, name)
-        for module in list(sys.modules.values())
-        if isinstance(module, ModuleType)
+        for module in _modules()
         for name, value in list(vars(module).items())
         if value is function
     ]

@@ -12,8 +12,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker, validates
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    scoped_session,
+    sessionmaker,
+    validates,
+)
 
 from atomic_claim import JobTable, Patch, PatchError, claim_reads, lock_reads, patch_claims
 from atomic_claim.patch.file import load_patches
@@ -170,6 +183,43 @@ def test_a_session_of_the_patch_s_own(engine: sa.Engine, kind: str) -> None:
         assert [queue.pop() for _ in range(8)] == [1, 2, 3, 4, 5, 6, None, None]
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
     assert set(states(engine)) == {"running"}
+
+
+def test_a_registry_s_session_stays_open(engine: sa.Engine) -> None:
+    """The first use of a registry, inside of the call, makes a session that is the caller's."""
+    registry = scoped_session(sessionmaker(engine))
+    with pytest.raises(PatchError, match="session of the caller's"):
+        patch_claims(take, jobs, session=registry, ignore=["session"])
+    with patch_claims(take, jobs, session=registry, commit=False, ignore=["session"]):
+        found = take()
+    assert found in registry()
+    assert registry().in_transaction()
+    registry.rollback()
+    assert states(engine) == ["waiting"] * 6
+    registry.remove()
+
+
+def test_an_asynchronous_registry_s_session_stays_open(engine: sa.Engine) -> None:
+    """So does that of an ``async_scoped_session``, whose scope is the task."""
+    address = engine.url.set(drivername="sqlite+aiosqlite")
+
+    async def call() -> bool:
+        own = create_async_engine(address)
+        registry = async_scoped_session(async_sessionmaker(own), asyncio.current_task)
+        Place.engine = registry
+        found = await take_async(None)
+        is_open = found in registry() and registry().in_transaction()
+        await registry.rollback()
+        await registry.remove()
+        await own.dispose()
+        return is_open
+
+    options: Any = {"ignore": ["session"], "session": lambda: Place.engine}
+    with patch_claims(take_async, jobs, commit=False, **options):
+        assert asyncio.run(call())
+    with patch_claims(take_async, jobs, **options), pytest.raises(PatchError, match="the caller's"):
+        asyncio.run(call())
+    assert states(engine) == ["waiting"] * 6
 
 
 def test_its_claim_cannot_be_left_uncommitted(engine: sa.Engine) -> None:

@@ -1,0 +1,220 @@
+"""Tables that the code knows only as text, given by their names in the database."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+
+from atomic_claim import Patch, PatchError, claim_reads, claims, lock_reads, patch_claims
+from atomic_claim.patch.file import load_patches
+from tests.databases import Database
+from tests.patch.legacy import Event, Job
+from tests.patch.test_shapes import fill
+
+HERE = __name__
+STATES = {"state": "state", "free": "waiting", "claimed": "running", "done": "done"}
+JOBS = {"table": "jobs", "order": "place", **STATES}
+LEASED = {**JOBS, "lease": "lease_until", "token": "claim_token", "naive_times": "utc"}
+# What the code knows of its tables.
+events = sa.table("events", sa.column("id"), sa.column("published"))
+known = sa.table("jobs", sa.column("id"), sa.column("state"), sa.column("place"))
+
+
+def take(bind: Any) -> Any:
+    """Find and mark by raw SQL."""
+    found = bind.execute(sa.text("SELECT id FROM jobs WHERE state = 'waiting' LIMIT 1")).first()
+    bind.execute(sa.text("UPDATE jobs SET state = 'running' WHERE id = :id"), {"id": found.id})
+    return found
+
+
+async def take_async(session: AsyncSession) -> Any:
+    """Never called: a claim stands in its place."""
+    raise AssertionError(session)
+
+
+class Queue:
+    """A queue that is told the name of its table."""
+
+    def __init__(self, table_name: str) -> None:
+        self.table_name = table_name
+
+    def take(self, session: Session) -> Any:
+        """Find and mark by raw SQL."""
+        return session.execute(sa.text(f"SELECT id FROM {self.table_name}")).first()
+
+
+def relay(connection: sa.Connection) -> list[int]:
+    """Publish all events in one transaction."""
+    found = connection.scalars(sa.select(events.c.id).where(events.c.published.is_(False))).all()
+    for key in found:
+        connection.execute(sa.update(events).where(events.c.id == key).values(published=True))
+    connection.commit()
+    return list(found)
+
+
+def run_all(connection: sa.Connection) -> list[int]:
+    """Run all jobs, and commit each."""
+    free = sa.select(known.c.id).where(known.c.state == "waiting").order_by(known.c.place)
+    found = connection.scalars(free).all()
+    for key in found:
+        connection.execute(sa.update(known).where(known.c.id == key).values(state="done"))
+        connection.commit()
+    return list(found)
+
+
+@pytest.fixture
+def engine(database: Database) -> sa.Engine:
+    """Create an engine with three jobs and three events."""
+    engine = database.engine()
+    fill(engine, Job, 3)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(Event), [{"id": number} for number in range(1, 4)])
+    return engine
+
+
+@pytest.fixture
+def letters(engine: sa.Engine) -> Iterator[sa.Engine]:
+    """Create a table that no module defines."""
+    table = sa.Table(
+        "letters",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("locked_at", sa.DateTime),
+    )
+    table.create(engine)
+    with engine.begin() as connection:
+        connection.execute(sa.insert(table), [{"id": 1}, {"id": 2}])
+    yield engine
+    table.drop(engine)
+
+
+BINDS: dict[str, Callable[[sa.Engine], Any]] = {
+    "engine": lambda engine: engine,
+    "factory": sessionmaker,
+    "session": Session,
+    "connection": sa.Engine.connect,
+}
+
+
+@pytest.mark.parametrize("kind", BINDS)
+def test_a_claim(engine: sa.Engine, kind: str) -> None:
+    """The table is reflected from the bind of the first call, whatever that is."""
+    made = patch_claims(take, JOBS, session="bind", commit=True, returns="id")
+    bind = BINDS[kind](engine)
+    with made as patch:
+        assert [take(bind) for _ in range(4)] == [1, 2, 3, None]
+    assert patch.claimed == 3
+    if hasattr(bind, "close"):
+        assert not bind.in_transaction()
+        bind.close()
+
+
+def test_roles_are_read_from_the_columns(letters: sa.Engine) -> None:
+    """A bare name is read as a reflected table would be, with its schema if it has one."""
+    schema = sa.inspect(letters).default_schema_name
+
+    @claims(f"{schema}.letters", session=letters, returns="id", order_by="id")
+    def send() -> Any:
+        raise AssertionError
+
+    assert [send(), send(), send()] == [1, 2, None]
+
+
+def test_reads_that_lock(engine: sa.Engine) -> None:
+    """The table is reflected from the connection of the first find."""
+    with lock_reads(relay, "events") as patch, engine.connect() as connection:
+        assert relay(connection) == [1, 2, 3]
+    assert (patch.claimed, patch.passed_through) == (3, 0)
+
+
+def test_reads_that_are_claimed(engine: sa.Engine) -> None:
+    """So it is where the rows are claimed first."""
+    with claim_reads(run_all, LEASED, limit=2) as patch, engine.connect() as connection:
+        assert [run_all(connection) for _ in range(3)] == [[1, 2], [3], []]
+    assert (patch.claimed, patch.passed_through) == (3, 0)
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_in_a_file(engine: sa.Engine, tmp_path: Path) -> None:
+    """A file says the same."""
+    path = tmp_path / "patches.toml"
+    path.write_text(
+        f"""
+        [patches."{HERE}:take"]
+        session = "bind"
+        commit = true
+        returns = "id"
+        table = {{ table = "jobs", order = "place", state = "state", free = "waiting", \
+claimed = "running", done = "done" }}
+
+        [patches."{HERE}:relay"]
+        by = "lock_reads"
+        table = "events"
+
+        [patches."{HERE}:run_all"]
+        by = "claim_reads"
+        at_most_once = true
+        table = {{ table = "jobs", state = "state", free = "waiting", claimed = "running", \
+done = "done" }}
+        """,
+        encoding="utf-8",
+    )
+    patches: list[Patch] = load_patches(path)
+    with engine.connect() as connection:
+        assert take(connection) == 1
+        assert relay(connection) == [1, 2, 3]
+        assert run_all(connection) == [2, 3]
+    for patch in patches:
+        patch.undo()
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_path_to_a_name(letters: sa.Engine) -> None:
+    """What a path or a callable gives may be a name, too."""
+    own, other = Queue("letters"), Queue("nothing")
+    with Session(letters) as session:
+        with patch_claims(Queue.take, "self.table_name", commit=True, order_by="id"):
+            assert own.take(session).id == 1
+            with pytest.raises(PatchError, match="'nothing' is neither a parameter of the"):
+                other.take(session)
+        with patch_claims(Queue.take, lambda call: call.self.table_name, commit=True) as patch:
+            assert own.take(session).id == 2
+        assert patch.claimed == 1
+
+
+def test_a_table_that_is_not_there_yet(tmp_path: Path) -> None:
+    """The error says what the name could be; the next call looks again."""
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'jobs'}")
+    with patch_claims(take, JOBS, session="bind"), pytest.raises(PatchError, match="a parameter"):
+        take(engine)
+    with patch_claims(take, JOBS, session="bind", returns="id"):
+        with pytest.raises(PatchError, match=r"nor a table in the database .*'package.models:Job'"):
+            take(engine)
+        fill(engine, Job, 1)
+        assert take(engine) == 1
+    with pytest.raises(PatchError, match=r"its table is 'bind\.name'; expected"):
+        patch_claims(take, {**JOBS, "table": "bind.name"}, session="bind")
+    engine.dispose()
+
+
+def test_an_asynchronous_session(tmp_path: Path) -> None:
+    """A coroutine's table is reflected beside the event loop."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'jobs'}"
+
+    async def run() -> list[Any]:
+        engine = create_async_engine(url)
+        async with AsyncSession(engine) as session:
+            found = [await take_async(session) for _ in range(3)]
+        await engine.dispose()
+        return found
+
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'jobs'}")
+    fill(engine, Job, 2)
+    with patch_claims(take_async, JOBS, commit=True, returns="id"):
+        assert asyncio.run(run()) == [1, 2, None]
+    engine.dispose()
