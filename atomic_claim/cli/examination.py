@@ -16,10 +16,11 @@ from sqlalchemy.orm import Mapper
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
-from atomic_claim.testing.names import load, reflect
+from atomic_claim.testing.names import load_table
 
 from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
+from .flags import naming_flags
 
 OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
     "postgresql": (postgresql.checks, (postgresql.catalog, postgresql.clock)),
@@ -153,10 +154,8 @@ def target(connection: Connection, spec: str) -> tuple[Any, Table]:
     Raises:
         CommandError: it is no table, or the database has none of this name.
     """
-    if ":" not in spec:
-        table = reflect(connection, spec)
-        return table, table
-    given = load(spec, "--table")
+    with naming_flags():
+        given = load_table(spec, connection)
     found = _table_of(given)
     if not isinstance(found, Table):
         raise CommandError(

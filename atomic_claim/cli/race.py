@@ -20,6 +20,7 @@ from atomic_claim.testing.racing import race as held
 from atomic_claim.testing.results import Race
 
 from .drawing import SvgOption, check_picture, draw_picture
+from .flags import naming_flags
 from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
 from .targets import TableOption, chosen
@@ -155,7 +156,8 @@ def race(
                 progress=told,
             )
 
-        races = with_progress(targets, jobs, run)
+        with naming_flags():
+            races = with_progress(targets, jobs, run)
         if svg is not None:
             draw_picture(svg, races[0].database, [_half(each) for each in races])
         if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,8 @@ from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.patch.file import find_file, read_file
 from atomic_claim.testing.database import CommandError, connected, one_line, parse_url
 from atomic_claim.testing.names import load_table
+
+from .flags import naming_flags
 
 TableOption = Annotated[
     str | None,
@@ -55,7 +57,11 @@ def load_job_table(spec: str | None, url: str | None) -> tuple[Any, JobTable]:
             certainty.
     """
     spec = chosen(spec)
-    with nullcontext() if ":" in spec or url is None else connected(parse_url(url)) as engine:
+    with ExitStack() as stack:
+        stack.enter_context(naming_flags())
+        engine = None
+        if ":" not in spec and url is not None:
+            engine = stack.enter_context(connected(parse_url(url)))
         found = load_table(spec, engine)
     try:
         return found, job_table_of(found)

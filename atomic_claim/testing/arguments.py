@@ -200,7 +200,7 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
     except (TypeError, ValueError):
         raise CommandError(
             f"{name} does not say which arguments it takes: name a function that calls it with "
-            "--call MODULE:FUNCTION"
+            "call="
         ) from None
     maker = None
     if _needs_object(function, owner):
@@ -221,8 +221,8 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
         raise CommandError(
             f"{name} takes {', '.join(unknown)}, and what that is to be given cannot be told by "
             "name or annotation (known are a session, sessionmaker, engine, connection, limit, "
-            "worker and table): write a function that takes what is known, and name it with --call "
-            "MODULE:FUNCTION; as its parameter `target` it is given the one that is raced"
+            "worker and table): write a function that takes what is known, and name it with call=; "
+            "as its parameter `target` it is given the one that is raced"
         )
     return Plan(function, tuple(roles), maker)
 

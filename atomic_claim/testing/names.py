@@ -17,75 +17,65 @@ from atomic_claim.references import resolve
 from .database import CommandError
 
 
-def load(spec: str, option: str) -> Any:
+def load(spec: str, parameter: str) -> Any:
     """Load the object that ``MODULE:NAME`` names, also from the current directory.
 
     Args:
         spec: the module and the name in it, which may have dots.
-        option: where it was given, for the messages.
+        parameter: where it was given, for the messages.
 
     Raises:
         CommandError: there is no such module or name, or the module cannot be imported.
     """
-    return owner_and_object(spec, option)[1]
+    return owner_and_object(spec, parameter)[1]
 
 
-def load_table(spec: str, engine: Engine | None) -> Any:
+def load_table(spec: str, bind: Engine | Connection | None) -> Any:
     """Load the table of a module, or reflect that of this name from the database.
 
     Args:
         spec: ``MODULE:NAME``, or the table's name, with a dot behind its schema.
-        engine: the database, if there is one.
+        bind: the database, if there is one.
 
     Raises:
         CommandError: there is none of this name.
     """
     if ":" in spec:
-        return load(spec, "--table")
-    if engine is None:
-        raise CommandError(
-            f"--table {spec} is a name in a database: give --url, or write MODULE:NAME"
-        )
-    with engine.connect() as connection:
-        return reflect(connection, spec)
-
-
-def reflect(connection: Connection, given: str) -> Table:
-    """Reflect the table of this name from the database.
-
-    Raises:
-        CommandError: there is none.
-    """
-    schema, _, name = given.rpartition(".")
+        return load(spec, "table")
+    if bind is None:
+        raise CommandError(f"table={spec} is a name in a database: give url=, or write MODULE:NAME")
+    schema, _, name = spec.rpartition(".")
     try:
         with warnings.catch_warnings():
             # An index on an expression cannot be reflected, and is not needed.
             warnings.simplefilter("ignore", SAWarning)
-            return Table(name, MetaData(), schema=schema or None, autoload_with=connection)
+            return Table(name, MetaData(), schema=schema or None, autoload_with=bind)
     except NoSuchTableError:
         raise CommandError(
-            f"--table {given}: the database has no such table; expected its name, or MODULE:NAME "
+            f"table={spec}: the database has no such table; expected its name, or MODULE:NAME "
             "for a table that a module declares"
         ) from None
 
 
-def owner_and_object(spec: str, option: str) -> tuple[Any, Any]:
+def owner_and_object(spec: str, parameter: str) -> tuple[Any, Any]:
     """Load an object as :func:`load` does; return its module or class, and the object."""
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
         raise CommandError(
-            f"{option} {spec}: expected MODULE:NAME, such as app.models:Job, where app/models.py "
-            "lies in the current directory or is installed"
+            f"{parameter}={spec}: expected MODULE:NAME, such as app.models:Job, where "
+            "app/models.py lies in the current directory or is installed"
         )
     if (here := os.getcwd()) not in sys.path:  # noqa: PTH109 - sys.path holds strings
         sys.path.insert(0, here)
-    _import(module_name, f"{option} {spec}")
+    _import(module_name, f"{parameter}={spec}")
     above, _, last = name.rpartition(".")
     try:
         owner = resolve(f"{module_name}:{above}")
         return owner, getattr(owner, last)
     except (AttributeError, ValueError):
-        raise CommandError(f"{option} {spec}: the module {module_name!r} has no {name!r}") from None
+        raise CommandError(
+            f"{parameter}={spec}: the module {module_name!r} has no {name!r}"
+        ) from None
 
 
 def _import(name: str, said: str) -> None:

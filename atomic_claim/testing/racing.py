@@ -111,7 +111,7 @@ def race(
         environment=dict(os.environ),
         path=(),
     )
-    maker = load(factory, "--factory") if isinstance(factory, str) else factory
+    maker = load(factory, "factory") if isinstance(factory, str) else factory
     text = url.render_as_string(hide_password=False) if isinstance(url, URL) else url
     with chosen(text) as address, connected(address) as engine:
         given = load_table(duty.table, None if url is None else engine)
@@ -159,7 +159,7 @@ def _run(
         except CommandError as error:
             if shown is not None:
                 raise
-            cure = "this was a temporary SQLite file: name a database of your own with --url"
+            cure = "this was a temporary SQLite file: name a database of your own with url="
             raise CommandError(f"{error}; {cure}") from None
         title = server_title(watch)
         team = Team(held, jobs.keys, watch)
@@ -198,12 +198,12 @@ def _check_result(found: Race, team: Team, *, existing: bool) -> None:
     if team.calls and not existing:
         key = ", ".join(team.calls[0].keys[0])
         raise CommandError(
-            f"TARGET {found.target} handed out {key!r}, which is no primary key of a row: it has "
+            f"target={found.target} handed out {key!r}, which is no primary key of a row: it has "
             "to return the jobs themselves, or their keys"
         )
     if found.last_error is not None:
-        raise CommandError(f"TARGET {found.target} handed out nothing: {found.last_error}")
+        raise CommandError(f"target={found.target} handed out nothing: {found.last_error}")
     raise CommandError(
-        f"TARGET {found.target} handed out none of {found.jobs:,} jobs: its query finds none of "
-        "the rows that were made; give rows that are free to it with --factory MODULE:FUNCTION"
+        f"target={found.target} handed out none of {found.jobs:,} jobs: its query finds none of "
+        "the rows that were made; give rows that are free to it with factory="
     )

@@ -68,7 +68,7 @@ class Reader:
             raise CommandError(
                 f"it handed out {_short(job)}, in which no primary key ({names}) can be found; "
                 "expected entities, rows, dictionaries or keys, one or several: write a function "
-                "that returns such, and name it with --call MODULE:FUNCTION"
+                "that returns such, and name it with call="
             )
         return tuple(
             _text(value, column.type) for value, column in zip(values, self._key, strict=True)

@@ -178,7 +178,7 @@ class Maker:
                 return make(self, column, type_, place, number)
         raise CommandError(
             f"no value is known for {column.table.fullname}.{column.name}, a {column.type!r} that "
-            "is not nullable and has no default: give rows with --factory MODULE:FUNCTION"
+            "is not nullable and has no default: give rows with factory="
         )
 
     def _text(self, column: Column[Any], length: int | None, number: int) -> str:
@@ -190,7 +190,7 @@ class Maker:
         if length is not None and len(digits) > length:
             raise CommandError(
                 f"{column.table.fullname}.{column.name} holds {length} characters and is unique: "
-                f"too few for so many rows; use fewer --jobs, or give rows with --factory"
+                f"too few for so many rows; use fewer with jobs=, or give rows with factory="
             )
         prefix = column.name if length is None else column.name[: max(0, room)]
         return f"{prefix}-{digits}" if prefix else digits
@@ -294,13 +294,13 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
         found = _given(factory, count)
     # Whatever a user's function raises, its author reads one line of it.
     except Exception as error:  # noqa: BLE001
-        raise CommandError(f"--factory failed: {where(error)}") from None
+        raise CommandError(f"factory= failed: {where(error)}") from None
     rows = [_values(each) for each in found]
     if len(rows) < count or any(row is None for row in rows):
         wrong = next((each for each in found if _values(each) is None), None)
         what = f"{len(rows)} rows" if wrong is None else f"{wrong!r}"
         raise CommandError(
-            f"--factory gave {what}; expected, called with the number of a row, a dictionary of "
+            f"factory= gave {what}; expected, called with the number of a row, a dictionary of "
             f"its columns or a mapped object, or, called with a count, so many of them ({count})"
         )
     return [row for row in rows if row is not None]
@@ -341,7 +341,7 @@ def tables_of(given: Any) -> list[Table]:
     found: list[Any] = list(mapper.tables) if isinstance(mapper, Mapper) else [given]
     if not found or not all(isinstance(table, Table) for table in found):
         raise CommandError(
-            f"--table is {given!r}; expected a Table, a mapped class or a JobTable of a module"
+            f"table= is {given!r}; expected a Table, a mapped class or a JobTable of a module"
         )
     if not found[0].primary_key.columns:
         raise CommandError(

@@ -78,8 +78,8 @@ def filled(
     if there and not existing:
         raise CommandError(
             f"{masked(engine.url)} holds a table {there[0].fullname!r} already, and this fills it "
-            "and has its rows claimed: name a database of its own with --url, or say "
-            "--use-existing-table"
+            "and has its rows claimed: name a database of its own with url=, or say "
+            "use_existing_table=True"
         )
     new = [table for table in tables if table not in there]
     filling = _Filling(engine, jobs, job_columns(given))
@@ -111,7 +111,7 @@ def _with_parents(tables: Sequence[Table]) -> list[Table]:
             except NoReferenceError as error:
                 raise CommandError(
                     f"{table.fullname} has a foreign key to what its metadata does not have "
-                    f"({error}): import the module of that table beside --table's"
+                    f"({error}): import the module of that table, too"
                 ) from None
             if parent not in found:
                 found.append(parent)
@@ -130,7 +130,7 @@ def _make(engine: Engine, tables: Sequence[Table]) -> None:
         what = f"cannot make {names} in {masked(engine.url)}"
         if isinstance(error, CompileError):
             said = re.sub(r"Compiler <[^>]*>", engine.dialect.name, str(error))
-            raise CommandError(f"{what}: {said}; name a database that can with --url") from None
+            raise CommandError(f"{what}: {said}; name a database that can with url=") from None
         raise complaint(what, error, engine.url) from None
 
 
@@ -210,7 +210,7 @@ class _Filling:
         found = complaint(f"cannot fill {table.fullname}{said}", error, self._engine.url)
         return CommandError(
             f"{found}; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and "
-            "unique constraints: give others with --factory MODULE:FUNCTION"
+            "unique constraints: give others with factory="
         )
 
     def _fill(
@@ -223,7 +223,7 @@ class _Filling:
         """Insert a row for each of those given, and remember them with their primary keys."""
         if table in above:
             raise CommandError(
-                f"{table.fullname} needs itself by its foreign keys: give rows with --factory"
+                f"{table.fullname} needs itself by its foreign keys: give rows with factory="
             )
         parents = self._parents(connection, table, given, above)
         wanted = (*table.primary_key.columns, *self._referenced(table))

@@ -183,7 +183,7 @@ class Team:
     def _late(self) -> str:
         now = time.perf_counter()
         since = [begin for begin in self._board.calling if begin]
-        said = f"the race was not over after {self.setting.timeout:g} seconds (--timeout): "
+        said = f"the race was not over after {self.setting.timeout:g} seconds (timeout=): "
         if not self._start:
             return f"{said}not all workers had begun"
         said += f"{len(self._handed):,} of {len(self.keys):,} jobs were handed out"

@@ -186,11 +186,11 @@ def _begin(worker: int, duty: Duty, pipe: Pipe, board: Board, *, victim: bool) -
 
 
 def _plan(duty: Duty) -> tuple[Plan, Any]:
-    owner, target = owner_and_object(duty.target, "TARGET")
+    owner, target = owner_and_object(duty.target, "target")
     if duty.call is None:
-        return planned(target, f"TARGET {duty.target}", owner), target
-    owner, adapter = owner_and_object(duty.call, "--call")
-    return planned(adapter, f"--call {duty.call}", owner, adapter=True), target
+        return planned(target, f"target={duty.target}", owner), target
+    owner, adapter = owner_and_object(duty.call, "call")
+    return planned(adapter, f"call={duty.call}", owner, adapter=True), target
 
 
 @dataclass
@@ -242,7 +242,7 @@ class _Loop:
             self._failed(error)
             return None
         except CommandError as error:
-            raise CommandError(f"TARGET {self.target}: {error}") from None
+            raise CommandError(f"target={self.target}: {error}") from None
         except (DBAPIError, ClaimError):
             raise
         # Whatever a function raises that is of its own, it hands out nothing.
@@ -261,7 +261,7 @@ class _Loop:
             self.failing_since = now
         elif self.in_a_row >= FAILURES and now - self.failing_since > FAILING:
             raise CommandError(
-                f"TARGET {self.target} failed {self.in_a_row} times in a row: {one_line(error)}"
+                f"target={self.target} failed {self.in_a_row} times in a row: {one_line(error)}"
             )
         longest = min(LONGEST_PAUSE, 0.0005 * 2**self.in_a_row)
         time.sleep(random.uniform(0, longest))  # noqa: S311 - no secret

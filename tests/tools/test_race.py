@@ -122,7 +122,7 @@ def test_an_existing_table(database: Database) -> None:
     with engine.begin() as connection:
         row = {"created_at": sa.func.now(), "processing": True}
         connection.execute(jobs.insert().values(row))
-    with pytest.raises(RaceError, match=r"holds a table 'jobs' already.*--use-existing-table"):
+    with pytest.raises(RaceError, match=r"holds a table 'jobs' already.*use_existing_table=True"):
         small("cured", url=address(database))
     found = small("cured", url=database.url, use_existing_table=True, jobs=20)
     assert (found.jobs, found.exact) == (20, True)
@@ -133,14 +133,14 @@ def test_an_existing_table(database: Database) -> None:
 def test_a_check_needs_a_factory() -> None:
     """A constraint that cannot be interpreted is named in the error, and a factory helps."""
     options: Any = {"table": "tests.racers:checked", "jobs": 12, "workers": 2}
-    with pytest.raises(RaceError, match=r"has the CHECK size BETWEEN 3 AND 9.*--factory"):
+    with pytest.raises(RaceError, match=r"has the CHECK size BETWEEN 3 AND 9.*factory="):
         race("tests.racers:claim_checked", **options)
     for factory in ("tests.racers:sized", racers.all_sized):
         found = race(racers.claim_checked, factory=factory, **options)
         assert (found.claimed, found.exact) == (12, True)
-    with pytest.raises(RaceError, match=r"--factory failed: ZeroDivisionError at .*test_race"):
+    with pytest.raises(RaceError, match=r"factory= failed: ZeroDivisionError at .*test_race"):
         race("tests.racers:claim_checked", factory=lambda _: 1 // 0, **options)
-    with pytest.raises(RaceError, match="--factory gave"):
+    with pytest.raises(RaceError, match="factory= gave"):
         race("tests.racers:claim_checked", factory=lambda _: 3, **options)
 
 
@@ -376,10 +376,10 @@ class TestWhatItIsGiven:
 
     @pytest.mark.parametrize("parameters", ["x", "session, tenant"])
     def test_unknown(self, parameters: str) -> None:
-        """An argument that cannot be inferred is an error that mentions `--call`."""
+        """An argument that cannot be inferred is an error that mentions `call=`."""
         names: Any = {}
         exec(f"def claim({parameters}): pass", names)  # noqa: S102 - made above
-        with pytest.raises(RaceError, match="--call"):
+        with pytest.raises(RaceError, match="call="):
             planned(names["claim"], "claim")
 
 
