@@ -19,14 +19,15 @@ from atomic_claim.testing.database import CommandError, one_line, server_title
 from atomic_claim.testing.names import load_table
 
 from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
-from .checks.findings import Check, Finding, JobCheck, Level, Patient, Reading
+from .checks.catalog import catalog
+from .checks.findings import Finding, JobCheck, Level, Patient, Reading
 from .flags import naming_flags
 
-OWN: Mapping[str, tuple[Check, tuple[JobCheck, ...]]] = {
-    "postgresql": (postgresql.checks, (postgresql.catalog, postgresql.clock)),
-    "mysql": (innodb.checks, (innodb.catalog, innodb.clock)),
-    "mariadb": (innodb.checks, (innodb.catalog, innodb.clock)),
-    "sqlite": (sqlite.checks, ()),
+OWN: Mapping[str, tuple[JobCheck, ...]] = {
+    "postgresql": (postgresql.clock,),
+    "mysql": (innodb.rights, innodb.clock),
+    "mariadb": (innodb.rights, innodb.clock),
+    "sqlite": (sqlite.checks,),
 }
 COMMON: tuple[JobCheck, ...] = (
     *(declared.types, plan.plan, declared.states, rows.nulls, rows.stuck, rows.spent),
@@ -125,8 +126,7 @@ def examine(
         if all(finding.level is Level.FINE for finding in found):
             job_table, meaning = columns.read(given)
             found.append(meaning)
-        known, own = OWN[patient.product]
-        found += known(patient)
+        found += catalog(patient, job_table)
         read_without_locks(connection)
         statement = None
         if job_table is not None:
@@ -134,7 +134,7 @@ def examine(
             claim = Reading(replace(patient, table=job_table.table), job_table)
             try:
                 statement = plan.statement_of(claim)
-                for check in (*own, *COMMON, *more):
+                for check in (*OWN[patient.product], *COMMON, *more):
                     found += check(claim)
             except (ClaimError, DBAPIError) as error:
                 if isinstance(error, DBAPIError) and error.connection_invalidated:

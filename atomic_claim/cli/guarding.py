@@ -14,7 +14,7 @@ from atomic_claim.guard import Guard, guard
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line
 
-from .operations import AddColumn, Statements
+from .operations import AddedColumn, Step
 from .texts import dialect_of
 
 COMMENT = (
@@ -26,11 +26,11 @@ ROLES = ("state", "due", "worker", "token", "lease", "attempts", "error")
 
 def guard_step(
     job_table: JobTable,
-    columns: Sequence[AddColumn],
+    columns: Sequence[AddedColumn],
     names: Sequence[str],
     *,
     full_rows: bool,
-) -> Statements:
+) -> Step:
     """Build the migration step that creates the guard's triggers.
 
     Args:
@@ -56,12 +56,12 @@ def guard_step(
         if made:
             said += f"; or guard the others: {' '.join(f'--dialect {name}' for name in made)}"
         raise CommandError(said)
-    does = {name: each.upgrade for name, each in made.items()}
-    undoes = {name: each.downgrade for name, each in made.items()}
-    return Statements(COMMENT, does, undoes)
+    up = {name: each.upgrade for name, each in made.items()}
+    down = {name: each.downgrade for name, each in made.items()}
+    return Step(COMMENT, up, down)
 
 
-def _grown(job_table: JobTable, columns: Sequence[AddColumn], dialect: Dialect) -> JobTable:
+def _grown(job_table: JobTable, columns: Sequence[AddedColumn], dialect: Dialect) -> JobTable:
     """Return a copy of the job table as it will be after the migration."""
     own: Table = job_table.table
     table = own.to_metadata(MetaData())

@@ -14,11 +14,10 @@ behind the order, so that such rows are passed over without being read from the 
 from __future__ import annotations
 
 import hashlib
-import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ColumnElement, Dialect, String, Table, and_, column
 from sqlalchemy.dialects import mysql
@@ -39,11 +38,29 @@ from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import DatabaseTime, OrderTerm
 
+from .texts import literal_text
+
 INNODB = ("mysql", "mariadb")
+# Refused rather than built while writers wait.
+ONLINE = ", ALGORITHM=INPLACE, LOCK=NONE"
 # PostgreSQL cuts off longer names, without a word.
 LONGEST_NAME = 63
 # Longer texts could make an index's rows too long, for no more than speed.
 LONGEST_BEHIND = 64
+
+
+class Term(NamedTuple):
+    """A column or an expression in an index, its SQL, and its direction."""
+
+    element: ColumnElement[Any]
+    text: str
+    suffix: str
+
+    @classmethod
+    def of(cls, element: ColumnElement[Any], suffix: str, dialect: Dialect) -> Term:
+        """Render the element."""
+        text = literal_text(element, dialect)
+        return cls(element, text if _is_column(element) else f"({text})", suffix)
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,32 @@ class NeededIndex:
 
     def definition(self, dialect: Dialect) -> str:
         """Render the index's definition, the part after ``CREATE INDEX name``."""
-        return self._defined(dialect, self._behind(dialect))
+        terms, where = self.parts(dialect)
+        # SQLite wants the schema before the index's name alone.
+        has_schema = dialect.name != "sqlite"
+        table = dialect.identifier_preparer.format_table(self.table, use_schema=has_schema)
+        columns = ", ".join(term.text + term.suffix for term in terms)
+        return f"ON {table} ({columns}){f' WHERE {where}' if where else ''}"
+
+    def parts(self, dialect: Dialect) -> tuple[list[Term], str]:
+        """Return the index's terms and its condition."""
+        before = self.leading if dialect.name == "postgresql" else self.equal
+        behind, where = self._behind(dialect), ""
+        if dialect.name in INNODB:
+            # Of several values no order comes; but so the rows need not be read to be passed over.
+            names = self.chosen_by if not before else ()
+            behind = [*(c for c in self.table.columns if c.name in names), *behind]
+        elif self.conditions:
+            where = literal_text(and_(*self.conditions), dialect)
+        order = [OrderTerm.of(term) for term in self.order]
+        ahead = {getattr(part, "name", None) for part in (*before, *(t.element for t in order))}
+        found = [Term.of(part, "", dialect) for part in before]
+        for term in order:
+            descending = " DESC" if term.descending else ""
+            suffix = term.suffix if dialect.name == "postgresql" else descending
+            found.append(Term.of(term.element, suffix, dialect))
+        found += [Term.of(part, "", dialect) for part in behind if part.name not in ahead]
+        return list({(term.text, term.suffix): term for term in found}.values()), where
 
     def _behind(self, dialect: Dialect) -> list[ColumnClause[Any]]:
         """Return the trailing columns that filter rows in the index without reading the table."""
@@ -119,85 +161,40 @@ class NeededIndex:
         found = _columns_of(passing)
         return [c for c in found if dialect.name == "sqlite" or not _is_wide(c)]
 
-    def _defined(self, dialect: Dialect, behind: Iterable[ColumnClause[Any]]) -> str:
-        parts, where = self._parts(dialect, behind)
-        terms = [self._term(element, dialect) + suffix for element, suffix in parts]
-        table = dialect.identifier_preparer.format_table(self.table)
-        return f"ON {table} ({', '.join(terms)}){f' WHERE {where}' if where else ''}"
-
-    def parts(self, dialect: Dialect) -> tuple[list[tuple[ColumnElement[Any], str]], str]:
-        """Return the index's terms, each with its direction, and its condition."""
-        return self._parts(dialect, self._behind(dialect))
-
-    def _parts(
-        self, dialect: Dialect, behind: Iterable[ColumnClause[Any]]
-    ) -> tuple[list[tuple[ColumnElement[Any], str]], str]:
-        before, where = self.leading, ""
-        if dialect.name != "postgresql":
-            before = self.equal
-        if dialect.name in INNODB:
-            # Of several values no order comes; but so the rows need not be read to be passed over.
-            names = self.chosen_by if not before else ()
-            behind = [*(c for c in self.table.columns if c.name in names), *behind]
-        elif self.conditions:
-            where = self._text(and_(*self.conditions), dialect)
-        order = [OrderTerm.of(term) for term in self.order]
-        ahead = {getattr(part, "name", None) for part in (*before, *(t.element for t in order))}
-        found: list[tuple[ColumnElement[Any], str]] = [(part, "") for part in before]
-        for term in order:
-            descending = " DESC" if term.descending else ""
-            found.append(
-                (term.element, term.suffix if dialect.name == "postgresql" else descending)
-            )
-        found += [(part, "") for part in behind if part.name not in ahead]
-        unique = {(self._term(element, dialect), suffix): element for element, suffix in found}
-        return [(element, suffix) for (_, suffix), element in unique.items()], where
-
-    def _term(self, element: ColumnElement[Any], dialect: Dialect) -> str:
-        text = self._text(element, dialect)
-        return text if _is_column(element) else f"({text})"
-
-    def _text(self, clause: ColumnElement[Any], dialect: Dialect) -> str:
-        options = {"include_table": False, "literal_binds": True}
-        return str(clause.compile(dialect=dialect, compile_kwargs=options))
-
-    def create(self, dialect: Dialect, name: str | None = None) -> str:
+    def create(self, dialect: Dialect) -> str:
         """Render the statement that creates the index without blocking writes."""
-        quote = dialect.identifier_preparer.quote
-        name = quote(name or self.name)
-        if dialect.name == "postgresql":
-            how = "" if self.is_partitioned else "CONCURRENTLY "
-            return f"CREATE INDEX {how}{name} {self.definition(dialect)}"
+        preparer, definition = dialect.identifier_preparer, self.definition(dialect)
         if dialect.name in INNODB:
-            definition = self.definition(dialect)
-            return f"CREATE INDEX {name} {definition} ALGORITHM=INPLACE LOCK=NONE"
-        if self.table.schema:
-            name = f"{quote(self.table.schema)}.{name}"
-            return f"CREATE INDEX {name} {_without_schema(self.definition(dialect))}"
-        return f"CREATE INDEX {name} {self.definition(dialect)}"
+            table, name = preparer.format_table(self.table), preparer.quote(self.name)
+            columns = definition.removeprefix(f"ON {table} ")
+            return f"ALTER TABLE {table} ADD INDEX {name} {columns}{ONLINE}"
+        name = self._name(dialect, has_schema=dialect.name == "sqlite")
+        return f"CREATE INDEX {self._how(dialect)}{name} {definition}"
 
     def drop(self, dialect: Dialect) -> str:
         """Render the statement that drops the index without blocking writes."""
-        quote = dialect.identifier_preparer.quote
-        name = quote(self.name)
-        table = dialect.identifier_preparer.format_table(self.table)
+        preparer = dialect.identifier_preparer
         if dialect.name in INNODB:
-            return f"ALTER TABLE {table} DROP INDEX {name}, ALGORITHM=INPLACE, LOCK=NONE"
-        if self.table.schema:
-            name = f"{quote(self.table.schema)}.{name}"
-        alone = dialect.name == "postgresql" and not self.is_partitioned
-        return f"DROP INDEX {'CONCURRENTLY ' if alone else ''}{name}"
+            table, name = preparer.format_table(self.table), preparer.quote(self.name)
+            return f"ALTER TABLE {table} DROP INDEX {name}{ONLINE}"
+        return f"DROP INDEX {self._how(dialect)}{self._name(dialect, has_schema=True)}"
+
+    def _how(self, dialect: Dialect) -> str:
+        is_alone = dialect.name == "postgresql" and not self.is_partitioned
+        return "CONCURRENTLY " if is_alone else ""
+
+    def _name(self, dialect: Dialect, *, has_schema: bool) -> str:
+        quote, schema = dialect.identifier_preparer.quote, self.table.schema
+        return (f"{quote(schema)}." if schema and has_schema else "") + quote(self.name)
 
     def is_declared(self, dialect: Dialect) -> bool:
         """Check whether the table's declaration already contains such an index.
 
         That of an earlier version, with no columns behind the order, will do.
         """
-        wanted = [_normal(self.definition(dialect)), _normal(self._defined(dialect, ()))]
-        return any(
-            _normal(str(CreateIndex(index).compile(dialect=dialect)).partition(" ON ")[2]) in wanted
-            for index in self.table.indexes
-        )
+        wanted = [each.definition(dialect) for each in (self, replace(self, passing=()))]
+        made = [str(CreateIndex(each).compile(dialect=dialect)) for each in self.table.indexes]
+        return any(f"ON {each.partition(' ON ')[2]}" in wanted for each in made)
 
 
 def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[NeededIndex]:
@@ -291,12 +288,3 @@ def _is_long_text(element: Any) -> bool:
     if not isinstance(element, Column) or not isinstance(type_, String):
         return False
     return type_.length is None or isinstance(type_, (mysql.TEXT, mysql.MEDIUMTEXT, mysql.LONGTEXT))
-
-
-def _without_schema(definition: str) -> str:
-    """SQLite wants the schema before the index's name, and not before the table's."""
-    return re.sub(r'^ON ("[^"]*"|\w+)\.', "ON ", definition)
-
-
-def _normal(definition: str) -> str:
-    return " ".join(definition.removeprefix("ON ").split())

@@ -7,9 +7,7 @@ import json
 import re
 import tomllib
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +19,7 @@ from atomic_claim.testing.database import CommandError
 from .guarding import guard_step
 from .indexes import INNODB
 from .model_lines import model_lines
-from .operations import NAMES, AddColumn, Operation, operations
+from .operations import ROLES, AddedColumn, Step, operations
 from .options import Flag, JsonOption, UrlOption, console, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql
 from .targets import TableOption, load_job_table
@@ -36,7 +34,7 @@ Revises:
 Made by: atomic-claim {command}
 """
 
-{imports}
+from alembic import op
 
 revision = "{revision}"
 down_revision = None
@@ -62,7 +60,7 @@ AddOption = Annotated[
     typer.Option(
         "--add",
         metavar="COLUMNS",
-        help=f"Columns to add, separated by commas: {', '.join(NAMES)}.",
+        help=f"Columns to add, separated by commas: {', '.join(ROLES)}.",
     ),
 ]
 GuardOption = Annotated[
@@ -132,7 +130,7 @@ def migration(
         given, job_table = load_job_table(table, url)
         steps = operations(job_table, wanted, names)
         if guard:
-            added = [step for step in steps if isinstance(step, AddColumn)]
+            added = [step.made for step in steps if isinstance(step.made, AddedColumn)]
             steps.append(guard_step(job_table, added, names, full_rows=full_rows))
         if not steps:
             typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
@@ -140,10 +138,10 @@ def migration(
             _print_sql(job_table, steps, names, as_json=as_json)
             return
         command = _command(table, wanted, names, " --guard" * guard + " --full-rows" * full_rows)
-        revision = Revision.of(steps, names)
+        revision = Revision(steps, names)
         text = revision.text(job_table, command)
         path = _write(config, job_table, revision) if write else None
-        model = model_lines(given, table or "", steps, names)
+        model = model_lines(given, table or "", steps)
         _print_revision(job_table, revision, text, path, model, as_json=as_json)
 
 
@@ -156,7 +154,7 @@ def _command(table: str | None, wanted: Sequence[str], names: Sequence[str], fla
 
 
 def _print_sql(
-    job_table: JobTable, steps: Sequence[Operation], names: Sequence[str], *, as_json: bool
+    job_table: JobTable, steps: Sequence[Step], names: Sequence[str], *, as_json: bool
 ) -> None:
     texts = {name: plain_sql(steps, name) for name in names}
     if as_json:
@@ -170,7 +168,7 @@ def _print_revision(
     revision: Revision,
     text: str,
     path: Path | None,
-    model: str,
+    model: Sequence[str],
     *,
     as_json: bool,
 ) -> None:
@@ -181,32 +179,32 @@ def _print_revision(
             "revision": revision.id,
             "path": None if path is None else str(path),
             "text": text if path is None else path.read_text(encoding="utf-8"),
-            "model": model.splitlines(),
+            "model": model,
         }
         typer.echo(json.dumps(said, indent=2))
         return
     typer.echo(text.rstrip() if path is None else path)
     if model:
-        typer.echo(f"{FOR_THE_MODEL}\n{model}", err=path is None)
+        typer.echo("\n".join([FOR_THE_MODEL, *model]), err=path is None)
 
 
 def _columns(given: str) -> list[str]:
     wanted = [name.strip() for name in given.split(",") if name.strip()]
     for name in wanted:
-        if name not in NAMES:
-            raise CommandError(f"--add {name}: expected some of {', '.join(NAMES)}, with commas")
+        if name not in ROLES:
+            raise CommandError(f"--add {name}: expected some of {', '.join(ROLES)}, with commas")
     return list(dict.fromkeys(wanted))
 
 
-def plain_sql(steps: Sequence[Operation], name: str) -> str:
+def plain_sql(steps: Sequence[Step], name: str) -> str:
     """Render the statements of a migration, and those that undo it as comments."""
     lines = [f"-- {name}"]
     for step in steps:
-        if statements := step.up(name):
-            alone = " Not inside a transaction." if step.is_alone(name) else ""
+        if statements := step.up.get(name):
+            alone = " Not inside a transaction." if name in step.alone else ""
             lines += [f"-- {step.comment}{alone}", *(_ended(each, name) for each in statements)]
     lines.append("-- To undo it:")
-    lines += [f"-- {each};" for step in reversed(steps) for each in step.down(name)]
+    lines += [f"-- {each};" for step in reversed(steps) for each in step.down.get(name, ())]
     return "\n".join(lines)
 
 
@@ -218,126 +216,79 @@ def _ended(statement: str, name: str) -> str:
     return f"{statement};"
 
 
-@dataclass(frozen=True)
 class Revision:
     """The contents of an Alembic revision.
 
     Attributes:
-        up: the lines of ``upgrade``.
-        down: the lines of ``downgrade``.
-        imports: the lines of its imports, without those of Alembic's own template.
+        up: the body of ``upgrade``.
+        down: the body of ``downgrade``.
+        id: a hash of both.
     """
 
-    up: tuple[str, ...]
-    down: tuple[str, ...]
-    imports: tuple[str, ...]
-
-    @classmethod
-    def of(cls, steps: Sequence[Operation], names: Sequence[str]) -> Revision:
-        """Build the revision of some steps."""
-        needs_mysql = any(isinstance(s, AddColumn) and "mysql." in s.source for s in steps)
-        imports = ("from sqlalchemy.dialects import mysql",) if needs_mysql else ()
-        down = tuple(_body(list(reversed(steps)), names, up=False))
-        return cls(tuple(_body(steps, names, up=True)), down, imports)
-
-    @property
-    def id(self) -> str:
-        """A hash of the contents."""
-        return hashlib.sha256("\n".join((*self.up, *self.down)).encode()).hexdigest()[:12]
+    def __init__(self, steps: Sequence[Step], names: Sequence[str]) -> None:
+        self.up = _body({name: list(_upgrade(steps, name)) for name in names})
+        self.down = _body({name: list(_downgrade(steps, name)) for name in names})
+        self.id = hashlib.sha256(f"{self.up}\n{self.down}".encode()).hexdigest()[:12]
 
     def text(self, job_table: JobTable, command: str) -> str:
         """Render a file that stands for itself."""
-        uses_sa = any("sa." in line for line in self.up)
         return REVISION.format(
             title=f"Make {job_table.table.fullname} fit for its claims.",
             revision=self.id,
             command=command,
-            imports="\n".join(
-                [*["import sqlalchemy as sa"] * uses_sa, "from alembic import op", *self.imports]
-            ),
-            up=indented(self.up),
-            down=indented(self.down),
+            up=self.up,
+            down=self.down,
         )
 
 
-def indented(lines: Sequence[str]) -> str:
-    """Return the body of a function, whose first line has its indentation already."""
-    return "\n    ".join(lines).replace("\n    \n", "\n\n")
+def _upgrade(steps: Sequence[Step], name: str) -> Iterator[tuple[str, Sequence[str], bool]]:
+    for step in steps:
+        yield step.comment, step.up.get(name, ()), name in step.alone
 
 
-def _body(steps: Sequence[Operation], names: Sequence[str], *, up: bool) -> Iterator[str]:
-    """Yield the lines of ``upgrade`` or ``downgrade``."""
-    body = [line for step in steps for line in _step(step, names, up=up)]
-    if any("if dialect" in line for line in body):
-        yield "dialect = op.get_context().dialect.name"
-    yield from (line.rstrip() for line in body or ["pass"])
+def _downgrade(steps: Sequence[Step], name: str) -> Iterator[tuple[str, Sequence[str], bool]]:
+    for step in reversed(steps):
+        comment = f"Undo: {step.comment[0].lower()}{step.comment[1:]}"
+        yield comment, step.down.get(name, ()), name in step.alone
 
 
-def _step(step: Operation, names: Sequence[str], *, up: bool) -> Iterator[str]:
-    yield f"# {step.comment if up else _undoing(step)}"
-    if isinstance(step, AddColumn):
-        yield from _column(step, up=up)
-        return
-    of_each = {name: tuple(step.up(name) if up else step.down(name)) for name in names}
-    groups = [
-        (list(group), statements, alone)
-        for (statements, alone), group in groupby(
-            names, key=lambda name: (of_each[name], step.is_alone(name))
-        )
-    ]
-    if len(groups) == 1:
-        _, statements, alone = groups[0]
-        yield from _executed(statements, 1, alone=alone)
-        return
-    word = "if"
-    for group, statements, alone in groups:
-        if not statements:
-            continue
-        said = f"== {quoted_literal(group[0])}" if len(group) == 1 else f"in {_listed(group)}"
-        yield f"{word} dialect {said}:"
-        yield from (f"    {line}" for line in _executed(statements, 2, alone=alone))
-        word = "elif"
+def _body(of_each: Mapping[str, Sequence[tuple[str, Sequence[str], bool]]]) -> str:
+    """Return the body of a function; databases with the same statements share a branch."""
+    depth = 1 if len(of_each) == 1 else 2
+    branches: dict[str, list[str]] = {}
+    for name, steps in of_each.items():
+        lines = [line for step in steps if step[1] for line in _calls(*step, depth)]
+        branches.setdefault("\n".join(lines), []).append(name)
+    if depth == 1 or not any(branches):
+        return "".join(branches).strip() or "pass"
+    body, word = "dialect = op.get_context().dialect.name", "if"
+    for branch, names in branches.items():
+        if branch:
+            said = ", ".join(map(quoted_literal, names))
+            test = f"== {said}" if len(names) == 1 else f"in {{{said}}}"
+            body += f"\n    {word} dialect {test}:\n{branch}"
+            word = "elif"
+    return body
 
 
-def _undoing(step: Operation) -> str:
-    return f"Undo: {step.comment[0].lower()}{step.comment[1:]}"
-
-
-def _column(step: AddColumn, *, up: bool) -> Iterator[str]:
-    schema = step.table.schema
-    given = f", schema={quoted_literal(schema)}" if schema else ""
-    table, name = quoted_literal(step.table.name), quoted_literal(step.name)
-    if not up:
-        yield f"op.drop_column({table}, {name}{given})"
-        return
-    column = f"sa.Column({name}, {step.source}, nullable=True)"
-    call = f"op.add_column({table}, {column}{given})"
-    if 4 + len(call) <= WIDTH:
-        yield call
-        return
-    yield from ("op.add_column(", f"    {table},", "    sa.Column(", f"        {name},")
-    yield from (f"        {step.source},", "        nullable=True,", "    ),")
-    if given:
-        yield f"    {given.removeprefix(', ')},"
-    yield ")"
-
-
-def _executed(statements: Sequence[str], depth: int, *, alone: bool) -> Iterator[str]:
-    indent = ""
-    if alone:
-        yield "# CONCURRENTLY stops no writer, and cannot be part of a transaction."
-        yield "with op.get_context().autocommit_block():"
-        indent = "    "
+def _calls(comment: str, statements: Sequence[str], is_alone: bool, depth: int) -> Iterator[str]:
+    """Yield the lines that execute the statements of a step."""
+    indent = "    " * depth
+    yield f"{indent}# {comment}"
+    if is_alone:
+        yield f"{indent}# CONCURRENTLY stops no writer, and cannot be part of a transaction."
+        yield f"{indent}with op.get_context().autocommit_block():"
+        indent += "    "
     for statement in statements:
         # Alembic would take a colon in a string for a parameter.
         text = statement.replace(":", r"\:")
         call = f"{indent}op.execute({quoted_literal(text)})"
-        if 4 * depth + len(call) <= WIDTH and "\n" not in text:
+        if len(call) <= WIDTH and "\n" not in text:
             yield call
             continue
         yield f"{indent}op.execute("
         # A line break in a string is two characters long.
-        room = WIDTH - 4 * depth - len(indent) - (8 if "\n" in text else 6)
+        room = WIDTH - len(indent) - (8 if "\n" in text else 6)
         for line in text.splitlines(keepends=True):
             yield from (f"{indent}    {quoted_literal(part)}" for part in _pieces(line, room))
         yield f"{indent})"
@@ -352,10 +303,6 @@ def _pieces(text: str, room: int) -> Iterator[str]:
             piece = ""
         piece += word
     yield piece
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "{" + ", ".join(quoted_literal(name) for name in names) + "}"
 
 
 def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path:
@@ -389,9 +336,8 @@ def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path
         script = folder.generate_revision(
             revision.id,
             f"claims of {job_table.table.name}",
-            upgrades=indented(revision.up),
-            downgrades=indented(revision.down),
-            imports="\n".join(revision.imports),
+            upgrades=revision.up,
+            downgrades=revision.down,
         )
     except Refusal as error:
         raise CommandError(f"--write: {error}") from None

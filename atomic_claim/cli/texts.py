@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Dialect, bindparam, make_url
+from sqlalchemy import ColumnElement, Dialect, bindparam, make_url
 from sqlalchemy.sql.base import Executable
 
 from atomic_claim.job_table import JobTable
@@ -31,6 +31,12 @@ def quoted_literal(text: str) -> str:
     """Return a string literal as Python's formatters write it."""
     found = json.dumps(text, ensure_ascii=False)
     return found if ast.literal_eval(found) == text else repr(text)
+
+
+def literal_text(clause: ColumnElement[Any], dialect: Dialect) -> str:
+    """Render an expression on the columns of one table with literal values."""
+    options = {"include_table": False, "literal_binds": True}
+    return str(clause.compile(dialect=dialect, compile_kwargs=options))
 
 
 def fresh_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool = False) -> ClaimPlan:

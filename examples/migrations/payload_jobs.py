@@ -1,6 +1,6 @@
 """Make payload_jobs fit for its claims.
 
-Revision ID: e99ef0aa94a8
+Revision ID: ef6251493747
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
 
 from alembic import op
 
-revision = "e99ef0aa94a8"
+revision = "ef6251493747"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -17,8 +17,8 @@ depends_on = None
 def upgrade() -> None:
     """Add what the claims need."""
     dialect = op.get_context().dialect.name
-    # Serves the search for free rows, in the order of the claim.
     if dialect == "postgresql":
+        # Serves the search for free rows, in the order of the claim.
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
         with op.get_context().autocommit_block():
             op.execute(
@@ -26,11 +26,13 @@ def upgrade() -> None:
                 "WHERE processing = false AND completed_at IS NULL AND has_error IS NOT true"
             )
     elif dialect in {"mysql", "mariadb"}:
+        # Serves the search for free rows, in the order of the claim.
         op.execute(
             "ALTER TABLE payload_jobs ADD INDEX payload_jobs_claim_free (processing, completed_at, "
             "created_at, wait_until), ALGORITHM=INPLACE, LOCK=NONE"
         )
     elif dialect == "sqlite":
+        # Serves the search for free rows, in the order of the claim.
         op.execute(
             "CREATE INDEX payload_jobs_claim_free ON payload_jobs (processing, completed_at, "
             "created_at, wait_until) WHERE processing = 0 AND completed_at IS NULL AND has_error "
@@ -41,15 +43,17 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Take it away again."""
     dialect = op.get_context().dialect.name
-    # Undo: serves the search for free rows, in the order of the claim.
     if dialect == "postgresql":
+        # Undo: serves the search for free rows, in the order of the claim.
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
         with op.get_context().autocommit_block():
             op.execute("DROP INDEX CONCURRENTLY payload_jobs_claim_free")
     elif dialect in {"mysql", "mariadb"}:
+        # Undo: serves the search for free rows, in the order of the claim.
         op.execute(
             "ALTER TABLE payload_jobs DROP INDEX payload_jobs_claim_free, ALGORITHM=INPLACE, "
             "LOCK=NONE"
         )
     elif dialect == "sqlite":
+        # Undo: serves the search for free rows, in the order of the claim.
         op.execute("DROP INDEX payload_jobs_claim_free")

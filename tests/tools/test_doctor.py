@@ -22,7 +22,7 @@ from atomic_claim import JobTable, claim_jobs, complete_jobs
 from atomic_claim.cli.checks.findings import Patient, Reading
 from atomic_claim.cli.examination import examine, reading
 from atomic_claim.cli.indexes import needed_indexes
-from atomic_claim.cli.operations import create_index
+from atomic_claim.cli.texts import dialect_of
 from atomic_claim.cli.watching import Look, looks
 from atomic_claim.job_table import job_table_of
 from tests.commands import PASSWORD, REPOSITORY, Command, Ended, address
@@ -199,7 +199,9 @@ def healthy(database: Database, table: Any = jobs, count: int = 50, **values: An
 
 def create_indexes(database: Database, job_table: JobTable) -> None:
     """Create the indexes that the claims of a declaration need."""
-    execute(database, [create_index(each, database.name) for each in needed_indexes(job_table)])
+    execute(
+        database, [each.create(dialect_of(database.name)) for each in needed_indexes(job_table)]
+    )
 
 
 # --- in general
@@ -271,7 +273,7 @@ def test_an_index_of_an_earlier_version(
     if is_old:
         needed = [replace(each, passing=()) for each in needed]
     name = "mariadb" if database.name == "mariadb" else engine.dialect.name
-    execute(database, [create_index(each, name) for each in needed])
+    execute(database, [each.create(dialect_of(name)) for each in needed])
     assert doctor(command, database, table="tests.tools.test_doctor:retried") == Ended(0, "", "")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table, text
 
-from atomic_claim.cli.texts import dialect_of
+from atomic_claim.cli.texts import dialect_of, literal_text
 from atomic_claim.job_table import JobTable
 
 
@@ -91,8 +91,7 @@ class Patient:
 
     def text(self, clause: ColumnElement[Any]) -> str:
         """Compile an expression on the table's columns to SQL with literal values."""
-        options = {"include_table": False, "literal_binds": True}
-        return str(clause.compile(dialect=self.dialect, compile_kwargs=options))
+        return literal_text(clause, self.dialect)
 
 
 @dataclass(frozen=True)
@@ -117,46 +116,6 @@ class Reading:
         return list(dict.fromkeys(column for column in given if column is not None))
 
 
-@dataclass(frozen=True)
-class Question:
-    """A query of the catalog, in which every row is something wrong.
-
-    The texts name the row's columns in braces, and the table as ``{table}``.
-
-    Attributes:
-        check: what was looked at.
-        query: the query; its parameters are ``:name``, ``:schema`` and those that are given.
-        found: what is the case.
-        why: why that matters.
-        fix: what to do about it.
-        sql: what to run.
-        level: how much it matters.
-    """
-
-    check: str
-    query: str
-    found: str
-    why: str
-    fix: str
-    sql: tuple[str, ...] = ()
-    level: Level = Level.PROBLEM
-
-    def ask(self, patient: Patient, name: str, **given: Any) -> Iterator[Finding]:
-        """Yield a finding for each row, or one that all is well."""
-        query = text(self.query)
-        values = {"name": name, "schema": patient.table.schema, **given}
-        values = {key: value for key, value in values.items() if key in query.compile().params}
-        rows = patient.connection.execute(query, values).mappings().all()
-        for row in rows:
-            words = {**row, "table": patient.name}
-            sql = tuple(each.format_map(words) for each in self.sql)
-            found, fix = self.found.format_map(words), self.fix.format_map(words)
-            yield Finding(self.check, self.level, found, self.why, fix, sql)
-        if not rows:
-            yield Finding(self.check, Level.FINE, "nothing found")
-
-
-Check = Callable[[Patient], Iterator[Finding]]
 JobCheck = Callable[[Reading], Iterator[Finding]]
 
 

@@ -10,7 +10,6 @@ from sqlalchemy import Connection, inspect, text
 from sqlalchemy.sql.elements import ColumnClause
 
 from atomic_claim.cli.indexes import NeededIndex, needed_indexes
-from atomic_claim.cli.operations import create_index
 from atomic_claim.cli.plans import (
     Access,
     Known,
@@ -150,7 +149,7 @@ def _cure(
         return refusal, ()
     if patient.product in HIDDEN and (revealed := hidden_indexes(patient).get(needed.name)):
         return f"{needed.name} is there, but hidden from the planner: show it", (revealed,)
-    create, drop = create_index(needed, dialect.name), needed.drop(dialect)
+    create, drop = needed.create(dialect), needed.drop(dialect)
     if patient.is_partitioned:
         create, drop = (each.replace(" CONCURRENTLY", "") for each in (create, drop))
     analyse = f"{ANALYZE.get(patient.product, 'ANALYZE')} {patient.name}"

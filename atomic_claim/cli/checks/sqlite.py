@@ -1,4 +1,4 @@
-"""Checks specific to SQLite."""
+"""Checks specific to SQLite that no query makes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
-
-from .findings import Finding, Level, Patient
-
-# Milliseconds; sqlite3's own default is five times that.
-LEAST_TIMEOUT = 1000
+from .findings import Finding, Level, Patient, Reading
 
 
-def checks(patient: Patient) -> Iterator[Finding]:
+def checks(reading: Reading) -> Iterator[Finding]:
     """Check the database file and the driver's connection."""
-    yield _journal(patient)
-    yield _timeout(patient)
-    yield _transactions(patient)
-    yield _rights(patient)
+    yield _transactions(reading.patient)
+    yield _rights(reading.patient)
 
 
 def _rights(patient: Patient) -> Finding:
@@ -37,36 +30,6 @@ def _rights(patient: Patient) -> Finding:
         "a claim writes the file, and its log beside it",
         "take mode=ro out of the URL, or look as the user of the workers, with the right to write "
         "the file and its folder",
-    )
-
-
-def _journal(patient: Patient) -> Finding:
-    mode = str(patient.connection.scalar(text("PRAGMA journal_mode"))).upper()
-    if mode == "WAL":
-        return Finding("journal mode", Level.FINE, mode)
-    return Finding(
-        "journal mode",
-        Level.NOTE,
-        mode,
-        "a claim cannot commit while anybody reads: it waits, and fails with 'database is locked' "
-        "when the busy timeout is over",
-        "a write-ahead log keeps readers and the one writer apart; the file remembers it",
-        ("PRAGMA journal_mode = WAL",),
-    )
-
-
-def _timeout(patient: Patient) -> Finding:
-    milliseconds = int(patient.connection.scalar(text("PRAGMA busy_timeout")) or 0)
-    found = f"{milliseconds:,} ms"
-    if milliseconds >= LEAST_TIMEOUT:
-        return Finding("busy timeout", Level.FINE, found)
-    return Finding(
-        "busy timeout",
-        Level.PROBLEM,
-        found,
-        "SQLite has one writer at a time: a claim that waits no longer than this for the others "
-        "fails with 'database is locked'",
-        "add ?timeout=30 to the URL (seconds), or create_engine(..., connect_args={'timeout': 30})",
     )
 
 
