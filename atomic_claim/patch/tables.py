@@ -92,13 +92,14 @@ class TableReference:
 
     @property
     def is_defined(self) -> bool:
-        """Check whether the table can be had now, without waiting for an import to go on."""
+        """Check whether there is a table now, without a call and before an import goes on."""
         if self.clause is not None:
             return False
         module_name = self.name.partition(":")[0]
         module = loaded_module(module_name)
         try:
-            return referred(self.name) is not None
+            found = referred(self.name)
+            return found is not None and not _gives_tables(found)
         except PatchError:
             spec = getattr(module, "__spec__", None)
             if is_main(module_name) or getattr(spec, "_initializing", False):
@@ -119,6 +120,10 @@ class TableReference:
                 "patched function"
             )
         return table
+
+
+def _gives_tables(found: Any) -> bool:
+    return callable(found) and not isinstance(found, type)
 
 
 def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
@@ -215,7 +220,7 @@ class Tables:
             return self._made[given]
         # Not under the lock: a thread that waits for it may have the last connection of a pool.
         found = given.resolve(bind) if isinstance(given, TableReference) else given
-        if callable(found) and not isinstance(found, type):
+        if _gives_tables(found):
             if call is None or found is given:
                 raise PatchError(
                     f"table={self.reading.given!r} of {self._options.target} gives {found!r}; "

@@ -187,6 +187,19 @@ def test_a_path_to_a_name(letters: sa.Engine) -> None:
             assert patch.claimed == 1
 
 
+def table_of(call: Any) -> Any:
+    """Give the table of a call, for an option that names this."""
+    return call.self.table_name
+
+
+def test_a_callable_that_is_named(letters: sa.Engine) -> None:
+    """A name may be that of a callable, in a module that is imported already, too."""
+    queue = Queue("letters")
+    named = {"table": f"{HERE}:table_of", "order": "id"}
+    with Session(letters) as session, patch_claims(Queue.take, named, commit=True):
+        assert queue.take(session).id == 1
+
+
 @pytest.mark.databases("sqlite", "postgresql")
 def test_a_path_with_the_columns_beside_it(engine: sa.Engine) -> None:
     """A dictionary names the columns of whatever a path gives, a name or a table."""
