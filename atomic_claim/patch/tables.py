@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, MetaData, Table, TableClause, func, true
@@ -80,11 +80,9 @@ class TableReference:
     Attributes:
         name: ``"module:Name"``, or the table's name in the database, ``"jobs"`` or
             ``"schema.jobs"``.
-        options: the arguments of the ``JobTable``, if it needs one.
     """
 
     name: str
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
     def clause(self) -> TableClause | None:
@@ -94,25 +92,25 @@ class TableReference:
 
     @property
     def is_defined(self) -> bool:
-        """Check whether the table can be had now, without waiting for an import to go on."""
+        """Check whether there is a table now, without a call and before an import goes on."""
         if self.clause is not None:
             return False
         module_name = self.name.partition(":")[0]
         module = loaded_module(module_name)
         try:
-            return referred(self.name) is not None
+            found = referred(self.name)
+            return found is not None and not _gives_tables(found)
         except PatchError:
             spec = getattr(module, "__spec__", None)
             if is_main(module_name) or getattr(spec, "_initializing", False):
                 return False
             raise
 
-    def resolve(self, bind: Any = None) -> Any:
-        """Return the table, or its ``JobTable``; reflect it if the database alone knows it.
+    def resolve(self, bind: Any) -> Any:
+        """Return what is named; reflect it if the database alone knows it.
 
         Raises:
             PatchError: there is nothing of that name.
-            ClaimError: the options do not fit the table.
         """
         clause = self.clause
         table = referred(self.name) if clause is None else _reflected(clause, bind)
@@ -121,17 +119,30 @@ class TableReference:
                 f"table={self.name!r} is None: what sets it has not run; call it before the "
                 "patched function"
             )
-        if not self.options:
-            return table
-        if not isinstance(table, (type, Table)):
-            raise PatchError(
-                f"table={self.name!r} is {table!r}; expected a Table or a mapped class where its "
-                "columns are named beside it"
-            )
-        options = dict(self.options)
-        if isinstance(options.get("order"), (str, list)):
-            options["order"] = order_of(table, options["order"])
-        return JobTable.infer(table, **options)
+        return table
+
+
+def _gives_tables(found: Any) -> bool:
+    return callable(found) and not isinstance(found, type)
+
+
+def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
+    """Return the ``JobTable`` of a table whose columns are named beside it, if any are.
+
+    Raises:
+        ClaimError: the arguments do not fit the table.
+    """
+    if not arguments:
+        return table
+    if not isinstance(table, (type, Table)):
+        raise PatchError(
+            f"table is {table!r}; expected a Table or a mapped class where its columns are named "
+            "beside it"
+        )
+    options = {role: _clocks(each) for role, each in arguments.items()}
+    if isinstance(options.get("order"), (str, list)):
+        options["order"] = order_of(table, options["order"])
+    return JobTable.infer(table, **options)
 
 
 def _reflected(clause: TableClause, bind: Any) -> Table:
@@ -176,16 +187,11 @@ class Tables:
     """
 
     def __init__(self, given: Any, options: Options, make: Callable[[Any], JobTable]) -> None:
+        self._arguments: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            name = given.get("table")
-            if not isinstance(name, str) or options.parts(name) is not None:
-                raise PatchError(
-                    f"table={given!r} of {options.target}: its table is {name!r}; expected "
-                    "'package.models:Job' or a name in the database"
-                )
-            arguments = {role: clocks(each) for role, each in given.items() if role != "table"}
-            given = TableReference(name, arguments)
-        elif isinstance(given, str) and options.parts(given) is None:
+            self._arguments = dict(given)
+            given = self._arguments.pop("table", None)
+        if isinstance(given, str) and options.parts(given) is None:
             given = TableReference(given)
         self.reading = options.reading("table", given, lambda each: isinstance(each, type))
         self._options = options
@@ -214,7 +220,7 @@ class Tables:
             return self._made[given]
         # Not under the lock: a thread that waits for it may have the last connection of a pool.
         found = given.resolve(bind) if isinstance(given, TableReference) else given
-        if callable(found) and not isinstance(found, type):
+        if _gives_tables(found):
             if call is None or found is given:
                 raise PatchError(
                     f"table={self.reading.given!r} of {self._options.target} gives {found!r}; "
@@ -223,14 +229,14 @@ class Tables:
             return self._of(self._options.reading("table", found).read(call), call, bind)
         with self._lock:
             if given not in self._made:
-                self._made[given] = self._make(found)
+                self._made[given] = self._make(declared(found, self._arguments))
             return self._made[given]
 
 
-def clocks(value: Any) -> Any:
+def _clocks(value: Any) -> Any:
     """Replace each ``"now()"`` by the database's clock."""
     if isinstance(value, Mapping):
-        return {name: clocks(each) for name, each in value.items()}
+        return {name: _clocks(each) for name, each in value.items()}
     return func.now() if value == "now()" else value
 
 

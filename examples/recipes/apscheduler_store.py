@@ -9,32 +9,17 @@ from typing import Any
 import sqlalchemy as sa
 from apscheduler.util import datetime_to_utc_timestamp
 
-from atomic_claim import JobTable, Patch, patch_claims
-
-LEASE = 60.0
-BATCH = 5
+from atomic_claim import JobTable
 
 
-def jobs(table: sa.Table, now: float) -> JobTable:
+def jobs(call: Any) -> JobTable:
     """Declare that a job is free once its run time has come; a claim puts the time off."""
-    return JobTable(
-        table,
-        free=table.c.next_run_time <= now,
-        claimed={"next_run_time": sa.literal(now + LEASE)},
-        order="next_run_time",
-    )
+    table, now = call.self.jobs_t, datetime_to_utc_timestamp(call.now)
+    later = {"next_run_time": sa.literal(now + 60)}
+    free = table.c.next_run_time <= now
+    return JobTable(table, free=free, claimed=later, order="next_run_time")
 
 
-def patch() -> Patch:
-    """Claim a few jobs per call, so that the other schedulers find some too."""
-    return patch_claims(
-        "apscheduler.jobstores.sqlalchemy:SQLAlchemyJobStore.get_due_jobs",
-        lambda call: jobs(call.self.jobs_t, datetime_to_utc_timestamp(call.now)),
-        session="self.engine",
-        limit=BATCH,
-        returns=_reconstituted,
-    )
-
-
-def _reconstituted(rows: Any, call: Any) -> list[Any]:
+def reconstituted(rows: Any, call: Any) -> list[Any]:
+    """Return the jobs of the rows."""
     return [call.self._reconstitute_job(row.job_state) for row in rows]

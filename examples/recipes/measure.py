@@ -8,6 +8,7 @@ The tables that the package makes are made anew, and dropped in the end.
 """
 
 import argparse
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -18,12 +19,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
+from atomic_claim import Patch
+from atomic_claim.patch.file import read_file
+
 QUEUE = "work"
+FILE = Path(__file__).with_name("recipes.toml")
 
 
 @dataclass(frozen=True)
@@ -209,11 +214,102 @@ def apscheduler_work(url: str, took: list[float]) -> list[Any]:
     return fired
 
 
+def _storage(url: str) -> Any:
+    from dbjobq.storage.sqlalchemy_storage import SQLAlchemyStorage  # type: ignore[import-not-found]  # noqa: PLC0415
+
+    drivers = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+    given = sa.make_url(url)
+    address = given.set(drivername=drivers[given.get_backend_name()])
+    return SQLAlchemyStorage(address.render_as_string(hide_password=False))
+
+
+def dbjobq_fill(url: str, count: int) -> None:
+    """Enqueue jobs whose type is their number."""
+
+    async def fill() -> None:
+        storage = _storage(url)
+        await storage.initialize()
+        for number in range(count):
+            await storage.enqueue(str(number), "{}")
+        await storage.close()
+
+    asyncio.run(fill())
+
+
+def dbjobq_work(url: str, took: list[float]) -> list[Any]:
+    """Dequeue and complete until nothing is left."""
+
+    async def work() -> list[Any]:
+        storage, found = _storage(url), []
+        while True:
+            began = time.perf_counter()
+            if (job := await storage.dequeue()) is None:
+                break
+            took.append(time.perf_counter() - began)
+            found.append(int(job.type))
+            await storage.complete(job.id)
+        await storage.close()
+        return found
+
+    return asyncio.run(work())
+
+
+def _mails(url: str) -> tuple[Any, Any, Any]:
+    """Return an application with a table of mails, its database and the table's class."""
+    from flask import Flask  # noqa: PLC0415
+    from flask_mail import Mail  # type: ignore[import-not-found]  # noqa: PLC0415
+    from flask_mailalchemy.model import EmailMixin  # type: ignore[import-not-found]  # noqa: PLC0415
+    from flask_sqlalchemy import SQLAlchemy  # noqa: PLC0415
+
+    app = Flask(__name__)
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    app.config.update(
+        SQLALCHEMY_DATABASE_URI=url, SQLALCHEMY_ENGINE_OPTIONS=options, MAIL_SUPPRESS_SEND=True
+    )
+    database: Any = SQLAlchemy(app)
+    Mail(app)
+    # What the package asks of Flask-SQLAlchemy 2.
+    database.db = database
+    mail = type("Email", (EmailMixin, database.Model), {})
+    return app, database, mail
+
+
+def mailalchemy_fill(url: str, count: int) -> None:
+    """Schedule mails whose subject is their number."""
+    app, database, mail = _mails(url)
+    with app.app_context():
+        database.create_all()
+        for number in range(count):
+            address = {"sender_address": "a@localhost", "recipient": "b@localhost"}
+            database.session.add(mail(subject=str(number), message_txt="", **address))
+        database.session.commit()
+
+
+def mailalchemy_work(url: str, took: list[float]) -> list[Any]:
+    """Send what is scheduled, as a turn of its worker does, until nothing is left."""
+    from flask_mail import email_dispatched  # noqa: PLC0415
+
+    app, database, mail = _mails(url)
+    sent: list[Any] = []
+
+    def note(message: Any, **_: Any) -> None:
+        sent.append(int(message.subject))
+
+    email_dispatched.connect(note)
+    with app.app_context():
+        while mail.scheduled().count():
+            database.session.rollback()
+            began = time.perf_counter()
+            mail.send_scheduled()
+            took.append(time.perf_counter() - began)
+    return sent
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """A package, what fills its table, and what one worker does."""
+    """What is patched, what fills its table, and what one worker does."""
 
-    module: str
+    target: str
     fill: Callable[[str, int], None]
     work: Callable[[str, list[float]], list[Any]]
     tables: tuple[str, ...]
@@ -224,7 +320,7 @@ class Recipe:
 
 RECIPES = {
     "kombu": Recipe(
-        "kombu_transport",
+        "kombu.transport.sqlalchemy:Channel._get",
         kombu_fill,
         kombu_work,
         ("kombu_message", "kombu_queue"),
@@ -232,9 +328,35 @@ RECIPES = {
         400,
         RUNS + TIMES,
     ),
-    "apso": Recipe("apso_relay", apso_fill, apso_work, ("events",), 4, 400, RUNS + TIMES),
+    "apso": Recipe(
+        "apso_domain_events.relay:DomainEventRelay.process_pending",
+        apso_fill,
+        apso_work,
+        ("events",),
+        4,
+        400,
+        RUNS + TIMES,
+    ),
+    "dbjobq": Recipe(
+        "dbjobq.storage.sqlalchemy_storage:SQLAlchemyStorage.dequeue",
+        dbjobq_fill,
+        dbjobq_work,
+        ("jobs", "schedules"),
+        4,
+        200,
+        RUNS + TIMES,
+    ),
+    "mailalchemy": Recipe(
+        "flask_mailalchemy.model:EmailMixin.send_scheduled",
+        mailalchemy_fill,
+        mailalchemy_work,
+        ("email",),
+        4,
+        100,
+        RUNS + TIMES,
+    ),
     "apscheduler": Recipe(
-        "apscheduler_store",
+        "apscheduler.jobstores.sqlalchemy:SQLAlchemyJobStore.get_due_jobs",
         apscheduler_fill,
         apscheduler_work,
         ("apscheduler_jobs",),
@@ -243,6 +365,12 @@ RECIPES = {
         RUNS + SHARES,
     ),
 }
+
+
+def patch(name: str) -> Patch:
+    """Make the patch of a recipe."""
+    (entry,) = [each for each in read_file(FILE) if each.target == RECIPES[name].target]
+    return entry.apply()
 
 
 def _drop(url: str, tables: tuple[str, ...]) -> None:
@@ -257,7 +385,7 @@ def _worker(name: str, url: str, patched: bool, start: Any, results: Any) -> Non
     logging.disable(logging.WARNING)
     recipe = RECIPES[name]
     took: list[float] = []
-    context = import_module(f"examples.recipes.{recipe.module}").patch() if patched else None
+    context = patch(name) if patched else None
     with context or nullcontext():
         start.wait(60)
         results.put((recipe.work(url, took), took))

@@ -27,7 +27,7 @@ from atomic_claim import (
     inference,
     predicates,
 )
-from atomic_claim.patch.tables import TableReference
+from atomic_claim.patch.tables import declared
 from tests.databases import Database
 from tests.jobs import START, fill, ids, job_table, mapped
 
@@ -647,7 +647,7 @@ MAIL = table_of(status(), *ends(), Column("priority", Integer), Column("run_at",
 def test_a_file_of_patches_takes_the_same() -> None:
     """The arguments of a table in TOML settle what is in doubt, and the rest is read."""
     options = {"free": "new", "claimed": "busy", "order": "-priority"}
-    roles = TableReference(f"{__name__}:MAIL", options).resolve()
+    roles = declared(MAIL, options)
     assert (roles.state, roles.due) == (MAIL.c.status, MAIL.c.run_at)
     assert list(roles.withdrawn) == [MAIL.c.deleted_at]
     assert [str(term) for term in roles.order] == ["jobs.priority DESC"]

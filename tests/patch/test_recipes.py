@@ -43,10 +43,10 @@ def test_the_measurement_s_table(database: Database, monkeypatch: pytest.MonkeyP
 def test_kombu(database: Database) -> None:
     """A message goes to one channel, and another's is not waited for."""
     pytest.importorskip("kombu", reason="kombu is not installed")
-    from examples.recipes import kombu_transport, measure  # noqa: PLC0415
+    from examples.recipes import measure  # noqa: PLC0415
 
     measure.kombu_fill(url_of(database), 5)
-    with kombu_transport.patch() as patch:
+    with measure.patch("kombu") as patch:
         assert measure.kombu_work(url_of(database), []) == [0, 1, 2, 3, 4]
         assert (patch.calls, patch.claimed) == (6, 5)
     for engine, _ in measure.kombu_engines().values():
@@ -59,7 +59,7 @@ def test_apscheduler(database: Database) -> None:
     from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore  # noqa: PLC0415
     from apscheduler.schedulers.background import BackgroundScheduler  # noqa: PLC0415
 
-    from examples.recipes import apscheduler_store, measure  # noqa: PLC0415
+    from examples.recipes import measure  # noqa: PLC0415
 
     stores = [SQLAlchemyJobStore(engine=database.engine()) for _ in range(2)]
     scheduler = BackgroundScheduler(jobstores={"default": stores[0]}, timezone="UTC")
@@ -68,7 +68,7 @@ def test_apscheduler(database: Database) -> None:
         scheduler.add_job(measure.tick, "interval", seconds=1, args=[number], id=str(number))
     stores[1].start(scheduler, "other")
     now = datetime.now(UTC) + timedelta(seconds=30)
-    with apscheduler_store.patch():
+    with measure.patch("apscheduler"):
         found: list[Any] = [job for _ in range(2) for s in stores for job in s.get_due_jobs(now)]
         assert sorted(int(job.id) for job in found) == list(range(8))
         stores[1].update_job(found[0])
@@ -79,10 +79,10 @@ def test_apscheduler(database: Database) -> None:
 def test_apso(database: Database) -> None:
     """An event is delivered once, and the relay's own loop goes on as it did."""
     pytest.importorskip("apso_domain_events", reason="apso-domain-events is not installed")
-    from examples.recipes import apso_relay, measure  # noqa: PLC0415
+    from examples.recipes import measure  # noqa: PLC0415
 
     measure.apso_fill(url_of(database), 25)
-    with apso_relay.patch() as patch:
+    with measure.patch("apso") as patch:
         assert sorted(measure.apso_work(url_of(database), [])) == list(range(25))
         assert patch.claimed == 25
     with database.engine().connect() as connection:
