@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -11,12 +12,13 @@ from rich import box
 from rich.table import Table
 
 from atomic_claim.testing.database import CommandError, chosen, connected, masked, server_title
+from atomic_claim.testing.results import Counted
 
 from .drawing import SvgOption, check_picture, draw_picture
 from .file_workload import FILE_HALVES, run_file_half
 from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
-from .workload import HALVES, Half, Workload, run_half
+from .workload import HALVES, Progress, Workload, run_half
 
 FILES = "Directory queue"
 COLUMNS = (
@@ -79,33 +81,34 @@ def demo(
             raise typer.Exit(FAILED)
 
 
-Outcome = tuple[str, str | None, list[Half]]
+Outcome = tuple[str, str | None, list[Counted]]
 
 
 def _on_tables(url: str | None, workload: Workload) -> Outcome:
     """Run the demo on a table; return the database's title, its masked URL and the halves."""
-    with chosen(url) as address:
-        with connected(address) as engine, engine.connect() as connection:
+    names = list(HALVES)
+    with chosen(url) as address, connected(address) as engine:
+        with engine.connect() as connection:
             title = server_title(connection)
-        names = list(HALVES)
-        halves = with_progress(
-            names,
-            workload.jobs,
-            lambda place, told: run_half(names[place], address, workload, told),
-        )
+
+        def run(place: int, told: Progress) -> Counted:
+            return run_half(names[place], engine, workload, told)
+
+        halves = with_progress(names, workload.jobs, run)
         return title, None if url is None else masked(address), halves
 
 
 def _on_files(_: str | None, workload: Workload) -> Outcome:
     """Run the demo on a directory queue; return its title, None for the URL, and the halves."""
     names = list(FILE_HALVES)
-    halves = with_progress(
-        names, workload.jobs, lambda place, told: run_file_half(workload, names[place], told)
-    )
-    return FILES, None, halves
+
+    def run(place: int, told: Progress) -> Counted:
+        return run_file_half(names[place], workload, told)
+
+    return FILES, None, with_progress(names, workload.jobs, run)
 
 
-def _table(title: str, halves: Sequence[Half]) -> Table:
+def _table(title: str, halves: Sequence[Counted]) -> Table:
     table = Table(
         title=f"{title}: {halves[0].workload}",
         title_justify="left",
@@ -121,10 +124,10 @@ def _table(title: str, halves: Sequence[Half]) -> Table:
     for half in halves:
         table.add_row(
             half.name,
-            f"{half.workload.jobs:,}",
-            f"{len(half.runs):,}",
-            _alarming(len(half.doubled)),
-            _alarming(half.extra_runs),
+            f"{half.jobs:,}",
+            f"{half.claimed:,}",
+            _alarming(half.duplicates),
+            _alarming(_extra_runs(half)),
             _alarming(half.lost),
             f"{half.seconds:,.2f}",
             f"{half.claims_per_second:,.0f}",
@@ -132,41 +135,45 @@ def _table(title: str, halves: Sequence[Half]) -> Table:
     return table
 
 
+def _extra_runs(half: Counted) -> int:
+    """How many runs there were beyond each job's first."""
+    return half.claimed - len(half.times)
+
+
 def _alarming(count: int) -> str:
     return f"[{'red' if count else 'green'}]{count:,}[/]"
 
 
-def _verdict(half: Half) -> str:
+def _verdict(half: Counted) -> str:
     if half.exact:
         return f"{half.name}: every job ran exactly once."
-    return (
-        f"{half.name}: {len(half.doubled):,} of {half.workload.jobs:,} jobs ran more than once"
-        + (f", {half.lost:,} never." if half.lost else ".")
+    return f"{half.name}: {half.duplicates:,} of {half.jobs:,} jobs ran more than once" + (
+        f", {half.lost:,} never." if half.lost else "."
     )
 
 
-def _figures(title: str, url: str | None, halves: Sequence[Half]) -> dict[str, Any]:
-    workload = halves[0].workload
+def _figures(title: str, url: str | None, halves: Sequence[Counted]) -> dict[str, Any]:
+    first = halves[0]
     return {
         "database": title,
         "url": url,
-        "workers": workload.workers,
-        "jobs": workload.jobs,
-        "limit": workload.limit,
+        "workers": first.workers,
+        "jobs": first.jobs,
+        "limit": first.limit,
         "halves": {half.name.replace(" ", "_"): _half(half) for half in halves},
         "exact": halves[-1].exact,
     }
 
 
-def _half(half: Half) -> dict[str, Any]:
-    workers = range(half.workload.workers)
+def _half(half: Counted) -> dict[str, Any]:
+    by_worker = Counter(call.worker for call in half.calls)
     return {
-        "jobs": half.workload.jobs,
-        "times_claimed": len(half.runs),
-        "duplicates": len(half.doubled),
-        "extra_runs": half.extra_runs,
+        "jobs": half.jobs,
+        "times_claimed": half.claimed,
+        "duplicates": half.duplicates,
+        "extra_runs": _extra_runs(half),
         "lost": half.lost,
         "seconds": round(half.seconds, 6),
         "claims_per_second": round(half.claims_per_second, 1),
-        "claimed_by_worker": [sum(run.worker == worker for run in half.runs) for worker in workers],
+        "claimed_by_worker": [by_worker[worker] for worker in range(half.workers)],
     }

@@ -12,8 +12,7 @@ from typing import Annotated
 import typer
 
 from atomic_claim.testing.database import CommandError
-
-from .workload import Half
+from atomic_claim.testing.results import Counted
 
 PICTURES = (".svg", ".png")
 
@@ -48,8 +47,8 @@ def check_picture(path: Path) -> None:
         raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None
 
 
-def draw_picture(path: Path, title: str, halves: Sequence[Half]) -> None:
-    """Draw the halves into the file.
+def draw_picture(path: Path, title: str, results: Sequence[Counted]) -> None:
+    """Draw the results into the file.
 
     Raises:
         CommandError: it cannot be written.
@@ -58,6 +57,6 @@ def draw_picture(path: Path, title: str, halves: Sequence[Half]) -> None:
     from .picture import draw  # noqa: PLC0415
 
     try:
-        draw(path, title, halves)
+        draw(path, title, results)
     except OSError as error:
         raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None

@@ -5,21 +5,19 @@ Nothing here needs Typer or Rich: worker processes import this module.
 
 from __future__ import annotations
 
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from atomic_claim.errors import ClaimError
 from atomic_claim.files import claim_files, complete_files
-from atomic_claim.testing.database import CommandError, one_line
+from atomic_claim.testing.database import CommandError
 from atomic_claim.testing.interrupts import deferred
+from atomic_claim.testing.results import Counted
 
-from .workload import Duty, Half, RunJob, Workload, race
+from .workload import LoopTask, Progress, RunJob, Workload, run_loop
 
 
 class FileJob(NamedTuple):
@@ -69,72 +67,53 @@ def claim_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) ->
 FILE_HALVES: dict[str, Loop] = {"legacy loop": legacy_file_loop, "claim_files": claim_file_loop}
 
 
-@dataclass(frozen=True)
-class FileDuty(Duty):
-    """Jobs in a folder, done by one of the loops."""
-
-    loop: Loop
-    base: Path
-
-    @contextmanager
-    def begun(self) -> Iterator[Callable[[RunJob], None]]:
-        """Nothing has to be ready; what the system refuses ends the work like a refused claim."""
-
-        def work(run: RunJob) -> None:
-            try:
-                self.loop(self.base / "waiting", self.base / "processing", self.limit, run)
-            except OSError as error:
-                raise ClaimError(f"{error.filename}: {error.strerror}") from error
-
-        yield work
-
-    def complaint(self, what: str, error: BaseException) -> CommandError:
-        """There are no secrets here."""
-        return CommandError(f"{what}: {one_line(error)}")
-
-
-def run_file_half(workload: Workload, name: str, progress: Callable[[int], None]) -> Half:
+def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
     """Run one loop in as many processes as there are workers, on a folder of its own.
 
     Args:
-        workload: how much, and by how many.
         name: which loop, of ``FILE_HALVES``.
-        progress: told again and again how far down the queue the workers are, in jobs.
+        workload: how much, and by how many.
+        progress: told again and again how many jobs were run.
 
     Raises:
         CommandError: the folder could not be made, or a worker could not work.
     """
     with _filled_folder(workload.jobs) as base:
-        runs = race(FileDuty(workload.limit, FILE_HALVES[name], base), workload, progress)
-    return Half(name, workload, runs)
+        task = LoopTask(FILE_HALVES[name], partial(_folders, base), workload.limit)
+        keys = frozenset((str(number),) for number in range(1, workload.jobs + 1))
+        return run_loop(name, task, workload, keys, progress=progress)
+
+
+@contextmanager
+def _folders(base: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield what a loop is given; what the system refuses ends the work like a refused claim."""
+    try:
+        yield base / "waiting", base / "processing"
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from error
 
 
 @contextmanager
 def _filled_folder(count: int) -> Iterator[Path]:
     """Yield a folder of jobs, and always remove it afterwards."""
-    base: Path | None = None
     try:
         with deferred():
-            base = Path(tempfile.mkdtemp(prefix="atomic-claim-"))
-        for name in ("waiting", "processing"):
-            (base / name).mkdir()
-        width = len(str(count))
-        for number in range(1, count + 1):
-            text = f"Mail {number} of {count}"
-            (base / "waiting" / f"{number:0{width}d}").write_text(text, encoding="utf-8")
-        yield base
-    except OSError as error:
-        raise CommandError(f"cannot fill a folder of jobs: {error}") from None
-    finally:
-        if base is not None:
+            folder = TemporaryDirectory(prefix="atomic-claim-")
+        try:
+            base = Path(folder.name)
+            _fill(base, count)
+            yield base
+        finally:
             with deferred():
-                _remove(base)
-
-
-def _remove(base: Path) -> None:
-    before = sys.exception()
-    try:
-        shutil.rmtree(base)
+                folder.cleanup()
     except OSError as error:
-        said = f"cannot remove {base} (remove it yourself): {error}"
-        raise CommandError(f"{before}; then: {said}" if before else said) from None
+        raise CommandError(f"cannot fill or remove a folder of jobs: {error}") from None
+
+
+def _fill(base: Path, count: int) -> None:
+    for name in ("waiting", "processing"):
+        (base / name).mkdir()
+    width = len(str(count))
+    for number in range(1, count + 1):
+        text = f"Mail {number} of {count}"
+        (base / "waiting" / f"{number:0{width}d}").write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Both halves of the demo as a timeline: a lane a worker, a bar a run."""
+"""Results as a timeline: a lane a worker, a bar a run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .workload import Half, Run
+from atomic_claim.testing.results import Call, Counted, Key
 
 ONCE = "#3b78b0"
 MORE_THAN_ONCE = "#d62728"
@@ -38,17 +38,17 @@ STYLE: Any = {
 }
 
 
-def draw(path: Path, title: str, halves: Sequence[Half]) -> None:
-    """Draw the halves one below the other, on the same scale, into an SVG or PNG file."""
-    seconds = max(half.seconds for half in halves) or 1.0
-    lanes = halves[0].workload.workers
+def draw(path: Path, title: str, results: Sequence[Counted]) -> None:
+    """Draw the results one below the other, on the same scale, into an SVG or PNG file."""
+    seconds = max((call.end for found in results for call in found.calls), default=0.0) or 1.0
+    lanes = results[0].workers
     with rc_context(STYLE):
-        height = 1.7 + len(halves) * (0.6 + INCHES_A_LANE * max(lanes, 2))
+        height = 1.7 + len(results) * (0.6 + INCHES_A_LANE * max(lanes, 2))
         figure = Figure(figsize=(INCHES_WIDE, height), layout="constrained", facecolor="white")
-        figure.suptitle(f"{title}: {halves[0].workload}", fontsize=13, x=0.01, ha="left")
-        panels = figure.subplots(len(halves), sharex=True, squeeze=False)[:, 0]
-        for axes, half in zip(panels, halves, strict=True):
-            _draw_half(axes, half, seconds)
+        figure.suptitle(f"{title}: {results[0].workload}", fontsize=13, x=0.01, ha="left")
+        panels = figure.subplots(len(results), sharex=True, squeeze=False)[:, 0]
+        for axes, found in zip(panels, results, strict=True):
+            _draw_panel(axes, found, seconds)
         panels[-1].set_xlabel("time since all workers began (seconds)")
         figure.legend(
             handles=[
@@ -63,9 +63,9 @@ def draw(path: Path, title: str, halves: Sequence[Half]) -> None:
         figure.savefig(path, dpi=DOTS_AN_INCH, metadata=metadata)
 
 
-def _draw_half(axes: Axes, half: Half, seconds: float) -> None:
-    lanes = half.workload.workers
-    axes.set_title(_summary(half))
+def _draw_panel(axes: Axes, found: Counted, seconds: float) -> None:
+    lanes = found.workers
+    axes.set_title(_summary(found))
     axes.set_xlim(0, seconds * 1.005)
     axes.set_ylim(lanes - 0.5, -0.5)
     ticks = range(0, lanes, 1 + lanes // MOST_TICKS)
@@ -73,32 +73,39 @@ def _draw_half(axes: Axes, half: Half, seconds: float) -> None:
     axes.set_ylabel("worker")
     for lane in range(lanes):
         axes.axhspan(lane - 0.4, lane + 0.4, color="#f2f2f2", linewidth=0)
-    doubled = half.doubled
     kinds = {
-        ("once", ONCE): [run for run in half.runs if run.job not in doubled],
-        ("more-than-once", MORE_THAN_ONCE): [run for run in half.runs if run.job in doubled],
+        ("once", ONCE): found.times.keys() - found.duplicated,
+        ("more-than-once", MORE_THAN_ONCE): found.duplicated,
     }
-    for (kind, colour), runs in kinds.items():
-        bars = PolyCollection(list(_bars(runs, seconds * LEAST_WIDTH)), facecolors=colour)
+    for (kind, colour), keys in kinds.items():
+        drawn = list(_bars(found.calls, keys, seconds * LEAST_WIDTH))
+        bars = PolyCollection(drawn, facecolors=colour)
         bars.set_linewidth(0)
         # All are inside; an SVG would say at each where it is to be cut off.
         bars.set_clip_on(False)
-        bars.set_gid(f"{half.name.replace(' ', '-')}-{kind}")
-        bars.set_rasterized(len(runs) > MOST_VECTORS)
+        bars.set_gid(f"{found.name.replace(' ', '-')}-{kind}")
+        bars.set_rasterized(len(drawn) > MOST_VECTORS)
         axes.add_collection(bars, autolim=False)
 
 
-def _summary(half: Half) -> str:
-    doubled = len(half.doubled)
+def _summary(found: Counted) -> str:
+    doubled = found.duplicates
     return (
-        f"{half.name}: {half.workload.jobs:,} jobs ran {len(half.runs):,} times, "
+        f"{found.name}: {found.jobs:,} jobs ran {found.claimed:,} times, "
         f"{f'{doubled:,} of them' if doubled else 'none'} more than once"
-        + (f", {half.lost:,} never" if half.lost else "")
+        + (f", {found.lost:,} never" if found.lost else "")
     )
 
 
-def _bars(runs: Iterable[Run], least: float) -> Iterable[list[tuple[float, float]]]:
-    for run in runs:
-        left, right = run.begin, max(run.end, run.begin + least)
-        top, bottom = run.worker - 0.4, run.worker + 0.4
-        yield [(left, top), (right, top), (right, bottom), (left, bottom)]
+def _bars(
+    calls: Iterable[Call], keys: Set[Key], least: float
+) -> Iterator[list[tuple[float, float]]]:
+    """Yield a bar for each run of these jobs; a call's time is divided among its jobs."""
+    for call in calls:
+        top, bottom = call.worker - 0.4, call.worker + 0.4
+        width = (call.end - call.begin) / len(call.keys)
+        for place, key in enumerate(call.keys):
+            if key in keys:
+                left = call.begin + place * width
+                right = left + max(width, least)
+                yield [(left, top), (right, top), (right, bottom), (left, bottom)]

@@ -24,7 +24,6 @@ from .flags import naming_flags
 from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
 from .progress import with_progress
 from .targets import TableOption, chosen
-from .workload import Half, Run, Workload
 
 MILLISECONDS = 1000
 
@@ -159,7 +158,7 @@ def race(
         with naming_flags():
             races = with_progress(targets, jobs, run)
         if svg is not None:
-            draw_picture(svg, races[0].database, [_half(each) for each in races])
+            draw_picture(svg, races[0].database, races)
         if as_json:
             typer.echo(json.dumps(_figures(races), indent=2))
         else:
@@ -182,7 +181,7 @@ def _variable(name: str, value: str) -> ExitStack:
 
 def _show(screen: Console, races: Sequence[Race]) -> None:
     """Print the table, what it is of, and what follows from it."""
-    screen.print(f"{races[0].database}: {_workload(races[0])}", soft_wrap=True, highlight=False)
+    screen.print(f"{races[0].database}: {races[0].workload}", soft_wrap=True, highlight=False)
     screen.print(_table(races))
     for each in races:
         screen.print(_verdict(each), soft_wrap=True, highlight=False, markup=False)
@@ -238,21 +237,6 @@ def _verdict(race: Race) -> str:
     if race.lost and race.last_error is not None:
         said += f" It raised {race.last_error}."
     return said
-
-
-def _workload(race: Race) -> Workload:
-    return Workload(race.workers, race.jobs, race.limit or 0)
-
-
-def _half(race: Race) -> Half:
-    """Convert a race for the picture; a call's duration is divided among its jobs."""
-    runs = []
-    for call in race.calls:
-        each = (call.end - call.begin) / len(call.keys)
-        for place, key in enumerate(call.keys):
-            begin = call.begin + place * each
-            runs.append(Run(key, call.worker, begin, begin + each))
-    return Half(race.name, _workload(race), runs)
 
 
 def _figures(races: Sequence[Race]) -> dict[str, Any]:

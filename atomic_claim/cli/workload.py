@@ -6,21 +6,13 @@ Nothing here needs Typer or Rich: worker processes import this module.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import secrets
-import sys
 import time
-from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from ctypes import c_long
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from functools import cached_property
-from multiprocessing.connection import Connection as Pipe
-from multiprocessing.connection import wait
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from sqlalchemy import (
     URL,
@@ -35,101 +27,32 @@ from sqlalchemy import (
     Table,
     false,
     select,
-    text,
     update,
 )
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
-from sqlalchemy.schema import DropTable
+from sqlalchemy.exc import OperationalError
 
 from atomic_claim.claim import claim_jobs
-from atomic_claim.errors import ClaimError
-from atomic_claim.testing.database import CommandError, complaint, make_engine, masked, one_line
-from atomic_claim.testing.interrupts import deferred, not_inherited
-from atomic_claim.testing.tables import LOCK_TIMEOUTS
+from atomic_claim.testing.database import make_engine
+from atomic_claim.testing.harness import Send, Work, run_workers
+from atomic_claim.testing.results import Call, Counted, Key
+from atomic_claim.testing.tables import filled
 
 # How often a loop looks again after a database error before it gives up.
 TRIES = 20
 # So much work a job is: a few tenths of a millisecond.
 ROUNDS = 500
-FILL = 10_000
-
-_processes = multiprocessing.get_context("spawn")
-
-
-class Run(NamedTuple):
-    """One run of a job, as the work recorded it.
-
-    Attributes:
-        job: the job's primary key.
-        worker: which process ran it, from 0.
-        begin: when, in seconds from the start of all workers.
-        end: until when.
-    """
-
-    job: Any
-    worker: int
-    begin: float
-    end: float
+# How long the workers may take, in seconds: a slow network is no fault, a worker that hangs is one.
+TIMEOUT = 60.0
+SECONDS_A_JOB = 1.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to do, and by how many; a limit of 0 is none."""
+    """How much there is to do, by how many workers, and how many jobs each takes at a time."""
 
     workers: int
     jobs: int
     limit: int
-
-    def __str__(self) -> str:
-        limit = f", limit {self.limit:,}" if self.limit else ""
-        return f"{_count(self.jobs, 'job')}, {_count(self.workers, 'worker')}{limit}"
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-@dataclass(frozen=True)
-class Half:
-    """The runs of one of the two loops, counted from the record of the work."""
-
-    name: str
-    workload: Workload
-    runs: Sequence[Run] = field(repr=False)
-
-    @cached_property
-    def _times(self) -> Counter[Any]:
-        return Counter(run.job for run in self.runs)
-
-    @cached_property
-    def doubled(self) -> frozenset[Any]:
-        """The jobs that were run more than once."""
-        return frozenset(job for job, times in self._times.items() if times > 1)
-
-    @property
-    def extra_runs(self) -> int:
-        """How many runs there were beyond each job's first."""
-        return len(self.runs) - len(self._times)
-
-    @property
-    def lost(self) -> int:
-        """How many jobs were never run."""
-        return self.workload.jobs - len(self._times)
-
-    @property
-    def seconds(self) -> float:
-        """From the start of all workers to the end of the last run."""
-        return max((run.end for run in self.runs), default=0.0)
-
-    @property
-    def claims_per_second(self) -> float:
-        """How many jobs were handed to a worker in a second, the repeated ones included."""
-        return len(self.runs) / self.seconds if self.seconds else 0.0
-
-    @property
-    def exact(self) -> bool:
-        """Check whether every job was run exactly once."""
-        return not self.doubled and not self.lost
 
 
 def job_table(name: str) -> Table:
@@ -193,220 +116,111 @@ def claim_loop(engine: Engine, jobs: Table, limit: int, run: RunJob) -> None:
 
 
 HALVES: dict[str, Loop] = {"legacy loop": legacy_loop, "claim_jobs": claim_loop}
+Progress = Callable[[int], None]
 
 
-def run_half(name: str, url: URL, workload: Workload, progress: Callable[[int], None]) -> Half:
+def run_half(name: str, engine: Engine, workload: Workload, progress: Progress) -> Counted:
     """Run one loop in as many processes as there are workers, on a table of its own.
 
     Args:
         name: which loop, of ``HALVES``.
-        url: the database.
+        engine: the database.
         workload: how much, and by how many.
-        progress: told again and again how far down the queue the workers are, in jobs.
+        progress: told again and again how many jobs were run.
 
     Raises:
         CommandError: the table could not be made, or a worker could not work.
     """
-    with _filled_table(url, workload.jobs) as jobs:
-        duty = TableDuty(workload.limit, HALVES[name], url, jobs.name)
-        runs = race(duty, workload, progress)
-    return Half(name, workload, runs)
+    table = job_table(f"atomic_claim_demo_{secrets.token_hex(6)}")
+    url = engine.url
+    with filled(engine, table, workload.jobs, factory=_mail, existing=False) as jobs:
+        task = LoopTask(HALVES[name], partial(_table, url, table.name), workload.limit)
+        return run_loop(name, task, workload, jobs.keys, progress=progress, url=url)
+
+
+def _mail(number: int) -> dict[str, Any]:
+    return {"subject": f"Mail {number}"}
 
 
 @contextmanager
-def _filled_table(url: URL, count: int) -> Iterator[Table]:
-    """Yield a table of jobs, and always drop it afterwards."""
-    jobs = job_table(f"atomic_claim_demo_{secrets.token_hex(6)}")
+def _table(url: URL, name: str) -> Iterator[tuple[Engine, Table]]:
+    """Connect a worker, and yield what a loop is given."""
     engine = make_engine(url)
-    made = False
     try:
-        with deferred():
-            _make(engine, jobs)
-            made = True
-        _fill(engine, jobs, count)
-        yield jobs
+        engine.connect().close()
+        yield engine, job_table(name)
     finally:
-        if made:
-            with deferred():
-                _drop(engine, jobs)
         engine.dispose()
 
 
-def _make(engine: Engine, jobs: Table) -> None:
-    try:
-        with engine.begin() as connection:
-            jobs.create(connection)
-    except SQLAlchemyError as error:
-        # On MySQL and MariaDB the table stays if only its index could not be made.
-        with suppress(SQLAlchemyError), engine.begin() as connection:
-            connection.execute(DropTable(jobs, if_exists=True))
-        what = f"cannot make a job table in {masked(engine.url)}"
-        raise complaint(what, error, engine.url) from None
-
-
-def _fill(engine: Engine, jobs: Table, count: int) -> None:
-    begin = datetime.now(UTC).replace(tzinfo=None, microsecond=0) - timedelta(seconds=count)
-    try:
-        with engine.begin() as connection:
-            for start in range(0, count, FILL):
-                rows = [
-                    {
-                        "id": place + 1,
-                        "subject": f"Mail {place + 1} of {count}",
-                        "processing": False,
-                        "created_at": begin + timedelta(seconds=place),
-                    }
-                    for place in range(start, min(start + FILL, count))
-                ]
-                connection.execute(jobs.insert(), rows)
-    except SQLAlchemyError as error:
-        what = f"cannot fill the table {jobs.name} in {masked(engine.url)}"
-        raise complaint(what, error, engine.url) from None
-
-
-def _drop(engine: Engine, jobs: Table) -> None:
-    before = sys.exception()
-    try:
-        with engine.begin() as connection:
-            if (statement := LOCK_TIMEOUTS.get(engine.dialect.name)) is not None:
-                connection.execute(text(statement))
-            connection.execute(DropTable(jobs, if_exists=True))
-    except SQLAlchemyError as error:
-        what = f"cannot drop the table {jobs.name} in {masked(engine.url)} (drop it yourself)"
-        found = complaint(what, error, engine.url)
-        if isinstance(before, CommandError):
-            found = CommandError(f"{before}; then: {found}")
-        raise found from None
-
-
 @dataclass(frozen=True)
-class Duty(ABC):
-    """The task of every worker process, sent to it by the parent.
+class LoopTask:
+    """A loop over a queue, in which every run of a job is recorded.
 
     Attributes:
+        loop: it is given what ``opened`` yields, the limit, and a function that runs a job.
+        opened: gives a worker its access to the queue.
         limit: how many jobs a worker takes at a time.
     """
 
+    loop: Callable[..., None]
+    opened: Callable[[], AbstractContextManager[tuple[Any, ...]]]
     limit: int
 
-    @abstractmethod
-    def begun(self) -> AbstractContextManager[Callable[[RunJob], None]]:
-        """Whatever has to be ready before the work, and then the work, given what runs a job."""
-
-    @abstractmethod
-    def complaint(self, what: str, error: BaseException) -> CommandError:
-        """Return a one-line error that says what failed and why, without secrets."""
-
-
-@dataclass(frozen=True)
-class TableDuty(Duty):
-    """Jobs in a table, done by one of the loops."""
-
-    loop: Loop
-    url: URL
-    table: str
-
     @contextmanager
-    def begun(self) -> Iterator[Callable[[RunJob], None]]:
+    def begun(self, worker: int) -> Iterator[Work]:
         """Connect once, then yield the function that does the work."""
-        engine = make_engine(self.url)
-        try:
-            engine.connect().close()
-            yield lambda run: self.loop(engine, job_table(self.table), self.limit, run)
-        finally:
-            engine.dispose()
+        with self.opened() as queue:
 
-    def complaint(self, what: str, error: BaseException) -> CommandError:
-        """Without the URL's password."""
-        return complaint(what, error, self.url)
+            def work(send: Send) -> None:
+                def run(job: Any) -> None:
+                    begin = time.perf_counter()
+                    hashlib.pbkdf2_hmac("sha256", job.subject.encode(), b"atomic_claim", ROUNDS)
+                    send(Call(worker, begin, time.perf_counter(), ((str(job.id),),)))
+
+                self.loop(*queue, self.limit, run)
+
+            yield work
 
 
-def race(duty: Duty, workload: Workload, progress: Callable[[int], None]) -> list[Run]:
-    """Do a duty in as many processes as there are workers, and collect what the work recorded.
+def run_loop(
+    name: str,
+    task: LoopTask,
+    workload: Workload,
+    keys: frozenset[Key],
+    *,
+    progress: Progress,
+    url: URL | None = None,
+) -> Counted:
+    """Do the task in as many processes as there are workers, and count the runs.
 
     Raises:
         CommandError: a worker could not work.
     """
-    # Every worker writes a place of its own, so that nobody waits for anybody.
-    reached = _processes.RawArray(c_long, workload.workers)
+    calls: list[Call] = []
+    done: set[Key] = set()
 
-    def tell() -> None:
-        progress(max(reached))
+    def receive(_: int, call: Call) -> bool:
+        calls.append(call)
+        done.update(call.keys)
+        return False
 
-    pipes: dict[Pipe, int] = {}
-    team = []
-    try:
-        with not_inherited():
-            for worker in range(workload.workers):
-                pipe, theirs = _processes.Pipe()
-                pipes[pipe] = worker
-                arguments = (worker, duty, theirs, reached)
-                process = _processes.Process(target=_work, args=arguments, daemon=True)
-                process.start()
-                team.append(process)
-                theirs.close()
-        _answers(pipes, duty, tell)
-        # All have connected. Unlike a Barrier, this does not wait for one that failed to.
-        start = time.perf_counter()
-        for pipe in pipes:
-            pipe.send(None)
-        records = _answers(pipes, duty, tell)
-    finally:
-        with deferred():
-            for process in team:
-                process.kill()
-            for process in team:
-                process.join()
-    return [
-        Run(job, pipes[pipe], begin - start, end - start)
-        for pipe, record in records.items()
-        for job, begin, end in record
-    ]
+    def tick() -> bool:
+        progress(len(done))
+        return False
 
-
-def _answers(pipes: dict[Pipe, int], duty: Duty, tell: Callable[[], None]) -> dict[Pipe, Any]:
-    """Return the next answer of every worker."""
-    answers: dict[Pipe, Any] = {}
-    while missing := [pipe for pipe in pipes if pipe not in answers]:
-        for pipe in wait(missing, timeout=0.1):
-            assert isinstance(pipe, Pipe)
-            try:
-                answer = pipe.recv()
-            except EOFError:
-                raise CommandError(f"worker {pipes[pipe] + 1} ended before its time") from None
-            if isinstance(answer, Failure):
-                what = f"worker {pipes[pipe] + 1} failed"
-                raise duty.complaint(what, RuntimeError(answer.text))
-            answers[pipe] = answer
-        tell()
-    return answers
-
-
-class Failure(NamedTuple):
-    """The answer of a worker that failed."""
-
-    text: str
-
-
-def _work(worker: int, duty: Duty, pipe: Pipe, reached: Any) -> None:
-    """Run a worker process: connect, wait for the start, work and send the record."""
-    # perf_counter is the same clock in all processes (docs.python.org/3/library/time.html).
-    record: list[tuple[int, float, float]] = []
-
-    def run(job: Any) -> None:
-        begin = time.perf_counter()
-        hashlib.pbkdf2_hmac("sha256", job.subject.encode(), b"atomic_claim", ROUNDS)
-        record.append((job.id, begin, time.perf_counter()))
-        reached[worker] = job.id
-
-    # The other end is closed when the command has been killed.
-    with suppress(EOFError, BrokenPipeError):
-        try:
-            with duty.begun() as work:
-                pipe.send(None)
-                pipe.recv()
-                work(run)
-        except (SQLAlchemyError, ClaimError) as error:
-            pipe.send(Failure(one_line(error)))
-        else:
-            pipe.send(record)
+    ended = run_workers(
+        task,
+        workload.workers,
+        seconds=TIMEOUT + SECONDS_A_JOB * workload.jobs,
+        receive=receive,
+        tick=tick,
+        url=url,
+    )
+    return Counted(
+        name=name,
+        workers=workload.workers,
+        keys=keys,
+        limit=workload.limit,
+        calls=[call.since(ended.start) for call in calls],
+    )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.patch.file import read_file
@@ -22,20 +20,21 @@ from .database import (
     masked,
     one_line,
     server_title,
+    without_secrets,
 )
+from .harness import Overdue, run_workers
 from .names import load, load_table
+from .record import SLACK, Record
 from .results import Race
-from .tables import Jobs, filled
-from .team import SLACK, Progress, Setting, Team
+from .start_barrier import TO_BE_KILLED, Board
+from .tables import filled
 from .waits import watching
-from .workers import LIMIT, Duty
+from .workers import LIMIT, RaceTask
 
 WORKERS = 4
 JOBS = 500
 TIMEOUT = 60.0
 PATIENCE = 2.0
-# Workers begin, and then race, for as long as the timeout each; they are given some seconds more.
-GRACE = 30.0
 
 
 def race(
@@ -53,7 +52,7 @@ def race(
     patience: float = PATIENCE,
     use_existing_table: bool = False,
     timeout: float = TIMEOUT,
-    progress: Progress | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Race:
     """Call a claim function in several processes at once, and count how often each job is given.
 
@@ -99,26 +98,35 @@ def race(
     _check_numbers(workers=workers, jobs=jobs, limit=limit, timeout=timeout, patience=patience)
     if kill and workers == 1:
         raise CommandError("a race in which workers are killed needs two or more of them")
-    duty = Duty(
+    task = RaceTask(
         target=_name(target, "target"),
         table=_name(table, "table"),
         call=None if call is None else _name(call, "call"),
         patches=None if patches is None else _checked_patches(Path(patches)),
         limit=limit,
         url=URL.create("sqlite"),
-        seconds=2 * timeout + GRACE,
         most=2 * jobs + SLACK,
-        environment=dict(os.environ),
-        path=(),
+        board=Board.of(workers),
+        victims=range(workers - workers // 2 if kill else workers, workers),
     )
     maker = load(factory, "factory") if isinstance(factory, str) else factory
     text = url.render_as_string(hide_password=False) if isinstance(url, URL) else url
     with chosen(text) as address, connected(address) as engine:
-        given = load_table(duty.table, None if url is None else engine)
-        duty = replace(duty, url=address, path=tuple(sys.path))
+        task = replace(task, url=address)
+        given = load_table(task.table, None if url is None else engine)
         made = filled(engine, given, jobs, factory=maker, existing=use_existing_table)
-        held = Setting(duty, workers, kill, patience, timeout, progress, use_existing_table)
-        return _run(engine, made, held, shown=None if url is None else masked(address))
+        with watching(engine) as watch, ExitStack() as stack:
+            try:
+                keys = stack.enter_context(made).keys
+            except CommandError as error:
+                if url is not None:
+                    raise
+                cure = "this was a temporary SQLite file: name a database of your own with url="
+                raise CommandError(f"{error}; {cure}") from None
+            record = Record(task.board, keys, task.victims, patience, watch, progress)
+            found = _run(task, record, timeout, None if url is None else masked(address))
+    _check_result(found, existing=use_existing_table)
+    return found
 
 
 def _check_numbers(**given: Any) -> None:
@@ -149,45 +157,52 @@ def _checked_patches(path: Path) -> str:
     return str(path.resolve())
 
 
-def _run(
-    engine: Engine, made: AbstractContextManager[Jobs], held: Setting, shown: str | None
-) -> Race:
-    duty = held.duty
-    with watching(engine) as watch, ExitStack() as stack:
-        try:
-            jobs = stack.enter_context(made)
-        except CommandError as error:
-            if shown is not None:
-                raise
-            cure = "this was a temporary SQLite file: name a database of your own with url="
-            raise CommandError(f"{error}; {cure}") from None
-        title = server_title(watch)
-        team = Team(held, jobs.keys, watch)
-        with team:
-            team.run()
-        blocked = team.blocked()
-    found = Race(
-        target=duty.target,
-        database=title,
+def _run(task: RaceTask, record: Record, timeout: float, shown: str | None) -> Race:
+    """Hold the race on a table that is filled; return its result, with the URL to show."""
+    workers = len(task.board.idle)
+    task.board.open.value = TO_BE_KILLED if task.victims else 0
+    try:
+        start, last = run_workers(
+            task,
+            workers,
+            seconds=timeout,
+            receive=record.receive,
+            tick=record.tick,
+            url=task.url,
+        )
+    except Overdue as error:
+        said = "not all workers had begun"
+        if error.begun:
+            said = record.standing(task.target, timeout)
+        raise CommandError(
+            f"the race was not over after {timeout:g} seconds (timeout=): {said}"
+        ) from None
+    met = task.board.met.value
+    errors = [done.last_error for done in last.values() if done.last_error]
+    limit = task.limit
+    if limit is None and task.board.takes_limit.value:
+        limit = LIMIT
+    return Race(
+        name=task.target if task.patches is None else f"{task.target} (patched)",
+        target=task.target,
+        database=server_title(record.watch),
         url=shown,
-        workers=held.workers,
-        keys=jobs.keys,
-        limit=duty.limit if duty.limit is not None or not team.takes_limit else LIMIT,
-        calls=tuple(team.calls),
-        met=team.met(),
-        killed=team.killed,
-        held=frozenset(team.held) & jobs.keys,
-        blocked=blocked,
-        conflicts=sum(done.conflicts for done in team.done.values()),
-        endless=team.endless,
-        patched=duty.patches is not None,
-        last_error=team.last_error(),
+        workers=workers,
+        keys=record.keys,
+        limit=limit,
+        calls=tuple(call.since(start) for call in record.calls),
+        met=max(0.0, met - start) if met else 0.0,
+        killed=record.killed,
+        held=frozenset(record.held) & record.keys,
+        blocked=record.blocked(last.values()),
+        conflicts=sum(done.conflicts for done in last.values()),
+        endless=record.endless,
+        patched=task.patches is not None,
+        last_error=without_secrets(errors[0], task.url) if errors else None,
     )
-    _check_result(found, team, existing=held.existing)
-    return found
 
 
-def _check_result(found: Race, team: Team, *, existing: bool) -> None:
+def _check_result(found: Race, *, existing: bool) -> None:
     """Raise if no worker received a job, since such a race proves nothing.
 
     Raises:
@@ -195,15 +210,17 @@ def _check_result(found: Race, team: Team, *, existing: bool) -> None:
     """
     if found.claimed or found.held:
         return
-    if team.calls and not existing:
-        key = ", ".join(team.calls[0].keys[0])
-        raise CommandError(
-            f"target={found.target} handed out {key!r}, which is no primary key of a row: it has "
-            "to return the jobs themselves, or their keys"
+    if found.calls and not existing:
+        key = ", ".join(found.calls[0].keys[0])
+        why = (
+            f"handed out {key!r}, which is no primary key of a row: it has to return the jobs "
+            "themselves, or their keys"
         )
-    if found.last_error is not None:
-        raise CommandError(f"target={found.target} handed out nothing: {found.last_error}")
-    raise CommandError(
-        f"target={found.target} handed out none of {found.jobs:,} jobs: its query finds none of "
-        "the rows that were made; give rows that are free to it with factory="
-    )
+    elif found.last_error is not None:
+        why = f"handed out nothing: {found.last_error}"
+    else:
+        why = (
+            f"handed out none of {found.jobs:,} jobs: its query finds none of the rows that were "
+            "made; give rows that are free to it with factory="
+        )
+    raise CommandError(f"target={found.target} {why}")

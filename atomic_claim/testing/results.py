@@ -1,10 +1,10 @@
-"""The result of a race, counted from the records of its workers."""
+"""The results of workers, counted from their records."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ Key = tuple[str, ...]
 
 
 class Call(NamedTuple):
-    """A call of the target that handed out jobs, as the worker recorded it.
+    """A call of the target that handed out jobs, or the run of a job, as the worker recorded it.
 
     Attributes:
         worker: which process called, from 0.
@@ -34,67 +34,34 @@ class Call(NamedTuple):
         """How long the call took."""
         return self.end - self.begin - self.waited
 
+    def since(self, start: float) -> Call:
+        """Return the call with its times counted from the start."""
+        return self._replace(begin=self.begin - start, end=self.end - start)
 
-@dataclass(frozen=True, repr=False)
-class Race:
-    """The result of a race.
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Counted:
+    """What several workers did with the same jobs, counted from the record of their calls.
 
     Attributes:
-        target: the function, as ``"module:function"``.
-        database: product and version.
-        url: the database's address without its password, or None for a temporary file.
+        name: what the workers called.
         workers: how many processes there were.
         keys: the jobs' primary keys, as text.
         limit: how many jobs one call may hand out, or None if nobody said.
         calls: every call that handed out jobs, by worker and time.
-        met: when they had met before their first write, in seconds from their start.
-        killed: how many workers were killed.
-        held: the jobs that the killed workers had.
-        blocked: seconds that workers waited for locks, all added up, or None if the database does
-            not tell.
-        conflicts: how often a call ended with a conflict of the database's, such as a deadlock,
-            and was made again.
-        endless: whether the race was ended since it handed out the same jobs again and again.
-        patched: whether the target was patched from a file.
-        last_error: what the target raised when it handed out nothing, if it did.
     """
 
-    target: str
-    database: str
-    url: str | None
+    name: str
     workers: int
-    keys: frozenset[Key] = field(repr=False)
+    keys: frozenset[Key]
     limit: int | None
-    calls: Sequence[Call] = field(repr=False)
-    met: float = 0.0
-    killed: int = 0
-    held: frozenset[Key] = frozenset()
-    blocked: float | None = None
-    conflicts: int = 0
-    endless: bool = False
-    patched: bool = False
-    last_error: str | None = None
-
-    def __repr__(self) -> str:
-        figures = ", ".join(f"{name}={value}" for name, value in self.counts.items())
-        return f"<Race of {self.name!r} on {self.database}: {figures}>"
+    calls: Sequence[Call]
 
     @property
-    def name(self) -> str:
-        """The target, and whether it was patched."""
-        return f"{self.target} (patched)" if self.patched else self.target
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """The figures of which all but the first two are to be none."""
-        return {
-            "jobs": self.jobs,
-            "claimed": self.claimed,
-            "duplicates": self.duplicates,
-            "lost": self.lost,
-            "over_limit": self.over_limit,
-            "stuck": self.stuck,
-        }
+    def workload(self) -> str:
+        """The numbers of jobs and workers, and the limit, in words."""
+        limit = f", limit {self.limit:,}" if self.limit else ""
+        return f"{_count(self.jobs, 'job')}, {_count(self.workers, 'worker')}{limit}"
 
     @cached_property
     def times(self) -> Counter[Key]:
@@ -124,6 +91,79 @@ class Race:
 
     @property
     def lost(self) -> int:
+        """The number of jobs never handed out."""
+        return len(self.keys - self.times.keys())
+
+    @property
+    def exact(self) -> bool:
+        """Check that each job was handed out once."""
+        return not (self.duplicates or self.lost)
+
+    @property
+    def seconds(self) -> float:
+        """From the start of all workers to the last job."""
+        return max((call.end for call in self.calls), default=0.0)
+
+    @property
+    def claims_per_second(self) -> float:
+        """How many jobs were handed out in a second, the repetitions included."""
+        return self.claimed / self.seconds if self.seconds else 0.0
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Race(Counted):
+    """The result of a race.
+
+    Attributes:
+        target: the function, as ``"module:function"``; ``name`` adds whether it was patched.
+        database: product and version.
+        url: the database's address without its password, or None for a temporary file.
+        met: when they had met before their first write, in seconds from their start.
+        killed: how many workers were killed.
+        held: the jobs that the killed workers had.
+        blocked: seconds that workers waited for locks, all added up, or None if the database does
+            not tell.
+        conflicts: how often a call ended with a conflict of the database's, such as a deadlock,
+            and was made again.
+        endless: whether the race was ended since it handed out the same jobs again and again.
+        patched: whether the target was patched from a file.
+        last_error: what the target raised when it handed out nothing, if it did.
+    """
+
+    target: str
+    database: str
+    url: str | None
+    met: float = 0.0
+    killed: int = 0
+    held: frozenset[Key] = frozenset()
+    blocked: float | None = None
+    conflicts: int = 0
+    endless: bool = False
+    patched: bool = False
+    last_error: str | None = None
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={value}" for name, value in self.counts.items())
+        return f"<Race of {self.name!r} on {self.database}: {figures}>"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of jobs, how often they were claimed, and the figures that should be 0."""
+        return {
+            "jobs": self.jobs,
+            "claimed": self.claimed,
+            "duplicates": self.duplicates,
+            "lost": self.lost,
+            "over_limit": self.over_limit,
+            "stuck": self.stuck,
+        }
+
+    @property
+    def lost(self) -> int:
         """The number of jobs never handed out, without those of killed workers."""
         return len(self.keys - self.times.keys() - self.held)
 
@@ -147,21 +187,16 @@ class Race:
     @property
     def seconds(self) -> float:
         """From the moment when all workers had met, before their first write, to the last job."""
-        return max(0.0, max((call.end for call in self.calls), default=0.0) - self.met)
-
-    @property
-    def claims_per_second(self) -> float:
-        """How many jobs were handed out in a second, the repetitions included."""
-        return self.claimed / self.seconds if self.seconds else 0.0
+        return max(0.0, super().seconds - self.met)
 
     @property
     def p50(self) -> float:
-        """Half of the calls that handed out jobs took at most so many seconds."""
+        """The median time of the calls that handed out jobs, in seconds."""
         return self._quantile(50)
 
     @property
     def p99(self) -> float:
-        """99 of 100 calls that handed out jobs took at most so many seconds."""
+        """The 99th percentile of the times of the calls that handed out jobs, in seconds."""
         return self._quantile(99)
 
     def _quantile(self, percent: int) -> float:

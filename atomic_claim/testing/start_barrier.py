@@ -12,6 +12,7 @@ import re
 import time
 from ctypes import c_double, c_int
 from dataclasses import dataclass
+from multiprocessing import RawArray, RawValue
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Board:
         met: when the meeting was over, or 0 while it is not.
         open: whether there may be more to do although all are idle: ``TO_BE_KILLED`` while some
             have yet to be killed, ``KILLED`` while the others may get those jobs, else 0.
+        takes_limit: whether the target takes a limit.
     """
 
     doing: Any
@@ -55,24 +57,20 @@ class Board:
     idle: Any
     met: Any
     open: Any
+    takes_limit: Any
 
     @classmethod
-    def of(cls, workers: int, context: Any) -> Board:
+    def of(cls, workers: int) -> Board:
         """Create a board for a number of workers."""
         return cls(
-            doing=context.RawArray(c_int, workers),
-            since=context.RawArray(c_double, workers),
-            calling=context.RawArray(c_double, workers),
-            idle=context.RawArray(c_int, workers),
-            met=context.RawValue(c_double, 0.0),
-            open=context.RawValue(c_int, 0),
+            doing=RawArray(c_int, workers),
+            since=RawArray(c_double, workers),
+            calling=RawArray(c_double, workers),
+            idle=RawArray(c_int, workers),
+            met=RawValue(c_double, 0.0),
+            open=RawValue(c_int, 0),
+            takes_limit=RawValue(c_int, 0),
         )
-
-    def leave(self, worker: int) -> None:
-        """Record that a worker has ended; the others no longer wait for it."""
-        self.doing[worker] = PAST
-        self.idle[worker] = 1
-        self.calling[worker] = 0.0
 
     def all_idle(self) -> bool:
         """Check whether every worker's last call returned nothing."""

@@ -20,8 +20,9 @@ from sqlalchemy.pool import NullPool
 
 from atomic_claim import claim_jobs
 from atomic_claim.cli import file_workload, workload
-from atomic_claim.cli.workload import Half, RunJob, Workload
+from atomic_claim.cli.workload import RunJob
 from atomic_claim.testing.database import CommandError, complaint, masked, parse_url
+from atomic_claim.testing.results import Call, Counted
 from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
 from tests.databases import Database
 from tests.guides import GUIDES
@@ -76,17 +77,18 @@ def table_in_use(database: Database) -> str:
     raise TimeoutError("the demo has not begun")
 
 
-def half(*jobs: int, count: int | None = None, name: str = "legacy loop") -> Half:
+def half(*jobs: int, count: int | None = None, name: str = "legacy loop") -> Counted:
     """Build the result of a loop in which two workers ran these jobs in turn."""
-    runs = [workload.Run(job, n % 2, n / 10, n / 10 + 0.05) for n, job in enumerate(jobs)]
-    return Half(name, Workload(2, count or len(set(jobs)), 1), runs)
+    calls = [Call(n % 2, n / 10, n / 10 + 0.05, ((str(job),),)) for n, job in enumerate(jobs)]
+    keys = frozenset((str(number + 1),) for number in range(count or len(set(jobs))))
+    return Counted(name=name, workers=2, keys=keys, limit=1, calls=calls)
 
 
 def test_counts_come_from_the_record_of_the_work() -> None:
     """Jobs run more than once, runs beyond the first and jobs never run are told apart."""
     found = half(1, 2, 2, 2, 3, 3, count=5)
-    assert found.doubled == {2, 3}
-    assert found.extra_runs == 3
+    assert found.duplicated == {("2",), ("3",)}
+    assert found.claimed - len(found.times) == 3
     assert found.lost == 2
     assert found.claims_per_second == pytest.approx(6 / 0.55)
     assert not found.exact
@@ -360,7 +362,7 @@ def test_no_right_to_create_a_table(database: Database, command: Command) -> Non
     """A user who may not create tables is told so by one line."""
     with powerless_user(database) as url:
         said = command("demo", "--url", url.render_as_string(hide_password=False)).refused()
-        assert "cannot make a job table in" in said
+        assert "cannot make atomic_claim_demo_" in said
         assert "denied" in said
     assert tables(database) == []
 

@@ -469,8 +469,9 @@ def test_figures_come_from_the_record() -> None:
         Call(0, 1.0, 1.2, (("7",),)),
     ]
     found = Race(
-        "m:f", "SQLite", None, 2, keys, 2, calls, met=0.5, killed=1, held=frozenset([("4",)])
-    )
+        name="m:f", target="m:f", database="SQLite", url=None, workers=2, keys=keys, limit=2,
+        calls=calls, met=0.5, killed=1, held=frozenset([("4",)]),
+    )  # fmt: skip
     assert (found.claimed, found.duplicates, found.lost, found.stuck) == (5, 2, 2, 1)
     assert found.over_limit == 1
     assert found.seconds == pytest.approx(1.0)
