@@ -35,7 +35,7 @@ J = TypeVar("J")
 
 
 class Claimed(NamedTuple):
-    """What a transaction has claimed.
+    """The result of a claim in one transaction.
 
     Attributes:
         rows: the rows or entities with their keys, in claim order.
