@@ -324,11 +324,11 @@ def main() -> int:
     parser.add_argument("--child", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        print(json.dumps(_child(given.child, given.zones[0])))
+        sys.stdout.write(json.dumps(_child(given.child, given.zones[0])))
         return 0
-    print(LEGEND)
     letters = " | ".join(f"{way[0]} {letter:>2}" for way in WAYS for letter in "SOWBA")
-    print(f"| {'zone':<19} | {'database':<10} | {'column':<17} | {letters}")
+    out = sys.stdout
+    out.write(f"{LEGEND}\n| {'zone':<19} | {'database':<10} | {'column':<17} | {letters}\n")
     wrong = 0
     for zone in given.zones or ALL_ZONES:
         for name in NAMES:
@@ -337,9 +337,10 @@ def main() -> int:
                     sqlite_nights(zone) if name == "sqlite" else server_nights(name, zone, stack)
                 )
             for label, found in all_found.items():
-                print(line(zone, name, label, found), flush=True)
+                out.write(f"{line(zone, name, label, found)}\n")
+                out.flush()
                 wrong += found != allowed(zone, COLUMNS[name][label])
-    print(f"\n{wrong} of the lines are not as they have to be")
+    out.write(f"\n{wrong} of the lines are not as they have to be\n")
     return 1 if wrong else 0
 
 
