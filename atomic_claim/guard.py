@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -23,20 +23,20 @@ from typing import Any, Final
 from sqlalchemy import (
     BINARY,
     VARBINARY,
+    Alias,
     Column,
     ColumnElement,
     Dialect,
     LargeBinary,
     Table,
-    TableClause,
     Text,
     and_,
     case,
     cast,
-    column,
     false,
     func,
     literal,
+    literal_column,
     not_,
     null,
     or_,
@@ -44,14 +44,7 @@ from sqlalchemy import (
 from sqlalchemy import table as sa_table
 from sqlalchemy.exc import CompileError
 from sqlalchemy.sql import visitors
-from sqlalchemy.sql.elements import (
-    ColumnClause,
-    False_,
-    Null,
-    TextClause,
-    True_,
-    quoted_name,
-)
+from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
 from sqlalchemy.sql.selectable import SelectBase
 
 from . import predicates
@@ -59,18 +52,59 @@ from .backends import backend_for
 from .errors import ClaimError, UnsupportedDialect
 from .inference import is_text, plain_type
 from .job_table import JobTable, job_table_of
-from .sql_elements import DatabaseTime, InlineLiteral
 
 # PostgreSQL's, in bytes; MySQL and MariaDB allow 64 characters, SQLite any number.
 LONGEST_NAME: Final = 63
-# MySQL's MESSAGE_TEXT, in characters.
-LONGEST_MESSAGE: Final = 128
 # Columns of Payload's payload_jobs, which identify the table.
 PAYLOAD: Final = frozenset({"processing", "completed_at", "total_tried", "task_slug"})
 
 RUNNING: Final = "is running already, a second claim is refused"
 ENDED: Final = "is not free any more, this claim is refused"
 UNNAMED: Final = "is claimed without an owner, which must be written to "
+
+# A BEFORE trigger of PostgreSQL sees the row as it is after its lock was acquired, not as the
+# statement found it. Free rows cost no call of the function: the condition is in WHEN.
+POSTGRESQL: Final = (
+    """
+    CREATE FUNCTION {guard}() RETURNS trigger LANGUAGE plpgsql AS $atomic_claim$
+    BEGIN
+        RAISE EXCEPTION USING
+            ERRCODE = 'integrity_constraint_violation',
+            MESSAGE = {message},
+            HINT = {hint};
+    END $atomic_claim$
+    """,
+    """
+    CREATE TRIGGER {name} BEFORE UPDATE OF {state} ON {table} FOR EACH ROW
+    WHEN ({is_refused}) EXECUTE PROCEDURE {guard}()
+    """,
+)
+# RAISE in the message makes it an IntegrityError.
+SQLITE: Final = """
+    CREATE TRIGGER {guard} BEFORE UPDATE OF {state} ON {bare_table}
+    FOR EACH ROW BEGIN
+        SELECT {message};
+    END
+    """
+# MESSAGE_TEXT holds 128 characters.
+MYSQL: Final = """
+    CREATE TRIGGER {guard} BEFORE UPDATE ON {table} FOR EACH ROW
+    BEGIN
+        DECLARE refused VARCHAR(128) CHARACTER SET utf8mb4;
+        SET refused = left({message}, 128);
+        IF refused IS NOT NULL THEN
+            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = refused;
+        END IF;
+    END
+    """
+DROP: Final = ("DROP TRIGGER {guard}",)
+TEXTS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "postgresql": (POSTGRESQL, ("DROP TRIGGER {name} ON {table}", "DROP FUNCTION {guard}()")),
+    "sqlite": ((SQLITE,), DROP),
+    "mysql": ((MYSQL,), DROP),
+    "mariadb": ((MYSQL,), DROP),
+}
+"""By dialect, what installs the guard and what removes it."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +161,7 @@ def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
     """
     if not isinstance(dialect, Dialect):
         raise ClaimError(f"{dialect!r} is not a dialect: pass engine.dialect")
-    write = WRITERS.get(dialect.name)
-    if write is None:
+    if dialect.name not in TEXTS:
         raise UnsupportedDialect(
             f"no guard exists for {dialect.name!r}, only for PostgreSQL, MySQL, MariaDB and SQLite"
         )
@@ -136,10 +169,15 @@ def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
     job_table = job_table_of(table, ordered=True)
     _check_payload(job_table.table)
     _check_ends(job_table)
-    by_owner = full_rows or write is _mysql
+    by_owner = full_rows or dialect.name in {"mysql", "mariadb"}
     if by_owner:
         _check_owner(job_table)
-    return write(_Rules(job_table, dialect, by_owner=by_owner))
+    parts = _Rules(job_table, dialect, by_owner=by_owner).parts()
+    upgrade, downgrade = (
+        tuple(textwrap.dedent(text).strip().format_map(parts) for text in texts)
+        for texts in TEXTS[dialect.name]
+    )
+    return Guard(upgrade, downgrade)
 
 
 def _check_payload(table: Table) -> None:
@@ -198,11 +236,11 @@ class _Rules:
         self.job_table = job_table
         self.dialect = dialect
         self.by_owner = by_owner
+        self.table = job_table.table
         self.owners = _owners(job_table)
-        self.table: Table = job_table.table
-        self.key = job_table.key
-        self.old = _row("OLD", self.table)
-        self.new = _row("NEW", self.table)
+        self.old, self.new = (
+            self.table.alias(quoted_name(name, quote=False)) for name in ("OLD", "NEW")
+        )
 
     @cached_property
     def deciding(self) -> tuple[Column[Any], ...]:
@@ -213,23 +251,17 @@ class _Rules:
         read = {part.name for part in visitors.iterate(free) if isinstance(part, ColumnClause)}
         return tuple(column for column in claimed if column.name in read) or tuple(claimed)
 
-    def is_marked(self, row: TableClause) -> ColumnElement[bool]:
+    def is_marked(self, row: Alias) -> ColumnElement[bool]:
         """Build the condition that a row has the mark of a claim, whether ended or not."""
-        found = [(c, self.job_table.claimed[c]) for c in self.deciding]
-        marks = [
-            c.is_not(None) if isinstance(value, DatabaseTime) else c == value
-            for c, value in found
-            if value is None
-            or isinstance(value, (DatabaseTime, InlineLiteral, Null, True_, False_))
-        ]
+        claimed = self.job_table.claimed
+        marks = list(predicates.bears({column: claimed[column] for column in self.deciding}))
         return self.of(row, and_(*marks) if marks else not_(_sure(self.job_table.free)))
 
-    def has_ended(self, row: TableClause) -> ColumnElement[bool]:
+    def has_ended(self, row: Alias) -> ColumnElement[bool]:
         """Build the condition that a column other than the state marks the row as ended."""
         ends = predicates.not_ended(self.job_table)
         return not_(self.of(row, and_(*ends))) if ends else false()
 
-    @cached_property
     def was_free(self) -> ColumnElement[bool]:
         """Build the condition that OLD was free; a NULL state is free unless declared otherwise."""
         job_table, free = self.job_table, self.job_table.free
@@ -240,117 +272,101 @@ class _Rules:
             free = or_(free, state.is_(None)) if unsaid else free
         return self.of(self.old, and_(free, *predicates.not_ended(job_table)))
 
-    @cached_property
-    def was_running(self) -> ColumnElement[bool]:
-        """Build the condition that OLD was claimed and had not ended."""
-        return and_(self.is_marked(self.old), not_(self.has_ended(self.old)))
-
-    @cached_property
     def is_reclaimed(self) -> ColumnElement[bool]:
         """Build the condition that OLD's lease had expired and NEW is the next claim."""
-        again = [
-            and_(*conditions) for conditions, _ in predicates.claimable_branches(self.job_table)[1:]
-        ]
-        if not again:
+        branches = predicates.claimable_branches(self.job_table)[1:]
+        if not branches:
             return false()
-        token = self.job_table.token
+        again, token = predicates.any_of(branches), self.job_table.token
         # Without a token, the next claim must make the row unavailable to all others.
-        taken = not_(self.of(self.new, or_(*again))) if token is None else self.has_new(token)
-        return and_(self.of(self.old, or_(*again)), taken)
-
-    def has_new(self, owner: Column[Any]) -> ColumnElement[bool]:
-        """Build the condition that the UPDATE writes another owner."""
-        return and_(self.new.c[owner.name].is_not(None), not_(self.keeps(owner)))
-
-    @cached_property
-    def is_progress(self) -> ColumnElement[bool]:
-        """Build the condition that the UPDATE has the owner of the running row."""
-        if not self.by_owner:
-            return false()
-        undone = and_(self.has_ended(self.old), not_(self.has_ended(self.new)))
-        kept = [self.keeps(owner) for owner in self.owners]
-        return and_(self.is_marked(self.old), not_(undone), self.has_owner(self.old), *kept)
+        taken = not_(self.of(self.new, again)) if token is None else self.is_new(token)
+        return and_(self.of(self.old, again), taken)
 
     @cached_property
     def refusals(self) -> tuple[tuple[ColumnElement[bool], str], ...]:
         """The conditions under which the UPDATE is refused, each with its reason."""
-        ends = and_(self.was_running, self.has_ended(self.new))
-        allowed = or_(ends, self.is_reclaimed, self.is_progress)
-        second = and_(self.is_marked(self.new), not_(self.was_free), not_(allowed))
-        found = ((and_(second, self.was_running), RUNNING), (second, ENDED))
+        old, new, was_free = self.old, self.new, self.was_free()
+        was_running = and_(self.is_marked(old), not_(self.has_ended(old)))
+        allowed = [and_(was_running, self.has_ended(new)), self.is_reclaimed()]
+        if self.by_owner:
+            undone = and_(self.has_ended(old), not_(self.has_ended(new)))
+            kept = (self.keeps(owner) for owner in self.owners)
+            owned = or_(*(self.names(old, owner) for owner in self.owners))
+            allowed.append(and_(self.is_marked(old), not_(undone), owned, *kept))
+        second = and_(self.is_marked(new), not_(was_free), not_(or_(*allowed)))
+        found = ((and_(second, was_running), RUNNING), (second, ENDED))
         if not self.by_owner:
             return found
-        new_token = [self.has_new(owner) for owner in self.owners if owner is self.job_table.token]
-        unnamed = not_(or_(self.names_worker(self.new), *new_token))
-        claims = and_(self.is_marked(self.new), self.was_free, unnamed)
-        return (*found, (claims, UNNAMED + _names(self.owners)))
+        named = [
+            self.is_new(owner) if owner is self.job_table.token else self.names(new, owner)
+            for owner in self.owners
+        ]
+        unnamed = and_(self.is_marked(new), was_free, not_(or_(*named)))
+        return (*found, (unnamed, UNNAMED + _names(self.owners)))
 
-    @property
-    def is_refused(self) -> ColumnElement[bool]:
-        """Build the condition that the UPDATE is refused."""
-        return or_(*(condition for condition, _ in self.refusals[1:]))
+    def names(self, row: Alias, owner: Column[Any]) -> ColumnElement[bool]:
+        """Build the condition that a row has an owner; an empty text is no worker's name."""
+        found = row.c[owner.key]
+        if owner is self.job_table.worker and is_text(owner):
+            return and_(found.is_not(None), found != "")
+        return found.is_not(None)
+
+    def is_new(self, owner: Column[Any]) -> ColumnElement[bool]:
+        """Build the condition that the UPDATE writes another owner."""
+        return and_(self.names(self.new, owner), not_(self.keeps(owner)))
 
     def keeps(self, owner: Column[Any]) -> ColumnElement[bool]:
         """Build the condition that the UPDATE leaves a column identical, whatever its collation."""
-        new: Any = self.new.c[owner.name]
-        old: Any = self.old.c[owner.name]
+        new: Any = self.new.c[owner.key]
+        old: Any = self.old.c[owner.key]
         if self.dialect.name != "postgresql":
             new, old = func.hex(new), func.hex(old)
         kept: ColumnElement[bool] = new.is_not_distinct_from(old)
         return kept
 
-    def has_owner(self, row: TableClause) -> ColumnElement[bool]:
-        """Build the condition that a row has a worker or a token."""
-        tokens = [row.c[c.name].is_not(None) for c in self.owners if c is self.job_table.token]
-        return or_(self.names_worker(row), *tokens)
-
-    def names_worker(self, row: TableClause) -> ColumnElement[bool]:
-        """Build the condition that a row has a worker's name."""
-        worker = self.job_table.worker
-        if worker is None:
-            return false()
-        found = row.c[worker.name]
-        return and_(found.is_not(None), found != "") if is_text(worker) else found.is_not(None)
-
     def message(self, reason: str) -> ColumnElement[str]:
-        """Build the error message: the job's key and the reason."""
+        """Build the error message: the job's key and the reason.
+
+        On SQLite, RAISE takes only a constant before 3.47, so the message names no key.
+        """
+        reason = f" of {self.table.fullname} {reason}"
+        if self.dialect.name == "sqlite":
+            constant = literal(f"atomic_claim: a job{reason}", Text())
+            return func.RAISE(literal_column("ABORT"), constant)
         found: ColumnElement[str] = literal("atomic_claim: job ", Text())
-        for place, part in enumerate(self.key):
+        for place, part in enumerate(self.job_table.key):
             found += literal(", " * (place > 0) + part.name + "=", Text()) + self.key_text(part)
-        return found + literal(f" of {self.table.fullname} {reason}", Text())
-
-    @property
-    def messages(self) -> ColumnElement[str]:
-        """Build the error message of an UPDATE, or NULL if it is not refused."""
-        refusals = [(condition, self.message(reason)) for condition, reason in self.refusals]
-        return case(*refusals, else_=null())
-
-    def constant(self, reason: str) -> ColumnElement[str]:
-        """Build the error message without the job's key."""
-        return literal(f"atomic_claim: a job of {self.table.fullname} {reason}", Text())
+        return found + literal(reason, Text())
 
     def key_text(self, part: Column[Any]) -> ColumnElement[str]:
         """Convert a column of the job's key to text, a binary one to hexadecimal."""
-        old: Any = self.old.c[part.name]
+        old: Any = self.old.c[part.key]
         if not isinstance(plain_type(part.type), (LargeBinary, BINARY, VARBINARY)):
             return cast(old, Text())
         return func.encode(old, "hex") if self.dialect.name == "postgresql" else func.hex(old)
 
-    def of(self, row: TableClause, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    def hint(self) -> str:
+        """Return the hint for the author of a refused UPDATE."""
+        state = ", ".join(c.name for c in self.deciding)
+        also = f", or keep {_names(self.owners)} as the claim wrote it" if self.by_owner else ""
+        return (
+            "If this was a claim, look for another job. If it was progress, write it without "
+            f"{state}{also}."
+        )
+
+    def of(self, row: Alias, condition: ColumnElement[bool]) -> ColumnElement[bool]:
         """Translate a condition on the table to one on a trigger's row that is never NULL."""
 
         def replace(element: Any, **_: Any) -> Any:
+            if isinstance(element, (SelectBase, TextClause)):
+                said = str(element).split()[0]
+                raise self.inexpressible(f"it contains a text or a subquery ({said} …)")
             if not isinstance(element, ColumnClause):
                 return None
             if (found := self.table.corresponding_column(element)) is None:
                 raise self.inexpressible(f"{element} is no column of the table")
-            return row.c[found.name]
+            return row.c[found.key]
 
-        for part in visitors.iterate(condition):
-            if isinstance(part, (SelectBase, TextClause)):
-                raise self.inexpressible(
-                    f"it contains a text or a subquery ({str(part).split()[0]} …)"
-                )
         clause: Any = condition
         return _sure(visitors.replacement_traverse(clause, {}, replace))
 
@@ -362,7 +378,20 @@ class _Rules:
             "JobTable(free=...)"
         )
 
-    # --- as text
+    def parts(self) -> dict[str, str]:
+        """Return the parts of the statements as SQL."""
+        preparer, name = self.dialect.identifier_preparer, _trigger_name(self.table.name)
+        messages = ((condition, self.message(reason)) for condition, reason in self.refusals)
+        return {
+            "name": preparer.quote(name),
+            "guard": preparer.format_table(sa_table(name, schema=self.table.schema)),
+            "table": preparer.format_table(self.table),
+            "bare_table": preparer.format_table(self.table, use_schema=False),
+            "state": ", ".join(preparer.quote(column.name) for column in self.deciding),
+            "is_refused": self.sql(or_(*(condition for condition, _ in self.refusals[1:]))),
+            "message": self.sql(case(*messages, else_=null())),
+            "hint": self.sql(literal(self.hint())),
+        }
 
     def sql(self, clause: ColumnElement[Any]) -> str:
         """Compile a clause to SQL with literal values."""
@@ -371,127 +400,16 @@ class _Rules:
         except CompileError as error:
             raise self.inexpressible(error) from error
 
-    def quoted(self, name: str) -> str:
-        """Quote a name for this dialect."""
-        return self.dialect.identifier_preparer.quote(name)
 
-    def name(self, suffix: str = "") -> str:
-        """Return the quoted name of the guard's trigger or of another of its objects."""
-        table_name, suffix = self.table.name, f"_claim_guard{suffix}"
-        if len((table_name + suffix).encode()) > LONGEST_NAME:
-            suffix = f"_{hashlib.sha256(table_name.encode()).hexdigest()[:8]}{suffix}"
-            table_name = table_name.encode()[: LONGEST_NAME - len(suffix)].decode(errors="ignore")
-        return self.quoted(table_name + suffix)
-
-    @property
-    def schema(self) -> str:
-        """The schema's name and a dot, if it is said."""
-        if self.table.schema is None:
-            return ""
-        return self.dialect.identifier_preparer.quote_schema(self.table.schema) + "."
-
-    @property
-    def full_name(self) -> str:
-        """The table's name, with its schema."""
-        return self.dialect.identifier_preparer.format_table(self.table)
-
-    @property
-    def bare_name(self) -> str:
-        """The table's name without its schema."""
-        return self.quoted(self.table.name)
-
-    @property
-    def state(self) -> str:
-        """The columns that an UPDATE of the state writes."""
-        return ", ".join(self.quoted(c.name) for c in self.deciding)
-
-
-def _postgresql(rules: _Rules) -> Guard:
-    """Build a function that raises the error, and the trigger that calls it.
-
-    A BEFORE trigger sees the row as it is after its lock was acquired, not as the statement found
-    it. Free rows cost no call of the function: the condition is in WHEN.
-    """
-    function, trigger = rules.schema + rules.name(), f"{rules.name()} ON {rules.full_name}"
-    body = f"""
-    CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $atomic_claim$
-    BEGIN
-        RAISE EXCEPTION USING
-            ERRCODE = 'integrity_constraint_violation',
-            MESSAGE = {rules.sql(rules.messages)},
-            HINT = {rules.sql(literal(_hint(rules)))};
-    END $atomic_claim$
-    """
-    made = (
-        f"CREATE TRIGGER {rules.name()} BEFORE UPDATE OF {rules.state} ON {rules.full_name} "
-        f"FOR EACH ROW WHEN ({rules.sql(rules.is_refused)}) EXECUTE PROCEDURE {function}()"
-    )
-    return Guard((_text(body), made), (f"DROP TRIGGER {trigger}", f"DROP FUNCTION {function}()"))
-
-
-def _hint(rules: _Rules) -> str:
-    """Return the hint for the author of a refused UPDATE."""
-    state = ", ".join(c.name for c in rules.deciding)
-    also = f", or keep {_names(rules.owners)} as the claim wrote it" if rules.by_owner else ""
-    return (
-        "If this was a claim, look for another job. If it was progress, write it without "
-        f"{state}{also}."
-    )
-
-
-def _sqlite(rules: _Rules) -> Guard:
-    """Build one trigger, whose error is an ``IntegrityError``.
-
-    RAISE takes only a constant message before SQLite 3.47, so the error names no key.
-    """
-    trigger = rules.schema + rules.name()
-    raises = [
-        f"WHEN {rules.sql(condition)} THEN RAISE(ABORT, {rules.sql(rules.constant(reason))})"
-        for condition, reason in rules.refusals
-    ]
-    made = f"""
-    CREATE TRIGGER {trigger} BEFORE UPDATE OF {rules.state} ON {rules.bare_name}
-    FOR EACH ROW BEGIN
-        SELECT CASE {" ".join(raises)} END;
-    END
-    """
-    return Guard((_text(made),), (f"DROP TRIGGER {trigger}",))
-
-
-def _mysql(rules: _Rules) -> Guard:
-    """Build a trigger on every UPDATE of the table."""
-    trigger = rules.schema + rules.name()
-    made = f"""
-    CREATE TRIGGER {trigger} BEFORE UPDATE ON {rules.full_name} FOR EACH ROW
-    BEGIN
-        DECLARE refused VARCHAR({LONGEST_MESSAGE}) CHARACTER SET utf8mb4;
-        SET refused = {rules.sql(func.left(rules.messages, LONGEST_MESSAGE))};
-        IF refused IS NOT NULL THEN
-            SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = refused;
-        END IF;
-    END
-    """  # noqa: S608 - quoted names
-    return Guard((_text(made),), (f"DROP TRIGGER {trigger}",))
-
-
-WRITERS: Final[Mapping[str, Callable[[_Rules], Guard]]] = {
-    "postgresql": _postgresql,
-    "sqlite": _sqlite,
-    "mysql": _mysql,
-    "mariadb": _mysql,
-}
-
-
-def _row(name: str, table: Table) -> TableClause:
-    """Build a trigger's row with the table's columns."""
-    columns = [column(c.name, c.type) for c in table.columns]
-    return sa_table(quoted_name(name, quote=False), *columns)
+def _trigger_name(table_name: str) -> str:
+    """Return the name of the guard's trigger and of its function."""
+    suffix = "_claim_guard"
+    if len((table_name + suffix).encode()) > LONGEST_NAME:
+        suffix = f"_{hashlib.sha256(table_name.encode()).hexdigest()[:8]}{suffix}"
+        table_name = table_name.encode()[: LONGEST_NAME - len(suffix)].decode(errors="ignore")
+    return table_name + suffix
 
 
 def _sure(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     """Return the condition with NULL counted as false."""
     return func.coalesce(condition, false())
-
-
-def _text(sql: str) -> str:
-    return textwrap.dedent(sql).strip()

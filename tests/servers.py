@@ -237,7 +237,7 @@ class PostgreSQL(DatabaseServer):
         port = free_port()
         options = [f"--{name}={value}" for name, value in self.OPTIONS.items()]
         server = self.workspace.start(
-            [*programs.words, "-D", str(data), f"--port={port}", *options],
+            [*self._words(programs), "-D", str(data), f"--port={port}", *options],
             account=account,
             folder=home,
             # "Immediate shutdown": unlike SIGKILL it gives the shared memory back.
@@ -246,6 +246,10 @@ class PostgreSQL(DatabaseServer):
         url = self._url(port, "postgres", "postgres")
         server.wait_until(lambda: _answers(url))
         return url
+
+    def _words(self, programs: Programs) -> list[str]:
+        """Return the words that run the server, before its options."""
+        return programs.words
 
 
 class _InnoDB(DatabaseServer):
