@@ -73,7 +73,7 @@ def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
     Args:
         name: which loop, of ``FILE_HALVES``.
         workload: how much, and by how many.
-        progress: told again and again how many jobs were run.
+        progress: told every few milliseconds how many jobs were run.
 
     Raises:
         CommandError: the folder could not be made, or a worker could not work.

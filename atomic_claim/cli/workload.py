@@ -126,7 +126,7 @@ def run_half(name: str, engine: Engine, workload: Workload, progress: Progress) 
         name: which loop, of ``HALVES``.
         engine: the database.
         workload: how much, and by how many.
-        progress: told again and again how many jobs were run.
+        progress: told every few milliseconds how many jobs were run.
 
     Raises:
         CommandError: the table could not be made, or a worker could not work.

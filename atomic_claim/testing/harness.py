@@ -36,13 +36,14 @@ Work = Callable[[Send], Any]
 
 
 class Task(Protocol):
-    """What every worker does; it is pickled, and so is what it holds."""
+    """The work of every worker, as a picklable object."""
 
     def begun(self, worker: int) -> AbstractContextManager[Work]:
         """Prepare the worker with this number, from 0, and yield the function that works.
 
         The function gets another one, which sends a message to the parent; it returns the last.
         """
+        ...
 
 
 class Ended(NamedTuple):
@@ -109,8 +110,8 @@ def run_workers(
         seconds: how long they may prepare, and then work.
         receive: called with a worker's number and a message of its; the worker is killed if it
             returns True.
-        tick: called again and again while they work; ends the work of all if it returns True.
-        url: a URL of which no message shows the password.
+        tick: called every few milliseconds while they work; True ends the work of all.
+        url: a URL; its secrets are removed from all messages.
 
     Raises:
         CommandError: a worker failed, or ended before its time.

@@ -1,4 +1,4 @@
-"""What a race records of its workers, and when it ends them."""
+"""The record of a race, kept while its workers run."""
 
 from __future__ import annotations
 

@@ -41,13 +41,13 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Counted:
-    """What several workers did with the same jobs, counted from the record of their calls.
+    """Counts of what several workers did with the same jobs, from the record of their calls.
 
     Attributes:
         name: what the workers called.
         workers: how many processes there were.
         keys: the jobs' primary keys, as text.
-        limit: how many jobs one call may hand out, or None if nobody said.
+        limit: how many jobs one call may hand out, or None without a limit.
         calls: every call that handed out jobs, by worker and time.
     """
 

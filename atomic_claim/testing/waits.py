@@ -71,8 +71,8 @@ class Sampled(_Watched):
         return None if self._refused else self._total
 
 
-class Counted(_Watched):
-    """InnoDB adds up the milliseconds of every wait for a row, whoever waited."""
+class StatusCounter(_Watched):
+    """InnoDB's own sum of the milliseconds that all sessions waited for rows."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(connection)
@@ -103,7 +103,7 @@ def waits_of(connection: Connection) -> Waits:
     name = connection.dialect.name
     if name == "sqlite":
         return Told()
-    return Sampled(connection) if name == "postgresql" else Counted(connection)
+    return Sampled(connection) if name == "postgresql" else StatusCounter(connection)
 
 
 class FileLocks:
