@@ -4,7 +4,7 @@
     python -m examples.recipes.measure --runs 5 apscheduler sqlite:///jobs.sqlite postgresql+...
 
 Prints a Markdown table: of each figure the median, and where they differ the least and the most.
-The tables that the package makes are made anew, and dropped in the end.
+The tables that the package makes are created again, and dropped in the end.
 """
 
 import argparse
@@ -307,7 +307,7 @@ def mailalchemy_work(url: str, took: list[float]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is patched, what fills its table, and what one worker does."""
+    """A package to measure: the patched function, the rows, and one worker's loop."""
 
     target: str
     fill: Callable[[str, int], None]

@@ -200,7 +200,7 @@ def test_a_registry_s_session_stays_open(engine: sa.Engine) -> None:
 
 
 def test_an_asynchronous_registry_s_session_stays_open(engine: sa.Engine) -> None:
-    """So does that of an ``async_scoped_session``, whose scope is the task."""
+    """The session of an ``async_scoped_session``, whose scope is the task, stays open, too."""
     address = engine.url.set(drivername="sqlite+aiosqlite")
 
     async def call() -> bool:

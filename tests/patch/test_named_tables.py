@@ -133,7 +133,7 @@ def test_reads_that_lock(engine: sa.Engine) -> None:
 
 
 def test_reads_that_are_claimed(engine: sa.Engine) -> None:
-    """So it is where the rows are claimed first."""
+    """A table is found by name where the rows are claimed first, too."""
     with claim_reads(run_all, LEASED, limit=2) as patch, engine.connect() as connection:
         assert [run_all(connection) for _ in range(3)] == [[1, 2], [3], []]
     assert (patch.claimed, patch.passed_through) == (3, 0)
@@ -175,7 +175,7 @@ done = "done" }}
 
 @pytest.mark.databases("sqlite", "postgresql")
 def test_a_path_to_a_name(letters: sa.Engine) -> None:
-    """What a path or a callable gives may be a name, too."""
+    """A path or a callable may give a name, too."""
     own, other = Queue("letters"), Queue("nothing")
     with Session(letters) as session:
         with patch_claims(Queue.take, "self.table_name", commit=True, order_by="id"):
