@@ -54,7 +54,7 @@ class FakedClock:
 
 
 def set_clock(file: Path, moment: datetime) -> None:
-    """Set the clock that is read from a file, for whoever reads it at this very moment too."""
+    """Set the clock that is read from a file; a process that reads it now finds it whole."""
     new = file.with_suffix(".new")
     new.write_text(str(int(moment.timestamp())), encoding="ascii")
     new.chmod(0o644)
