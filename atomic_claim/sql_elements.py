@@ -331,7 +331,8 @@ class Candidates(ClauseElement):
         placed = select(*rows.columns, place, leader).subquery("placed")
         is_shared = and_(placed.columns.leader == _ZERO, placed.columns[ALONE] == _ZERO)
         left = self.ordered(placed).where(or_(placed.columns.place == _ONE, is_shared))
-        return left.with_only_columns(*list(placed.columns)[: len(rows.columns)])
+        columns = list(placed.columns)[: len(rows.columns)]
+        return cast("Select[Any]", left.with_only_columns(*columns))
 
     def only_keys(self, branch: Select[Any], *, and_alone: bool = False) -> Select[Any]:
         """Keep the columns of the key, and the one that tells whether a row is claimed alone."""

@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import text
@@ -61,12 +61,8 @@ class CatalogCheck:
             yield Finding(self.name, Level.FINE, "nothing found")
 
 
-CHECKS = [
-    CatalogCheck(**entry)
-    for entry in tomllib.loads(files(__package__).joinpath("catalog.toml").read_text("utf-8"))[
-        "check"
-    ]
-]
+TABLE = Path(__file__).with_name("catalog.toml")
+CHECKS = [CatalogCheck(**entry) for entry in tomllib.loads(TABLE.read_text("utf-8"))["check"]]
 
 
 def catalog(patient: Patient, job_table: JobTable | None) -> Iterator[Finding]:
