@@ -9,19 +9,15 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.ext.asyncio import (
-    AsyncConnection,
-    AsyncEngine,
-    AsyncSession,
-    async_sessionmaker,
-    create_async_engine,
-)
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from .database import CommandError, asynchronous
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 # The longer names first: `sessionmaker[Session]` is no session.
 ANNOTATIONS = (
@@ -92,9 +88,9 @@ class Offer:
                 return given[role]
 
             yield give
-            for each in given.values():
-                if isinstance(each, (Session, scoped_session, AsyncSession)) or (
-                    isinstance(each, (Connection, AsyncConnection)) and each.in_transaction()
+            for role, each in given.items():
+                if role.endswith("session") or (
+                    role.endswith("connection") and each.in_transaction()
                 ):
                     self.awaited(each.commit())
 
@@ -119,7 +115,16 @@ class Offer:
     @cached_property
     def async_engine(self) -> AsyncEngine:
         """An engine with an asynchronous driver for the same database."""
+        # Needs greenlet, which only asynchronous functions have to have.
+        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
+
         return create_async_engine(asynchronous(self.engine.url))
+
+    @cached_property
+    def _async_sessions(self) -> async_sessionmaker[AsyncSession]:
+        from sqlalchemy.ext.asyncio import async_sessionmaker  # noqa: PLC0415 - as above
+
+        return async_sessionmaker(self.async_engine)
 
     def _open(self, role: str, stack: ExitStack) -> Any:
         if role == "session":
@@ -131,7 +136,7 @@ class Offer:
         if role == "connection":
             return stack.enter_context(self.engine.connect())
         if role == "async_session":
-            session = AsyncSession(self.async_engine)
+            session = self._async_sessions()
             stack.callback(lambda: self.awaited(session.close()))
             return session
         if role == "async_connection":
@@ -140,7 +145,7 @@ class Offer:
             stack.callback(lambda: self.awaited(connection.close()))
             return connection
         if role == "async_sessionmaker":
-            return async_sessionmaker(self.async_engine)
+            return self._async_sessions
         return sessionmaker(self.engine) if role == "sessionmaker" else getattr(self, role)
 
 

@@ -370,3 +370,11 @@ def test_a_half_loaded_strategy_is_waited_for() -> None:
         assert len(texts) == 2 and texts[0] == texts[1]
         """,
     )
+
+
+@pytest.mark.once
+def test_the_commands_need_no_greenlet() -> None:
+    """The extra `cli` alone is enough for every command; asynchronous functions need greenlet."""
+    program = "import sys; sys.modules['greenlet'] = None; import atomic_claim.cli.app"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
