@@ -18,8 +18,7 @@ from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
 from atomic_claim.testing.names import load_table
 
-from .checks import columns, declared, innodb, plan, postgresql, relations, rows, sqlite
-from .checks.catalog import catalog
+from .checks import catalog, columns, declared, innodb, plan, postgresql, relations, rows, sqlite
 from .checks.findings import Finding, JobCheck, Level, Patient, Reading
 from .flags import naming_flags
 
@@ -27,7 +26,7 @@ OWN: Mapping[str, tuple[JobCheck, ...]] = {
     "postgresql": (postgresql.clock,),
     "mysql": (innodb.rights, innodb.clock),
     "mariadb": (innodb.rights, innodb.clock),
-    "sqlite": (sqlite.checks,),
+    "sqlite": (),
 }
 COMMON: tuple[JobCheck, ...] = (
     *(declared.types, plan.plan, declared.states, rows.nulls, rows.stuck, rows.spent),
@@ -126,7 +125,9 @@ def examine(
         if all(finding.level is Level.FINE for finding in found):
             job_table, meaning = columns.read(given)
             found.append(meaning)
-        found += catalog(patient, job_table)
+        found += catalog.of_database(patient)
+        if patient.product == "sqlite":
+            found += sqlite.checks(patient)
         read_without_locks(connection)
         statement = None
         if job_table is not None:
@@ -134,7 +135,7 @@ def examine(
             claim = Reading(replace(patient, table=job_table.table), job_table)
             try:
                 statement = plan.statement_of(claim)
-                for check in (*OWN[patient.product], *COMMON, *more):
+                for check in (catalog.of_claims, *OWN[patient.product], *COMMON, *more):
                     found += check(claim)
             except (ClaimError, DBAPIError) as error:
                 if isinstance(error, DBAPIError) and error.connection_invalidated:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .findings import Finding, Level, Patient, Reading
+from .findings import Finding, Level, Patient
 
 
-def checks(reading: Reading) -> Iterator[Finding]:
+def checks(patient: Patient) -> Iterator[Finding]:
     """Check the database file and the driver's connection."""
-    yield _transactions(reading.patient)
-    yield _rights(reading.patient)
+    yield _transactions(patient)
+    yield _rights(patient)
 
 
 def _rights(patient: Patient) -> Finding:
