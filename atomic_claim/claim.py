@@ -320,7 +320,8 @@ class Claiming:
         """Claim by exclusive keys; where their lock outlasts a transaction, search before it."""
         if (backend := keyed_apart(bind, self.plan.job_table)) is None:
             return self._run_keyed(bind, self.run, self.run_one_by_one)
-        limit, passed, errors = self.params[LIMIT], list[Key](), list[ClaimError]()
+        limit, passed = self.params[LIMIT], list[Key]()
+        error: ClaimError | None = None
         for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
             found = self._run_keyed(
                 bind, partial(self.run, batch=batch), partial(self.run_one_by_one, batch=batch)
@@ -328,9 +329,8 @@ class Claiming:
             passed += found.passed
             if found.rows:
                 return Claimed(found.rows, passed)
-            if found.error is not None:
-                errors.append(found.error)
-        return Claimed([], passed, errors[0] if errors else None)
+            error = error or found.error
+        return Claimed([], passed, error)
 
     def run(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
         """Claim, and hand out what can be read of rows that are not rolled back."""

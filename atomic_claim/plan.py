@@ -341,9 +341,9 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
             "keep the state in a column outside of the key"
         )
     limit = bindparam(LIMIT, request.limit, Integer(), literal_execute=True)
-    alone = is_last_chance(job_table)
-    is_told = alone is not None and request.limit > 1 and not request.deletes
-    flag = [alone_if(cast("Any", alone))] if is_told else []
+    shares = request.limit > 1 and not request.deletes
+    alone = is_last_chance(job_table) if shares else None
+    flag = [] if alone is None else [alone_if(alone)]
     source = _source(job_table, *key, *flag, *labelled_terms(order))
     scan_limit = bindparam(SCAN_LIMIT, request.limit + MARGIN, Integer(), literal_execute=True)
     branches = [

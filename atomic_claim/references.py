@@ -1,9 +1,13 @@
-"""References to objects by name, ``"package.module:Class.attribute"``."""
+"""References by name: ``"package.module:Class.attribute"``, and tables of the database."""
 
 from __future__ import annotations
 
+import warnings
 from pkgutil import resolve_name
 from typing import Any
+
+from sqlalchemy import MetaData, Table
+from sqlalchemy.exc import SAWarning
 
 
 def resolve(reference: str) -> Any:
@@ -20,3 +24,15 @@ def resolve(reference: str) -> Any:
     if ":" not in reference:
         raise ValueError(f"{reference!r} is not a reference; expected 'package.module:name'")
     return resolve_name(reference)
+
+
+def reflected(name: str, schema: str | None, bind: Any, **options: Any) -> Table:
+    """Reflect a table from an engine or a connection; the options are those of ``Table``.
+
+    Raises:
+        NoSuchTableError: the database has none of this name.
+    """
+    with warnings.catch_warnings():
+        # An index on an expression cannot be reflected, and is not needed.
+        warnings.simplefilter("ignore", SAWarning)
+        return Table(name, MetaData(), schema=schema, autoload_with=bind, **options)

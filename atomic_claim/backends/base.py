@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
-T = TypeVar("T")
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
@@ -413,23 +412,6 @@ class Backend(ABC):
             'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
             'JobTable(naive_times="server")'
         )
-
-
-def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[list[T]]:
-    """Part candidates in claim order into lists that may be claimed together, in the same order.
-
-    A row that is claimed alone is a list; all others are one, in the place of their first.
-    """
-    found: list[list[T]] = []
-    others: list[T] = []
-    for candidate in candidates:
-        if is_alone(candidate):
-            found.append([candidate])
-            continue
-        if not others:
-            found.append(others)
-        others.append(candidate)
-    return found
 
 
 def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:

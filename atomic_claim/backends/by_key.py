@@ -21,11 +21,11 @@ million waiting rows costs a step, and the cost grows with the number of keys th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
@@ -63,10 +63,11 @@ from .base import (
     Read,
     Transaction,
     hinted,
-    in_one_claim,
     marked_by_key,
 )
 from .reading import Key, KeyedRows
+
+T = TypeVar("T")
 
 KEY = "atomic_claim_key"
 PLACE = "atomic_claim_place"
@@ -346,6 +347,23 @@ class KeySearch:
         named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
         head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
         return head.where(values[0].is_not(None))
+
+
+def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[list[T]]:
+    """Part candidates in claim order into lists that may be claimed together, in the same order.
+
+    A row that is claimed alone is a list; all others are one, in the place of their first.
+    """
+    found: list[list[T]] = []
+    others: list[T] = []
+    for candidate in candidates:
+        if is_alone(candidate):
+            found.append([candidate])
+            continue
+        if not others:
+            found.append(others)
+        others.append(candidate)
+    return found
 
 
 def _number(value: int) -> ColumnElement[int]:

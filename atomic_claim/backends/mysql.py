@@ -49,10 +49,9 @@ from .base import (
     KeyLocks,
     Transaction,
     hinted,
-    in_one_claim,
     marked_by_key,
 )
-from .by_key import keyed_statements, refuse_view
+from .by_key import in_one_claim, keyed_statements, refuse_view
 from .drivers import code_of
 from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed

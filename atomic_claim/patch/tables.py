@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, MetaData, Table, TableClause, func, true
+from sqlalchemy import Connection, Table, TableClause, func, true
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy import table as sql_table
-from sqlalchemy.exc import NoSuchTableError, SAWarning
+from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.orm import Session, sessionmaker
 
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable
+from atomic_claim.references import reflected
 from atomic_claim.state_values import UNSET
 
 from .calls import Call, Options, referred
@@ -155,16 +155,7 @@ def _reflected(clause: TableClause, bind: Any) -> Table:
         bind = bind.connection({"clause": clause}) if begun else bind.get_bind(clause=clause)
     is_idle = isinstance(bind, Connection) and not bind.in_transaction()
     try:
-        with warnings.catch_warnings():
-            # An index on an expression cannot be reflected, and is not needed.
-            warnings.simplefilter("ignore", SAWarning)
-            return Table(
-                clause.name,
-                MetaData(),
-                schema=clause.schema,
-                autoload_with=bind,
-                resolve_fks=False,
-            )
+        return reflected(clause.name, clause.schema, bind, resolve_fks=False)
     except NoSuchTableError:
         raise PatchError(
             f"table={clause.fullname!r} is neither a parameter of the function nor a table in the "

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from importlib import import_module
 from typing import Any
 
-from sqlalchemy import Connection, Engine, MetaData, Table
-from sqlalchemy.exc import NoSuchTableError, SAWarning
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import NoSuchTableError
 
-from atomic_claim.references import resolve
+from atomic_claim.references import reflected, resolve
 
 from .database import CommandError
 
@@ -46,10 +45,7 @@ def load_table(spec: str, bind: Engine | Connection | None) -> Any:
         raise CommandError(f"table={spec} is a name in a database: give url=, or write MODULE:NAME")
     schema, _, name = spec.rpartition(".")
     try:
-        with warnings.catch_warnings():
-            # An index on an expression cannot be reflected, and is not needed.
-            warnings.simplefilter("ignore", SAWarning)
-            return Table(name, MetaData(), schema=schema or None, autoload_with=bind)
+        return reflected(name, schema or None, bind)
     except NoSuchTableError:
         raise CommandError(
             f"table={spec}: the database has no such table; expected its name, or MODULE:NAME "

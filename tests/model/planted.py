@@ -82,8 +82,8 @@ BUGS: Final = (
     Planted(
         "a last attempt is claimed together with other rows",
         "plan.py",
-        "is_told = alone is not None and request.limit > 1",
-        "is_told = alone is not None and request.limit < 1",
+        "shares = request.limit > 1 and not request.deletes",
+        "shares = request.limit < 1 and not request.deletes",
     ),
     Planted(
         "limit plus one",
