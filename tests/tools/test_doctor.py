@@ -520,6 +520,7 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
     assert list(found) == ["meaning of the columns", "busy timeout"]
     assert "which value of 'status' is 'free'?" in str(found)
     assert "JobTable.infer(" in found["meaning of the columns"]["fix"]
+    assert {"rights", "transaction mode"} <= set(ails(command, database, "--all", timeout="0.2"))
 
 
 @pytest.mark.databases("sqlite")
