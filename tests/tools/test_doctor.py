@@ -520,7 +520,9 @@ def test_columns_that_cannot_be_read(database: Database, command: Command) -> No
     assert list(found) == ["meaning of the columns", "busy timeout"]
     assert "which value of 'status' is 'free'?" in str(found)
     assert "JobTable.infer(" in found["meaning of the columns"]["fix"]
-    assert {"rights", "transaction mode"} <= set(ails(command, database, "--all", timeout="0.2"))
+    shown = doctor(command, database, "--all", table="jobs", timeout="0.2").out
+    assert "the file and its folder can be written" in " ".join(shown.split())
+    assert "transaction mode" in shown
 
 
 @pytest.mark.databases("sqlite")
