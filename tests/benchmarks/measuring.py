@@ -98,6 +98,47 @@ def in_turns(
     return found
 
 
+def alternating(
+    ways: Mapping[str, Way],
+    *,
+    rounds: int,
+    calls: int,
+    before: Callable[[], object],
+) -> dict[str, list[list[float]]]:
+    """Measure the seconds of every call, by way and round, while the ways alternate call by call.
+
+    What slows the machine for a moment meets all of them alike, and all find the table as full as
+    the others do.
+
+    Args:
+        ways: what is called, by name.
+        rounds: how often the table is prepared and all ways are called.
+        calls: how often each way is called in a round; every second time in reverse.
+        before: called before each round; it is not measured, and neither is one call of each after
+            it.
+    """
+    found: dict[str, list[list[float]]] = {name: [] for name in ways}
+    names = list(ways)
+    for _ in range(rounds):
+        before()
+        for way in ways.values():
+            way()
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        gc.collect()
+        gc.disable()
+        try:
+            for call in range(calls):
+                for name in names if call % 2 else reversed(names):
+                    begin = time.perf_counter()
+                    ways[name]()
+                    times[name].append(time.perf_counter() - begin)
+        finally:
+            gc.enable()
+        for name in names:
+            found[name].append(times[name])
+    return found
+
+
 def check_whole(found: Sequence[Any], limit: int) -> None:
     """Raise if the measured claim did not return exactly `limit` rows."""
     if len(found) != limit:
@@ -113,6 +154,11 @@ def percentile(times: Sequence[float], part: float) -> float:
 def rates(turns: Sequence[Sequence[float]]) -> list[float]:
     """Return the calls per second of each round."""
     return [len(times) / sum(times) for times in turns]
+
+
+def typical_rates(turns: Sequence[Sequence[float]]) -> list[float]:
+    """Return the calls per second of each round, by the median call."""
+    return [1 / statistics.median(times) for times in turns]
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, ...]:

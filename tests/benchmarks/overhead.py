@@ -21,17 +21,18 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from atomic_claim import JobTable, aio, claim_jobs
 from tests.benchmarks.bare import BOUND, by_hand
 from tests.benchmarks.ground import Ground, Rows, fill, free_all, job_table, with_class
-from tests.benchmarks.measuring import Line, Way, check_whole, in_turns, rates, ratios
+from tests.benchmarks.measuring import Line, Way, alternating, check_whole, ratios, typical_rates
 from tests.benchmarks.replay import by_core, by_orm, replay, steps_of
 
 FIGURE = "overhead"
 LIMITS = (1, 50)
-JOBS_A_TURN = {1: 300, 50: 3000}
-MORE_JOBS = 10_000
+JOBS_A_ROUND = {1: 60, 50: 750}
+MORE_JOBS = 3_000
 AUTOCOMMIT, BEGIN = "AUTOCOMMIT", "BEGIN … COMMIT"
 STATEMENTS = "the ORM alone, the claim's statements"
 LOOP = "the ORM alone, select, set, flush"
 ASYNC_DRIVERS = ("asyncpg", "psycopg")
+MOST_WAYS = 14
 
 
 class Target(NamedTuple):
@@ -53,7 +54,7 @@ class Case:
         rich: whether the table has JSON, Enum and, on PostgreSQL, timestamptz columns.
         token: whether the table has a token column.
         limit: the number of rows of a claim.
-        calls: the number of claims in a turn.
+        calls: the number of claims of each way in a round.
     """
 
     database: str
@@ -124,20 +125,17 @@ def measure(
     lines: list[Line] = []
     for name in ground.kinds():
         for rich, token, limit in product((False, True), (True, False), limits):
-            each = calls or max(3, JOBS_A_TURN.get(limit, MORE_JOBS) // limit)
+            each = calls or max(3, JOBS_A_ROUND.get(limit, MORE_JOBS) // limit)
             case = Case(name, rich, token, limit, each)
             lines += measured(sa.create_engine(ground.url(name)), case, rounds)
     yield lines
 
 
 def measured(engine: sa.Engine, case: Case, rounds: int) -> list[Line]:
-    """Measure one case in a table that is made for it; all ways have their turn in each round."""
+    """Measure one case in a table that is made for it; the ways alternate call by call."""
     name = "bench_rich" if case.rich else "bench_jobs"
     jobs = job_table(name, token=case.token, rich=case.rich)
-    fill(engine, jobs, Rows(case.limit * (case.calls + 2) + 1000))
-
-    def refill(_: str) -> None:
-        free_all(engine, jobs)
+    fill(engine, jobs, Rows(MOST_WAYS * case.limit * (case.calls + 1) + 1000))
 
     def turns() -> list[Line]:
         with ExitStack() as stack:
@@ -145,8 +143,10 @@ def measured(engine: sa.Engine, case: Case, rounds: int) -> list[Line]:
             groups = list(_groups(engine, jobs, case, stack))
             ways = {group.name: group.way for group in groups}
             ways |= {name: way for group in groups for name, way in group.others.items()}
-            found = in_turns(ways, rounds=rounds, calls=case.calls, before=refill)
-            speed = {name: rates(times) for name, times in found.items()}
+            found = alternating(
+                ways, rounds=rounds, calls=case.calls, before=lambda: free_all(engine, jobs)
+            )
+            speed = {name: typical_rates(times) for name, times in found.items()}
             return [line for group in groups for line in group.lines(case, speed)]
 
     # The asynchronous ways are awaited from within the turns, on one event loop.

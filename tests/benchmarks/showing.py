@@ -77,7 +77,7 @@ def show(console: Console, title: str, lines: Sequence[Line]) -> None:
 
 
 def write(path: Path, title: str, lines: Sequence[Line]) -> None:
-    """Write the figures as a table between the two marks of a guide.
+    """Write the figures that have a target as a table between the two marks of a guide.
 
     Raises:
         ValueError: the guide has no marks.
@@ -86,6 +86,7 @@ def write(path: Path, title: str, lines: Sequence[Line]) -> None:
         f"| {line.name} | {line.value:,.0f} {line.unit} | {line.against} | {line.ratio:.2f} "
         f"| {line.spread[0]:.2f}-{line.spread[1]:.2f} | {target(line)} | {VERDICTS[line.reached]} |"
         for line in lines
+        if line.reached is not None
     ]
     head = (
         "| measured | median | against | ratio | spread | target | |\n|---|--:|---|--:|--:|--:|---|"

@@ -13,7 +13,7 @@ from tests.benchmarks.__main__ import main
 from tests.benchmarks.bare import by_hand
 from tests.benchmarks.crew import Caller
 from tests.benchmarks.ground import Rows, fill, job_table
-from tests.benchmarks.measuring import Line, in_turns, percentile
+from tests.benchmarks.measuring import Line, alternating, in_turns, percentile, typical_rates
 from tests.benchmarks.overhead import LOOP, STATEMENTS, Case, measured
 from tests.benchmarks.replay import by_core, recorded, replay, steps_of
 from tests.benchmarks.showing import write
@@ -94,6 +94,17 @@ def test_turns() -> None:
     }
 
 
+def test_alternating() -> None:
+    """The ways alternate call by call, after one call of each that is not measured."""
+    order: list[str] = []
+    ways = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = alternating(ways, rounds=2, calls=3, before=lambda: order.append("|"))
+    assert "".join(order) == "|abbaabba|abbaabba"
+    assert [len(times) for turns in found.values() for times in turns] == [3, 3, 3, 3]
+    # One slow call of three does not count.
+    assert typical_rates([[0.5, 0.25, 9.0], [2.0]]) == [2.0, 0.5]
+
+
 def test_targets() -> None:
     """A median below what was asked for is a miss, and so is one above what was allowed."""
     ratios = (0.5, 0.9, 0.8)
@@ -140,9 +151,10 @@ def test_a_guide_gets_the_table(tmp_path: Path) -> None:
     guide = tmp_path / "README.md"
     guide.write_text("a\n<!-- figures -->\nold\n<!-- end of figures -->\nb\n", encoding="utf-8")
     line = Line(**OPTIONS, ratios=(0.94,), least=0.95, accepted=0.93)
-    write(guide, "2 cores", [line])
+    write(guide, "2 cores", [line, Line(**OPTIONS | {"name": "for information"}, ratios=(1,))])
     text = guide.read_text(encoding="utf-8")
     assert "old" not in text
+    assert "for information" not in text
     assert "| engine | 1,234 claims/s | bare | 0.94 | 0.94-0.94 | ≥ 0.95 (0.93) | PASS |" in text
     guide.write_text("a\n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no line <!-- figures -->"):
