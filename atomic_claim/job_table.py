@@ -70,8 +70,8 @@ class JobTable(Preparing):
         withdrawn: a mapping of further columns to values that take a row out of the queue
             (``{"cancelled_at": func.now()}``). A row that bears one of them is never claimed.
         due: the time from which the job may run; NULL is due at once.
-        order: what comes first: columns or expressions, ``table.c.priority.desc()`` for example.
-            Left out, the primary key's order.
+        order: what comes first: columns or expressions, ``table.c.priority.desc()`` for example, or
+            names, with ``-`` before them for descending. Left out, the primary key's order.
         worker: the string column of the claiming worker's name. Clearing it writes NULL, or an
             empty string if it is NOT NULL.
         token: the string column of the claim's token, 32 hexadecimal digits.
@@ -331,8 +331,14 @@ class JobTable(Preparing):
         object.__setattr__(self, name, value)
 
     def term(self, term: Any) -> ColumnElement[Any]:
-        """Return the ORDER BY term for a name, a column, an attribute or an expression."""
-        return self.column(term, "order") if isinstance(term, str) else term_of(term)
+        """Return the ORDER BY term for a name, a column, an attribute or an expression.
+
+        A name with ``-`` before it is descending.
+        """
+        if not isinstance(term, str):
+            return term_of(term)
+        column = self.column(term.removeprefix("-"), "order")
+        return column.desc() if term.startswith("-") else column
 
     @property
     def _roles(self) -> Iterator[tuple[str, Column[Any]]]:

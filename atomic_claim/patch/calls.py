@@ -12,12 +12,17 @@ from sqlalchemy import func
 from atomic_claim.errors import PatchError
 from atomic_claim.references import resolve
 
-from .main_module import loaded_module
+from .main_module import is_importing, is_main, loaded_module
+from .targets import Target
 
 Reader = Callable[["Call"], Any]
 EMPTY = inspect.Parameter.empty
 VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+PLACES = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    inspect.Parameter.VAR_POSITIONAL,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +82,13 @@ class Reference:
         Raises:
             PatchError: there is nothing of that name.
         """
-        return referred(self.name)
-
-
-def referred(name: str) -> Any:
-    """Return the object that ``"module:name"`` names; import the module if necessary.
-
-    Raises:
-        PatchError: there is nothing of that name.
-    """
-    module, _, path = name.partition(":")
-    # A module that another thread is importing is waited for; the main module is never new.
-    main = loaded_module(module)
-    try:
-        return resolve(f"{main.__name__ if main else module}:{path}")
-    except (ImportError, AttributeError) as error:
-        raise PatchError(f"{name!r} cannot be had: {error}") from error
+        module, _, path = self.name.partition(":")
+        # A module that another thread is importing is waited for; the main module is never new.
+        main = loaded_module(module)
+        try:
+            return resolve(f"{main.__name__ if main else module}:{path}")
+        except (ImportError, AttributeError) as error:
+            raise PatchError(f"{self.name!r} cannot be had: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,14 +96,12 @@ class Reading:
     """How one option of a patch is read from a call.
 
     Attributes:
-        role: the option's name.
         given: what the user wrote.
         read: reads it from a call.
         constant: whether it is the same for every call.
         names: the parameters that it is read from; None if it is given the call, and may read all.
     """
 
-    role: str
     given: Any
     read: Reader
     constant: bool = False
@@ -116,15 +110,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Options:
-    """Reads the options of the patch of one function.
+    """Reads the options of the patch of one function."""
 
-    Attributes:
-        signature: the function's signature.
-        target: its name.
-    """
-
-    signature: inspect.Signature
-    target: str
+    target: Target
 
     def reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
@@ -146,28 +134,49 @@ class Options:
         """
         if isinstance(given, str) and self.parts(given) is None and not is_constant(given):
             raise PatchError(
-                f"{role}={given!r} is not a parameter of {self.target}, nor a path from one; it "
-                f"has {', '.join(self.signature.parameters) or 'no parameters'}"
+                f"{role}={given!r} is not a parameter of {self.target.name}, nor a path from one; "
+                f"it has {', '.join(self.target.signature.parameters) or 'no parameters'}"
             )
         if isinstance(given, Reference):
-            return Reading(role, given, self._named(role, given, is_constant), names=None)
+            found = self.found(given)
+            names = None if found is None else frozenset[str]()
+            if callable(found):
+                names = self.reading(role, found, is_constant).names
+            return Reading(given, self._named(role, given, is_constant), names=names)
         if callable(given) and not is_constant(given):
-            run, takes = fitted(given, ("call",), f"{role}={given!r} of {self.target}")
-            return Reading(role, given, run, names=None if takes else frozenset())
-        names: set[str] = set()
-        read = self._compiled(role, given, names)
-        if names:
-            return Reading(role, given, read, names=frozenset(names))
+            run, takes = fitted(given, ("call",), f"{role}={given!r} of {self.target.name}")
+            return Reading(given, run, names=None if takes else frozenset())
+        used: set[str] = set()
+        read = self._compiled(role, given, used)
+        if used:
+            return Reading(given, read, names=frozenset(used))
         value = read(Call({}, (), {}))
-        return Reading(role, value, lambda _: value, constant=True)
+        return Reading(value, lambda _: value, constant=True)
 
     def parts(self, given: str) -> list[str] | None:
         """Split a parameter's name or a path from one; None if it is neither."""
         first, *rest = given.split(".")
-        parameter = self.signature.parameters.get(first)
+        parameter = self.target.signature.parameters.get(first)
         if parameter is None or (not rest and parameter.kind in VARIABLE):
             return None
         return [first, *rest]
+
+    def found(self, given: Reference) -> Any:
+        """Return a named object if it can be had when patching, else None.
+
+        Raises:
+            PatchError: there is nothing of that name, and no import goes on that could define it.
+        """
+        module = given.name.partition(":")[0]
+        complete = self.target.name.partition(":")[0] if self.target.is_over else ""
+        if loaded_module(module) is None and is_importing(complete):
+            return None
+        try:
+            return given.resolve()
+        except PatchError:
+            if is_main(module) or is_importing(complete, module):
+                return None
+            raise
 
     def _named(self, role: str, given: Reference, is_constant: Callable[[Any], bool]) -> Reader:
         def read(call: Call) -> Any:
@@ -204,7 +213,7 @@ class Options:
                     found = getattr(found, part)
                 except AttributeError as error:
                     raise PatchError(
-                        f"{role}={path!r} of {self.target} leads nowhere: {error}"
+                        f"{role}={path!r} of {self.target.name} leads nowhere: {error}"
                     ) from error
             return found
 
@@ -238,19 +247,16 @@ def fitted(
     by_name: list[str] = []
     for each in parameters:
         wanted = each.name if each.name in offered else None
-        if each.kind in POSITIONAL and each.default is EMPTY:
+        is_needed = each.default is EMPTY and each.kind not in VARIABLE
+        if each.kind in PLACES and (is_needed or len(by_place) < least):
             by_place.append(wanted or (rest.pop(0) if rest else each.name))
-        elif each.kind not in VARIABLE and (wanted or each.default is EMPTY):
+        elif is_needed or wanted:
             by_name.append(each.name)
-    room = [each for each in parameters if each.kind in {*POSITIONAL, VARIABLE[0]}]
-    if len(by_place) < least and room:
-        by_place = list(offered[:least])
     if unknown := set(by_place + by_name).difference(offered):
         raise PatchError(
             f"{what} takes {', '.join(sorted(unknown))}, and is given {', '.join(offered)} at "
             "most; give what is missing a default"
         )
-    by_name = [name for name in by_name if name not in by_place]
 
     def run(*values: Any) -> Any:
         known = dict(zip(offered, values, strict=True))

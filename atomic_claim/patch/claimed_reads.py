@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, or_
+from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, not_, or_, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
@@ -40,7 +40,7 @@ from .selects import (
     with_conditions,
     with_criteria,
 )
-from .tables import Tables, leased_only
+from .tables import Tables, check_role, leased_only
 from .targets import Target
 
 R = TypeVar("R")
@@ -105,17 +105,13 @@ def claim_reads(
     """
 
     def prepare(patch: Patch, found: Target) -> Run:
-        tables = Tables(table, Options(found.signature, found.name), claimable)
-        options: dict[str, Any] = {"lease": asked, "worker": worker, "limit": limit}
-        return watching(patch, found, lambda call: ClaimWatch(patch, tables, call, **options))
+        tables = Tables(table, Options(found), claimable)
+        watch = partial(ClaimWatch, lease=asked, worker=worker, limit=limit)
+        return watching(patch, found, tables, watch)
 
     def claimable(given: Any) -> JobTable:
         job_table = _leased(job_table_of(given), asked, at_most_once)
-        if worker is not None and job_table.worker is None:
-            raise PatchError(
-                f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
-                "none that is known: name it with JobTable(worker=...)"
-            )
+        check_role(job_table, "worker", "worker", worker)
         return job_table
 
     asked = filters.lease(lease)
@@ -157,14 +153,13 @@ class ClaimWatch(Watch):
         worker: str | None,
         limit: int | None,
     ) -> None:
-        super().__init__(*watched)
-        self._limit = ALL if limit is None else limit
+        super().__init__(*watched, limit=limit)
         self._asked = lease
         self._worker = worker
         self._claims: list[tuple[Engine, Claim[Any]]] = []
         self._beats: list[tuple[Engine, Beat]] = []
         self._next_beat = float("inf")
-        self._done: set[Any] = set()
+        self._done: dict[Any, set[Any]] = {}
         self._marks = 0
         self._marks_before = 0
 
@@ -178,29 +173,27 @@ class ClaimWatch(Watch):
         self.reads += 1
         if find.limit == 0:
             return None
-        search = _Search.of(find, filters.written(self.job_table))
+        search = _Search(find)
         engine = connection.engine
-        claim = self._ours(engine, lambda: self._claim(engine, find, search))
+        claim = self._ours(engine, lambda: self._claim(engine, search))
         self.patch.count(claimed=len(claim))
         if not claim:
             return with_conditions(find.statement, false())
         self._claims.append((engine, claim))
-        return with_conditions(
-            find.statement, *search.others, self._is_claimed(find.place, find.key, claim)
-        )
+        return with_conditions(find.statement, *search.others, self._is_claimed(find.place, claim))
 
     @property
     def _lease(self) -> timedelta | None:
         can_hold = self.job_table.lease is not None and self.job_table.token is not None
         return LEASE if self._asked is None and can_hold else self._asked
 
-    def _claim(self, engine: Engine, find: Find, search: _Search) -> Claim[Any]:
+    def _claim(self, engine: Engine, search: _Search) -> Claim[Any]:
         claim: Claim[Any] = claim_jobs(
             engine,
             self.job_table,
-            self._limit if find.limit is None else min(find.limit, self._limit),
-            where=filters.beside_the_lease(self.job_table, search.where(find)) or None,
-            order_by=search.order(find),
+            ALL if search.find.limit is None else search.find.limit,
+            where=filters.beside_the_lease(self.job_table, search.where()) or None,
+            order_by=search.order(),
             worker=self._worker,
             lease=self._lease,
         )
@@ -211,11 +204,12 @@ class ClaimWatch(Watch):
             self._next_beat = min(self._next_beat, time.monotonic() + beat.every)
         return claim
 
-    def _is_claimed(self, place: FromClause, key: Sequence[Any], claim: Claim[Any]) -> Any:
-        if len(claim) <= CHUNK or claim.token is None:
-            return key_in(key, claim.keys)
-        # More keys than a statement may have parameters.
-        return place.columns[self.job_table.token.key] == claim.token
+    def _is_claimed(self, place: FromClause, claim: Claim[Any]) -> Any:
+        own = self.job_table
+        # A statement may not have as many parameters as a large claim has keys.
+        has_few = len(claim) <= CHUNK or claim.token is None
+        ours = key_in(own.key, claim.keys) if has_few else own.token == claim.token
+        return adapted(ours, own.table, place)
 
     def _ours(self, engine: Engine, run: Callable[[], R]) -> R:
         """Run statements of our own, with pauses that an event loop survives."""
@@ -251,11 +245,10 @@ class ClaimWatch(Watch):
         table = self.job_table.table
         # It may be another object for the same table.
         place: Any = table if statement.table == table else statement.table
-        own, others = _parted(conjuncts(statement), place, filters.written(self.job_table))
+        own, others = filters.parted(conjuncts(statement), place, self.job_table)
         if not own:
             return None
-        key = [place.columns[column.key] for column in self.job_table.key]
-        ours = or_(*(self._is_claimed(place, key, claim) for _, claim in self._claims))
+        ours = or_(*(self._is_claimed(place, claim) for _, claim in self._claims))
         running = adapted(predicates.is_running(self.job_table), table, place)
         return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
 
@@ -263,8 +256,9 @@ class ClaimWatch(Watch):
         """Note the rows that a session marks; a value that the claim wrote is no change."""
         self._marks_before = self._marks
         for state in map(sa_inspect, entities):
-            if any(is_table(each, self.table) for each in state.mapper.tables):
-                self._done.add(state.identity)
+            for table in state.mapper.tables:
+                if is_table(table, self.table):
+                    self._done.setdefault(table, set()).add(state.identity)
 
     def flushed(self) -> None:
         """Leave only the marks whose rows are not known."""
@@ -281,58 +275,61 @@ class ClaimWatch(Watch):
                 if claim.token is not None:
                     self._ours(engine, partial(release_left, engine, claim))
                 elif not self._marks and (self.failed or self._done):
-                    left = [key for key in claim.keys if key not in self._done]
-                    give_back = partial(release_jobs, engine, claim, left, unfenced=True)
-                    if left:
-                        self._ours(engine, give_back)
+                    self._ours(engine, partial(self._give_back, engine, claim))
+
+    def _give_back(self, engine: Engine, claim: Claim[Any]) -> None:
+        """Free the rows that no session has marked.
+
+        The database compares the keys: another object for the table may have other types.
+        """
+        own = self.job_table
+        unmarked = select(*own.key).where(key_in(own.key, claim.keys))
+        for table, marked in self._done.items():
+            key = tuple(table.primary_key.columns)
+            unmarked = unmarked.where(not_(adapted(key_in(key, marked), table, own.table)))
+        with engine.connect() as connection:
+            left = [tuple(key) for key in connection.execute(unmarked)]
+        if left:
+            release_jobs(engine, claim, left, unfenced=True)
 
 
 class _Search:
     """The conditions of a SELECT: on the state, on the table's other columns and other tables."""
 
-    def __init__(self, state: list[Any], others: list[Any]) -> None:
-        self.state = state
-        self.others = others
+    def __init__(self, find: Find) -> None:
+        self.find = find
+        # A claim changes what the conditions on the state ask for.
+        self.state, self.others = filters.parted(
+            conjuncts(find.statement), find.place, find.job_table
+        )
 
-    @classmethod
-    def of(cls, find: Find, written: set[str]) -> _Search:
-        """Take a SELECT's conditions apart; a claim changes what those on the state ask for."""
-        return cls(*_parted(conjuncts(find.statement), find.place, written))
+    def _own(self, conditions: list[Any]) -> list[Any]:
+        find = self.find
+        return [
+            baked(adapted(each, find.place, find.job_table.table), find.params)
+            for each in conditions
+        ]
 
-    def where(self, find: Find) -> list[Any]:
+    def where(self) -> list[Any]:
         """Return the SELECT's conditions as conditions of a claim."""
-        table = find.job_table.table
-        own = [baked(adapted(each, find.place, table), find.params) for each in self.state]
+        find = self.find
         if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
-            rest = [adapted(each, find.place, table) for each in self.others]
-            return [*own, *(baked(each, find.params) for each in rest)]
+            return self._own([*self.state, *self.others])
         others = [baked(each, find.params) for each in self.others]
         keys = with_conditions(find.statement, *others).order_by(None)
         keys = keys.with_only_columns(*find.key)
         if len(find.key) == 1:
-            return [*own, find.job_table.key[0].in_(keys)]
+            return [*self._own(self.state), find.job_table.key[0].in_(keys)]
         found = keys.subquery()
         same = [a == b for a, b in zip(find.job_table.key, found.columns, strict=True)]
-        return [*own, found.select().where(*same).exists()]
+        return [*self._own(self.state), found.select().where(*same).exists()]
 
-    def order(self, find: Find) -> list[Any] | None:
+    def order(self) -> list[Any] | None:
         """Return the SELECT's order if it uses only the table's own columns, else None."""
-        terms = order_terms(find.statement)
+        find, terms = self.find, order_terms(self.find.statement)
         if not terms or not all(speaks_only_of(term, find.place) for term in terms):
             return None
         return [adapted(term, find.place, find.job_table.table) for term in terms]
-
-
-def _parted(
-    conditions: Iterable[Any], place: FromClause, written: set[str]
-) -> tuple[list[Any], list[Any]]:
-    """Split the conditions into those on columns that a claim writes and all others."""
-    state: list[Any] = []
-    others: list[Any] = []
-    for condition in filters.conjuncts_of(conditions):
-        is_state = speaks_only_of(condition, place) and filters.speaks_of(condition, written)
-        (state if is_state else others).append(condition)
-    return state, others
 
 
 def _looks_up(find: Find) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -25,7 +24,7 @@ from .patches import Patch, Run, guarded, make_patch
 from .replacing import Replacing
 from .sessions import Opened, Sessions, unlocking
 from .sources import source_of, writes_of
-from .tables import Tables, stateless
+from .tables import Tables, check_role, stateless
 from .targets import PatchWrapper, Target, loaded
 
 BY_LOCKS = "have it run as it is, its reads locked, by lock_reads()"
@@ -145,12 +144,7 @@ def prepared(table: Any, options: ClaimOptions, patch: Patch, target: Target) ->
         check_files({"table": table, **options}, target.name)  # type: ignore[typeddict-unknown-key]
         claiming = FileClaiming(patch, target, options)
     claiming.check_dropped(options.get("ignore", ()))
-    function = target.function
-    if inspect.isasyncgenfunction(function):
-        return claiming.generate_async
-    if inspect.iscoroutinefunction(function):
-        return claiming.run_async
-    return claiming.generate if inspect.isgeneratorfunction(function) else claiming.run
+    return claiming.run
 
 
 class Claiming(Replacing):
@@ -180,7 +174,6 @@ class Claiming(Replacing):
     def _job_table(self, given: Any) -> JobTable:
         """Return the job table of a call, and raise if an option does not fit it."""
         job_table = stateless(given) if self.delete else job_table_of(given)
-        name, table = self.target.name, job_table.table.fullname
         try:
             if self.where.constant:
                 filters.conditions(job_table, self.where.given)
@@ -190,17 +183,11 @@ class Claiming(Replacing):
                 job_table.values(self.values.given, "values")
             if self.lease.constant:
                 filters.lease(self.lease.given)
-        except PatchError:
-            raise
+            check_role(job_table, "token", "lease", self.lease.given)
+            check_role(job_table, "lease", "lease", self.lease.given)
+            check_role(job_table, "worker", "worker", self.worker.given)
         except ClaimError as error:
-            raise PatchError(f"{name}: {error}") from error
-        for option, role in (("lease", "token"), ("lease", "lease"), ("worker", "worker")):
-            given = getattr(self, option).given
-            if given is not None and getattr(job_table, role) is None:
-                raise PatchError(
-                    f"{option}={given!r} of {name} needs a {role} column, and {table!r} has none "
-                    f"that is known: name it with JobTable({role}=...)"
-                )
+            raise PatchError(f"{self.target.name}: {error}") from error
         self._warn_of_dropped(job_table)
         return job_table
 

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Select, and_, or_
+from sqlalchemy import ColumnElement, Select, and_, or_
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+from sqlalchemy.sql.selectable import FromClause
 
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.job_table import JobTable
+
+from .selects import speaks_only_of
 
 Operator = Callable[[Any, Any], ColumnElement[bool]]
 OPERATORS: Mapping[str, Operator] = {
@@ -87,11 +90,28 @@ def beside_the_lease(
     """
     if job_table.lease is None:
         return list(given)
-    ofstate: list[ColumnElement[bool]] = []
-    others: list[ColumnElement[bool]] = []
+    state, others = parted(given, job_table.table, job_table)
+    return [*others, or_(and_(*state), predicates.is_running(job_table))] if state else others
+
+
+def parted(
+    given: Iterable[Any], place: FromClause, job_table: JobTable
+) -> tuple[list[Any], list[Any]]:
+    """Split conditions into those on columns that a claim writes, and all others.
+
+    Args:
+        given: the conditions.
+        place: the table, or the alias of it, whose columns they use.
+        job_table: what a claim writes.
+    """
+    names = written(job_table)
+    state: list[Any] = []
+    others: list[Any] = []
     for condition in conjuncts_of(given):
-        (ofstate if speaks_of(condition, written(job_table)) else others).append(condition)
-    return [*others, or_(and_(*ofstate), predicates.is_running(job_table))] if ofstate else others
+        used = {each.name for each in visitors.iterate(condition) if isinstance(each, ColumnClause)}
+        is_state = not used.isdisjoint(names) and speaks_only_of(condition, place)
+        (state if is_state else others).append(condition)
+    return state, others
 
 
 def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
@@ -110,14 +130,6 @@ def written(job_table: JobTable) -> set[str]:
     return {column.name for column in columns if column is not None}
 
 
-def speaks_of(condition: ColumnElement[bool], names: set[str]) -> bool:
-    """Check whether a condition uses columns with these names."""
-    return any(
-        isinstance(part, ColumnClause) and part.name in names
-        for part in visitors.iterate(condition)
-    )
-
-
 def order(job_table: JobTable, given: Any) -> list[ColumnElement[Any]] | None:
     """Convert a sort to terms: expressions, or column names with ``-`` for descending.
 
@@ -130,22 +142,9 @@ def order(job_table: JobTable, given: Any) -> list[ColumnElement[Any]] | None:
         return None
     if isinstance(given, str):
         given = [part.strip() for part in given.split(",")]
-    if isinstance(given, Mapping):
-        given = [f"-{name}" if _descends(way) else name for name, way in given.items()]
     if not isinstance(given, (list, tuple)):
         given = [given]
-    return [_term(job_table, term) for term in given]
-
-
-def _descends(way: Any) -> bool:
-    return str(way).lower() in {"desc", "descending", "-1"}
-
-
-def _term(job_table: JobTable, given: Any) -> ColumnElement[Any]:
-    if isinstance(given, str):
-        column: Column[Any] = job_table.column(given.lstrip("-+"), "order_by")
-        return column.desc() if given.startswith("-") else column.asc()
-    return job_table.term(given)
+    return [job_table.term(term) for term in given]
 
 
 def lease(given: Any) -> timedelta | None:

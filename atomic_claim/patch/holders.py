@@ -53,9 +53,6 @@ class Cell:
         """Hold something else."""
         self.cell.cell_contents = value
 
-    def __str__(self) -> str:
-        return "a decorator's closure"
-
 
 @dataclass(frozen=True, eq=False)
 class Getter:
@@ -76,9 +73,6 @@ class Getter:
         if value is not found.fget:
             found = found.getter(value)
         setattr(self.owner, self.name, found)
-
-    def __str__(self) -> str:
-        return f"{self.owner.__name__}.{self.name}"
 
 
 Place = Attribute | Cell | Getter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -14,7 +14,7 @@ from atomic_claim.backends import Transaction, backend_for
 from atomic_claim.errors import ClaimConflict, ClaimError, PatchError, UnsupportedDialect
 from atomic_claim.job_table import JobTable
 
-from .calls import Call, Options
+from .calls import Options
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
 from .selects import with_conditions
@@ -60,8 +60,8 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
                 "rows, would let go of its locks: patch the function that consumes it, or use "
                 "claim_reads()"
             )
-        tables = Tables(table, Options(found.signature, found.name), keyed_by_row)
-        return watching(patch, found, lambda call: LockWatch(patch, tables, call, limit))
+        tables = Tables(table, Options(found), keyed_by_row)
+        return watching(patch, found, tables, partial(LockWatch, limit=limit))
 
     def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.exclusive_by is not None:
@@ -77,9 +77,8 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
 class LockWatch(Watch):
     """A running call whose finds are locked."""
 
-    def __init__(self, patch: Patch, tables: Tables, call: Call, limit: int | None) -> None:
-        super().__init__(patch, tables, call)
-        self._limit = limit
+    def __init__(self, *watched: Any, limit: int | None) -> None:
+        super().__init__(*watched, limit=limit)
         self._locked: WeakSet[Connection] = WeakSet()
 
     def read(
@@ -89,9 +88,6 @@ class LockWatch(Watch):
         find = self.find(connection, statement, params)
         if find is None:
             return None
-        if self._limit is not None and (find.limit is None or find.limit > self._limit):
-            cut = find.statement.limit(self._limit)
-            find = replace(find, statement=cut, limit=self._limit)
         tx = Transaction(backend_for(connection.dialect), connection, connection, own=False)
         try:
             with unwatched():

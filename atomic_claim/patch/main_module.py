@@ -50,6 +50,16 @@ def check_module(name: str) -> None:
         above = found.submodule_search_locations or ()
 
 
+def is_importing(complete: str, name: str | None = None) -> bool:
+    """Check whether a module is being imported, or any is, besides one that is known to be over."""
+    specs = {
+        each: getattr(module, "__spec__", None)
+        for each, module in list(sys.modules.items())
+        if each != complete and name in {None, each}
+    }
+    return any(getattr(spec, "_initializing", False) for spec in specs.values())
+
+
 def main_name() -> str:
     """Return the name to import the main module by, or "" if it is unknown."""
     first = sys.argv[0] if sys.argv else ""

@@ -109,15 +109,12 @@ class Patch:
             self._installed.append((place, created, wrapper))
         self.target = target.name
         self.overrides = tuple(target.overrides)
-        left = {
-            "these override it and are not: {}; patch each that does not call super()": (
-                target.overrides
-            ),
-            "these names for it, bound before, are not: {}": target.unpatched,
-        }
-        for what, names in left.items():
+        for what, names in (
+            ("these override it, each to be patched if it does not call super()", target.overrides),
+            ("these names for it, bound before, are not", target.unpatched),
+        ):
             if names:
-                which = what.format(", ".join(names))
+                which = f"{what}: {', '.join(names)}"
                 warnings.warn(f"{target.name} is patched, and {which}", stacklevel=4)
 
 
@@ -139,11 +136,13 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
     module_name, path = parts_of(given)
     patch = Patch(given)
 
-    def install(module: ModuleType) -> None:
+    def install(module: ModuleType, *, is_over: bool = True) -> None:
         if not patch.is_active:
             return
         try:
-            patch.install(named_target(module, path), prepare)
+            target = named_target(module, path)
+            target.is_over = is_over
+            patch.install(target, prepare)
         except ClaimError as error:
             if on_failure is not None:
                 on_failure(error)
@@ -151,12 +150,12 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
 
     def install_in_main(module: ModuleType, is_over: bool) -> bool:
         if is_over or is_defined(module, path):
-            install(module)
+            install(module, is_over=False)
             return True
         return not patch.is_active
 
     if (module := loaded_module(module_name)) is not None:
-        install(module)
+        install(module, is_over=False)
         return patch
     if is_main(module_name):
         when_defined(install_in_main)

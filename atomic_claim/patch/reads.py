@@ -20,7 +20,7 @@ from collections.abc import (
 from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,8 +76,9 @@ class Watch(ABC):
 
     job_table: JobTable
 
-    def __init__(self, patch: Patch, tables: Tables, call: Call) -> None:
+    def __init__(self, patch: Patch, tables: Tables, call: Call, *, limit: int | None) -> None:
         self.patch = patch
+        self._limit = limit
         self.table = tables.named(call)
         self._table_from = partial(tables.of, call)
         self.reads = 0
@@ -98,11 +99,18 @@ class Watch(ABC):
     def find(
         self, connection: Connection, statement: Any, params: Mapping[str, Any]
     ) -> Find | None:
-        """Analyze a SELECT of the table; return None if it finds no jobs."""
+        """Analyze a SELECT of the table; return None if it finds no jobs.
+
+        It finds no more of them than the patch allows.
+        """
         with unwatched():
             self.job_table = self._table_from(connection)
         counts = self.reads > 0
-        return find_of(self.job_table, statement, params, self.patch.target, counts=counts)
+        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
+        most = self._limit
+        if find is None or most is None or (find.limit is not None and find.limit <= most):
+            return find
+        return replace(find, statement=find.statement.limit(most), limit=most)
 
     @abstractmethod
     def read(
@@ -154,12 +162,14 @@ def unwatched() -> Iterator[None]:
         watches.reset(token)
 
 
-def watching(patch: Patch, target: Target, make: Callable[[Call], Watch]) -> Run:
+def watching(
+    patch: Patch, target: Target, tables: Tables, watch: Callable[[Patch, Tables, Call], Watch]
+) -> Run:
     """Return a function that runs the patched function and watches its reads."""
     _listen(patch)
     patch.at_undo(lambda: _unlisten(patch))
     patch.at_undo(lambda: _warn_if_unseen(patch))
-    function = target.function
+    function, make = target.function, partial(watch, patch, tables)
 
     def run(call: Call, original: Callable[[], Any]) -> Any:
         watch = make(call)

@@ -18,7 +18,6 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import AbstractAsyncContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -38,12 +37,8 @@ ALL = 2**31 - 1
 logger = logging.getLogger("atomic_claim")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The outcome of one claim: whether it found a job, and what returns or raises the result."""
-
-    found: bool
-    get: Callable[[], Any]
+Answer = tuple[bool, Callable[[], Any]]
+"""The outcome of one claim: whether it found a job, and what returns or raises the result."""
 
 
 class Replacing(ABC):
@@ -58,12 +53,12 @@ class Replacing(ABC):
     def __init__(self, patch: Patch, target: Target, options: ClaimOptions) -> None:
         self.patch = patch
         self.target = target
-        self.options = Options(target.signature, target.name)
+        self.options = Options(target)
         limit = options.get("limit", ONE)
         function = target.function
         is_async = inspect.isasyncgenfunction(function)
-        yields = is_async or inspect.isgeneratorfunction(function)
-        self.is_generator = yields and not target.is_context
+        self._yields = is_async or inspect.isgeneratorfunction(function)
+        self.is_generator = self._yields and not target.is_context
         self.is_coroutine = is_async or inspect.iscoroutinefunction(function)
         self.single = self.is_generator or limit is ONE or (limit == 1 and limit is not True)
         every = None if self.is_generator else 1
@@ -79,7 +74,7 @@ class Replacing(ABC):
                 f"limit={self.limit.given!r} of {target.name}: expected an int of at least 1, "
                 "None for all, or the name of a parameter"
             )
-        for note in yield_notes(function) if yields else ():
+        for note in yield_notes(function) if self._yields else ():
             warnings.warn(f"{target.name} {note}", stacklevel=8)
 
     def _reading(
@@ -90,7 +85,7 @@ class Replacing(ABC):
     def _when(self, given: Any) -> Reading:
         if isinstance(given, str) and given.startswith("not "):
             plain = self._reading("when", given.removeprefix("not ").strip())
-            return Reading("when", given, lambda call: not plain.read(call), names=plain.names)
+            return Reading(given, lambda call: not plain.read(call), names=plain.names)
         return self._reading("when", True if given is None else given)
 
     def check_dropped(self, ignore: Iterable[str]) -> None:
@@ -99,7 +94,7 @@ class Replacing(ABC):
         Raises:
             PatchError: there is one, or a name to ignore is no parameter.
         """
-        parameters = self.options.signature.parameters
+        parameters = self.target.signature.parameters
         ignored = {ignore} if isinstance(ignore, str) else set(ignore)
         if unknown := ignored.difference(parameters):
             raise PatchError(
@@ -130,39 +125,32 @@ class Replacing(ABC):
         """
 
     def run(self, call: Call, original: Callable[[], Any]) -> Any:
-        """In place of a function."""
+        """Run in place of the function, and return what a function of its kind returns."""
         if (limit := self._limit_of(call)) is None:
             return original()
-        return finished(self._once(call, limit)).get()
+        if self._yields:
+            made = self._generate_async if self.is_coroutine else self._generate
+            return made(call, limit)
+        result = self._result(call, limit)
+        return result if self.is_coroutine else finished(result)
 
-    def generate(self, call: Call, original: Callable[[], Any]) -> Generator[Any, Any, Any]:
-        """In place of a generator."""
-        if (limit := self._limit_of(call)) is None:
-            return (yield from original())
+    async def _result(self, call: Call, limit: int) -> Any:
+        _, get = await self._once(call, limit)
+        return get()
+
+    def _generate(self, call: Call, limit: int) -> Generator[Any, Any, Any]:
         for each in self._rounds(limit):
-            answer = finished(self._once(call, each))
-            if self.is_generator and not answer.found:
+            found, get = finished(self._once(call, each))
+            if self.is_generator and not found:
                 break
-            yield answer.get()
-        return None
+            yield get()
 
-    async def run_async(self, call: Call, original: Callable[[], Any]) -> Any:
-        """In place of a coroutine."""
-        if (limit := self._limit_of(call)) is None:
-            return await original()
-        return (await self._once(call, limit)).get()
-
-    async def generate_async(self, call: Call, original: Callable[[], Any]) -> AsyncIterator[Any]:
-        """In place of an asynchronous generator."""
-        if (limit := self._limit_of(call)) is None:
-            async for found in original():
-                yield found
-            return
+    async def _generate_async(self, call: Call, limit: int) -> AsyncIterator[Any]:
         for each in self._rounds(limit):
-            answer = await self._once(call, each)
-            if self.is_generator and not answer.found:
+            found, get = await self._once(call, each)
+            if self.is_generator and not found:
                 break
-            yield answer.get()
+            yield get()
 
     @contextmanager
     def _logged(self) -> Iterator[None]:
@@ -198,28 +186,23 @@ class Replacing(ABC):
             async with self.claimed(call, limit) as (claim, bind):
                 empty = None if claim else self.empty.read(call)
                 if not claim and (self.single or empty is not None):
-                    return Answer(found=False, get=partial(_answered, empty))
+                    return False, partial(_answered, empty)
                 answer = self.returns(claim[0] if self.single else claim, call, bind)
                 if self.is_coroutine and inspect.isawaitable(answer):
                     answer = await answer
-                return Answer(found=bool(claim), get=lambda: answer)
+                return bool(claim), lambda: answer
 
     def _adapter(self, given: Any) -> tuple[Callable[..., Any], frozenset[str] | None]:
         """Return what makes the result of the jobs, the call and the bind, and what it takes."""
-        if given is None:
-            # A claim is no list; one job may be a row, which is a sequence too.
-            plain = (lambda found, *_: found) if self.single else (lambda found, *_: list(found))
-            return plain, frozenset()
-        if isinstance(given, str):
-            try:
-                read = operator.attrgetter(given)
-            except TypeError as error:
-                raise PatchError(f"returns={given!r} is no attribute's name: {error}") from error
+        if given is None or isinstance(given, str):
+            read: Callable[[Any], Any] = operator.attrgetter(given) if given else lambda job: job
             if self.single:
                 return (lambda job, *_: read(job)), frozenset()
             return (lambda jobs, *_: [read(job) for job in jobs]), frozenset()
         if isinstance(given, Reference):
-            return (lambda *each: self._fitted(given.resolve())[0](*each)), None  # noqa: PLW0108
+            found = self.options.found(given)
+            takes = None if found is None else self._fitted(found)[1]
+            return (lambda *each: self._fitted(given.resolve())[0](*each)), takes  # noqa: PLW0108
         return self._fitted(given)
 
     def _fitted(self, given: Any) -> tuple[Callable[..., Any], frozenset[str]]:

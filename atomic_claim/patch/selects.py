@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -36,6 +36,7 @@ from atomic_claim.backends import Find
 from atomic_claim.errors import PatchError
 from atomic_claim.job_table import JobTable
 
+Refusal = Callable[[str], PatchError]
 # fmt: off
 AGGREGATES = frozenset(
     {
@@ -92,31 +93,31 @@ def find_of(
     table = job_table.table
     if not mentions(statement, table):
         return None
-    refuse = _Refusal(target, table)
+    refuse = partial(_refusal, target, table)
     if counts and isinstance(statement, Select) and _aggregate(statement):
         return None
     if not isinstance(statement, Select):
-        raise refuse.of("a UNION" if isinstance(statement, CompoundSelect) else "raw SQL")
+        raise refuse("a UNION" if isinstance(statement, CompoundSelect) else "raw SQL")
     if any(isinstance(element, TextualSelect) for element in visitors.iterate(statement)):
-        raise refuse.of("raw SQL")
+        raise refuse("raw SQL")
     if statement._distinct:
-        raise refuse.of("DISTINCT")
+        raise refuse("DISTINCT")
     if aggregate := _aggregate(statement):
-        raise refuse.of(aggregate)
+        raise refuse(aggregate)
     for column in statement.inner_columns:
         if any(isinstance(each, (Over, WithinGroup)) for each in visitors.iterate(column)):
-            raise refuse.of("a window")
+            raise refuse("a window")
     # SQLAlchemy 2.1 keeps with the statement what Select.params() was given.
     params = {**(getattr(statement, "_params", None) or {}), **params}
     froms = statement.get_final_froms()
     places = [place for each in froms for place in _places(each, table, False, refuse)]
     if not places:
-        raise refuse.of("the table in a subquery alone")
+        raise refuse("the table in a subquery alone")
     if len(places) > 1:
-        raise refuse.of("the table several times")
+        raise refuse("the table several times")
     (place,) = places
     if missing := [each.name for each in job_table.key if each.key not in place.columns]:
-        raise refuse.of(f"a table object that has no {', '.join(missing)}")
+        raise refuse(f"a table object that has no {', '.join(missing)}")
     alone = len(froms) == 1 and _is(froms[0], place)
     return Find(
         job_table=job_table,
@@ -149,17 +150,11 @@ def _aggregate(statement: Select[Any]) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _Refusal:
-    target: str
-    table: Table
-
-    def of(self, what: str) -> PatchError:
-        return PatchError(
-            f"{self.target} reads {self.table.fullname!r} by a SELECT with {what}, whose rows "
-            "cannot be locked: read the rows themselves in it, or do this outside of the patched "
-            "function"
-        )
+def _refusal(target: str, table: Table, what: str) -> PatchError:
+    return PatchError(
+        f"{target} reads {table.fullname!r} by a SELECT with {what}, whose rows cannot be locked: "
+        "read the rows themselves in it, or do this outside of the patched function"
+    )
 
 
 def _is(element: Any, other: Any) -> bool:
@@ -172,7 +167,7 @@ def _function(element: FunctionElement[Any]) -> str:
 
 
 def _places(
-    element: FromClause, table: Table, nullable: bool, refuse: _Refusal
+    element: FromClause, table: Table, nullable: bool, refuse: Refusal
 ) -> Iterator[FromClause]:
     """Where the table stands in a FROM, itself or by an alias."""
     if isinstance(element, Join):
@@ -183,13 +178,13 @@ def _places(
         return
     if is_table(element.element if isinstance(element, Alias) else element, table):
         if nullable:
-            raise refuse.of("the table on the nullable side of an outer join")
+            raise refuse("the table on the nullable side of an outer join")
         yield element
     elif mentions(element, table):
-        raise refuse.of("the table in a subquery")
+        raise refuse("the table in a subquery")
 
 
-def _limit(statement: Select[Any], params: Mapping[str, Any], refuse: _Refusal) -> int | None:
+def _limit(statement: Select[Any], params: Mapping[str, Any], refuse: Refusal) -> int | None:
     clause = statement._limit_clause
     if clause is None:
         clause = statement._fetch_clause
@@ -199,7 +194,7 @@ def _limit(statement: Select[Any], params: Mapping[str, Any], refuse: _Refusal) 
     if isinstance(clause, BindParameter):
         value = params.get(clause.key, clause.effective_value)
     if not isinstance(value, int):
-        raise refuse.of(f"the LIMIT {clause}, which is no number")
+        raise refuse(f"the LIMIT {clause}, which is no number")
     return value
 
 

@@ -78,14 +78,14 @@ class Sessions:
     ) -> None:
         self._target = target
         self._opens = opens
-        given = self._parameter(options) if session is None else session
+        given = self._parameter() if session is None else session
         self.session = options.reading("session", given, is_bind)
         self.commit = options.reading("commit", commit)
-        if self.commit.given is None and self._is_callers(options):
+        if self.commit.given is None and self._is_callers():
             raise self._unsaid()
 
-    def _parameter(self, options: Options) -> str:
-        found = [name for name in SESSIONS if name in options.signature.parameters]
+    def _parameter(self) -> str:
+        found = [name for name in SESSIONS if name in self._target.signature.parameters]
         if len(found) == 1:
             return found[0]
         several = f"several of its parameters could be it ({', '.join(found)})"
@@ -95,13 +95,13 @@ class Sessions:
             "session='parameter', session='self.session', session=SessionLocal or session=engine"
         )
 
-    def _is_callers(self, options: Options) -> bool:
+    def _is_callers(self) -> bool:
         """Check whether a session of the caller's is asked for by its name, or given."""
         given = self.session.given
         if not isinstance(given, str):
             return is_bind(given) and hasattr(given, "commit")
         first, *rest = given.split(".")
-        annotation = str(options.signature.parameters[first].annotation)
+        annotation = str(self._target.signature.parameters[first].annotation)
         if not rest and ("Engine" in annotation or "maker" in annotation):
             return False
         owner = self._target.places[0].owner if self._target.places else None  # type: ignore[union-attr]
@@ -129,14 +129,10 @@ class Sessions:
             if waits and inspect.isawaitable(bind):
                 bind = await bind
             is_entered = False
-            if not is_bind(bind):
-                is_entered = True
-                if waits and isinstance(bind, AbstractAsyncContextManager):
-                    bind = await stack.enter_async_context(bind)
-                elif isinstance(bind, AbstractContextManager):
-                    bind = stack.enter_context(bind)
-                else:
-                    is_entered = False
+            if not is_bind(bind) and waits and isinstance(bind, AbstractAsyncContextManager):
+                is_entered, bind = True, await stack.enter_async_context(bind)
+            elif not is_bind(bind) and isinstance(bind, AbstractContextManager):
+                is_entered, bind = True, stack.enter_context(bind)
             if not waits and isinstance(bind, async_types()):
                 raise PatchError(
                     f"session={self.session.given!r} of {self._target.name} is {bind!r}, which "

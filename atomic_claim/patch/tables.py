@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Table, TableClause, func, true
@@ -19,8 +19,7 @@ from atomic_claim.job_table import JobTable
 from atomic_claim.references import reflected
 from atomic_claim.state_values import UNSET
 
-from .calls import Call, Options, referred
-from .main_module import is_main, loaded_module
+from .calls import Call, Options, Reference
 
 
 def stateless(table: Any) -> JobTable:
@@ -67,63 +66,32 @@ def leased_only(job_table: JobTable) -> JobTable:
     return replace(job_table, table=table, state=state, done=done, **unset)
 
 
+def check_role(job_table: JobTable, role: str, option: str, given: Any) -> None:
+    """Raise if an option is given that needs a column which the table does not have."""
+    if given is not None and getattr(job_table, role) is None:
+        raise PatchError(
+            f"{option}={given!r} needs a {role} column, and {job_table.table.fullname!r} has none "
+            f"that is known: name it with JobTable({role}=...)"
+        )
+
+
 def _table_of(table: Any) -> Table:
     found: Any = table if isinstance(table, Table) else sa_inspect(table).local_table
     assert isinstance(found, Table)
     return found
 
 
-@dataclass(frozen=True)
-class TableReference:
-    """A table that is named, since what defines it may not be there yet.
-
-    Attributes:
-        name: ``"module:Name"``, or the table's name in the database, ``"jobs"`` or
-            ``"schema.jobs"``.
-    """
-
-    name: str
-
-    @property
-    def clause(self) -> TableClause | None:
-        """The table's name as SQL, or None if a module defines it."""
-        schema, _, name = self.name.rpartition(".")
-        return None if ":" in self.name else sql_table(name, schema=schema or None)
-
-    @property
-    def is_defined(self) -> bool:
-        """Check whether there is a table now, without a call and before an import goes on."""
-        if self.clause is not None:
-            return False
-        module_name = self.name.partition(":")[0]
-        module = loaded_module(module_name)
-        try:
-            found = referred(self.name)
-            return found is not None and not _gives_tables(found)
-        except PatchError:
-            spec = getattr(module, "__spec__", None)
-            if is_main(module_name) or getattr(spec, "_initializing", False):
-                return False
-            raise
-
-    def resolve(self, bind: Any) -> Any:
-        """Return what is named; reflect it if the database alone knows it.
-
-        Raises:
-            PatchError: there is nothing of that name.
-        """
-        clause = self.clause
-        table = referred(self.name) if clause is None else _reflected(clause, bind)
-        if table is None:
-            raise PatchError(
-                f"table={self.name!r} is None: what sets it has not run; call it before the "
-                "patched function"
-            )
-        return table
+def named(given: Any) -> Any:
+    """Return what a string names: ``"module:Name"``, or a table by its name in the database."""
+    if not isinstance(given, str):
+        return given
+    schema, _, name = given.rpartition(".")
+    return Reference(given) if ":" in given else sql_table(name, schema=schema or None)
 
 
-def _gives_tables(found: Any) -> bool:
-    return callable(found) and not isinstance(found, type)
+def _is_name(table: Any) -> bool:
+    """Check whether it is the name of a table alone, whose columns have to be reflected."""
+    return isinstance(table, TableClause) and not isinstance(table, Table)
 
 
 def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
@@ -139,10 +107,7 @@ def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
             f"table is {table!r}; expected a Table or a mapped class where its columns are named "
             "beside it"
         )
-    options = {role: _clocks(each) for role, each in arguments.items()}
-    if isinstance(options.get("order"), (str, list)):
-        options["order"] = order_of(table, options["order"])
-    return JobTable.infer(table, **options)
+    return JobTable.infer(table, **arguments)
 
 
 def _reflected(clause: TableClause, bind: Any) -> Table:
@@ -180,66 +145,59 @@ class Tables:
     def __init__(self, given: Any, options: Options, make: Callable[[Any], JobTable]) -> None:
         self._arguments: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            self._arguments = dict(given)
+            self._arguments = {role: _clocks(each) for role, each in given.items()}
             given = self._arguments.pop("table", None)
         if isinstance(given, str) and options.parts(given) is None:
-            given = TableReference(given)
+            given = named(given)
         self.reading = options.reading("table", given, lambda each: isinstance(each, type))
-        self._options = options
         self._make = make
         self._made: dict[Any, JobTable] = {}
         self._lock = threading.RLock()
-        if self.reading.constant and not (
-            isinstance(given, TableReference) and not given.is_defined
-        ):
+        if isinstance(given, Reference):
+            found = options.found(given)
+            if isinstance(found, type) or not (found is None or callable(found)):
+                self._of(found)
+        elif self.reading.constant and not _is_name(given):
             self._of(given)
 
     def named(self, call: Call) -> TableClause:
         """Return the table of a call, by its name alone if it has to be reflected."""
-        given = self.reading.read(call)
-        given = TableReference(given) if isinstance(given, str) else given
-        clause = given.clause if isinstance(given, TableReference) else None
-        return self._of(given, call).table if clause is None else clause
+        given = self._read(call)
+        return given if _is_name(given) else self._of(given).table  # type: ignore[no-any-return]
 
     def of(self, call: Call, bind: Any) -> JobTable:
-        """Return the ``JobTable`` of a call, whose bind a table is reflected from."""
-        return self._of(self.reading.read(call), call, bind)
+        """Return the ``JobTable`` of a call, whose bind a table is reflected from.
 
-    def _of(self, given: Any, call: Call | None = None, bind: Any = None) -> JobTable:
-        given = TableReference(given) if isinstance(given, str) else given
-        if given in self._made:
-            return self._made[given]
+        Raises:
+            PatchError: there is nothing of that name.
+        """
+        given = self._read(call)
+        if not _is_name(given) or given.fullname in self._made:
+            return self._of(given)
         # Not under the lock: a thread that waits for it may have the last connection of a pool.
-        found = given.resolve(bind) if isinstance(given, TableReference) else given
-        if _gives_tables(found):
-            if call is None or found is given:
-                raise PatchError(
-                    f"table={self.reading.given!r} of {self._options.target} gives {found!r}; "
-                    "expected a Table, a mapped class or a JobTable"
-                )
-            return self._of(self._options.reading("table", found).read(call), call, bind)
+        return self._of(given, _reflected(given, bind))
+
+    def _read(self, call: Call) -> Any:
+        given = named(self.reading.read(call))
+        found = given.resolve() if isinstance(given, Reference) else given
+        if found is None:
+            raise PatchError(
+                f"table={self.reading.given!r} is None: what sets it has not run; call it before "
+                "the patched function"
+            )
+        return found
+
+    def _of(self, given: Any, table: Any = None) -> JobTable:
+        key = given.fullname if _is_name(given) else given
         with self._lock:
-            if given not in self._made:
-                self._made[given] = self._make(declared(found, self._arguments))
-            return self._made[given]
+            if key not in self._made:
+                found = given if table is None else table
+                self._made[key] = self._make(declared(found, self._arguments))
+            return self._made[key]
 
 
 def _clocks(value: Any) -> Any:
     """Replace each ``"now()"`` by the database's clock."""
     if isinstance(value, Mapping):
         return {name: _clocks(each) for name, each in value.items()}
-    return func.now() if value == "now()" else value
-
-
-def order_of(table: Any, names: str | list[str]) -> list[Any]:
-    """Columns by name, with ``-`` before them for descending."""
-    columns = _table_of(table).columns
-    found = []
-    for name in [names] if isinstance(names, str) else names:
-        column = columns.get(name.lstrip("-"))
-        if column is None:
-            raise PatchError(
-                f"order={name!r}: {_table_of(table).fullname!r} has {', '.join(columns.keys())}"
-            )
-        found.append(column.desc() if name.startswith("-") else column)
-    return found
+    return func.now() if isinstance(value, str) and value == "now()" else value

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from itertools import pairwise
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -48,6 +49,7 @@ class Target:
         overrides: the subclasses' methods that stand in its place, which are not patched.
         unpatched: other names of it that are not patched.
         is_context: whether a decorator makes a context manager of it.
+        is_over: whether its module has run to its end, though its import goes on.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Target:
     overrides: list[str] = field(default_factory=list)
     unpatched: list[str] = field(default_factory=list)
     is_context: bool = False
+    is_over: bool = False
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -204,23 +207,28 @@ def _innermost(name: str, stored: Any, root: Attribute, last: str) -> tuple[Any,
 
     With it, where it is held, and whether a decorator makes a context manager of it.
     """
-    wrapped: Any = stored
     places: list[Place] = [root]
     is_context = False
     if type(stored) is property:
-        wrapped, places = stored.fget, [Getter(root.owner, last, stored)]
-    _refuse_patched(wrapped, name)
-    while (inner := inner_of(wrapped, last)) is not None:
-        is_context = is_context or getattr(plain(wrapped), "__code__", None) in CONTEXTS
-        held = places_in(wrapped, inner)
-        if not any(_is_effective(place) for place in held):
+        stored, places = stored.fget, [Getter(root.owner, last, stored)]
+    layers = list(_layers(stored, name, last))
+    for outer, inner in pairwise(layers):
+        is_context = is_context or getattr(plain(outer), "__code__", None) in CONTEXTS
+        places = places_in(outer, inner)
+        if not any(_is_effective(place) for place in places):
             raise PatchError(
-                f"{name} is decorated by {plain(wrapped)!r}, which keeps {inner!r} where it cannot "
+                f"{name} is decorated by {plain(outer)!r}, which keeps {inner!r} where it cannot "
                 "be replaced: put claims(...) below that decorator, or patch what it calls"
             )
-        wrapped, places = inner, held
+    return layers[-1], places, is_context
+
+
+def _layers(wrapped: Any, name: str, last: str) -> Iterator[Any]:
+    """Yield a decorated function from outside in, and refuse one that is patched already."""
+    while wrapped is not None:
         _refuse_patched(wrapped, name)
-    return wrapped, places, is_context
+        yield wrapped
+        wrapped = inner_of(wrapped, last)
 
 
 def _is_effective(place: Place) -> bool:
@@ -274,12 +282,7 @@ def _bindings(function: Any) -> list[Attribute]:
 def loaded(function: Any) -> Target:
     """Return the target for a function that is being decorated and is not stored anywhere yet."""
     name = _title(plain(function))
-    _refuse_patched(function, name)
     if isinstance(function, type) or not callable(plain(function)):
         raise PatchError(f"{name} is {function!r}; expected a function or a method")
-    last = getattr(plain(function), "__name__", "")
-    wrapped = function
-    while (inner := inner_of(wrapped, last)) is not None:
-        wrapped = inner
-        _refuse_patched(wrapped, name)
+    *_, wrapped = _layers(function, name, getattr(plain(function), "__name__", ""))
     return Target(name, function, [], _signature(name, wrapped))

@@ -480,6 +480,52 @@ def test_a_module_that_is_being_imported(
     patch.undo()
 
 
+MEMORY = sa.create_engine("sqlite://")
+MISSPELT = {
+    "session": (f"{HERE}:MEMROY", "'.*:MEMROY' cannot be had: .* has no attribute 'MEMROY'"),
+    "table": (f"{HERE}:jbos", "'.*:jbos' cannot be had"),
+    "where": ("late_halper:where", "No module named 'late_halper'"),
+    "returns": (f"{HERE}:Place.rwo", "'.*:Place.rwo' cannot be had"),
+}
+
+
+@pytest.mark.parametrize("option", MISSPELT)
+@pytest.mark.parametrize("module", [HERE, "late_application"])
+def test_a_misspelt_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, module: str
+) -> None:
+    """It is an error when the function is patched, which is when its module has been imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "late_application.py").write_text(
+        "def take(session=None): pass\n", encoding="utf-8"
+    )
+    name, message = MISSPELT[option]
+    options = {"table": f"{HERE}:jobs", "session": f"{HERE}:MEMORY", "ignore": ["session"]}
+    lines = [f"{key} = {value!r}\n" for key, value in {**options, option: name}.items()]
+    path = tmp_path / "patches.toml"
+    path.write_text(f'[patches."{module}:take"]\n{"".join(lines)}', encoding="utf-8")
+
+    def load() -> None:
+        load_patches(path)
+        importlib.import_module(module)
+
+    with pytest.raises(PatchError, match=message):
+        load()
+    sys.modules.pop("late_application", None)
+
+
+def test_a_named_session_reads_no_parameter(tmp_path: Path) -> None:
+    """What else is dropped is told of a session by name as of the session itself."""
+    path = tmp_path / "patches.toml"
+    path.write_text(
+        f'[patches."{HERE}:take_of"]\ntable = "{HERE}:jobs"\nsession = "{HERE}:MEMORY"\n'
+        'ignore = ["session"]\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(PatchError, match="has 'queue', which no option reads"):
+        load_patches(path)
+
+
 def test_first_calls_from_several_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that one thread imports for its first call is waited for by the others."""
     helper = "import threading\nthreading.Event().wait(0.2)\nwhere = lambda call: {'queue': 'q'}\n"

@@ -1,6 +1,7 @@
 """Tables that the code knows only as text, given by their names in the database."""
 
 import asyncio
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from atomic_claim import Patch, PatchError, claim_reads, claims, lock_reads, patch_claims
 from atomic_claim.patch.file import load_patches
@@ -137,6 +138,63 @@ def test_reads_that_are_claimed(engine: sa.Engine) -> None:
     with claim_reads(run_all, LEASED, limit=2) as patch, engine.connect() as connection:
         assert [run_all(connection) for _ in range(3)] == [[1, 2], [3], []]
     assert (patch.claimed, patch.passed_through) == (3, 0)
+
+
+class Own(DeclarativeBase):
+    """The tables of this file."""
+
+
+class Parcel(Own):
+    """What is known by a UUID, which not every database has as a type."""
+
+    __tablename__ = "parcels"
+
+    id: Mapped[str] = mapped_column(
+        sa.Uuid(as_uuid=False), primary_key=True, default=lambda: str(uuid.uuid4())
+    )
+    number: Mapped[int]
+    sent: Mapped[bool] = mapped_column(default=False)
+
+
+def send_parcels(session: Session, sent: list[int], fails: int) -> None:
+    """Send all parcels, each in its own transaction."""
+    for parcel in session.scalars(
+        sa.select(Parcel).where(Parcel.sent.is_(False)).order_by(Parcel.number)
+    ).all():
+        sent.append(parcel.number)
+        if parcel.number == fails:
+            raise ZeroDivisionError
+        parcel.sent = True
+        session.commit()
+
+
+@pytest.fixture
+def parcels(database: Database) -> Iterator[sa.Engine]:
+    """Create an engine with five parcels."""
+    engine = database.engine()
+    Own.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        session.add_all(Parcel(number=number) for number in range(1, 6))
+    yield engine
+    Own.metadata.drop_all(engine)
+
+
+TABLES: dict[str, Any] = {
+    "the class": {"table": f"{HERE}:Parcel", "state": "sent"},
+    "its name": {"table": "parcels", "state": "sent", "free": False, "claimed": True},
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_keys_of_other_types(parcels: sa.Engine, table: str) -> None:
+    """Rows that a loop has marked stay so, whatever the type of the key is reflected as."""
+    sent: list[int] = []
+    with Session(parcels) as session, claim_reads(send_parcels, TABLES[table], at_most_once=True):
+        with pytest.raises(ZeroDivisionError):
+            send_parcels(session, sent, 3)
+        session.rollback()
+        send_parcels(session, sent, 0)
+    assert sent == [1, 2, 3, 3, 4, 5]
 
 
 @pytest.mark.databases("sqlite", "postgresql")

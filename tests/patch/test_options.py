@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from atomic_claim import PatchError, patch_claims
 from atomic_claim.patch.calls import Options, bound_call
+from atomic_claim.patch.targets import loaded
+from tests.jobs import START
 from tests.patch import legacy
 from tests.patch.legacy import Job
 from tests.patch.patched import jobs, leased
@@ -201,16 +203,32 @@ def test_a_generator_stays_one(session: Session) -> None:
         assert list(found) == [1, 2]
 
 
+def test_the_state_of_another_table_holds(session: Session) -> None:
+    """A dead worker's row is claimed only if what another table says of it holds."""
+    accounts = sa.table("accounts", sa.column("job_id"), sa.column("state"))
+    session.execute(sa.text("CREATE TABLE accounts (job_id INTEGER, state TEXT)"))
+    found = [{"job_id": 1, "state": "closed"}, {"job_id": 2, "state": "open"}]
+    session.execute(sa.insert(accounts), found)
+    session.execute(sa.update(Job).values(state="running", lease_until=START))
+    session.commit()
+    where = [
+        Job.state == "waiting",
+        sa.exists().where(accounts.c.job_id == Job.id, accounts.c.state == "open"),
+    ]
+    with patch_claims(find, leased, where=where, lease=60, returns="id", **SAID, limit=None):
+        assert find(session) == [2]
+
+
 def test_what_a_string_means() -> None:
     """A parameter's name is read from the call; another string is refused or a constant."""
     signature = inspect.signature(find)
-    options = Options(signature, "f")
+    options = Options(loaded(find))
     call = bound_call(signature, None, ("s",), {"sort": "x"})
     assert call is not None
     assert options.reading("worker", "sort").read(call) == "x"
     constant = options.reading("worker", "bob", lambda _: True)
     assert constant.read(call) == "bob"
-    with pytest.raises(PatchError, match="is not a parameter of f"):
+    with pytest.raises(PatchError, match=f"is not a parameter of {HERE}:find"):
         options.reading("limit", "bob")
     with pytest.raises(AttributeError, match="has no argument 'colour'"):
         _ = call.colour

@@ -154,7 +154,7 @@ class Overriding(Inheriting):
 def test_an_inherited_method() -> None:
     """It is patched for the class that was named, and the base keeps its own."""
     original = vars(Base)["claim"]
-    with pytest.warns(UserWarning, match=r"not: tests.patch.test_patches:Overriding.claim;"):
+    with pytest.warns(UserWarning, match=r"super\(\): tests.patch.test_patches:Overriding.claim"):
         patch = patch_claims("tests.patch.test_patches:Inheriting.claim", jobs, commit=True)
     with patch:
         assert vars(Base)["claim"] is original
