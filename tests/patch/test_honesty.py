@@ -515,7 +515,7 @@ def test_a_misspelt_name(
 
 
 def test_a_named_session_reads_no_parameter(tmp_path: Path) -> None:
-    """What else is dropped is told of a session by name as of the session itself."""
+    """A parameter that no option reads is refused beside a named session, too."""
     path = tmp_path / "patches.toml"
     path.write_text(
         f'[patches."{HERE}:take_of"]\ntable = "{HERE}:jobs"\nsession = "{HERE}:MEMORY"\n'

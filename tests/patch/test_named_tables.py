@@ -145,7 +145,7 @@ class Own(DeclarativeBase):
 
 
 class Parcel(Own):
-    """What is known by a UUID, which not every database has as a type."""
+    """A parcel with a UUID as its key, a type that not every database has."""
 
     __tablename__ = "parcels"
 
