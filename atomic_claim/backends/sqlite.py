@@ -144,7 +144,7 @@ class SQLite(Backend):
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         self._take_write_lock(tx, plan.job_table)
-        return tx.tuples(plan.candidates.select(), params)
+        return tx.tuples(plan.prepare(_candidates), params)
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
         self._take_write_lock(tx, find.job_table)
@@ -152,7 +152,7 @@ class SQLite(Backend):
 
     def _take_write_lock(self, tx: Transaction, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
-        tx.execute(_lock(job_table))
+        tx.execute(job_table.prepare(_lock))
         tx.refuse_autocommit("another claim could come between this one's statements")
 
     @contextmanager
@@ -182,6 +182,10 @@ def _lock(job_table: JobTable) -> Update:
     """Build the UPDATE that takes the write lock and changes no row."""
     key = job_table.key[0]
     return update(job_table.table).values({key: key}).where(false())
+
+
+def _candidates(plan: ClaimPlan) -> Select[Any]:
+    return plan.candidates.select()
 
 
 def _has_cte(*clauses: Any) -> bool:
