@@ -6,8 +6,9 @@ import re
 
 TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|[()]|\s+|[^\s'"`()]+""")
 CLAUSES = frozenset(
-    ["SELECT", "FROM", "JOIN", "WHERE", "SET", "ORDER", "LIMIT", "FOR", "RETURNING", "UNION"]
+    ["SELECT", "FROM", "WHERE", "SET", "ORDER", "LIMIT", "FOR", "RETURNING", "UNION"]
 )
+JOIN_KINDS = frozenset(["LEFT", "RIGHT", "FULL", "INNER", "CROSS"])
 STARTS = frozenset(["SELECT", "UPDATE", "WITH"])
 WIDTH = 92
 
@@ -30,8 +31,10 @@ def laid_out(sql: str) -> str:
 
     for place, word in enumerate(words):
         following = words[place + 1].upper() if place + 1 < len(words) else ""
+        before = words[place - 1].upper() if place else ""
         ends_block = word == ")" and bool(blocks) and blocks.pop()
-        if ends_block or (word.upper() in CLAUSES and (not blocks or blocks[-1])):
+        begins_clause = _begins_clause(before, word.upper(), following)
+        if ends_block or (begins_clause and (not blocks or blocks[-1])):
             begin_line()
         elif len(lines[-1]) + len(word) > WIDTH and gaps[place] and word != ")":
             lines.append("    " * (sum(blocks) + 1))
@@ -43,6 +46,13 @@ def laid_out(sql: str) -> str:
             if blocks[-1]:
                 begin_line()
     return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def _begins_clause(before: str, word: str, following: str) -> bool:
+    """Check whether a word begins a clause; a kind of join stays beside its JOIN."""
+    if word == "JOIN":
+        return before not in JOIN_KINDS
+    return word in CLAUSES or (word in JOIN_KINDS and following == "JOIN")
 
 
 def _gaps(sql: str) -> list[bool]:

@@ -226,7 +226,7 @@ def test_refused(
 def test_laravel_by_expressions(database: Database) -> None:
     """The declaration of the guide claims Laravel's jobs by their Unix times."""
     engine, jobs = made(database, "laravel", "jobs")
-    (block,) = (block for block in GUIDES["declaring_tables"].split("```") if "epoch" in block)
+    (block,) = (block for block in GUIDES["known_queues"].split("```") if "epoch" in block)
     found: dict[str, Any] = {"jobs": jobs}
     if database.name in {"mysql", "mariadb"}:
         block = block.replace(
@@ -265,4 +265,4 @@ def test_the_guide_lists_the_layouts() -> None:
     """A row each: what is made of its table, and whether its own workers may run beside."""
     for layout in LAYOUTS:
         read = f"refused: {layout.refused}" if layout.refused else "read"
-        assert f"| {layout.name} | {read} | {layout.beside} |\n" in GUIDES["declaring_tables"]
+        assert f"| {layout.name} | {read} | {layout.beside} |\n" in GUIDES["known_queues"]

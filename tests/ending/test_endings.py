@@ -1,11 +1,8 @@
 """Ends of jobs at their edges: texts, refused rows, dead letters."""
 
 import asyncio
-import re
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,11 +27,9 @@ from atomic_claim import (
 from atomic_claim.lifecycle import release_left
 from atomic_claim.telemetry import Event, Requeued, Swept, subscribe
 from tests.claim.test_aio import DRIVERS
-from tests.commands import Command
 from tests.counting import counted_jobs
 from tests.databases import Database
 from tests.ending.test_lease import LEASE, made, row
-from tests.guides import GUIDES, blocks
 from tests.jobs import CALLERS, OWN, START, bound, fill, ids, job_table, taken
 
 SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
@@ -82,56 +77,6 @@ def failing(error: Any, *more: Any) -> JobTable:
         token="claim_token",
         error="last_error",
     )
-
-
-@pytest.mark.once
-@pytest.mark.databases("sqlite")
-def test_a_ticket_ends_its_jobs_as_shown(database: Database) -> None:
-    """The guide's example for another process."""
-    (example,) = [block for block in blocks("leases", "python") if "from_ticket" in block]
-    engine, jobs = made(database, 2)
-    exec(example, {"engine": engine, "jobs": jobs})  # noqa: S102 - the guides are ours
-    assert row(engine, jobs, 2).done_at is not None
-
-
-@pytest.mark.once
-def test_the_guide_runs_as_shown(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    command: Command,
-) -> None:
-    """Its code and its commands, one after the other, print what stands below them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("DATABASE_URL", "sqlite:///jobs.db")
-    monkeypatch.setenv("COLUMNS", "100")
-    parts = re.findall(
-        r"^```(python|text|console)\n(.*?)^```",
-        GUIDES["retries_and_dead_letters"],
-        re.DOTALL | re.MULTILINE,
-    )
-    module = parts.pop(0)[1]
-    tmp_path.joinpath("mail_jobs.py").write_text(module, encoding="utf-8")
-    found: dict[str, Any] = {}
-    for language, text in parts:
-        if language == "python":
-            exec(text, found)  # noqa: S102 - the guides are ours
-        elif language == "text":
-            assert capsys.readouterr().out == text
-        else:
-            for call in re.findall(r"^\$ atomic-claim (.*)$", text, re.MULTILINE):
-                ended = command(*call.split())
-                assert (ended.code, ended.err) == (0, "")
-                _, _, shown = text.partition(f"$ atomic-claim {call}\n")
-                assert undated(shown.partition("\n$ ")[0]).rstrip() == undated(ended.out).rstrip()
-    found["engine"].dispose()
-    monkeypatch.delitem(sys.modules, "mail_jobs")
-
-
-def undated(text: str) -> str:
-    """Return a command's output with one time for all."""
-    return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "2026-11-02 08:00:00", text)
 
 
 @pytest.mark.parametrize("what", TEXTS)

@@ -30,7 +30,7 @@ PATIENCE = 60
 FLASK = PATHS["flask"].parent
 SHOWN = [
     (topic, block)
-    for topic in ("asyncio_fastapi", "flask")
+    for topic in ("asyncio_fastapi", "flask", "legacy_app", "worker")
     for language in ("python", "toml")
     for block in blocks(topic, language)
 ]

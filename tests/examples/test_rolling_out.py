@@ -1,4 +1,4 @@
-"""The guide's chapter on rolling out, step by step, on a table that is in use."""
+"""The guide to rolling out, step by step, on a table that is in use."""
 
 import re
 import textwrap
@@ -9,9 +9,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Boolean, Column, DateTime, Integer, String
 
-from atomic_claim import Claim, JobTable, claim_jobs, complete_jobs
+from atomic_claim import Claim, claim_jobs, complete_jobs
 from tests.databases import Database
-from tests.guides import GUIDES
+from tests.guides import GUIDES, blocks
 from tests.jobs import ids, taken
 
 LEASE = timedelta(minutes=5)
@@ -20,7 +20,7 @@ LONG_AGO = datetime(2024, 1, 1)  # noqa: DTZ001 - the columns are without a zone
 
 def statements_of(heading: str) -> list[str]:
     """Return the SQL statements that the guide shows below a heading."""
-    _, _, chapter = GUIDES["leases"].partition(heading)
+    _, _, chapter = GUIDES["rolling_out"].partition(heading)
     found = re.search(r"```sql\n(.*?)```", chapter, re.DOTALL)
     assert found is not None
     return [each.strip() for each in textwrap.dedent(found[1]).split(";") if each.strip()]
@@ -53,7 +53,7 @@ def engine(database: Database) -> sa.Engine:
             for number in range(1, 6)
         ]
         connection.execute(table.insert(), values)
-    run(engine, *statements_of("A lease needs two columns"))
+    run(engine, *statements_of("## 1. Add the columns"))
     return engine
 
 
@@ -85,16 +85,10 @@ def test_old_code_goes_on(engine: sa.Engine) -> None:
 def test_stuck_rows_come_back_after_an_age(engine: sa.Engine) -> None:
     """Rows that run without a lease are free again if one says after how long."""
     run(engine, "UPDATE jobs SET updated_at = '2999-01-01 00:00:00' WHERE id = 2")
-    jobs = JobTable(
-        reflected(engine),
-        state="processing",
-        done={"completed_at": sa.func.now()},
-        stamps=["updated_at"],
-        token="claim_token",
-        lease="lease_until",
-        unleased=timedelta(hours=6),
-    )
-    claim: Claim[Any] = claim_jobs(engine, jobs, 10, lease=LEASE)
+    found = {"jobs": reflected(engine)}
+    (block,) = blocks("rolling_out", "python")
+    exec(block, found)  # noqa: S102 - the guides are ours
+    claim: Claim[Any] = claim_jobs(engine, found["declared"], 10, lease=LEASE)
     assert ids(claim) == [1, 3, 4, 5]
 
 
@@ -103,7 +97,7 @@ def test_going_back(engine: sa.Engine) -> None:
     table = reflected(engine)
     claim = claim_jobs(engine, table, 3, lease=LEASE)
     complete_jobs(engine, claim[:1])
-    run(engine, *statements_of("**Going back.**"))
+    run(engine, *statements_of("## How to go back"))
     assert taken(engine, table) == [1, 2]
     with engine.connect() as connection:
         free = sa.select(table.c.id).where(

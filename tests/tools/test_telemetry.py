@@ -44,7 +44,6 @@ from atomic_claim.telemetry import (
 )
 from tests.counting import PRECISE
 from tests.databases import Database
-from tests.guides import GUIDES, blocks
 from tests.jobs import START, fill, hurried, job_table, mapped
 from tests.project.test_walks import walk
 from tests.statements import sent_by
@@ -385,17 +384,3 @@ def test_tables_are_given_by_engine() -> None:
     """Anything else as a key is refused."""
     with pytest.raises(ClaimError, match="expected an Engine"):
         instrument_opentelemetry(tables={"sqlite://": []})  # type: ignore[dict-item]
-
-
-def test_the_guide_runs_as_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """The block of the guide prints the metrics that stand below it."""
-    [block] = [each for each in blocks("observability", "python") if "create_engine" in each]
-    [shown] = blocks("observability", "text")
-    found: dict[str, Any] = {}
-    try:
-        exec(block, found)  # noqa: S102 - the guides are ours
-    finally:
-        found["stop"]()
-        found["engine"].dispose()
-    assert capsys.readouterr().out == shown
-    assert len(GUIDES["observability"].splitlines()) <= 120
