@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
-from sqlalchemy import Connection, Engine, Row, Select, bindparam, delete
+from sqlalchemy import Connection, Engine, Row, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
 from .backends import KeyedRows, Transaction, read_back
@@ -392,14 +392,12 @@ class Claiming:
             keyed=True,
         )
 
-    def _search(
-        self, bind: Bind, statement: Select[Any], params: Mapping[str, Any]
-    ) -> Sequence[tuple[Any, ...]]:
+    def _search(self, bind: Bind, read: Run[Any]) -> Any:
         """Search without the lock of the keys, in a transaction of its own."""
 
-        def search(tx: Transaction) -> Sequence[tuple[Any, ...]]:
+        def search(tx: Transaction) -> Any:
             tx.backend.key_locks.begin(tx.connection)
-            return tx.tuples(statement, params)
+            return read(tx)
 
         return run_in(bind, self.plan.job_table, search, recoverable=True)
 

@@ -94,6 +94,10 @@ class JobTable(Preparing):
             value run at a time; NULL restricts nothing. Every claimer of the table has to declare
             it. See :mod:`atomic_claim.backends.by_key` for its cost.
         max_per_key: how many rows of one key may run, an ``int`` of at least 1.
+        fair_by: a column, such as the tenant's id, by whose values claims take turns: a claim takes
+            the first row of each of the next values, beginning behind the one that was served last,
+            and goes round again while its limit is not full. NULL is a value of its own. The rows
+            come in this order. See :mod:`atomic_claim.backends.fair` for its cost.
 
     Raises:
         AmbiguousTable: a needed argument is missing; the message names it.
@@ -125,6 +129,7 @@ class JobTable(Preparing):
     unleased: timedelta | None = None
     exclusive_by: Any = None
     max_per_key: int = 1
+    fair_by: Any = None
     entity: type[Any] | None = field(init=False, default=None)
     free_values: tuple[Any, ...] = field(init=False, default=())
 
@@ -187,7 +192,7 @@ class JobTable(Preparing):
         said = [f"state={self.state.name!r}"] if self.state is not None else []
         said += [
             f"{role}={column.name!r}"
-            for role in ("due", "worker", "token", "lease", "attempts", "exclusive_by")
+            for role in ("due", "worker", "token", "lease", "attempts", *roles.KEYS)
             if (column := getattr(self, role)) is not None
         ]
         return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
@@ -286,6 +291,11 @@ class JobTable(Preparing):
             return {column: func.coalesce(column, 0) + 1}
         generate = partial(mapper.version_id_generator, None)
         return {column: bindparam("atomic_claim_version", callable_=generate, type_=column.type)}
+
+    @property
+    def has_keys(self) -> bool:
+        """Return True if claims regard a key, for which they take more than one statement."""
+        return any(getattr(self, role) is not None for role in roles.KEYS)
 
     @cached_property
     def claim_times(self) -> tuple[Column[Any], ...]:

@@ -28,7 +28,8 @@ from sqlalchemy.types import (
 from .errors import ClaimError
 from .inference import TOKEN_LENGTH, holds_tokens, is_text, plain_type
 
-COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", "exclusive_by")
+KEYS = ("exclusive_by", "fair_by")
+COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", *KEYS)
 """The arguments of ``JobTable`` that name one column."""
 USES: Mapping[str, str] = {
     "state": "tells free rows from claimed ones",
@@ -41,18 +42,21 @@ USES: Mapping[str, str] = {
     "error": "gets the text of a failure",
     "stamps": "gets the time of every change",
     "exclusive_by": "is the key that limits how many rows run",
+    "fair_by": "is the key by which claims take turns",
 }
 """What each role uses its column for. Two roles need two columns, except by ``MAY_SHARE``."""
 MAY_SHARE: Mapping[frozenset[str], str] = {
     frozenset({"state", "lease"}): "the row is free once its lease is over; claims need lease=",
     frozenset({"due", "lease"}): "a row is due once its lease is over",
     frozenset({"max_attempts", "exclusive_by"}): "both are only read",
+    frozenset({"max_attempts", "fair_by"}): "both are only read",
+    frozenset(KEYS): "of one key only some rows run, and claims take turns",
 }
 """The pairs of roles that may share a column, and what that means."""
 # Of exclusive keys: their equal values are written alike.
 KEY_TYPES = (Integer, String, Uuid, Date, Boolean, BINARY, LargeBinary, VARBINARY)
 WRITTEN_BY_CLAIMS = {"worker", "token", "lease", "attempts", "stamps"}
-READ_ONLY = {"due", "max_attempts", "exclusive_by"}
+READ_ONLY = {"due", "max_attempts", *KEYS}
 UNMOVED = {"state", "lease", "due", "token"}
 # The last day that every database can store in every time zone.
 LAST = datetime(9999, 12, 30, tzinfo=UTC)
@@ -83,6 +87,14 @@ NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
     "exclusive_by": (
         "an integer, string, enum, UUID, date, boolean or bytes, whose equal values look alike",
         lambda c: isinstance(plain_type(c.type), KEY_TYPES),
+    ),
+    "fair_by": (
+        "an integer, string, UUID, date, boolean or bytes, whose order is that of its comparisons",
+        # MySQL sorts an ENUM or a SET by number and compares it as text.
+        lambda c: (
+            isinstance(plain_type(c.type), KEY_TYPES)
+            and plain_type(c.type).__visit_name__.lower() not in {"enum", "set"}
+        ),
     ),
 }
 """By role, the type that its column has to have. ``JobTable.now`` checks columns of times."""

@@ -99,6 +99,11 @@ def claim_statement(
             f"{job_table!r} has a key of which only {job_table.max_per_key} may run, which takes "
             "more than one statement: use claim_jobs(bind, table, ...)"
         )
+    if job_table.fair_by is not None:
+        raise ClaimError(
+            f"{job_table!r} has claims take turns by {job_table.fair_by.name!r}, which takes a "
+            "statement for each turn: use claim_jobs(bind, table, ...)"
+        )
     plan = build_plan(job_table, request, entities=job_table.entity is not None)
     if plan.multi_table:
         raise ClaimError(

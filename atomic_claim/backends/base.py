@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
-Read = Callable[[Select[Any], Mapping[str, Any]], Sequence[Any]]
-"""Executes a SELECT, and returns its rows."""
 
 
 class Candidate(NamedTuple):
@@ -56,12 +54,16 @@ class Candidate(NamedTuple):
         key: its exclusive key.
         lock: the number of the key's lock, where keys are locked one by one.
         alone: 1 if the row is claimed alone, else 0.
+        fair: the key by which claims take turns, if it was found in one.
+        has_room: whether its exclusive key had room when it was found.
     """
 
     row: Key
     key: Any
     lock: int | None = None
     alone: int = 0
+    fair: tuple[Any, ...] = ()
+    has_room: bool = True
 
 
 class Facts(NamedTuple):
@@ -161,6 +163,10 @@ class Transaction:
                 f"the connection is in AUTOCOMMIT, where {why}: use a bind with transactions, such "
                 'as engine.execution_options(isolation_level="READ COMMITTED")'
             )
+
+
+Within = Callable[[Callable[[Transaction], Any]], Any]
+"""Runs reads in a transaction, and returns their result."""
 
 
 class Unreadable(Exception):

@@ -21,11 +21,12 @@ million waiting rows costs a step, and the cost grows with the number of keys th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from operator import attrgetter
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
@@ -53,23 +54,21 @@ from sqlalchemy.sql.elements import Label
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ALONE, ByKey, OrderTerm, labelled_terms
+from atomic_claim.sql_elements import ALONE, ByKey, labelled_terms
 
 from .base import (
     CHUNK,
     Backend,
     Candidate,
     Mark,
-    Read,
     Transaction,
+    Within,
     hinted,
     marked_by_key,
 )
+from .fair import FAIR, KEY, FairSearch, Turn, in_one_claim, tie_breakers
 from .reading import Key, KeyedRows
 
-T = TypeVar("T")
-
-KEY = "atomic_claim_key"
 PLACE = "atomic_claim_place"
 BRANCH = "atomic_claim_branch"
 FOUND = "atomic_claim_found"
@@ -123,7 +122,7 @@ class KeySearch:
         keys = self._walked_keys() if self.backend.walks_keys else self._distinct_keys()
         free = first.order_by(None).order_by(self._column, *self.plan.order)
         of_key = free.where(self._column == keys.columns[KEY])
-        of_key = of_key.order_by(*self._tie_breakers)
+        of_key = of_key.order_by(*tie_breakers(self.plan))
         places = range(min(self.plan.job_table.max_per_key, MOST_HEADS))
         heads = [self._one_by_one(of_key, place, keys) for place in places]
         others = [first.where(self._column.is_(None)), *expired]
@@ -165,14 +164,26 @@ class KeySearch:
         )
         return ByKey(plan.job_table.key, locking.where)
 
+    @cached_property
+    def turns(self) -> FairSearch | None:
+        """The search that takes turns, if the table declares one."""
+        if self.plan.job_table.fair_by is None:
+            return None
+        return FairSearch(self.plan, self.backend, self._with_room)
+
     # The search.
 
-    def batches(self, read: Read, limit: int) -> Iterator[list[Candidate]]:
+    def batches(self, within: Within, limit: int) -> Iterator[list[Candidate]]:
         """Yield lists of candidates, each once, in claim order, until there are no more.
 
         The candidates of a list may be claimed together. Those of the lists between two reads are
-        enough for the limit, as far as it was read.
+        enough for the limit, as far as it was read. Where claims take turns, the first lists are in
+        the order of the turn.
         """
+
+        def read(statement: Select[Any], params: Mapping[str, Any]) -> Sequence[Any]:
+            return within(lambda tx: tx.tuples(statement, params))  # type: ignore[no-any-return]
+
         tried: set[Key] = set()
         pending: list[Candidate] = []
         job_table, scan_limit = self.plan.job_table, limit + MARGIN
@@ -181,6 +192,12 @@ class KeySearch:
         if not rows:
             return
         self.backend.key_locks.check_session(job_table, rows[0][:width])
+        if self.turns is not None:
+            pending = within(partial(self._first_in_turn, self.turns, limit))
+            tried.update(each.row for each in pending)
+            if len(pending) == limit:
+                yield from in_one_claim(pending, attrgetter("alone"))
+                pending = []
         found: Sequence[Any] = [row[width:] for row in rows]
         free = [place for place, row in enumerate(found) if row[-2] == 0]
         is_all = len(found) < scan_limit
@@ -202,6 +219,20 @@ class KeySearch:
             is_all = len(found) < most and all(count < scan_limit for count in counts.values())
             scan_limit *= 4
 
+    def _first_in_turn(self, turns: FairSearch, limit: int, tx: Transaction) -> list[Candidate]:
+        """Read the first rows of a turn whose exclusive keys have room, of so many rows."""
+        found: list[Candidate] = []
+        counts: Counter[str] = Counter()
+        turn = Turn(turns, tx, limit)
+        for each in islice(turn.following, limit + MARGIN):
+            if each.key is not None:
+                counts[repr(each.key)] += 1
+            if each.has_room and counts[repr(each.key)] <= self.plan.job_table.max_per_key:
+                found.append(each)
+            if len(found) == limit:
+                break
+        return found
+
     def _candidate(self, row: Sequence[Any]) -> Candidate:
         width = len(self.plan.job_table.key)
         return Candidate(tuple(row[:width]), *row[width:-2])
@@ -222,18 +253,6 @@ class KeySearch:
     @property
     def _most(self) -> ColumnElement[int]:
         return _number(self.plan.job_table.max_per_key)
-
-    @property
-    def _tie_breakers(self) -> list[ColumnElement[Any]]:
-        """Return what puts rows of one place in an order, where it takes several columns.
-
-        It goes the way of the last term, as an index does.
-        """
-        key: Any = self.plan.key_attributes
-        if len(key) == 1:
-            return []
-        descends = OrderTerm.of(self.plan.order[-1]).descending
-        return [column.desc() if descends else column.asc() for column in key]
 
     @cached_property
     def _taken_names(self) -> set[str]:
@@ -273,15 +292,28 @@ class KeySearch:
         Returns:
             The rows, and the condition that a row may run beside those before it and the running.
         """
-        job_table = self.plan.job_table
         order = [*self.plan.candidates.terms(read), *self._ids(read)]
         place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
         rows = select(read, place).subquery(self._name("numbered"))
-        key, number = rows.columns[KEY], rows.columns[PLACE]
+        number = rows.columns[PLACE]
+        has_room = and_(number <= self._most, number + self._running(rows) <= self._most)
+        return rows, or_(rows.columns[KEY].is_(None), has_room)
+
+    def _running(self, rows: FromClause) -> ColumnElement[int]:
+        """Count the running rows that have the key of a row."""
+        job_table = self.plan.job_table
         running = select(func.count()).select_from(job_table.table)
-        running = running.where(self._column == key, predicates.is_held(job_table)).correlate(rows)
-        has_room = number + running.scalar_subquery() <= self._most
-        return rows, or_(key.is_(None), and_(number <= self._most, has_room))
+        running = running.where(self._column == rows.columns[KEY], predicates.is_held(job_table))
+        return running.correlate(rows).scalar_subquery()
+
+    def _with_room(self, found: Select[Any]) -> Select[Any]:
+        """Add the number of the exclusive key's lock, and whether it has room."""
+        rows = found.subquery(self._name("turn"))
+        key = rows.columns[KEY]
+        number = self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")
+        has_room = or_(key.is_(None), self._running(rows) < self._most).label("has_room")
+        order = [rows.columns[FAIR], *self.plan.candidates.terms(rows)]
+        return select(*rows.columns, number, has_room).order_by(*order)
 
     def _described(self, rows: Select[Any]) -> Select[Any]:
         """Add the terms of the order to a SELECT of primary keys."""
@@ -349,23 +381,6 @@ class KeySearch:
         return head.where(values[0].is_not(None))
 
 
-def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[list[T]]:
-    """Part candidates in claim order into lists that may be claimed together, in the same order.
-
-    A row that is claimed alone is a list; all others are one, in the place of their first.
-    """
-    found: list[list[T]] = []
-    others: list[T] = []
-    for candidate in candidates:
-        if is_alone(candidate):
-            found.append([candidate])
-            continue
-        if not others:
-            found.append(others)
-        others.append(candidate)
-    return found
-
-
 def _number(value: int) -> ColumnElement[int]:
     return literal_column(str(value), Integer())
 
@@ -382,7 +397,9 @@ def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
 def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
     search = key_search(backend, plan)
-    return (search.window, search.chosen, search.locking, *marked_by_key(plan, backend))
+    turn = () if search.turns is None else search.turns.statements
+    locked = (search.chosen, search.locking, *marked_by_key(plan, backend))
+    return (search.window, *turn, *locked)
 
 
 def claim_by_key(
@@ -391,7 +408,7 @@ def claim_by_key(
     """Claim by exclusive keys, search and claim in one transaction."""
     found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(tx.backend, plan).batches(tx.tuples, limit):
+    for batch in key_search(tx.backend, plan).batches(lambda run: run(tx), limit):
         if found and batch[0].alone:
             continue
         found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
@@ -418,6 +435,9 @@ def claim_batch(
         wanted = {**params, LIMIT: limit - len(found)}
         ours, rest = _locked(tx, plan, rest, wanted[LIMIT])
         found += mark(tx, plan, ours, wanted)
+    if (turns := key_search(tx.backend, plan).turns) is not None:
+        taken = {key for key, _ in found}
+        turns.remember(tx, [each for each in batch if each.row in taken])
     return found
 
 
@@ -436,7 +456,11 @@ def _locked(
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}
-    chosen = tx.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
+    if search.turns is None:
+        chosen = tx.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
+    else:
+        has_room = set(tx.tuples(*search.chosen.of(list(keys), {LIMIT: len(keys)})))
+        chosen = [row for row in keys if row in has_room][:limit]
     if len(chosen) == limit:
         last = 1 + max(map(list(keys).index, chosen))
         rest = [*tried[last:], *rest]

@@ -51,8 +51,9 @@ from .base import (
     hinted,
     marked_by_key,
 )
-from .by_key import in_one_claim, keyed_statements, refuse_view
+from .by_key import keyed_statements, refuse_view
 from .drivers import code_of
+from .fair import FairSearch, Turn, in_one_claim
 from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Key
@@ -152,9 +153,12 @@ class MySQL(Backend):
         alone: set[Key] = set()
         tried: set[Key] = set()
         # A few more than are wanted, since others may hold the first ones.
-        scan_limit = limit + WINDOW
+        scan_limit, turn = limit + WINDOW, None
+        if plan.job_table.fair_by is not None:
+            # A row of its costs a probe.
+            scan_limit, turn = limit, Turn(plan.prepare(FairSearch, self), tx, limit)
         while True:
-            rows, level = self._candidates(search, plan, scan_limit)
+            rows, level = self._candidates(search, plan, scan_limit, turn)
             seen = list(map(key_of, rows))
             if statements.width > width:
                 alone.update(key_of(row) for row in rows if row[width])
@@ -172,17 +176,19 @@ class MySQL(Backend):
             if is_full or len(rows) < scan_limit:
                 break
             # Others hold the head of the queue; all that is read again is keys.
-            scan_limit = 4 * scan_limit + WINDOW
+            scan_limit += limit if turn is not None else 3 * scan_limit + WINDOW
         if search.aside:
             search.lock_aside()
         # Rows that were only locked are still free in this transaction's own reads.
         found = list(filter(search.taken.__contains__, seen))
+        if turn is not None:
+            turn.search.remember(tx, [turn.rows[key] for key in found])
         if search.is_stale and not is_full:
             found += search.lock_latest()[: limit - len(found)]
         return found
 
     def _candidates(
-        self, search: Search, plan: ClaimPlan, scan_limit: int
+        self, search: Search, plan: ClaimPlan, scan_limit: int, turn: Turn | None
     ) -> tuple[Sequence[Any], str | None]:
         """Read the first keys in claim order, and the isolation level if that matters.
 
@@ -191,7 +197,12 @@ class MySQL(Backend):
         """
         tx, statements = search.tx, search.statements
         try:
-            rows = tx.execute(statements.candidates, ClaimRequest(scan_limit).parameters()).all()
+            if turn is None:
+                asked = ClaimRequest(scan_limit).parameters()
+                rows: Sequence[Any] = tx.execute(statements.candidates, asked).all()
+            else:
+                found = turn.first(scan_limit)
+                rows = [(*each.row, each.alone)[: statements.width] for each in found]
         except DBAPIError as error:
             if not self.is_conflict(error):
                 raise
@@ -201,7 +212,8 @@ class MySQL(Backend):
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         if not rows and tx.own and not statements.asks_zone:
             return rows, None
-        session = rows[0][statements.width :] if rows else tx.tuples(statements.session)[0]
+        # Rows of a turn come without it.
+        session = (rows and rows[0][statements.width :]) or tx.tuples(statements.session)[0]
         level, rolls_back, *skew = session
         if level == SERIALIZABLE:
             raise ClaimError(PLAIN_READS_WAIT)
@@ -243,7 +255,9 @@ class MySQL(Backend):
         if plan.job_table.exclusive_by is not None:
             return keyed_statements(self, plan)
         lock = plan.prepare(InnoDBStatements, self, False).lock
-        return (plan.candidates.select(), lock, *marked_by_key(plan, self))
+        fair = plan.job_table.fair_by is not None
+        turn = plan.prepare(FairSearch, self).statements if fair else (plan.candidates.select(),)
+        return (*turn, lock, *marked_by_key(plan, self))
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

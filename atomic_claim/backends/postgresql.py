@@ -30,7 +30,7 @@ from sqlalchemy.types import DateTime
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
-from atomic_claim.plan import ClaimPlan
+from atomic_claim.plan import LIMIT, ClaimPlan
 from atomic_claim.sql_elements import (
     ALONE,
     ORDER,
@@ -46,6 +46,7 @@ from .advisory import AdvisoryLocks, require_locks
 from .base import Backend, Facts, Find, Mark, Transaction, mark_and_load, marked_by_key
 from .by_key import claim_by_key, keyed_statements, refuse_view
 from .drivers import code_of
+from .fair import FairSearch, lock_in_turn
 from .reading import Key, KeyedRows, Reading
 from .versions import require
 
@@ -105,7 +106,7 @@ class PostgreSQL(Backend):
             require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
 
     def is_single(self, plan: ClaimPlan) -> bool:
-        return plan.job_table.exclusive_by is None and not plan.needs_select
+        return not (plan.job_table.has_keys or plan.needs_select)
 
     def claim(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
@@ -128,7 +129,11 @@ class PostgreSQL(Backend):
     ) -> list[Key]:
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
         self._check_zone(tx, plan)
-        locked = tx.tuples(plan.prepare(_locked_candidates, deletes), params)
+        if plan.job_table.fair_by is None:
+            locked = tx.tuples(plan.prepare(_locked_candidates, deletes), params)
+        else:
+            locking = plan.prepare(_locking_by_key, deletes)
+            locked = lock_in_turn(tx, plan.prepare(FairSearch, self), params[LIMIT], locking)
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         return locked
 
@@ -151,6 +156,9 @@ class PostgreSQL(Backend):
             return keyed_statements(self, plan)
         if self.is_single(plan):
             return (claiming(plan),)
+        if plan.job_table.fair_by is not None:
+            turn = plan.prepare(FairSearch, self).statements
+            return (*turn, plan.prepare(_locking_by_key, False), *marked_by_key(plan, self))
         return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
@@ -232,10 +240,18 @@ def _lock(of: Any, changes_key: bool) -> Lock:
     return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
 
 
-def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
+def _lock_of(plan: ClaimPlan, deletes: bool) -> Lock:
     of = plan.job_table.table if plan.multi_table else None
-    lock = _lock(of, deletes or plan.changes_key)
-    found = plan.candidates
+    return _lock(of, deletes or plan.changes_key)
+
+
+def _locking_by_key(plan: ClaimPlan, deletes: bool) -> ByKey:
+    rows = _lock_of(plan, deletes)(plan.candidates.rows)
+    return ByKey(plan.key_attributes, rows.where)
+
+
+def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
+    lock, found = _lock_of(plan, deletes), plan.candidates
     if len(found.branches) == 1:
         return found.select(lock=lock)
     return found.only_keys(found.ordered(_claimable(found, lock).subquery()))

@@ -39,6 +39,7 @@ from atomic_claim.statement import ClaimStatement, statement_of
 
 from .base import Backend, Find, Mark, Transaction, instant, mark_and_load, marked_by_key
 from .by_key import claim_by_key, keyed_statements, refuse_view
+from .fair import FairSearch, lock_in_turn
 from .reading import Key, KeyedRows, Reading
 from .versions import require
 
@@ -80,7 +81,7 @@ class SQLite(Backend):
         require(dialect, "SQLite", (3, 35), "RETURNING")
 
     def is_single(self, plan: ClaimPlan) -> bool:
-        if plan.needs_select or plan.job_table.exclusive_by is not None:
+        if plan.needs_select or plan.job_table.has_keys:
             return False
         if _has_cte(*plan.values.values()):
             return False
@@ -138,12 +139,17 @@ class SQLite(Backend):
             return (plan.prepare(_claiming).statement, plan.prepare(_wrong))
         if plan.job_table.exclusive_by is not None:
             return (_lock(plan.job_table), *keyed_statements(self, plan))
+        if plan.job_table.fair_by is not None:
+            turn = plan.prepare(FairSearch, self).statements
+            return (_lock(plan.job_table), *turn, *marked_by_key(plan, self))
         return (_lock(plan.job_table), plan.candidates.select(), *marked_by_key(plan, self))
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         self._take_write_lock(tx, plan.job_table)
+        if plan.job_table.fair_by is not None:
+            return lock_in_turn(tx, plan.prepare(FairSearch, self), params[LIMIT], None)
         return tx.tuples(plan.prepare(_candidates), params)
 
     def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
