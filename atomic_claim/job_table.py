@@ -8,14 +8,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Table,
-    bindparam,
-    func,
-    literal,
-)
+from sqlalchemy import Column, ColumnElement, Table, bindparam, func, literal
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import (
     DateTime,

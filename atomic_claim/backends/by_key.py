@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice
 from operator import attrgetter
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -66,7 +65,7 @@ from .base import (
     hinted,
     marked_by_key,
 )
-from .fair import FAIR, KEY, FairSearch, Turn, in_one_claim, tie_breakers
+from .fair import FAIR, KEY, FairSearch, first_with_room, in_one_claim, tie_breakers
 from .reading import Key, KeyedRows
 
 PLACE = "atomic_claim_place"
@@ -193,7 +192,7 @@ class KeySearch:
             return
         self.backend.key_locks.check_session(job_table, rows[0][:width])
         if self.turns is not None:
-            pending = within(partial(self._first_in_turn, self.turns, limit))
+            pending = within(partial(first_with_room, self.turns, limit))
             tried.update(each.row for each in pending)
             if len(pending) == limit:
                 yield from in_one_claim(pending, attrgetter("alone"))
@@ -218,20 +217,6 @@ class KeySearch:
             counts = Counter(row[-2] for row in found if row[-2] > 0)
             is_all = len(found) < most and all(count < scan_limit for count in counts.values())
             scan_limit *= 4
-
-    def _first_in_turn(self, turns: FairSearch, limit: int, tx: Transaction) -> list[Candidate]:
-        """Read the first rows of a turn whose exclusive keys have room, of so many rows."""
-        found: list[Candidate] = []
-        counts: Counter[str] = Counter()
-        turn = Turn(turns, tx, limit)
-        for each in islice(turn.following, limit + MARGIN):
-            if each.key is not None:
-                counts[repr(each.key)] += 1
-            if each.has_room and counts[repr(each.key)] <= self.plan.job_table.max_per_key:
-                found.append(each)
-            if len(found) == limit:
-                break
-        return found
 
     def _candidate(self, row: Sequence[Any]) -> Candidate:
         width = len(self.plan.job_table.key)

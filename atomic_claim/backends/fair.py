@@ -17,7 +17,7 @@ fractions of the second, or if there is no such column.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -330,6 +330,23 @@ def lock_in_turn(
                 found += batch
     search.remember(tx, found)
     return [each.row for each in found]
+
+
+def first_with_room(search: FairSearch, limit: int, tx: Transaction) -> list[Candidate]:
+    """Return the first rows of a turn whose exclusive keys have room, beside each other too.
+
+    Not all rows are looked at: most keys may be busy.
+    """
+    found: list[Candidate] = []
+    counts: Counter[str] = Counter()
+    for each in islice(Turn(search, tx, limit).following, limit + MARGIN):
+        if each.key is not None:
+            counts[repr(each.key)] += 1
+        if each.has_room and counts[repr(each.key)] <= search.plan.job_table.max_per_key:
+            found.append(each)
+        if len(found) == limit:
+            break
+    return found
 
 
 def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[list[T]]:

@@ -92,9 +92,13 @@ class InnoDBStatements:
         all_rows = source.add_columns(and_(*plan.conditions))
         self.lock_all = by_key(all_rows, skip_locked=True)
         self.lock_unless_held = by_key(all_rows, nowait=True)
+        latest = list(plan.candidates.shared_branches)
+        if (fair := plan.job_table.fair_by) is not None:
+            # In the order of the index that there is.
+            latest[0] = latest[0].order_by(None).order_by(fair, *plan.order)
         self.latest = [
             plan.candidates.only_keys(branch).with_for_update(skip_locked=True, of=of)
-            for branch in plan.candidates.shared_branches
+            for branch in latest
         ]
 
 

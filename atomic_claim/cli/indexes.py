@@ -68,7 +68,8 @@ class NeededIndex:
     """An index by which a claim finds rows that are free for one reason.
 
     Attributes:
-        reason: ``free``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive keys.
+        reason: ``free``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive keys;
+            ``fair`` or ``claimed`` for claims that take turns.
         table: the job table.
         conditions: what is the same at every claim, and what an index can hold of it.
         leading: the columns that equal what a call passes as a parameter.
@@ -208,7 +209,10 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     own: Any = job_table.lease
     named: Any = own if own is not None else lease and column(lease)
     is_due, is_unspent = predicates.is_due(job_table), predicates.is_unspent(job_table)
-    found = [_needed("free", table, predicates.is_free(job_table), order, is_due)]
+    free, fair = predicates.is_free(job_table), job_table.fair_by
+    found = []
+    if fair is None or job_table.exclusive_by is not None:
+        found.append(_needed("free", table, free, order, is_due))
     if named is not None:
         found.append(
             _needed("expired", table, predicates.is_running(job_table), (named,), is_unspent)
@@ -220,8 +224,12 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
         running = and_(predicates.is_running(job_table), own.is_(None))
         found.append(_needed("unleased", table, running, (since,), is_unspent))
     if (key := job_table.exclusive_by) is not None:
-        found.append(_needed("keys", table, predicates.is_free(job_table), (key, *order), is_due))
+        found.append(_needed("keys", table, free, (key, *order), is_due))
         found.append(_needed("running", table, predicates.is_running(job_table), (key,)))
+    if fair is not None and fair is not key:
+        found.append(_needed("fair", table, free, (fair, *order), is_due))
+    if fair is not None and (times := job_table.claim_times):
+        found.append(_needed("claimed", table, times[0].is_not(None), (times[0], fair)))
     return found
 
 

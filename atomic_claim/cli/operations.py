@@ -62,6 +62,8 @@ SERVES = {
     "unleased": "Serves the search for rows that have been running without a lease.",
     "keys": "Serves the search for the keys that have free rows, and for the first row of each.",
     "running": "Serves the look for rows that run with a key.",
+    "fair": "Serves the turn: the next keys that have free rows, and the first rows of each.",
+    "claimed": "Serves the look for the row that was claimed last, behind which a turn begins.",
 }
 
 

@@ -27,8 +27,8 @@ EXPLAIN = {
     "mariadb": "EXPLAIN ",
 }
 FEW = 1000
-# Why an index is needed that only exclusive keys want.
-BY_KEY = ("keys", "running")
+# Why an index is needed that only exclusive and fair keys want.
+BY_KEY = ("keys", "running", "fair", "claimed")
 # What an index can do is asked, not whether so few rows are worth it.
 PREFERENCES = {
     "postgresql": (
@@ -134,8 +134,8 @@ def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
         asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
         if not connection.scalar(asked, {"name": table}):
             return plan.candidates.select()
-    if plan.job_table.exclusive_by is not None:
-        # A claim by exclusive keys finds its rows in several ways, of which this is the first.
+    if plan.job_table.has_keys:
+        # A claim by keys finds its rows in several ways.
         return plan.candidates.select()
     return next(
         each
@@ -291,7 +291,7 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
 
 
 def _leads(needed: NeededIndex, index: Known) -> bool:
-    """Check whether an index serves the search by exclusive key, which EXPLAIN does not show."""
+    """Check whether an index serves a search by key, which EXPLAIN does not show."""
     order = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
     equal = {column.name for column in needed.equal}
     ahead = set(index.columns[: len(equal)]) == equal

@@ -10,6 +10,7 @@ from sqlalchemy.sql import visitors
 
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable, job_table_of
+from atomic_claim.roles import COLUMNS
 from atomic_claim.sql_elements import OrderTerm
 
 from .findings import Finding, Level, Patient, listed
@@ -125,7 +126,7 @@ def _roles(job_table: JobTable) -> dict[str, str]:
         if names := [c.name for c in marks if c is not job_table.state]:
             found[role] = names
     found["order"] = [_term(term) for term in job_table.order or job_table.key]
-    for role in ("due", "worker", "token", "lease", "attempts", "error", "exclusive_by"):
+    for role in COLUMNS[1:]:
         if (column := getattr(job_table, role)) is not None:
             found[role] = [column.name]
     if job_table.stamps:
@@ -147,10 +148,7 @@ def _unread(job_table: JobTable) -> list[str]:
     marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
     used = {column.name for mark in marks for column in mark}
     used |= {c.name for term in (job_table.free, *job_table.order) for c in _columns_in(term)}
-    roles = (
-        *("state", "due", "worker", "token", "lease", "attempts", "max_attempts", "error"),
-        "exclusive_by",
-    )
+    roles = (*COLUMNS, "max_attempts")
     used |= {c.name for role in roles if isinstance(c := getattr(job_table, role), Column)}
     used |= {column.name for column in (*job_table.stamps, *job_table.key)}
     return [column.name for column in job_table.table.columns if column.name not in used]

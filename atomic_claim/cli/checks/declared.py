@@ -45,7 +45,8 @@ def types(reading: Reading) -> Iterator[Finding]:
     patient, own = reading.patient, reading.job_table
     table = patient.table
     stored = Table(table.name, MetaData(), schema=table.schema, autoload_with=patient.connection)
-    used = [*own.key, *reading.written, own.due, own.max_attempts, own.error, own.exclusive_by]
+    keys = (own.exclusive_by, own.fair_by)
+    used = [*own.key, *reading.written, own.due, own.max_attempts, own.error, *keys]
     found = []
     for column in dict.fromkeys(each for each in used if isinstance(each, Column)):
         real = stored.columns.get(column.name)

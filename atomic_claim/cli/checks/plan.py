@@ -39,6 +39,8 @@ SEARCHES = {
     "unleased": "the search for rows that run without a lease",
     "keys": "the search for the first row of each key",
     "running": "the look for rows that run with a key",
+    "fair": "the search for the next keys of a turn",
+    "claimed": "the look for the row that was claimed last",
 }
 SORTS = {
     "postgresql": "a Sort",
