@@ -3,6 +3,7 @@
 import enum
 import fcntl
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -157,13 +158,22 @@ def never_ending(connection: sa.Connection) -> Iterator[Any]:
 
 def blocked(engine: sa.Engine) -> None:
     """Lock the rows in one worker and never release them; record the process ids."""
+    _record_processes()
+    with engine.begin() as connection:
+        connection.execute(jobs.update().values(processing=True))
+        threading.Event().wait()
+
+
+def hanging_loop(*_: Any) -> None:
+    """Never end; record the process ids."""
+    _record_processes()
+    threading.Event().wait()
+
+
+def _record_processes() -> None:
     note = os.environ.get("RACERS_FOLDER")
     if note is not None:
         (Path(note) / f"{os.getpid()}-{os.getppid()}").touch()
-    with engine.begin() as connection:
-        connection.execute(jobs.update().values(processing=True))
-        while True:
-            time.sleep(60)
 
 
 def waiting_for_locks(connection: sa.Connection, limit: int = 5) -> Any:

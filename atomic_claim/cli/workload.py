@@ -133,9 +133,9 @@ def run_half(name: str, engine: Engine, workload: Workload, progress: Progress) 
     """
     table = job_table(f"atomic_claim_demo_{secrets.token_hex(6)}")
     url = engine.url
-    with filled(engine, table, workload.jobs, factory=_mail, existing=False) as jobs:
+    with filled(engine, table, workload.jobs, factory=_mail, existing=False) as keys:
         task = LoopTask(HALVES[name], partial(_table, url, table.name), workload.limit)
-        return run_loop(name, task, workload, jobs.keys, progress=progress, url=url)
+        return run_loop(name, task, workload, keys, progress=progress, url=url)
 
 
 def _mail(number: int) -> dict[str, Any]:
@@ -209,8 +209,8 @@ def run_loop(
         progress(len(done))
         return False
 
-    ended = run_workers(
-        task,
+    start, _ = run_workers(
+        task.begun,
         workload.workers,
         seconds=TIMEOUT + SECONDS_A_JOB * workload.jobs,
         receive=receive,
@@ -222,5 +222,5 @@ def run_loop(
         workers=workload.workers,
         keys=keys,
         limit=workload.limit,
-        calls=[call.since(ended.start) for call in calls],
+        calls=[call.since(start) for call in calls],
     )

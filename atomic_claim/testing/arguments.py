@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
+from sqlalchemy import Engine, orm
 
 from .database import CommandError, asynchronous
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+    from sqlalchemy.ext import asyncio as sa_asyncio
 
 # The longer names first: `sessionmaker[Session]` is no session.
 ANNOTATIONS = (
@@ -48,6 +47,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "table": ("table", "model", "job_table", "job_class", "entity"),
     "target": ("target", "function", "claim"),
 }
+ROLES = {name: role for role, names in NAMES.items() for name in names}
 # What an asynchronous function is given by these names without an annotation.
 ASYNCHRONOUS = frozenset({"session", "sessionmaker", "engine", "connection"})
 # These are passed only where they are needed: a default stands for something else.
@@ -65,6 +65,7 @@ class Offer:
         worker: the worker's name.
         table: the table, mapped class or ``JobTable`` of the race.
         target: the function that an adapter is to call.
+        loop: the event loop of all calls, since connections cannot change theirs.
     """
 
     engine: Engine
@@ -72,6 +73,7 @@ class Offer:
     worker: str
     table: Any
     target: Any = None
+    loop: asyncio.Runner = field(default_factory=asyncio.Runner)
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Any]]:
@@ -79,20 +81,18 @@ class Offer:
 
         An exception rolls it back.
         """
+        given: dict[str, Any] = {}
         with ExitStack() as stack:
-            given: dict[str, Any] = {}
 
             def give(role: str) -> Any:
-                if role not in given:
-                    given[role] = self._open(role, stack)
-                return given[role]
+                if role not in given and role in OPENED:
+                    given[role] = found = self.awaited(OPENED[role](self))
+                    stack.callback(lambda: self.awaited(found.close()))
+                return given[role] if role in given else getattr(self, role)
 
             yield give
-            for role, each in given.items():
-                if role.endswith("session") or (
-                    role.endswith("connection") and each.in_transaction()
-                ):
-                    self.awaited(each.commit())
+            for each in given.values():
+                self.awaited(each.commit())
 
     def awaited(self, found: Any) -> Any:
         """Return what a call returned; of an asynchronous one, what it returns or yields."""
@@ -104,16 +104,10 @@ class Offer:
         """Close the connections of asynchronous functions, and their event loop."""
         if "async_engine" in vars(self):
             self.loop.run(self.async_engine.dispose())
-        if "loop" in vars(self):
-            self.loop.close()
+        self.loop.close()
 
     @cached_property
-    def loop(self) -> asyncio.Runner:
-        """The event loop of all calls, since connections cannot change theirs."""
-        return asyncio.Runner()
-
-    @cached_property
-    def async_engine(self) -> AsyncEngine:
+    def async_engine(self) -> sa_asyncio.AsyncEngine:
         """An engine with an asynchronous driver for the same database."""
         # Needs greenlet, which only asynchronous functions have to have.
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
@@ -121,32 +115,26 @@ class Offer:
         return create_async_engine(asynchronous(self.engine.url))
 
     @cached_property
-    def _async_sessions(self) -> async_sessionmaker[AsyncSession]:
+    def async_sessionmaker(self) -> sa_asyncio.async_sessionmaker[sa_asyncio.AsyncSession]:
+        """Sessions of the asynchronous engine."""
         from sqlalchemy.ext.asyncio import async_sessionmaker  # noqa: PLC0415 - as above
 
         return async_sessionmaker(self.async_engine)
 
-    def _open(self, role: str, stack: ExitStack) -> Any:
-        if role == "session":
-            return stack.enter_context(Session(self.engine))
-        if role == "scoped_session":
-            made = scoped_session(sessionmaker(self.engine))
-            stack.callback(made.remove)
-            return made
-        if role == "connection":
-            return stack.enter_context(self.engine.connect())
-        if role == "async_session":
-            session = self._async_sessions()
-            stack.callback(lambda: self.awaited(session.close()))
-            return session
-        if role == "async_connection":
-            connection = self.async_engine.connect()
-            self.awaited(connection.__aenter__())
-            stack.callback(lambda: self.awaited(connection.close()))
-            return connection
-        if role == "async_sessionmaker":
-            return self._async_sessions
-        return sessionmaker(self.engine) if role == "sessionmaker" else getattr(self, role)
+    @cached_property
+    def sessionmaker(self) -> orm.sessionmaker[orm.Session]:
+        """Sessions of the engine."""
+        return orm.sessionmaker(self.engine)
+
+
+# These are committed and closed after each call.
+OPENED: Mapping[str, Callable[[Offer], Any]] = {
+    "session": lambda offer: offer.sessionmaker(),
+    "scoped_session": lambda offer: orm.scoped_session(offer.sessionmaker),
+    "connection": lambda offer: offer.engine.connect(),
+    "async_session": lambda offer: offer.async_sessionmaker(),
+    "async_connection": lambda offer: offer.async_engine.connect().start(),
+}
 
 
 async def _collected(found: AsyncIterator[Any]) -> list[Any]:
@@ -164,7 +152,7 @@ class Plan:
     """
 
     function: Callable[..., Any]
-    roles: tuple[tuple[inspect.Parameter, str], ...]
+    roles: Sequence[tuple[inspect.Parameter, str]]
     of: Plan | None = None
 
     @property
@@ -211,17 +199,12 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
     if _needs_object(function, owner):
         maker = planned(owner, f"{owner.__name__}, the class of {name},", adapter=adapter)
         parameters = parameters[1:]
-    roles = []
-    unknown = []
-    for parameter in parameters:
-        role = _role(parameter, adapter=adapter, asynchronous=waits)
-        needed = parameter.default is parameter.empty
-        if parameter.kind in KINDS_WITHOUT_NAMES or (not needed and role is None):
-            continue
-        if role is None:
-            unknown.append(str(parameter))
-        elif needed or role not in ONLY_IF_NEEDED:
-            roles.append((parameter, role))
+    known = [
+        (each, _role(each, adapter=adapter, asynchronous=waits), each.default is each.empty)
+        for each in parameters
+        if each.kind not in KINDS_WITHOUT_NAMES
+    ]
+    unknown = [str(each) for each, role, needed in known if needed and role is None]
     if unknown:
         raise CommandError(
             f"{name} takes {', '.join(unknown)}, and what that is to be given cannot be told by "
@@ -229,7 +212,12 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
             "worker and table): write a function that takes what is known, and name it with call=; "
             "as its parameter `target` it is given the one that is raced"
         )
-    return Plan(function, tuple(roles), maker)
+    wanted = [
+        (each, role)
+        for each, role, needed in known
+        if role and (needed or role not in ONLY_IF_NEEDED)
+    ]
+    return Plan(function, wanted, maker)
 
 
 def _needs_object(function: Any, owner: Any) -> bool:
@@ -243,14 +231,12 @@ def _needs_object(function: Any, owner: Any) -> bool:
 def _role(parameter: inspect.Parameter, *, adapter: bool, asynchronous: bool) -> str | None:
     annotation = parameter.annotation
     if annotation is not parameter.empty:
-        for kind, role in ((Session, "session"), (Engine, "engine"), (Connection, "connection")):
-            if isinstance(annotation, type) and issubclass(annotation, kind):
-                return role
+        bases = " ".join(each.__name__ for each in getattr(annotation, "__mro__", ()))
         text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
         for role, pattern in ANNOTATIONS:
-            if pattern.search(text):
+            if pattern.search(bases or text):
                 return role
-    for role, names in NAMES.items():
-        if parameter.name in names and (adapter or role != "target"):
-            return f"async_{role}" if asynchronous and role in ASYNCHRONOUS else role
-    return None
+    by_name = ROLES.get(parameter.name)
+    if by_name == "target" and not adapter:
+        return None
+    return f"async_{by_name}" if asynchronous and by_name in ASYNCHRONOUS else by_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,16 @@ from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 
 # Other drivers of a database than SQLAlchemy's default, the best first.
-DRIVERS = {
-    "postgresql": ("psycopg", "psycopg2"),
-    "mysql": ("pymysql", "mysqldb"),
-    "mariadb": ("pymysql", "mysqldb"),
-}
+DRIVERS = {"postgresql": ("psycopg", "psycopg2"), "mysql": ("pymysql", "mysqldb")}
 ASYNC_DRIVERS = {
     "postgresql": ("psycopg", "asyncpg"),
     "mysql": ("asyncmy", "aiomysql"),
-    "mariadb": ("asyncmy", "aiomysql"),
     "sqlite": ("aiosqlite",),
 }
-EXTRAS = {"postgresql": "postgresql", "mysql": "mysql", "mariadb": "mysql"}
 # Some drivers would wait for minutes for a host that does not answer.
 TIMEOUT = 10
 TIMEOUT_ARGUMENTS = {
-    "psycopg": "connect_timeout",
-    "psycopg2": "connect_timeout",
-    "pymysql": "connect_timeout",
-    "mysqldb": "connect_timeout",
+    **dict.fromkeys(("psycopg", "psycopg2", "pymysql", "mysqldb"), "connect_timeout"),
     "mysqlconnector": "connection_timeout",
 }
 TITLES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB", "sqlite": "SQLite"}
@@ -48,7 +39,7 @@ class CommandError(Exception):
     """A command cannot do what it was asked for; the message is one line."""
 
 
-def parse_url(given: str) -> URL:
+def parse_url(given: str | URL) -> URL:
     """Parse the URL, with a driver that is installed.
 
     ``postgres://`` is understood, an asynchronous driver is replaced, and where the URL names no
@@ -77,6 +68,10 @@ def _with_driver(url: URL) -> URL:
     try:
         dialect = url.get_dialect()
         backend_for(dialect())
+        if dialect.is_async:
+            url = url.set(drivername=url.get_backend_name())
+        others = () if "+" in url.drivername else DRIVERS.get(family(url), ())
+        return _installed([url, *_by_driver(url, others)])
     except NoSuchModuleError:
         raise CommandError(
             f"SQLAlchemy knows no {url.drivername!r}; expected a URL that begins with "
@@ -85,17 +80,14 @@ def _with_driver(url: URL) -> URL:
     except UnsupportedDialect as error:
         raise CommandError(one_line(error)) from None
     except ImportError as error:
-        raise _missing(url, error) from None
-    backend = url.get_backend_name()
-    candidates = [url]
-    if "+" not in url.drivername or dialect.is_async:
-        plain = backend if dialect.is_async else url.drivername
-        names = [plain, *(f"{backend}+{driver}" for driver in DRIVERS.get(backend, ()))]
-        candidates = [url.set(drivername=name) for name in names]
-    found = _installed(candidates)
-    if isinstance(found, URL):
-        return found
-    raise _missing(candidates[0], found) from None
+        extra, cure = family(url), ""
+        if extra in DRIVERS:
+            cure = f": pip install 'atomic-claim[{extra}]'"
+            if "+" in url.drivername:
+                cure += f", and write {url.get_backend_name()}+{DRIVERS[extra][0]}://"
+        raise CommandError(
+            f"the driver of {url.drivername}:// is not installed ({one_line(error)}){cure}"
+        ) from None
 
 
 def asynchronous(url: URL) -> URL:
@@ -104,19 +96,22 @@ def asynchronous(url: URL) -> URL:
     Raises:
         CommandError: there is none.
     """
-    backend = url.get_backend_name()
-    names = ASYNC_DRIVERS[backend]
-    found = _installed([url.set(drivername=f"{backend}+{name}") for name in names])
-    if isinstance(found, URL):
-        return found
-    raise CommandError(
-        f"an asynchronous function needs an asynchronous driver for {backend} "
-        f"({one_line(found)}): install {' or '.join(names)}"
-    )
+    names = ASYNC_DRIVERS[family(url)]
+    try:
+        return _installed(_by_driver(url, names))
+    except ImportError as error:
+        raise CommandError(
+            f"an asynchronous function needs an asynchronous driver for {url.get_backend_name()} "
+            f"({one_line(error)}): install {' or '.join(names)}"
+        ) from None
 
 
-def _installed(candidates: Sequence[URL]) -> URL | ImportError:
-    """Return the first URL whose driver is installed, or the first driver's error."""
+def _installed(candidates: Sequence[URL]) -> URL:
+    """Return the first URL whose driver is installed.
+
+    Raises:
+        ImportError: there is none; the error is that of the first.
+    """
     missing: list[ImportError] = []
     for candidate in candidates:
         try:
@@ -125,22 +120,15 @@ def _installed(candidates: Sequence[URL]) -> URL | ImportError:
             missing.append(error)
         else:
             return candidate
-    return missing[0]
+    raise missing[0]
 
 
-def _missing(url: URL, error: ImportError) -> CommandError:
-    backend = url.get_backend_name()
-    extra = EXTRAS.get(backend)
-    cure = f": pip install 'atomic-claim[{extra}]'" if extra is not None else ""
-    if extra is not None and "+" in url.drivername:
-        cure += f", and write {backend}+{DRIVERS[backend][0]}://"
-    return CommandError(
-        f"the driver of {url.drivername}:// is not installed ({one_line(error)}){cure}"
-    )
+def _by_driver(url: URL, names: Sequence[str]) -> list[URL]:
+    return [url.set(drivername=f"{url.get_backend_name()}+{name}") for name in names]
 
 
 @contextmanager
-def chosen(given: str | None) -> Iterator[URL]:
+def chosen(given: str | URL | None) -> Iterator[URL]:
     """Yield the URL of the given database, or of a new one in a temporary file.
 
     Raises:
@@ -153,6 +141,12 @@ def chosen(given: str | None) -> Iterator[URL]:
         path = Path(folder) / "jobs.sqlite"
         path.touch()
         yield URL.create("sqlite", database=str(path))
+
+
+def family(url: URL) -> str:
+    """Return the database's name as drivers know it: MariaDB's are those of MySQL."""
+    name = url.get_backend_name()
+    return "mysql" if name == "mariadb" else name
 
 
 def masked(url: URL) -> str:
@@ -175,14 +169,6 @@ def connected(url: URL) -> Iterator[Engine]:
         CommandError: there is no such server or database, or it is too old.
     """
     _check_name(url)
-    engine = _answering(url)
-    try:
-        yield engine
-    finally:
-        engine.dispose()
-
-
-def _answering(url: URL) -> Engine:
     try:
         engine = make_engine(url)
         with engine.connect() as connection:
@@ -192,15 +178,18 @@ def _answering(url: URL) -> Engine:
     # Drivers complain of options that they do not know by TypeError and ValueError.
     except (SQLAlchemyError, TypeError, ValueError, OSError) as error:
         raise complaint(f"cannot connect to {masked(url)}", error, url) from None
-    return engine
+    try:
+        yield engine
+    finally:
+        engine.dispose()
 
 
 def _check_name(url: URL) -> None:
     """Refuse a URL without a database, and what SQLite would make up in its place."""
-    backend = url.get_backend_name()
-    if backend in {"mysql", "mariadb"} and not url.database:
+    if family(url) == "mysql" and not url.database:
+        backend = url.get_backend_name()
         raise CommandError(f"{masked(url)} names no database: write {backend}://user@host/database")
-    if backend != "sqlite":
+    if family(url) != "sqlite":
         return
     name = url.database or ":memory:"
     if ":memory:" in name or url.query.get("mode") == "memory":
@@ -242,16 +231,11 @@ def without_secrets(text: str, url: URL) -> str:
 
 def _secrets(url: URL) -> Iterator[str]:
     given = [str(url.password or "")]
-    for name, values in url.query.items():
-        if SECRET_OPTION.search(name):
-            given += _listed(values)
+    for name, values in url.normalized_query.items():
+        given += values if SECRET_OPTION.search(name) else ()
     for secret in filter(None, given):
         yield from (secret, quote(secret), quote(secret, safe=""), quote_plus(secret))
         yield repr(secret)[1:-1]
-
-
-def _listed(values: str | Iterable[str]) -> list[str]:
-    return [values] if isinstance(values, str) else list(values)
 
 
 def server_title(connection: Connection) -> str:

@@ -13,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,61 +32,25 @@ GRACE = 30.0
 
 Send = Callable[[Any], None]
 Work = Callable[[Send], Any]
+Task = Callable[[int], AbstractContextManager[Work]]
+"""The work of every worker, picklable: it prepares the worker with this number, from 0.
 
-
-class Task(Protocol):
-    """The work of every worker, as a picklable object."""
-
-    def begun(self, worker: int) -> AbstractContextManager[Work]:
-        """Prepare the worker with this number, from 0, and yield the function that works.
-
-        The function gets another one, which sends a message to the parent; it returns the last.
-        """
-        ...
-
-
-class Ended(NamedTuple):
-    """The end of all workers.
-
-    Attributes:
-        start: when they were started, in seconds of ``perf_counter``.
-        last: the last value of each worker that came to its end, by its number.
-    """
-
-    start: float
-    last: dict[int, Any]
+It yields the function that works. That gets another one, which sends a message to the parent, and
+returns the last.
+"""
 
 
 class Overdue(CommandError):
-    """The workers were not done in time.
-
-    Attributes:
-        begun: whether all had begun.
-    """
-
-    def __init__(self, seconds: float, *, begun: bool) -> None:
-        said = "done" if begun else "all ready"
-        super().__init__(f"the workers were not {said} after {seconds:g} seconds")
-        self.begun = begun
+    """The workers were not done in time."""
 
 
 class _Last(NamedTuple):
     value: Any
 
 
-class _Failure(NamedTuple):
-    text: str
-
-
-@dataclass(frozen=True)
-class _Worker:
+class _Worker(NamedTuple):
     number: int
     process: BaseProcess
-    life: Pipe
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
 
 
 Workers = dict[Pipe, _Worker]
@@ -101,7 +64,7 @@ def run_workers(
     receive: Callable[[int, Any], bool],
     tick: Callable[[], bool],
     url: URL | None = None,
-) -> Ended:
+) -> tuple[float, list[Any]]:
     """Do a task in several processes that start at once.
 
     Args:
@@ -110,8 +73,12 @@ def run_workers(
         seconds: how long they may prepare, and then work.
         receive: called with a worker's number and a message of its; the worker is killed if it
             returns True.
-        tick: called every few milliseconds while they work; True ends the work of all.
+        tick: called every few milliseconds; True ends the work of all.
         url: a URL; its secrets are removed from all messages.
+
+    Returns:
+        When they were started, in seconds of ``perf_counter``, and the last value of each worker
+        that came to its end.
 
     Raises:
         CommandError: a worker failed, or ended before its time.
@@ -122,12 +89,15 @@ def run_workers(
     try:
         with not_inherited():
             for number in range(count):
-                pipe, worker = _started(context, number, task, 2 * seconds + GRACE)
-                workers[pipe] = worker
+                pipe, theirs = context.Pipe()
+                rest = {"seconds": 2 * seconds + GRACE, "url": url, "environment": dict(os.environ)}
+                process = context.Process(
+                    target=_work, args=(number, task, theirs), kwargs=rest, daemon=True
+                )
+                process.start()
+                theirs.close()
+                workers[pipe] = _Worker(number, process)
         return _run(workers, seconds, receive, tick)
-    except _Failed as error:
-        text = str(error) if url is None else without_secrets(str(error), url)
-        raise CommandError(text) from None
     finally:
         with deferred():
             for worker in workers.values():
@@ -135,7 +105,6 @@ def run_workers(
             for pipe, worker in workers.items():
                 worker.process.join()
                 pipe.close()
-                worker.life.close()
 
 
 def _context(task: Task) -> Any:
@@ -143,21 +112,8 @@ def _context(task: Task) -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(task).__module__])
+    context.set_forkserver_preload([task.__module__])
     return context
-
-
-def _started(context: Any, number: int, task: Task, seconds: float) -> tuple[Pipe, _Worker]:
-    pipe, theirs = context.Pipe()
-    their_life, life = context.Pipe(duplex=False)
-    options = {"life": their_life, "seconds": seconds, "environment": dict(os.environ)}
-    process = context.Process(
-        target=_work, args=(number, task, theirs), kwargs=options, daemon=True
-    )
-    process.start()
-    theirs.close()
-    their_life.close()
-    return pipe, _Worker(number, process, life)
 
 
 def _run(
@@ -165,34 +121,28 @@ def _run(
     seconds: float,
     receive: Callable[[int, Any], bool],
     tick: Callable[[], bool],
-) -> Ended:
-    deadline = time.perf_counter() + seconds
-    waiting = set(workers)
-    while waiting:
-        if time.perf_counter() > deadline:
-            raise Overdue(seconds, begun=False)
-        waiting -= {pipe for pipe, _ in _heard(workers, waiting)}
-    start = time.perf_counter()
-    for pipe in workers:
-        pipe.send(None)
-    last: dict[int, Any] = {}
-    running = set(workers)
+) -> tuple[float, list[Any]]:
+    start, last = time.perf_counter(), []
+    waiting, running = set(workers), set(workers)
     while running and not tick():
         if time.perf_counter() > start + seconds:
-            raise Overdue(seconds, begun=True)
+            end = "all ready" if waiting else "done"
+            raise Overdue(f"the workers were not {end} after {seconds:g} seconds")
         for pipe, message in _heard(workers, running):
-            worker = workers[pipe]
-            if isinstance(message, _Last):
-                last[worker.number] = message.value
+            if pipe in waiting:
+                waiting.remove(pipe)
+                if not waiting:
+                    start = time.perf_counter()
+                    for each in workers:
+                        each.send(None)
+            elif isinstance(message, _Last):
+                last.append(message.value)
                 running.remove(pipe)
-            elif receive(worker.number, message):
-                worker.kill()
+            elif receive(workers[pipe].number, message):
+                workers[pipe].process.kill()
+                workers[pipe].process.join()
                 running.remove(pipe)
-    return Ended(start, last)
-
-
-class _Failed(Exception):
-    """A worker failed; the message may hold secrets."""
+    return start, last
 
 
 def _heard(workers: Workers, pipes: set[Pipe]) -> Iterator[tuple[Pipe, Any]]:
@@ -203,12 +153,12 @@ def _heard(workers: Workers, pipes: set[Pipe]) -> Iterator[tuple[Pipe, Any]]:
             message = pipe.recv()
         except (EOFError, ConnectionResetError):
             worker.process.join(1)
-            raise _Failed(
+            raise CommandError(
                 f"worker {worker.number + 1} ended before its time, with exit code "
                 f"{worker.process.exitcode}"
             ) from None
-        if isinstance(message, _Failure):
-            raise _Failed(f"worker {worker.number + 1}: {message.text}")
+        if isinstance(message, CommandError):
+            raise CommandError(f"worker {worker.number + 1}: {message}")
         yield pipe, message
 
 
@@ -217,28 +167,11 @@ def _work(
     task: Task,
     pipe: Pipe,
     *,
-    life: Pipe,
     seconds: float,
+    url: URL | None,
     environment: Mapping[str, str],
 ) -> None:
     """Run a worker process from start to exit."""
-    _die_with_parent(life, seconds)
-    # A copy of the fork server has the variables with which that was started.
-    os.environ.clear()
-    os.environ.update(environment)
-    with suppress(EOFError, BrokenPipeError):
-        try:
-            with task.begun(number) as work:
-                pipe.send(None)
-                pipe.recv()
-                pipe.send(_Last(work(pipe.send)))
-        except CommandError as error:
-            pipe.send(_Failure(str(error)))
-        except (SQLAlchemyError, ClaimError) as error:
-            pipe.send(_Failure(one_line(error)))
-
-
-def _die_with_parent(life: Pipe, seconds: float) -> None:
     # Ctrl-C at a terminal goes to all its processes; the parent sees to this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "setitimer"):
@@ -246,10 +179,26 @@ def _die_with_parent(life: Pipe, seconds: float) -> None:
         # This ends a worker too that lets no thread run, and can hear of no end.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+    started = threading.Event()
+    threading.Thread(target=_listen, args=(pipe, started), daemon=True).start()
+    # A copy of the fork server has the variables with which that was started.
+    os.environ.clear()
+    os.environ.update(environment)
+    with suppress(BrokenPipeError):
+        try:
+            with task(number) as work:
+                pipe.send(None)
+                started.wait()
+                pipe.send(_Last(work(pipe.send)))
+        except (CommandError, SQLAlchemyError, ClaimError) as error:
+            said = one_line(error)
+            pipe.send(CommandError(said if url is None else without_secrets(said, url)))
 
-    def watch() -> None:
-        with suppress(EOFError, OSError):
-            life.recv()
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _listen(pipe: Pipe, started: threading.Event) -> None:
+    """Hear of the start from the parent, and end this process when the parent has ended."""
+    with suppress(EOFError, OSError):
+        pipe.recv()
+        started.set()
+        pipe.recv()
+    os._exit(1)

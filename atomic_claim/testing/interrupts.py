@@ -5,11 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ENDING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -23,11 +23,8 @@ def as_exceptions() -> Iterator[None]:
 
     Those that follow are ignored: cleaning up has begun, and takes seconds at the most.
     """
-    if not _in_main_thread():
-        yield
-        return
     # Under nohup a hangup is ignored, and stays so.
-    before = {n: was for n in ENDING if (was := signal.getsignal(n)) in ORDINARY}
+    before = {number: was for number, was in _handlers().items() if was in ORDINARY}
 
     def end(number: int, _: FrameType | None) -> NoReturn:
         for each in before:
@@ -36,31 +33,19 @@ def as_exceptions() -> Iterator[None]:
             raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    for number in before:
-        signal.signal(number, end)
-    try:
+    with _handled(before, end):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
     """Have requests to end wait until the block is done."""
-    if not _in_main_thread():
-        yield
-        return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in ENDING}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, _: came.append(number))
+    before = {number: was for number, was in _handlers().items() if was is not signal.SIG_IGN}
     try:
-        yield
+        with _handled(before, lambda number, _: came.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in came[:1]:
             signal.raise_signal(number)
 
@@ -82,5 +67,22 @@ def not_inherited() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _handlers() -> dict[int, Any]:
+    """Return the handlers of requests to end; only the main thread may set others."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in ENDING}
+
+
+@contextmanager
+def _handled(
+    before: dict[int, Any], handler: Callable[[int, FrameType | None], Any]
+) -> Iterator[None]:
+    """Have these signals go to the handler."""
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, was in before.items():
+            signal.signal(number, was)

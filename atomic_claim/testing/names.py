@@ -77,15 +77,14 @@ def owner_and_object(spec: str, parameter: str) -> tuple[Any, Any]:
 def _import(name: str, said: str) -> None:
     try:
         import_module(name)
-    except ModuleNotFoundError as error:
+    # Whatever a module does when it is imported, its author reads one line of it.
+    except Exception as error:  # noqa: BLE001
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
         # A package that the user's module needs is another trouble.
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise CommandError(
                 f"{said}: there is no module {name!r}, in the current directory or installed"
             ) from None
-        raise CommandError(f"{said}: {where(error)}") from None
-    # Whatever a module does when it is imported, its author reads one line of it.
-    except Exception as error:  # noqa: BLE001
         raise CommandError(f"{said}: {where(error)}") from None
 
 

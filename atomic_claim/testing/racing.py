@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL
 
-from atomic_claim.errors import ClaimError
-from atomic_claim.patch.file import read_file
-
-from .database import (
-    CommandError,
-    chosen,
-    connected,
-    masked,
-    one_line,
-    server_title,
-    without_secrets,
-)
+from .database import CommandError, chosen, connected, masked, server_title
 from .harness import Overdue, run_workers
 from .names import load, load_table
 from .record import SLACK, Record
 from .results import Race
 from .start_barrier import TO_BE_KILLED, Board
 from .tables import filled
-from .waits import watching
 from .workers import LIMIT, RaceTask
 
 WORKERS = 4
@@ -102,28 +89,22 @@ def race(
         target=_name(target, "target"),
         table=_name(table, "table"),
         call=None if call is None else _name(call, "call"),
-        patches=None if patches is None else _checked_patches(Path(patches)),
+        patches=None if patches is None else str(Path(patches).resolve()),
         limit=limit,
         url=URL.create("sqlite"),
         most=2 * jobs + SLACK,
-        board=Board.of(workers),
+        board=Board(workers),
         victims=range(workers - workers // 2 if kill else workers, workers),
     )
     maker = load(factory, "factory") if isinstance(factory, str) else factory
-    text = url.render_as_string(hide_password=False) if isinstance(url, URL) else url
-    with chosen(text) as address, connected(address) as engine:
+    with chosen(url) as address, connected(address) as engine:
         task = replace(task, url=address)
         given = load_table(task.table, None if url is None else engine)
         made = filled(engine, given, jobs, factory=maker, existing=use_existing_table)
-        with watching(engine) as watch, ExitStack() as stack:
-            try:
-                keys = stack.enter_context(made).keys
-            except CommandError as error:
-                if url is not None:
-                    raise
-                cure = "this was a temporary SQLite file: name a database of your own with url="
-                raise CommandError(f"{error}; {cure}") from None
-            record = Record(task.board, keys, task.victims, patience, watch, progress)
+        # Each statement of its sees the server's present state.
+        seeing = engine.execution_options(isolation_level="AUTOCOMMIT")
+        with seeing.connect() as watch, made as keys:
+            record = Record(task, keys, patience, watch, progress)
             found = _run(task, record, timeout, None if url is None else masked(address))
     _check_result(found, existing=use_existing_table)
     return found
@@ -149,39 +130,24 @@ def _name(given: Any, what: str) -> str:
     return f"{module}:{name}"
 
 
-def _checked_patches(path: Path) -> str:
-    try:
-        read_file(path)
-    except ClaimError as error:
-        raise CommandError(one_line(error)) from None
-    return str(path.resolve())
-
-
 def _run(task: RaceTask, record: Record, timeout: float, shown: str | None) -> Race:
     """Hold the race on a table that is filled; return its result, with the URL to show."""
     workers = len(task.board.idle)
     task.board.open.value = TO_BE_KILLED if task.victims else 0
     try:
         start, last = run_workers(
-            task,
+            task.begun,
             workers,
             seconds=timeout,
             receive=record.receive,
             tick=record.tick,
             url=task.url,
         )
-    except Overdue as error:
-        said = "not all workers had begun"
-        if error.begun:
-            said = record.standing(task.target, timeout)
+    except Overdue:
+        said = record.standing(timeout)
         raise CommandError(
             f"the race was not over after {timeout:g} seconds (timeout=): {said}"
         ) from None
-    met = task.board.met.value
-    errors = [done.last_error for done in last.values() if done.last_error]
-    limit = task.limit
-    if limit is None and task.board.takes_limit.value:
-        limit = LIMIT
     return Race(
         name=task.target if task.patches is None else f"{task.target} (patched)",
         target=task.target,
@@ -189,16 +155,16 @@ def _run(task: RaceTask, record: Record, timeout: float, shown: str | None) -> R
         url=shown,
         workers=workers,
         keys=record.keys,
-        limit=limit,
+        limit=task.limit or (LIMIT if task.board.takes_limit.value else None),
         calls=tuple(call.since(start) for call in record.calls),
-        met=max(0.0, met - start) if met else 0.0,
+        met=max(0.0, task.board.met.value - start),
         killed=record.killed,
         held=frozenset(record.held) & record.keys,
-        blocked=record.blocked(last.values()),
-        conflicts=sum(done.conflicts for done in last.values()),
+        blocked=record.blocked(last),
+        conflicts=sum(done.conflicts for done in last),
         endless=record.endless,
         patched=task.patches is not None,
-        last_error=without_secrets(errors[0], task.url) if errors else None,
+        last_error=next((done.last_error for done in last if done.last_error), None),
     )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import Connection
 
 from .results import Call, Key
-from .start_barrier import KILLED, TO_BE_KILLED, Board
-from .waits import Waits, waited, waits_of
-from .workers import Done, Holding
+from .start_barrier import KILLED, STARTING, TO_BE_KILLED
+from .waits import Waits
+from .workers import Done, Holding, RaceTask
 
 # Every job handed out so often, and then some, is a target that never comes to an end.
 REPETITIONS = 10
@@ -25,11 +25,10 @@ class Record:
     """The messages of the workers, as they arrive.
 
     Attributes:
-        board: what the workers share.
+        task: what the workers do.
         keys: the jobs.
-        victims: the workers that are killed once they have jobs.
         patience: how long the others go on asking for those jobs, in seconds.
-        watch: a connection of its own to the database.
+        watch: a connection of its own to the database, in autocommit.
         progress: told how many jobs were handed out.
         calls: the calls that handed out jobs; their times are of ``perf_counter``.
         held: the jobs of workers that were killed.
@@ -37,9 +36,8 @@ class Record:
         endless: whether the same jobs are handed out again and again.
     """
 
-    board: Board
+    task: RaceTask
     keys: frozenset[Key]
-    victims: range
     patience: float
     watch: Connection
     progress: Callable[[int], None] | None
@@ -59,7 +57,7 @@ class Record:
             self._claimed += len(message.keys)
             self._handed.update(message.keys)
             return False
-        self.board.idle[worker] = 1
+        self.task.board.idle[worker] = 1
         self.killed += 1
         self.held.update(message.keys)
         self._last_kill = time.perf_counter()
@@ -70,42 +68,45 @@ class Record:
         # Waits are counted from the meeting on: before, the workers wait for each other.
         if self._waits is not None:
             self._waits.look()
-        elif self.board.met.value:
-            self._waits = waits_of(self.watch)
+        elif self.task.board.met.value and self.watch.dialect.name != "sqlite":
+            self._waits = Waits(self.watch)
         self._close_if_over()
         if self.progress is not None:
             self.progress(len(self._handed))
-        workers = len(self.board.idle)
+        workers = len(self.task.board.idle)
         self.endless = self._claimed > REPETITIONS * len(self.keys) * workers + SLACK
         return self.endless
 
     def _close_if_over(self) -> None:
         """Let the workers end after the victims' jobs were handed out again, or the patience."""
-        opened = self.board.open
-        if opened.value == TO_BE_KILLED and all(self.board.idle[each] for each in self.victims):
+        opened = self.task.board.open
+        if opened.value == TO_BE_KILLED and all(
+            self.task.board.idle[each] for each in self.task.victims
+        ):
             opened.value = KILLED
-        if opened.value != KILLED or not self.board.all_idle():
+        if opened.value != KILLED or not self.task.board.all_idle():
             return
         waits_for = self._last_kill + self.patience
         if self.held <= self._handed or time.perf_counter() > waits_for:
             opened.value = 0
 
-    def blocked(self, last: Iterable[Done]) -> float | None:
-        """How many seconds the workers waited for locks, if the database or they can tell."""
-        if self.watch.dialect.name != "sqlite":
-            return 0.0 if self._waits is None else self._waits.total()
-        locks = [(done.wanted, done.held) for done in last]
-        return waited(locks, self.board.met.value) if locks else None
+    def blocked(self, last: Sequence[Done]) -> float | None:
+        """Return the seconds of waits for locks, if the server or the workers can tell."""
+        if self.watch.dialect.name == "sqlite":
+            return sum(done.long for done in last) if last else None
+        return 0.0 if self._waits is None else self._waits.total()
 
-    def standing(self, target: str, timeout: float) -> str:
+    def standing(self, timeout: float) -> str:
         """Describe how far the race has come, and the calls that take long."""
+        if STARTING in self.task.board.doing:
+            return "not all workers had begun"
         said = f"{len(self._handed):,} of {len(self.keys):,} jobs were handed out"
         now = time.perf_counter()
-        since = [begin for begin in self.board.calling if begin]
+        since = [begin for begin in self.task.board.calling if begin]
         longest = now - min(since, default=now)
         if longest < STANDING * timeout:
             return said
         return (
-            f"{said}, and {len(since)} of {len(self.board.calling)} workers are in a call of "
-            f"{target}, for up to {longest:.1f} seconds"
+            f"{said}, and {len(since)} of {len(self.task.board.calling)} workers are in a call of "
+            f"{self.task.target}, for up to {longest:.1f} seconds"
         )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Result, Row, ScalarResult, Table
+from sqlalchemy import Result, Row, ScalarResult
 from sqlalchemy import inspect as sa_inspect
-from sqlalchemy.orm import InstanceState, Mapper
-
-from atomic_claim.job_table import JobTable
+from sqlalchemy.orm import InstanceState
 
 from .database import CommandError
 from .results import Key
-from .rows import tables_of
+from .rows import mapper_of, tables_of
 
 # So much of what cannot be read is quoted.
 SHOWN = 80
@@ -35,10 +34,10 @@ class Reader:
         self._most = most
         self._tables = frozenset(tables)
         self._key = tuple(tables[0].primary_key.columns)
-        mapper = sa_inspect(given.entity if isinstance(given, JobTable) else given, raiseerr=False)
-        self._names = [
-            (column.key, column.name, _attribute(mapper, column)) for column in self._key
-        ]
+        self._names = [[column.key, column.name] for column in self._key]
+        if (mapper := mapper_of(given)) is not None:
+            for names, column in zip(self._names, self._key, strict=True):
+                names.append(mapper.get_property_by_column(column).key)
 
     def keys(self, found: Any) -> tuple[Key, ...]:
         """Return the keys of the jobs in the order in which they were handed out.
@@ -56,14 +55,12 @@ class Reader:
         if isinstance(found, (Mapping, Row, *SCALARS)) or _state_of(found) is not None:
             return True
         if isinstance(found, tuple):
-            if hasattr(found, "_fields"):
-                return True
-            return len(found) == len(self._key) > 1 and all(isinstance(e, SCALARS) for e in found)
+            return hasattr(found, "_fields") or (len(found) > 1 and self._is_key(found))
         return not isinstance(found, Iterable)
 
     def _key_of(self, job: Any) -> Key:
         values = self._values(job)
-        if values is None or any(value is None for value in values):
+        if values is None or None in values:
             names = ", ".join(column.name for column in self._key)
             raise CommandError(
                 f"it handed out {_short(job)}, in which no primary key ({names}) can be found; "
@@ -74,57 +71,41 @@ class Reader:
             _text(value, column.type) for value, column in zip(values, self._key, strict=True)
         )
 
-    def _values(self, job: Any) -> list[Any] | None:
-        if (state := _state_of(job)) is not None:
-            return self._of_entity(state, job)
+    def _values(self, job: Any) -> Sequence[Any] | None:
+        state = _state_of(job)
+        # Kept when the entity's attributes have expired, and when it has left its session.
+        if state is not None and state.identity and self._tables & {*state.mapper.tables}:
+            return state.identity
         if isinstance(job, Row):
             return self._of_row(job)
         if isinstance(job, Mapping):
-            return self._by_name(job.get, [set(job)])
+            return self._by_name(job.get)
         if isinstance(job, SCALARS):
             return [job] if len(self._key) == 1 and not isinstance(job, bool) else None
         if isinstance(job, (tuple, list)) and not hasattr(job, "_fields"):
-            if len(job) == len(self._key) and all(isinstance(each, SCALARS) for each in job):
-                return list(job)
+            if self._is_key(job):
+                return job
             return self._values(job[0]) if len(job) == 1 else None
-        return self._by_name(lambda name: getattr(job, name, None), None)
+        return self._by_name(lambda name: getattr(job, name, None))
 
-    def _of_entity(self, state: InstanceState[Any], job: Any) -> list[Any] | None:
-        is_job = not self._tables.isdisjoint(state.mapper.tables)
-        # Kept when the entity's attributes have expired, and when it has left its session.
-        if is_job and state.identity is not None:
-            return list(state.identity)
-        return self._by_name(lambda name: getattr(job, name, None), None)
-
-    def _of_row(self, row: Row[Any]) -> list[Any] | None:
+    def _of_row(self, row: Row[Any]) -> Sequence[Any] | None:
         mapping: Any = row._mapping  # noqa: SLF001 - its documented name
         if all(column in mapping for column in self._key):
             return [mapping[column] for column in self._key]
-        found = self._by_name(mapping.get, [set(row._fields)])
-        if found is not None:
+        if (found := self._by_name(mapping.get)) is not None:
             return found
         entities = [each for each in row if _state_of(each) is not None]
         if entities:
             return self._values(entities[0])
         return [row[0]] if len(row) == len(self._key) == 1 else None
 
-    def _by_name(self, get: Any, known: list[set[Any]] | None) -> list[Any] | None:
-        found = []
-        for names in self._names:
-            fit = [n for n in names if n is not None and (known is None or n in known[0])]
-            values = [value for name in fit if (value := get(name)) is not None]
-            if not values:
-                return None
-            found.append(values[0])
-        return found
+    def _by_name(self, get: Callable[[str], Any]) -> list[Any] | None:
+        found = [[get(name) for name in names] for names in self._names]
+        values = [next((value for value in each if value is not None), None) for each in found]
+        return None if None in values else values
 
-
-def _attribute(mapper: Any, column: Any) -> str | None:
-    """Return a mapped class's attribute name for a column, or None."""
-    if not isinstance(mapper, Mapper) or not isinstance(column.table, Table):
-        return None
-    found = mapper.get_property_by_column(column)
-    return str(found.key)
+    def _is_key(self, found: Sequence[Any]) -> bool:
+        return len(found) == len(self._key) and all(isinstance(each, SCALARS) for each in found)
 
 
 def _state_of(found: Any) -> InstanceState[Any] | None:
@@ -135,10 +116,8 @@ def _state_of(found: Any) -> InstanceState[Any] | None:
 def _text(value: Any, type_: Any) -> str:
     # A UUID is written with and without its hyphens.
     if isinstance(value, str) and getattr(type_, "as_uuid", None) is not None:
-        try:
+        with suppress(ValueError):
             return str(uuid.UUID(value))
-        except ValueError:
-            return value
     return str(value)
 
 

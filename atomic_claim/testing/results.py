@@ -11,6 +11,8 @@ from typing import NamedTuple
 Key = tuple[str, ...]
 """A job's primary key, as text, so that 7 and "7" are the same job."""
 
+COUNTS = ("jobs", "claimed", "duplicates", "lost", "over_limit", "stuck")
+
 
 class Call(NamedTuple):
     """A call of the target that handed out jobs, or the run of a job, as the worker recorded it.
@@ -49,6 +51,8 @@ class Counted:
         keys: the jobs' primary keys, as text.
         limit: how many jobs one call may hand out, or None without a limit.
         calls: every call that handed out jobs, by worker and time.
+        met: when they had met before their first write, in seconds from their start.
+        held: the jobs that killed workers had.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Counted:
     keys: frozenset[Key]
     limit: int | None
     calls: Sequence[Call]
+    met: float = 0.0
+    held: frozenset[Key] = frozenset()
 
     @property
     def workload(self) -> str:
@@ -91,79 +97,6 @@ class Counted:
 
     @property
     def lost(self) -> int:
-        """The number of jobs never handed out."""
-        return len(self.keys - self.times.keys())
-
-    @property
-    def exact(self) -> bool:
-        """Check that each job was handed out once."""
-        return not (self.duplicates or self.lost)
-
-    @property
-    def seconds(self) -> float:
-        """From the start of all workers to the last job."""
-        return max((call.end for call in self.calls), default=0.0)
-
-    @property
-    def claims_per_second(self) -> float:
-        """How many jobs were handed out in a second, the repetitions included."""
-        return self.claimed / self.seconds if self.seconds else 0.0
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Race(Counted):
-    """The result of a race.
-
-    Attributes:
-        target: the function, as ``"module:function"``; ``name`` adds whether it was patched.
-        database: product and version.
-        url: the database's address without its password, or None for a temporary file.
-        met: when they had met before their first write, in seconds from their start.
-        killed: how many workers were killed.
-        held: the jobs that the killed workers had.
-        blocked: seconds that workers waited for locks, all added up, or None if the database does
-            not tell.
-        conflicts: how often a call ended with a conflict of the database's, such as a deadlock,
-            and was made again.
-        endless: whether the race was ended since it handed out the same jobs again and again.
-        patched: whether the target was patched from a file.
-        last_error: what the target raised when it handed out nothing, if it did.
-    """
-
-    target: str
-    database: str
-    url: str | None
-    met: float = 0.0
-    killed: int = 0
-    held: frozenset[Key] = frozenset()
-    blocked: float | None = None
-    conflicts: int = 0
-    endless: bool = False
-    patched: bool = False
-    last_error: str | None = None
-
-    def __repr__(self) -> str:
-        figures = ", ".join(f"{name}={value}" for name, value in self.counts.items())
-        return f"<Race of {self.name!r} on {self.database}: {figures}>"
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of jobs, how often they were claimed, and the figures that should be 0."""
-        return {
-            "jobs": self.jobs,
-            "claimed": self.claimed,
-            "duplicates": self.duplicates,
-            "lost": self.lost,
-            "over_limit": self.over_limit,
-            "stuck": self.stuck,
-        }
-
-    @property
-    def lost(self) -> int:
         """The number of jobs never handed out, without those of killed workers."""
         return len(self.keys - self.times.keys() - self.held)
 
@@ -186,8 +119,55 @@ class Race(Counted):
 
     @property
     def seconds(self) -> float:
-        """From the moment when all workers had met, before their first write, to the last job."""
-        return max(0.0, super().seconds - self.met)
+        """From the moment when all workers had started, or had met, to the last job."""
+        return max(0.0, max((call.end for call in self.calls), default=0.0) - self.met)
+
+    @property
+    def claims_per_second(self) -> float:
+        """How many jobs were handed out in a second, the repetitions included."""
+        return self.claimed / self.seconds if self.seconds else 0.0
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Race(Counted):
+    """The result of a race.
+
+    Attributes:
+        target: the function, as ``"module:function"``; ``name`` adds whether it was patched.
+        database: product and version.
+        url: the database's address without its password, or None for a temporary file.
+        killed: how many workers were killed.
+        blocked: seconds that workers waited for locks, all added up, or None if the database does
+            not tell; on SQLite, those of statements that took a millisecond or more.
+        conflicts: how often a call ended with a conflict of the database's, such as a deadlock,
+            and was made again.
+        endless: whether the race was ended since it handed out the same jobs again and again.
+        patched: whether the target was patched from a file.
+        last_error: what the target raised when it handed out nothing, if it did.
+    """
+
+    target: str
+    database: str
+    url: str | None
+    killed: int = 0
+    blocked: float | None = None
+    conflicts: int = 0
+    endless: bool = False
+    patched: bool = False
+    last_error: str | None = None
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={value}" for name, value in self.counts.items())
+        return f"<Race of {self.name!r} on {self.database}: {figures}>"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of jobs, how often they were claimed, and the figures that should be 0."""
+        return {name: getattr(self, name) for name in COUNTS}
 
     @property
     def p50(self) -> float:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from itertools import islice
 from typing import Any
+from uuid import uuid4
 
 from sqlalchemy import (
-    ARRAY,
     JSON,
     Boolean,
+    ClauseElement,
     Column,
-    Date,
     DateTime,
     Enum,
-    Float,
     ForeignKeyConstraint,
-    Integer,
-    Interval,
-    LargeBinary,
-    Numeric,
-    String,
     Table,
-    Time,
     UniqueConstraint,
     Uuid,
 )
@@ -34,12 +27,7 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState, Mapper
 
 from atomic_claim.errors import ClaimError
-from atomic_claim.inference import (
-    STATUSES,
-    WAITING_VALUES,
-    plain_type,
-    read_columns,
-)
+from atomic_claim.inference import STATUSES, WAITING_VALUES, plain_type, read_columns
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.sql_elements import InlineLiteral
 
@@ -50,7 +38,21 @@ Row = dict[str, Any]
 """A row's values, by the keys of its columns."""
 
 FREE = "pending"
-PLAIN = (bool, int, float, str, bytes, type(None))
+# Declared values that SQLAlchemy writes as constants.
+CONSTANTS: Mapping[Any, Any] = {"true": True, "false": False, "null": None}
+# How a value is made of a number and a time.
+MAKE: Mapping[Any, Callable[[int, datetime], Any]] = {
+    bool: lambda *_: False,
+    int: lambda number, _: number,
+    float: lambda number, _: float(number),
+    Decimal: lambda number, _: Decimal(number),
+    bytes: lambda number, _: str(number).encode(),
+    datetime: lambda _, moment: moment,
+    date: lambda _, moment: moment.date(),
+    time: lambda _, moment: moment.time(),
+    timedelta: lambda *_: timedelta(0),
+    list: lambda *_: [],
+}
 
 
 @dataclass(frozen=True)
@@ -63,55 +65,38 @@ class JobColumns:
         counts: the columns that count attempts.
     """
 
-    free: Mapping[Column[Any], Any] = field(default_factory=dict)
-    times: frozenset[Column[Any]] = frozenset()
-    counts: frozenset[Column[Any]] = frozenset()
+    free: Mapping[Column[Any], Any]
+    times: Set[Any]
+    counts: Set[Any]
 
 
 def job_columns(given: Any) -> JobColumns:
     """Read the columns' meaning from a ``JobTable``, a mapped class or a table, else by name."""
-    tables, kind = tables_of(given), _discriminator(given)
+    free: dict[Column[Any], Any] = {}
+    mapper = mapper_of(given)
+    # A class that shares its table with others.
+    if mapper is not None and isinstance(mapper.polymorphic_on, Column):
+        free[mapper.polymorphic_on] = mapper.polymorphic_identity
     try:
         found = job_table_of(given)
     except ClaimError:
-        return _by_name(tables, kind)
-    times = (found.due, *(term for term in found.order if isinstance(term, Column)))
-    released = {column: _plain(value) for column, value in found.released.items()}
+        roles = [
+            read_columns(table, {column: frozenset([column.name]) for column in table.columns})
+            for table in tables_of(given)
+        ]
+        said = [each.arguments for each in roles]
+    else:
+        said = [{"due": found.due, "order": found.order, "attempts": found.attempts}]
+        for column, value in found.released.items():
+            known = value.value if isinstance(value, InlineLiteral) else value
+            known = CONSTANTS.get(getattr(known, "__visit_name__", None), known)
+            if not isinstance(known, ClauseElement):
+                free[column] = known
     return JobColumns(
-        {**kind, **{column: value for column, (known, value) in released.items() if known}},
-        frozenset(column for column in times if column is not None),
-        frozenset([found.attempts] if found.attempts is not None else []),
+        free,
+        {column for roles in said for column in (roles.get("due"), *roles.get("order", ()))},
+        {roles.get("attempts") for roles in said},
     )
-
-
-def _by_name(tables: Iterable[Table], kind: dict[Column[Any], Any]) -> JobColumns:
-    """Infer what the column names reveal of a table that cannot be read with certainty."""
-    times: list[Column[Any]] = []
-    counts: list[Column[Any]] = []
-    for table in tables:
-        said = read_columns(table, {column: frozenset([column.name]) for column in table.columns})
-        found = said.arguments
-        times += [*([found["due"]] if "due" in found else []), *found.get("order", ())]
-        counts += [found["attempts"]] if "attempts" in found else []
-    return JobColumns(kind, frozenset(times), frozenset(counts))
-
-
-def _discriminator(given: Any) -> dict[Column[Any], Any]:
-    """Return the discriminator's value for a class that shares its table with others."""
-    mapper: Any = sa_inspect(given.entity if isinstance(given, JobTable) else given, raiseerr=False)
-    if not isinstance(mapper, Mapper) or not isinstance(mapper.polymorphic_on, Column):
-        return {}
-    return {mapper.polymorphic_on: mapper.polymorphic_identity}
-
-
-def _plain(value: Any) -> tuple[bool, Any]:
-    """Return whether a declared value is known in Python, and the value."""
-    if isinstance(value, InlineLiteral):
-        return True, value.value
-    name = getattr(value, "__visit_name__", None)
-    if name in {"true", "false"}:
-        return True, name == "true"
-    return isinstance(value, PLAIN), value
 
 
 @dataclass
@@ -155,27 +140,37 @@ class Maker:
             return True, values[place % len(values)]
         if column in self.known.free:
             return True, self.known.free[column]
-        if _is_filled(column) and not (column in self._unique and _is_constant(column)):
+        # A default that is the same in every row is of no use where rows must differ.
+        is_constant = getattr(column.default, "is_scalar", False)
+        if _is_filled(column) and not (column in self._unique and is_constant):
             return False, None
         type_ = plain_type(column.type)
         if column in self.known.times and isinstance(type_, DateTime):
-            return True, self._time(column, place)
+            return True, self._time(type_, place)
         if column.nullable:
             if isinstance(type_, Boolean):
                 return True, False
             return column in self.known.counts, 0
         return True, self._made(column, type_, place)
 
-    def _time(self, column: Column[Any], place: int) -> datetime:
+    def _time(self, type_: Any, place: int) -> datetime:
         # As old as a day, so that it has come in every zone, and in the order of the rows.
-        found = self._begin + timedelta(milliseconds=1000 * place)
-        return found if getattr(plain_type(column.type), "timezone", False) else _naive(found)
+        found = self._begin + timedelta(seconds=place)
+        return found if getattr(type_, "timezone", False) else found.replace(tzinfo=None)
 
     def _made(self, column: Column[Any], type_: Any, place: int) -> Any:
         number = self.first + place if column in self._unique else 0
-        for kinds, make in MAKERS:
-            if isinstance(type_, kinds):
-                return make(self, column, type_, place, number)
+        if isinstance(type_, Enum):
+            return _enum_value(type_)
+        if isinstance(type_, Uuid):
+            return uuid4() if type_.as_uuid else str(uuid4())
+        if isinstance(type_, JSON):
+            return {}
+        with suppress(NotImplementedError):
+            if type_.python_type is str:
+                return self._text(column, getattr(type_, "length", None), number)
+            if (make := MAKE.get(type_.python_type)) is not None:
+                return make(number, self._time(type_, place))
         raise CommandError(
             f"no value is known for {column.table.fullname}.{column.name}, a {column.type!r} that "
             "is not nullable and has no default: give rows with factory="
@@ -183,56 +178,23 @@ class Maker:
 
     def _text(self, column: Column[Any], length: int | None, number: int) -> str:
         if column not in self._unique:
-            text = FREE if column.name in STATUSES else column.name
-            return text if length is None or len(text) <= length else text[:length]
+            return (FREE if column.name in STATUSES else column.name)[:length]
         digits = str(number)
-        room = len(digits) if length is None else length - len(digits) - 1
         if length is not None and len(digits) > length:
             raise CommandError(
                 f"{column.table.fullname}.{column.name} holds {length} characters and is unique: "
                 f"too few for so many rows; use fewer with jobs=, or give rows with factory="
             )
-        prefix = column.name if length is None else column.name[: max(0, room)]
+        prefix = column.name[: None if length is None else max(0, length - len(digits) - 1)]
         return f"{prefix}-{digits}" if prefix else digits
-
-
-def _naive(time: datetime) -> datetime:
-    return time.replace(tzinfo=None)
 
 
 def _enum_value(type_: Any) -> Any:
     """Return the enum value named like a free state, or the first."""
-    if type_.enum_class is not None:
-        members = dict(type_.enum_class.__members__)
-    else:
-        members = {text: text for text in type_.enums}
-    for name in WAITING_VALUES:
-        for member, value in members.items():
-            if member.lower() == name:
-                return value
-    return next(iter(members.values()))
-
-
-Make = Callable[[Maker, Column[Any], Any, int, int], Any]
-# Enum is a String to SQLAlchemy, and so goes before it.
-MAKERS: list[tuple[Any, Make]] = [
-    (Boolean, lambda *_: False),
-    (Enum, lambda _m, _c, type_, _p, _n: _enum_value(type_)),
-    (Integer, lambda _m, _c, _t, _p, number: number),
-    ((Float, Numeric), lambda _m, _c, type_, _p, n: Decimal(n) if type_.asdecimal else float(n)),
-    (
-        Uuid,
-        lambda _m, _c, type_, _p, _n: uuid.uuid4() if type_.as_uuid else str(uuid.uuid4()),
-    ),
-    (String, lambda maker, column, type_, _p, n: maker._text(column, type_.length, n)),  # noqa: SLF001
-    (DateTime, lambda maker, column, _t, place, _n: maker._time(column, place)),  # noqa: SLF001
-    (Date, lambda maker, column, _t, place, _n: maker._time(column, place).date()),  # noqa: SLF001
-    (Time, lambda maker, column, _t, place, _n: maker._time(column, place).time()),  # noqa: SLF001
-    (Interval, lambda *_: timedelta(0)),
-    (LargeBinary, lambda _m, _c, _t, _p, number: str(number).encode()),
-    (JSON, lambda *_: {}),
-    (ARRAY, lambda *_: []),
-]
+    values = type_.enum_class or type_.enums
+    members = {getattr(value, "name", value).lower(): value for value in values}
+    free = [members[name] for name in WAITING_VALUES if name in members]
+    return next(iter(free or members.values()))
 
 
 def _is_filled(column: Column[Any]) -> bool:
@@ -244,11 +206,6 @@ def _is_filled(column: Column[Any]) -> bool:
         or column.computed is not None
         or column is column.table.autoincrement_column
     )
-
-
-def _is_constant(column: Column[Any]) -> bool:
-    """Check whether the column's default is known to be the same in every row."""
-    return bool(getattr(column.default, "is_scalar", False))
 
 
 def _unique_columns(table: Table) -> Iterator[Column[Any]]:
@@ -269,9 +226,14 @@ def needs_parent_each(column: Column[Any]) -> bool:
     return isinstance(column.table, Table) and column in set(_unique_columns(column.table))
 
 
-def required(constraint: ForeignKeyConstraint) -> bool:
-    """Check whether rows need a parent for this foreign key."""
-    return not any(column.nullable for column in constraint.columns)
+def parents_needed(table: Table, given: Iterable[str]) -> list[ForeignKeyConstraint]:
+    """Return the foreign keys for which rows need parents, but those of the columns given."""
+    return [
+        constraint
+        for constraint in table.foreign_key_constraints
+        if not any(column.nullable for column in constraint.columns)
+        and not {column.key for column in constraint.columns} <= {*given}
+    ]
 
 
 Factory = Callable[..., Any]
@@ -291,28 +253,23 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
     if factory is None:
         return [{} for _ in range(count)]
     try:
-        found = _given(factory, count)
+        found = [factory(1)]
+        if _values(found[0]) is not None:
+            found += [factory(number) for number in range(2, count + 1)]
+        elif isinstance(found[0], Iterable) and not isinstance(found[0], str):
+            found = list(islice(factory(count), count))
     # Whatever a user's function raises, its author reads one line of it.
     except Exception as error:  # noqa: BLE001
         raise CommandError(f"factory= failed: {where(error)}") from None
-    rows = [_values(each) for each in found]
-    if len(rows) < count or any(row is None for row in rows):
-        wrong = next((each for each in found if _values(each) is None), None)
-        what = f"{len(rows)} rows" if wrong is None else f"{wrong!r}"
+    rows = [row for each in found if (row := _values(each)) is not None]
+    if len(rows) < count:
+        wrong = [each for each in found if _values(each) is None]
         raise CommandError(
-            f"factory= gave {what}; expected, called with the number of a row, a dictionary of "
-            f"its columns or a mapped object, or, called with a count, so many of them ({count})"
+            f"factory= gave {f'{wrong[0]!r}' if wrong else f'{len(found)} rows'}; expected, called "
+            "with the number of a row, a dictionary of its columns or a mapped object, or, called "
+            f"with a count, so many of them ({count})"
         )
-    return [row for row in rows if row is not None]
-
-
-def _given(factory: Factory, count: int) -> list[Any]:
-    first = factory(1)
-    if _values(first) is not None:
-        return [first, *(factory(number) for number in range(2, count + 1))]
-    if isinstance(first, Iterable) and not isinstance(first, (str, bytes)):
-        return list(islice(iter(factory(count)), count))
-    return [first]
+    return rows
 
 
 def _values(given: Any) -> dict[str, Any] | None:
@@ -329,17 +286,23 @@ def _values(given: Any) -> dict[str, Any] | None:
     return found
 
 
+def mapper_of(given: Any) -> Mapper[Any] | None:
+    """Return the mapper of a mapped class, or of the class of a ``JobTable``."""
+    entity = given.entity if isinstance(given, JobTable) else given
+    found = sa_inspect(entity, raiseerr=False)
+    return found if isinstance(found, Mapper) else None
+
+
 def tables_of(given: Any) -> list[Table]:
     """Return the tables that hold the jobs, several for joined table inheritance.
 
     Raises:
         CommandError: it is no table.
     """
-    if isinstance(given, JobTable):
-        given = given.entity or given.table
-    mapper = sa_inspect(given, raiseerr=False)
-    found: list[Any] = list(mapper.tables) if isinstance(mapper, Mapper) else [given]
-    if not found or not all(isinstance(table, Table) for table in found):
+    mapper = mapper_of(given)
+    table = given.table if isinstance(given, JobTable) else given
+    found: list[Any] = [table] if mapper is None else list(mapper.tables)
+    if not all(isinstance(table, Table) for table in found):
         raise CommandError(
             f"table= is {given!r}; expected a Table, a mapped class or a JobTable of a module"
         )

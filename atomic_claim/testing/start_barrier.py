@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from ctypes import c_double, c_int
-from dataclasses import dataclass
 from multiprocessing import RawArray, RawValue
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Engine, event
-from sqlalchemy.engine import Connection, ExceptionContext
+from sqlalchemy import URL, Engine, Table, event
+from sqlalchemy.engine import Connection
 
-from .database import CommandError, masked
+from .database import CommandError, family, masked
 
 STARTING, AT_WORK, IN_STATEMENT, AT_MEETING, PAST = range(5)
 TO_BE_KILLED, KILLED = 2, 1
@@ -28,6 +28,8 @@ BLOCKED = 0.3
 # Nor is anybody waited for who is so long in a call without a statement: a lock outside of the
 # database may be what keeps it there.
 ABSENT = 2.0
+# SQLite's busy handler sleeps for a millisecond at the least.
+LEAST_WAIT = 0.001
 PAUSE = 0.0005
 WRITE = re.compile(
     r"\s*(INSERT|UPDATE|DELETE|REPLACE|MERGE)\b|"
@@ -36,9 +38,11 @@ WRITE = re.compile(
 )
 
 
-@dataclass(frozen=True)
 class Board:
     """Memory that all workers and their parent share; each worker writes a place of its own.
+
+    Args:
+        workers: how many there are.
 
     Attributes:
         doing: what each worker does.
@@ -51,38 +55,27 @@ class Board:
         takes_limit: whether the target takes a limit.
     """
 
-    doing: Any
-    since: Any
-    calling: Any
-    idle: Any
-    met: Any
-    open: Any
-    takes_limit: Any
-
-    @classmethod
-    def of(cls, workers: int) -> Board:
-        """Create a board for a number of workers."""
-        return cls(
-            doing=RawArray(c_int, workers),
-            since=RawArray(c_double, workers),
-            calling=RawArray(c_double, workers),
-            idle=RawArray(c_int, workers),
-            met=RawValue(c_double, 0.0),
-            open=RawValue(c_int, 0),
-            takes_limit=RawValue(c_int, 0),
-        )
+    def __init__(self, workers: int) -> None:
+        self.doing = RawArray(c_int, workers)
+        self.since = RawArray(c_double, workers)
+        self.calling = RawArray(c_double, workers)
+        self.idle = RawArray(c_int, workers)
+        self.met = RawValue(c_double, 0.0)
+        self.open = RawValue(c_int, 0)
+        self.takes_limit = RawValue(c_int, 0)
 
     def all_idle(self) -> bool:
         """Check whether every worker's last call returned nothing."""
         return all(self.idle)
 
     def _is_awaited(self, worker: int) -> bool:
-        doing, now = self.doing[worker], time.perf_counter()
-        if doing == IN_STATEMENT:
-            return bool(now - self.since[worker] < BLOCKED)
-        if doing == AT_WORK:
-            return bool(now - self.calling[worker] < ABSENT)
-        return bool(doing == STARTING)
+        now = time.perf_counter()
+        awaited = {
+            STARTING: True,
+            AT_WORK: now - self.calling[worker] < ABSENT,
+            IN_STATEMENT: now - self.since[worker] < BLOCKED,
+        }
+        return awaited.get(self.doing[worker], False)
 
     def wait_for_others(self) -> None:
         """Return when no worker is still on its way here."""
@@ -95,18 +88,23 @@ class Board:
 class Meeting:
     """One worker's way to the meeting, seen by the statements that it sends.
 
+    Attributes:
+        waited: seconds of the present call in which it waited for the others.
+        long: seconds that its longer statements took since the meeting, added up.
+
     Args:
         board: what all share.
         worker: which one it is.
-        tables: the names of the tables whose first write is waited for.
+        tables: the tables whose first write is waited for.
         url: the database of the race; those tables must not be asked for in any other.
     """
 
-    def __init__(self, board: Board, worker: int, tables: list[str], url: URL) -> None:
+    def __init__(self, board: Board, worker: int, tables: Sequence[Table], url: URL) -> None:
         self.waited = 0.0
+        self.long = 0.0
         self._board = board
         self._worker = worker
-        names = "|".join(re.escape(name) for name in tables)
+        names = "|".join(re.escape(table.name) for table in tables)
         self._names_table = re.compile(rf"(?<!\w)({names})(?!\w)", re.IGNORECASE)
         self._url = url
 
@@ -114,7 +112,7 @@ class Meeting:
         """Listen to every engine of this process, that of the user's module included."""
         event.listen(Engine, "before_cursor_execute", self._before)
         event.listen(Engine, "after_cursor_execute", self._after)
-        event.listen(Engine, "handle_error", self._failed)
+        event.listen(Engine, "handle_error", self._after)
 
     def call_begins(self) -> None:
         """Record that a call of the target begins."""
@@ -140,29 +138,25 @@ class Meeting:
         self._board.doing[self._worker] = IN_STATEMENT
 
     def _after(self, *_: Any) -> None:
-        self._board.doing[self._worker] = AT_WORK
-
-    def _failed(self, _context: ExceptionContext) -> None:
+        took = time.perf_counter() - self._board.since[self._worker]
+        # Errors outside of a statement come here, too.
+        is_long = self._board.doing[self._worker] == IN_STATEMENT and took >= LEAST_WAIT
+        if is_long and self._board.met.value:
+            self.long += took
         self._board.doing[self._worker] = AT_WORK
 
     def _check(self, url: URL) -> None:
         """Refuse to race in another database than that which was named for it."""
         if _place(url) != _place(self._url):
-            raise WrongDatabase(
+            raise CommandError(
                 f"it works on {masked(url)}, and the race is to be in {masked(self._url)}: let it "
                 "take its session or engine as an argument, or its URL from DATABASE_URL, which "
                 "is set for it"
             )
 
 
-class WrongDatabase(CommandError):
-    """The target asks for the table in another database."""
-
-
 def _place(url: URL) -> tuple[Any, ...]:
-    backend = url.get_backend_name()
-    if backend == "sqlite":
+    if family(url) == "sqlite":
         return ("sqlite", Path(str(url.database or "").removeprefix("file:")).resolve())
-    family = "mysql" if backend == "mariadb" else backend
     host = {"localhost": "127.0.0.1", None: ""}.get(url.host, url.host)
-    return (family, host, url.port, url.database)
+    return (family(url), host, url.port, url.database)

@@ -20,19 +20,17 @@ from atomic_claim.patch.file import load_patches
 from atomic_claim.patch.start import FILE
 
 from .arguments import Offer, Plan, planned
-from .database import CommandError, make_engine, one_line
+from .database import CommandError, make_engine, one_line, without_secrets
 from .harness import Send, Work
 from .names import load_table, owner_and_object, where
 from .result_keys import Reader
 from .results import Call, Key
 from .rows import tables_of
 from .start_barrier import TO_BE_KILLED, Board, Meeting
-from .waits import FileLocks, Span
 
 CONFLICTS = (OperationalError, IntegrityError, InternalError, StaleDataError, ClaimConflict)
-# A target that does nothing but fail gives up after so many times in so many seconds.
-FAILURES = 20
-FAILING = 1.0
+# A target that does nothing but fail gives up after so many times, for about a second.
+FAILURES = 100
 LONGEST_PAUSE = 0.02
 # How long a worker that got nothing leaves the others to their work, in seconds.
 IDLE_PAUSE = 0.002
@@ -89,18 +87,9 @@ class RaceTask:
             with offer.opened() as give:
                 return reader.keys(offer.awaited(plan.call(give)))
 
-        names = [each.name for each in tables_of(table)]
-        meeting = Meeting(self.board, worker, names, self.url)
-        locks = FileLocks()
+        meeting = Meeting(self.board, worker, tables_of(table), self.url)
         engine.connect().close()
-
-        def work(send: Send) -> Done:
-            meeting.listen()
-            if engine.dialect.name == "sqlite":
-                locks.listen()
-            return _Loop(worker, self, take, send, meeting, locks).run()
-
-        yield work
+        yield _Loop(worker, self, take, meeting).run
         offer.close()
         engine.dispose()
 
@@ -119,12 +108,17 @@ class Holding(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A worker has nothing left to do."""
+    """A worker has nothing left to do.
+
+    Attributes:
+        conflicts: how many of its calls ended with a conflict.
+        last_error: what the target raised when it handed out nothing, if it did.
+        long: seconds that its longer statements took.
+    """
 
     conflicts: int
     last_error: str | None
-    wanted: list[Span]
-    held: list[Span]
+    long: float
 
 
 @dataclass
@@ -132,16 +126,14 @@ class _Loop:
     worker: int
     task: RaceTask
     take: Callable[[], tuple[Key, ...]]
-    send: Send
     meeting: Meeting
-    locks: FileLocks
     conflicts: int = 0
     in_a_row: int = 0
-    failing_since: float = 0.0
     last_error: str | None = None
 
-    def run(self) -> Done:
+    def run(self, send: Send) -> Done:
         """Call the target until no worker gets jobs from it."""
+        self.meeting.listen()
         board = self.task.board
         while True:
             begin = time.perf_counter()
@@ -149,22 +141,21 @@ class _Loop:
             keys = self._keys()
             end = time.perf_counter()
             self.meeting.call_ends()
-            self.locks.finish()
             if keys is None:
                 continue
             if keys and self.worker in self.task.victims:
-                self.send(Holding(keys))
+                send(Holding(keys))
                 threading.Event().wait()
             if keys:
                 board.idle[self.worker] = 0
-                self.send(Call(self.worker, begin, end, keys, self.meeting.waited))
+                send(Call(self.worker, begin, end, keys, self.meeting.waited))
                 # On SQLite the first could otherwise have all before those get any.
                 while board.open.value == TO_BE_KILLED:
                     time.sleep(IDLE_PAUSE)
                 continue
             board.idle[self.worker] = 1
             if board.all_idle() and not board.open.value:
-                return Done(self.conflicts, self.last_error, self.locks.wanted, self.locks.held)
+                return Done(self.conflicts, self.last_error, self.meeting.long)
             time.sleep(IDLE_PAUSE)
 
     def _keys(self) -> tuple[Key, ...] | None:
@@ -172,7 +163,14 @@ class _Loop:
         try:
             keys = self.take()
         except CONFLICTS as error:
-            self._failed(error)
+            self.conflicts += 1
+            self.in_a_row += 1
+            if self.in_a_row == FAILURES:
+                raise CommandError(
+                    f"target={self.task.target} failed {FAILURES} times in a row: {one_line(error)}"
+                ) from None
+            longest = min(LONGEST_PAUSE, 0.0005 * 2**self.in_a_row)
+            time.sleep(random.uniform(0, longest))  # noqa: S311 - no secret
             return None
         except CommandError as error:
             raise CommandError(f"target={self.task.target}: {error}") from None
@@ -180,22 +178,7 @@ class _Loop:
             raise
         # Whatever a function raises that is of its own, it hands out nothing.
         except Exception as error:  # noqa: BLE001
-            self.last_error = where(error)
+            self.last_error = without_secrets(where(error), self.task.url)
             keys = ()
         self.in_a_row = 0
         return keys
-
-    def _failed(self, error: Exception) -> None:
-        """Pause before a retry after a deadlock or other conflict, and raise if it persists."""
-        self.conflicts += 1
-        self.in_a_row += 1
-        now = time.perf_counter()
-        if self.in_a_row == 1:
-            self.failing_since = now
-        elif self.in_a_row >= FAILURES and now - self.failing_since > FAILING:
-            raise CommandError(
-                f"target={self.task.target} failed {self.in_a_row} times in a row: "
-                f"{one_line(error)}"
-            )
-        longest = min(LONGEST_PAUSE, 0.0005 * 2**self.in_a_row)
-        time.sleep(random.uniform(0, longest))  # noqa: S311 - no secret

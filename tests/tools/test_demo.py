@@ -26,6 +26,7 @@ from atomic_claim.testing.results import Call, Counted
 from tests.commands import PASSWORD, REPOSITORY, VARIABLES, Command, Ended, address, real
 from tests.databases import Database
 from tests.guides import GUIDES
+from tests.racers import hanging_loop
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.once
@@ -517,6 +518,18 @@ def test_picture_of_a_demo(tmp_path: Path) -> None:
         drawn = [bars(path, f"{name.replace('legacy_loop', 'legacy-loop')}-{k}") for k in kinds]
         assert sum(drawn) == found["times_claimed"]
         assert drawn[1] == found["extra_runs"] + found["duplicates"]
+
+
+def test_a_worker_that_hangs(
+    database: Database, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the demo with one line, and leaves no table."""
+    monkeypatch.setitem(workload.HALVES, "legacy loop", hanging_loop)
+    monkeypatch.setattr(workload, "TIMEOUT", 5.0)
+    monkeypatch.setattr(workload, "SECONDS_A_JOB", 0.0)
+    ended = command("demo", "--url", address(database), "--jobs", "4", "--workers", "2")
+    assert ended.refused() == "atomic-claim: the workers were not done after 5 seconds\n"
+    assert sa.inspect(database.engine()).get_table_names() == []
 
 
 def test_version(command: Command) -> None:

@@ -201,7 +201,7 @@ def test_an_asynchronous_function_races(database: Database, command: Command) ->
         ("tests.racers:cured", ("--svg", "race.pdf"), "ends in .svg or .png"),
         ("tests.racers:cured", ("--url", "sqlite://"), "in memory"),
         ("tests.racers:cured", ("--url", f"mysql://ann:{PASSWORD}@127.0.0.1:1/j"), "cannot conn"),
-        ("tests.racers:blocked", ("--timeout", "0.6"), "2 of 2 workers are in a call"),
+        ("tests.racers:blocked", ("--timeout", "4"), "2 of 2 workers are in a call"),
     ],
 )
 def test_what_cannot_be_raced(
@@ -295,10 +295,27 @@ def gone(pid: int) -> bool:
     return state.exists() and state.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
 
 
-def test_workers_die_with_their_parent(tmp_path: Path) -> None:
+HANGING_DEMO = """
+from atomic_claim.__main__ import main
+from atomic_claim.cli.workload import HALVES
+from tests.racers import hanging_loop
+HALVES["legacy loop"] = hanging_loop
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "atomic_claim", "race", "tests.racers:blocked", "--table", JOBS],
+        ["-c", HANGING_DEMO, "demo", "--workers", str(WORKERS)],
+    ],
+    ids=["race", "demo"],
+)
+def test_workers_die_with_their_parent(words: Sequence[str], tmp_path: Path) -> None:
     """No worker is left behind when the command is killed, even by SIGKILL."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "atomic_claim", "race", "tests.racers:blocked", "--table", JOBS],
+        [sys.executable, *words],
         cwd=REPOSITORY,
         env=os.environ | {"RACERS_FOLDER": str(tmp_path)},
         # A pipe would be open for as long as an orphan is.

@@ -12,8 +12,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from atomic_claim import JobTable, claim_jobs
 from atomic_claim.testing import RaceError
+from atomic_claim.testing.results import Key
 from atomic_claim.testing.rows import Factory
-from atomic_claim.testing.tables import Jobs, filled
+from atomic_claim.testing.tables import filled
 from tests.databases import Database
 
 
@@ -48,12 +49,12 @@ def made(
     *,
     factory: Factory | None = None,
     existing: bool = False,
-) -> Iterator[Jobs]:
+) -> Iterator[frozenset[Key]]:
     """Yield the filled table; SQLite checks the foreign keys."""
     if engine.dialect.name == "sqlite":
         sa.event.listen(engine, "connect", lambda c, _: c.execute("PRAGMA foreign_keys = ON"))
-    with filled(engine, given, count, factory=factory, existing=existing) as jobs:
-        yield jobs
+    with filled(engine, given, count, factory=factory, existing=existing) as found:
+        yield found
 
 
 @pytest.fixture
@@ -72,11 +73,11 @@ def keys(*numbers: Any) -> set[tuple[str, ...]]:
 def test_joined_classes(database: Database) -> None:
     """A job in two tables has its row in both, is of its class, and can be claimed."""
     engine = database.engine()
-    with made(engine, Mail) as jobs:
-        assert jobs.keys == keys(1, 2, 3)
+    with made(engine, Mail) as found:
+        assert found == keys(1, 2, 3)
         with Session(engine) as session:
-            found = claim_jobs(session, Mail, 5)
-            assert [(mail.id, mail.kind, mail.processing) for mail in found] == [
+            claim = claim_jobs(session, Mail, 5)
+            assert [(mail.id, mail.kind, mail.processing) for mail in claim] == [
                 (number, "mail", True) for number in (1, 2, 3)
             ]
             session.rollback()
@@ -95,17 +96,40 @@ def test_a_key_of_several_columns(database: Database) -> None:
         Column("processing", sa.Boolean, nullable=False),
     )
     engine = database.engine()
-    with made(engine, table) as jobs:
-        assert jobs.keys == {("name-1", str(number)) for number in (1, 2, 3)}
+    with made(engine, table) as found:
+        assert found == {("name-1", str(number)) for number in (1, 2, 3)}
     metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(tenants.insert().values(name="north"))
         connection.execute(table.insert().values(tenant="north", number=7, processing=True))
-    with made(engine, table, existing=True) as jobs:
-        assert {number for _, number in jobs.keys} == {"8", "9", "10"}
+    with made(engine, table, existing=True) as found:
+        assert {number for _, number in found} == {"8", "9", "10"}
     with engine.connect() as connection:
         assert connection.execute(sa.select(table)).all() == [("north", 7, True)]
         assert connection.execute(sa.select(tenants)).all() == [("north",)]
+
+
+@pytest.mark.databases("postgresql")
+def test_rows_of_another_program(database: Database) -> None:
+    """Those that come while rows are inserted are not taken for these, and stay."""
+    engine = database.engine()
+    table = columns(Column("size", Integer, nullable=False))
+    table.create(engine)
+    other = database.engine()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def insert_another(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT"):
+            with other.begin() as connection:
+                connection.execute(table.insert().values(id=100, size=7))
+
+    with (
+        pytest.raises(RaceError, match="has 4 new rows, expected 3: does anything else write"),
+        made(engine, table, existing=True),
+    ):
+        pass
+    with other.connect() as connection:
+        assert connection.execute(sa.select(table)).all() == [(100, 7)]
 
 
 def test_rows_are_free_and_due(engine: sa.Engine) -> None:
