@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -11,13 +12,39 @@ from sqlalchemy.exc import DBAPIError
 from tests.conftest import skip_or_fail
 from tests.databases import KINDS, ServerDatabase
 from tests.processes import Workspace
-from tests.servers import DatabaseServer, MariaDB, MySQL, PostgreSQL, Unavailable
+from tests.servers import DatabaseServer, MariaDB, MySQL, PostgreSQL, Programs, Unavailable
 
 
 class DurablePostgreSQL(PostgreSQL):
-    """PostgreSQL that has written what it says is committed."""
+    """PostgreSQL that has written what it says is committed, and that can prepare transactions."""
 
-    OPTIONS: ClassVar[dict[str, str]] = PostgreSQL.OPTIONS | {"synchronous_commit": "on"}
+    OPTIONS: ClassVar[dict[str, str]] = PostgreSQL.OPTIONS | {
+        "synchronous_commit": "on",
+        "max_prepared_transactions": "4",
+    }
+
+
+class ReplicaOfPostgreSQL(DurablePostgreSQL):
+    """A copy of a server that follows it, and takes no writes."""
+
+    name = "replica"
+
+    def __init__(self, workspace: Workspace, primary: sa.URL) -> None:
+        super().__init__(workspace)
+        self._primary = primary
+
+    def _creating(self, programs: Programs, data: Path) -> list[str]:
+        # It writes a file standby.signal, too.
+        return [
+            str(programs.folder / programs.server.replace("postgres", "pg_basebackup")),
+            f"--pgdata={data}",
+            f"--host={self._primary.host}",
+            f"--port={self._primary.port}",
+            f"--username={self._primary.username}",
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--no-sync",
+        ]
 
 
 class DurableMySQL(MySQL):
@@ -46,6 +73,7 @@ class OwnServer:
 
     def __init__(self, name: str, workspace: Workspace) -> None:
         self.name = name
+        self._workspace = workspace
         self._server = DURABLE[name](workspace)
         self._admin = self._server.admin
         self._process = workspace._servers[-1]
@@ -53,6 +81,10 @@ class OwnServer:
     def database(self) -> ServerDatabase:
         """Create an empty database on this server."""
         return KINDS[self.name][1](self._server)
+
+    def replica(self) -> sa.URL:
+        """Start a server that follows this one of PostgreSQL's, and return its address."""
+        return ReplicaOfPostgreSQL(self._workspace, self._admin.url).admin.url
 
     def stop(self) -> None:
         """End the server at once, as a crash would."""

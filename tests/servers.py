@@ -220,20 +220,7 @@ class PostgreSQL(DatabaseServer):
         programs = self._programs.reachable(self.workspace, account)
         home = account.make_folder(self.workspace.folder / self.name)
         data = home / "data"
-        initdb = programs.folder / programs.server.replace("postgres", "initdb")
-        run(
-            [
-                str(initdb),
-                f"--pgdata={data}",
-                "--username=postgres",
-                "--auth=trust",
-                "--encoding=UTF8",
-                "--no-locale",
-                "--no-sync",
-            ],
-            account,
-            home,
-        )
+        run(self._creating(programs, data), account, home)
         port = free_port()
         options = [f"--{name}={value}" for name, value in self.OPTIONS.items()]
         server = self.workspace.start(
@@ -246,6 +233,18 @@ class PostgreSQL(DatabaseServer):
         url = self._url(port, "postgres", "postgres")
         server.wait_until(lambda: _answers(url))
         return url
+
+    def _creating(self, programs: Programs, data: Path) -> list[str]:
+        """Return the words that create the data folder."""
+        return [
+            str(programs.folder / programs.server.replace("postgres", "initdb")),
+            f"--pgdata={data}",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--no-locale",
+            "--no-sync",
+        ]
 
     def _words(self, programs: Programs) -> list[str]:
         """Return the words that run the server, before its options."""

@@ -72,15 +72,16 @@ def reading(engine: Engine) -> Iterator[Connection]:
         # What SQLAlchemy cannot reflect, such as an index on an expression, is looked at otherwise.
         warnings.simplefilter("ignore", SAWarning)
         with engine.connect() as connection:
-            if name not in ONLY_READ:
-                yield connection.execution_options(postgresql_readonly=True)
-                return
-            connection.exec_driver_sql(ONLY_READ[name])
-            connection.rollback()
+            if name in ONLY_READ:
+                connection.exec_driver_sql(ONLY_READ[name])
+                connection.rollback()
+            else:
+                connection.execution_options(postgresql_readonly=True)
             try:
                 yield connection
             finally:
-                # Nobody else is to get it from the pool as it is now.
+                # Nobody else is to get it from the pool as it is now, and a replica of
+                # PostgreSQL's lets no session be as it was.
                 connection.invalidate()
 
 
