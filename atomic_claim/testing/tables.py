@@ -190,7 +190,7 @@ def _rows_needed(jobs: Sequence[Table], given: Sequence[Row]) -> dict[Table, Seq
 
 
 def _fill(engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns) -> Added:
-    """Insert the rows, completed; return the keys of each, and what others refer to."""
+    """Insert rows in each table; return their primary keys and the columns that others refer to."""
     added: Added = {}
     referred = {key.column for table in needed for key in table.foreign_keys}
     with engine.begin() as connection:

@@ -62,7 +62,7 @@ def test_a_replica(server: OwnServer, own_database: ServerDatabase, command: Com
 
 
 def test_a_prepared_transaction(own_database: ServerDatabase, command: Command) -> None:
-    """One that nobody ends is found by its name and its owner, and the cure ends it."""
+    """A forgotten one is found by its name and its owner, and the cure ends it."""
     engine = waiting(own_database)
     assert ails(command, own_database, *AT_ONCE, table=SPEC) == {}
     with engine.connect() as connection:

@@ -111,7 +111,7 @@ def test_a_key_of_several_columns(database: Database) -> None:
 
 @pytest.mark.databases("postgresql")
 def test_rows_of_another_program(database: Database) -> None:
-    """Those that come while rows are inserted are not taken for these, and stay."""
+    """Rows that another program inserts meanwhile refuse the race, and stay."""
     engine = database.engine()
     table = columns(Column("size", Integer, nullable=False))
     table.create(engine)
