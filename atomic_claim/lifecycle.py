@@ -287,7 +287,8 @@ def requeue_jobs(
     Args:
         bind: as for :func:`claim_jobs`.
         table: a ``Table``, a mapped class or a :class:`JobTable` with a mark for failed rows.
-        where: further conditions on the table's own columns, an expression or a sequence of them.
+        where: further conditions on the table's own columns, an expression or a sequence of them;
+            a row that no longer meets them when it is locked stays failed.
         limit: how many rows at most, the first ones in the table's order; all if left out.
         keep_error: keep the error's text, or remove it.
 
@@ -302,11 +303,13 @@ def requeue_jobs(
     """
     job_table = job_table_of(table, ordered=True)
     outcomes = [Outcome(requeuing(job_table, keep_error=keep_error))]
+    # The lock and the change ask it again: another program may have changed a row that was found.
     failed = and_(
         *predicates.bears(job_table.failed),
         *predicates.not_ended_in(job_table, job_table.failed),
+        *conditions_of(where),
     )
-    query = select(*job_table.key).where(failed, *conditions_of(where)).order_by(*job_table.order)
+    query = select(*job_table.key).where(failed).order_by(*job_table.order)
     if limit is not None:
         query = query.limit(checked_limit(limit))
     return UnlockedChange(bind, job_table, failed, outcomes, query=query).apply(Requeued)

@@ -31,6 +31,7 @@ from tests.counting import counted_jobs
 from tests.databases import Database
 from tests.ending.test_lease import LEASE, made, row
 from tests.jobs import CALLERS, OWN, START, bound, fill, ids, job_table, taken
+from tests.stepping import stopped
 
 SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
 # A job of size 3 has to run.
@@ -324,6 +325,31 @@ def test_failed_jobs_are_requeued(dead: tuple[sa.Engine, JobTable]) -> None:
     assert (row(engine, jobs, 5).processing, row(engine, jobs, 6).done_at is None) == (True, False)
     with pytest.raises(ValueError, match="limit is 0"):
         requeue_jobs(engine, jobs, limit=0)
+
+
+@pytest.mark.parametrize("kind", [*OWN, *CALLERS])
+def test_a_requeued_job_meets_the_condition_when_it_is_freed(
+    database: Database, dead: tuple[sa.Engine, JobTable], kind: str
+) -> None:
+    """A job that another program changes between the search and the lock stays failed."""
+    engine, jobs = dead
+    text, this = jobs.table.c.last_error, jobs.table.c.id
+    searches = []
+
+    def is_lock(statement: str) -> bool:
+        searches.extend([statement] if statement.startswith("SELECT") else [])
+        return len(searches) > 1
+
+    def requeue() -> int:
+        with bound(engine, kind) as bind:
+            return requeue_jobs(bind, jobs, where=text == "card declined")
+
+    with stopped(engine, requeue, is_lock) as step, database.engine().begin() as connection:
+        connection.execute(jobs.table.update().where(this == 2).values(last_error="blocked"))
+        connection.commit()
+        assert step.go() == 3
+    changed = row(engine, jobs, 2)
+    assert (changed.failed_at is None, changed.last_error) == (False, "blocked")
 
 
 def test_failed_jobs_are_requeued_beside_an_event_loop(

@@ -299,6 +299,8 @@ class Run:
                 if (not states or job.state in states)
                 and (lease is None or job.lease == lease)
                 and not any(ident in changed for changed in self.model.changed.values())
+                # A trigger would act on the write, too.
+                and not self._is_hooked(ident)
             ]
             return found[step.place % len(found)] if found else None
 
@@ -338,6 +340,12 @@ class Run:
         self.before = {
             n: row for n, row in self.world.snapshot().items() if n not in self.before
         } | {n: row for n, row in self.before.items() if n in self.model.committed}
+
+    def _is_hooked(self, ident: int) -> bool:
+        """Return True if a trigger stops or rewrites the changes of a job that is there first."""
+        rows = self.scenario.rows
+        is_first = ident <= len(rows) and rows[ident - 1].hooked
+        return is_first and self.scenario.table.trigger != "touch"
 
     def _delete(self, ident: int) -> None:
         schema = self.world.schema
@@ -534,7 +542,7 @@ class Run:
         found = self.scenario.table.trigger == "refuse" and isinstance(error, adapter.REFUSAL)
         if not found or "the database refused the change of" not in str(error):
             return None
-        spared = [ident for ident in idents if not self.scenario.rows[ident - 1].hooked]
+        spared = [ident for ident in idents if not self._is_hooked(ident)]
         if len(spared) == len(idents):
             self.fail(f"no job of {idents} is refused: {error}", error)
         if f"the other {len(spared)} were changed" not in str(error) and not self.model.locks_more:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Final
 
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import fresh_database
 from tests.databases import NAMES
 from tests.model.known import KNOWN, known_fault
 from tests.model.runner import Violation, run
-from tests.model.scenario import Column, Declaration, Row, Scenario, Sweep, Table
+from tests.model.scenario import Column, Declaration, Outside, Row, Scenario, Sweep, Table
 from tests.model.strategies import incoherent, scenarios
 from tests.model.world import Places
 
@@ -82,6 +83,15 @@ def test_a_refused_row_does_not_stop_a_sweep(shared: dict[str, Places], name: st
     """The other rows are marked, whose change the trigger does not refuse."""
     rows = (Row(attempts=2, hooked=True), Row(attempts=2), Row(attempts=2))
     run(spent(*rows, trigger="refuse"), shared[name])
+
+
+@pytest.mark.parametrize("trigger", ["veto", "refuse"])
+def test_another_program_writes_what_no_trigger_stops(
+    shared: dict[str, Places], trigger: str
+) -> None:
+    """The rows on which the trigger acts are left to the library."""
+    scenario = spent(Row(hooked=True), trigger=trigger)
+    run(replace(scenario, steps=(Outside("mark"), Outside("mark"))), shared["sqlite"])
 
 
 def check(strategy: SearchStrategy[Scenario], places: Places, examples: int) -> None:
