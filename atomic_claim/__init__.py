@@ -13,14 +13,7 @@ from .errors import (
     UnsupportedDialect,
 )
 from .job_table import JobTable
-from .lifecycle import (
-    complete_jobs,
-    extend_jobs,
-    fail_jobs,
-    release_jobs,
-    requeue_jobs,
-    sweep_jobs,
-)
+from .lifecycle import complete_jobs, extend_jobs, fail_jobs, release_jobs, requeue_jobs, sweep_jobs
 from .statement import ClaimStatement, claim_statement
 
 if typing.TYPE_CHECKING:

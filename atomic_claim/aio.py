@@ -8,11 +8,11 @@ Each function takes what its synchronous twin takes, and is awaited. The bind is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Unpack, overload
 
 from sqlalchemy.ext.asyncio import (
     AsyncConnection,
@@ -25,7 +25,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from . import claim as _claim
 from . import lifecycle as _lifecycle
-from .claim import Claim
+from .claim import Claim, ClaimOptions
 from .errors import ClaimError
 from .execution import patiently
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
@@ -42,13 +42,8 @@ __all__ = [
     "sweep_jobs",
 ]
 
-AsyncBind = (
-    AsyncSession
-    | async_scoped_session[Any]
-    | AsyncConnection
-    | AsyncEngine
-    | async_sessionmaker[Any]
-)
+AsyncSessions = AsyncSession | async_scoped_session[Any] | async_sessionmaker[Any]
+AsyncBind = AsyncSessions | AsyncConnection | AsyncEngine
 J = TypeVar("J")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,29 +70,11 @@ class _ClaimJobs(Protocol):
 
     @overload
     async def __call__(
-        self,
-        bind: AsyncSession | async_scoped_session[Any] | async_sessionmaker[Any],
-        table: type[J],
-        limit: int = 1,
-        *,
-        where: Any = None,
-        order_by: Any = None,
-        values: Mapping[Any, Any] | None = None,
-        worker: str | None = None,
-        lease: timedelta | None = None,
+        self, bind: AsyncSessions, table: type[J], limit: int = 1, **options: Unpack[ClaimOptions]
     ) -> Claim[J]: ...
     @overload
     async def __call__(
-        self,
-        bind: AsyncBind,
-        table: Any,
-        limit: int = 1,
-        *,
-        where: Any = None,
-        order_by: Any = None,
-        values: Mapping[Any, Any] | None = None,
-        worker: str | None = None,
-        lease: timedelta | None = None,
+        self, bind: AsyncBind, table: Any, limit: int = 1, **options: Unpack[ClaimOptions]
     ) -> Claim[Any]: ...
 
 
@@ -123,33 +100,25 @@ async def keep_claims(
     See :func:`atomic_claim.keep_claims`; ``on_lost`` is called from the task.
     """
     beat: Beat = await greenlet_spawn(patiently, prepared_beat, _checked(bind), claim, every)
-    stopped = asyncio.Event()
+    stopped = asyncio.get_running_loop().create_future()
 
     async def run() -> None:
         with beat.beating():
-            while not await _is_set(stopped, beat.pause()):
+            while not (await asyncio.wait([stopped], timeout=beat.pause()))[0]:
                 if (lost := await greenlet_spawn(beat.once)) and on_lost is not None:
                     on_lost(lost)
 
     task = asyncio.create_task(run(), name="atomic_claim.keep_claims")
     try:
-        yield beat.keeper
+        yield beat
     finally:
         beat.stop()
-        stopped.set()
+        stopped.set_result(None)
         # To cancel a beat would lose its connection in the middle of a transaction.
         _, late = await asyncio.wait([task], timeout=LONGEST_END)
         for each in late:
             each.cancel()
     beat.raise_crash()
-
-
-async def _is_set(event: asyncio.Event, seconds: float) -> bool:
-    """Wait for an event so long, and tell whether it came."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()
 
 
 def _checked(bind: Any) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement
+from sqlalchemy import Column
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
 from sqlalchemy.sql.selectable import SelectBase
 
+from .columns import as_sql, clause, listed
 from .errors import ClaimError
 from .job_table import JobTable
 from .roles import check_duration
@@ -21,32 +22,22 @@ def check_worker(job_table: JobTable, worker: Any) -> None:
         return
     if not isinstance(worker, str):
         raise ClaimError(f"worker is {worker!r}; expected the worker's name, a str")
-    if job_table.worker is None:
-        raise ClaimError(
-            f"worker={worker!r} needs a column to go to, and {job_table.table.fullname!r} has "
-            "none that is known: name it with JobTable(worker=...)"
-        )
+    job_table.needed("worker", f"worker={worker!r}")
 
 
 def check_lease(job_table: JobTable, lease: Any) -> None:
     """Raise if the lease is no ``timedelta`` above zero or has no columns."""
     column = job_table.lease
-    if lease is None:
-        if column is not None and (column is job_table.state or not column.nullable):
-            reason = "is the state" if column is job_table.state else "is NOT NULL"
-            raise ClaimError(
-                f"{job_table.table.fullname}.{column.name} holds the lease and {reason}, so every "
-                "claim needs lease=..., a timedelta"
-            )
-        return
-    check_duration("lease", lease)
-    for role, type_ in (("lease", "TIMESTAMP NULL"), ("token", "VARCHAR(32) NULL")):
-        if getattr(job_table, role) is None:
-            raise ClaimError(
-                f"lease={lease!r} needs a {role} column, and {job_table.table.fullname!r} has "
-                f"none that is known: name it with JobTable({role}=...), or add one: ALTER TABLE "
-                f"{job_table.table.fullname} ADD COLUMN claim_{role} {type_}"
-            )
+    if lease is not None:
+        check_duration("lease", lease)
+        for role in ("lease", "token"):
+            job_table.needed(role, f"lease={lease!r}")
+    elif column is not None and (column is job_table.state or not column.nullable):
+        reason = "is the state" if column is job_table.state else "is NOT NULL"
+        raise ClaimError(
+            f"{job_table.table.fullname}.{column.name} holds the lease and {reason}, so every "
+            "claim needs lease=..., a timedelta"
+        )
 
 
 def checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column[Any], Any]:
@@ -86,24 +77,8 @@ def _is_mark(declared: Any, value: Any) -> bool:
 
 def conditions_of(where: Any) -> tuple[Any, ...]:
     """Return the conditions of ``where``, or raise if one is no expression."""
-    if where is None:
-        return ()
-    given = tuple(where) if isinstance(where, (list, tuple)) else (where,)
-    for condition in given:
-        if not isinstance(condition, ClauseElement) and not hasattr(
-            condition, "__clause_element__"
-        ):
-            raise ClaimError(
-                f"where={condition!r}: expected an SQLAlchemy expression such as "
-                "table.c.queue == 'mail', or a list of them"
-            )
-    return given
-
-
-def order_terms(job_table: JobTable, order_by: Any) -> tuple[ColumnElement[Any], ...]:
-    """Return the terms of ``order_by``."""
-    given = order_by if isinstance(order_by, (list, tuple)) else (order_by,)
-    return tuple(job_table.term(term) for term in given)
+    example = "an SQLAlchemy expression such as table.c.queue == 'mail', or a list of them"
+    return tuple(as_sql(each, "where", example, ClauseElement) for each in listed(where))
 
 
 def check_tables(job_table: JobTable, clauses: Iterable[Any]) -> None:
@@ -122,8 +97,8 @@ def check_tables(job_table: JobTable, clauses: Iterable[Any]) -> None:
 
 def _outer_columns(clauses: Iterable[Any]) -> Iterator[ColumnClause[Any]]:
     """Yield the columns of the clauses themselves, without those of their subqueries."""
-    for clause in clauses:
-        element = clause.__clause_element__() if hasattr(clause, "__clause_element__") else clause
+    for each in clauses:
+        element = clause(each)
         if isinstance(element, SelectBase):
             continue
         if isinstance(element, ColumnClause):

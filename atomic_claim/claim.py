@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 from sqlalchemy import Connection, Engine, Row, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
@@ -23,12 +23,14 @@ from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
 from .telemetry import logs_claims, report_claim, subscribers
-from .tickets import lease_of, part_of, pickled, read, unpickled, written
+from .tickets import parts_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
     from .backends.base import Candidate
+
+    Sessions = Session | scoped_session[Any] | sessionmaker[Any]
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
@@ -165,7 +167,7 @@ class Claim(Sequence[J]):
             ClaimError: it is not a ticket, or one of another table.
         """
         job_table = job_table_of(table, ordered=True)
-        name, key, token = (part_of(ticket, part) for part in ("table", "key", "token"))
+        name, key, token, lease = parts_of(ticket)
         names = {column.name for column in job_table.key}
         fits = name == job_table.table.name and (token is None) == (job_table.token is None)
         if not fits or not isinstance(key, Mapping) or key.keys() != names:
@@ -174,12 +176,11 @@ class Claim(Sequence[J]):
                 f"{job_table!r} with the key {sorted(names)!r}: pass the table of the claim"
             )
         found = tuple(read(column, key[column.name]) for column in job_table.key)
-        lease = lease_of(ticket)
         return Claim((found,), table=job_table, keys=(found,), token=token, lease=lease)
 
 
-def _unpickled(table: tuple[Any, bytes], values: dict[str, Any]) -> Claim[Any]:
-    return Claim(table=unpickled(*table), **values)
+def _unpickled(table: bytes, values: dict[str, Any]) -> Claim[Any]:
+    return Claim(table=unpickled(table), **values)
 
 
 def _identity(job: Any) -> Key | None:
@@ -199,29 +200,23 @@ def _key_of(job_table: JobTable, job: Any) -> Key | None:
     return job if all(isinstance(part, Hashable) for part in job) else None
 
 
+class ClaimOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`claim_jobs`."""
+
+    where: Any
+    order_by: Any
+    values: Mapping[Any, Any] | None
+    worker: str | None
+    lease: timedelta | None
+
+
 @overload
 def claim_jobs(
-    bind: Session | scoped_session[Any] | sessionmaker[Any],
-    table: type[J],
-    limit: int = 1,
-    *,
-    where: Any = None,
-    order_by: Any = None,
-    values: Mapping[Any, Any] | None = None,
-    worker: str | None = None,
-    lease: timedelta | None = None,
+    bind: Sessions, table: type[J], limit: int = 1, **options: Unpack[ClaimOptions]
 ) -> Claim[J]: ...
 @overload
 def claim_jobs(
-    bind: Bind,
-    table: Any,
-    limit: int = 1,
-    *,
-    where: Any = None,
-    order_by: Any = None,
-    values: Mapping[Any, Any] | None = None,
-    worker: str | None = None,
-    lease: timedelta | None = None,
+    bind: Bind, table: Any, limit: int = 1, **options: Unpack[ClaimOptions]
 ) -> Claim[Any]: ...
 def claim_jobs(
     bind: Bind,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Column, ColumnElement, Table
+from sqlalchemy import Column, Table
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
@@ -14,6 +14,8 @@ from .orm import is_mapper
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
+
+T = TypeVar("T")
 
 
 def mapper_of(given: Any) -> Mapper[Any] | None:
@@ -40,6 +42,22 @@ def tables_of(given: Any) -> list[Table]:
     return tables
 
 
+def names_of(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], set[str]]:
+    """Return each column's own and attribute names."""
+    names = {column: {column.name, column.key} for column in table.columns}
+    for key, column in mapper.columns.items() if mapper is not None else ():
+        if isinstance(column, Column) and column in names:
+            names[column].add(key)
+    return names
+
+
+def by_name(table: Table, mapper: Mapper[Any] | None) -> dict[str, Any]:
+    """Return the columns by their keys, else by attributes, else by their own names."""
+    found: dict[str, Any] = {column.name: column for column in table.columns}
+    found |= dict(mapper.columns) if mapper is not None else {}
+    return found | dict(table.columns)
+
+
 def clause(given: Any) -> Any:
     """Return the SQL expression of a mapped attribute, and anything else as it is."""
     return given.__clause_element__() if hasattr(given, "__clause_element__") else given
@@ -53,20 +71,20 @@ def column_of(table: Table, mapper: Mapper[Any] | None, given: Any, role: str) -
     Raises:
         ClaimError: the table has no such column; the message names the ``role``.
     """
-    named = clause(given)
-    if isinstance(given, str):
-        names: list[Mapping[str, Any]] = [dict(table.columns)]
-        if mapper is not None:
-            names.append(dict(mapper.columns))
-        names.append({column.name: column for column in table.columns})
-        named = next((each[given] for each in names if given in each), None)
-    found = table.corresponding_column(named) if isinstance(named, ColumnClause) else None
-    if not isinstance(found, Column):
+    if (found := _found(table, mapper, given)) is None:
         raise ClaimError(
             f"{role}={given!s} is not a column of table {table.fullname!r}, which has: "
             + ", ".join(column.name for column in table.columns)
         )
     return found
+
+
+def _found(table: Table, mapper: Mapper[Any] | None, given: Any) -> Column[Any] | None:
+    named = clause(given)
+    if isinstance(given, str):
+        named = by_name(table, mapper).get(given)
+    found = table.corresponding_column(named) if isinstance(named, ColumnClause) else None
+    return found if isinstance(found, Column) else None
 
 
 def table_with(tables: Sequence[Table], wanted: Iterable[Any]) -> Table:
@@ -77,10 +95,8 @@ def table_with(tables: Sequence[Table], wanted: Iterable[Any]) -> Table:
     """
     wanted = list(wanted)
     for table in tables:
-        names = {name for c in table.columns for name in (c.name, c.key)}
-        for each in wanted:
-            if each in names if isinstance(each, str) else table.c.contains_column(clause(each)):
-                return table
+        if any(_found(table, None, each) is not None for each in wanted):
+            return table
     raise ClaimError(
         f"none of the tables {', '.join(t.fullname for t in tables)} has the state column "
         f"{wanted!r}"
@@ -96,16 +112,12 @@ def listed(given: Any) -> tuple[Any, ...]:
     return (given,)
 
 
-def term_of(given: Any) -> ColumnElement[Any]:
-    """Return an ORDER BY term.
+def as_sql(given: Any, role: str, example: str, kind: type[T]) -> T:
+    """Return a mapped attribute or an expression of this kind as an expression.
 
     Raises:
-        ClaimError: it is no expression.
+        ClaimError: it is none.
     """
-    term = clause(given)
-    if not isinstance(term, ColumnElement):
-        raise ClaimError(
-            f"order={given!r}: expected a column, its name, or an expression such as "
-            "table.c.priority.desc()"
-        )
-    return term
+    if isinstance(found := clause(given), kind):
+        return found
+    raise ClaimError(f"{role}={given!r}: expected {example}")

@@ -20,28 +20,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
-from sqlalchemy import (
-    BINARY,
-    VARBINARY,
-    Alias,
-    Column,
-    ColumnElement,
-    Dialect,
-    LargeBinary,
-    Table,
-    Text,
-    and_,
-    case,
-    cast,
-    false,
-    func,
-    literal,
-    literal_column,
-    not_,
-    null,
-    or_,
-)
-from sqlalchemy import table as sa_table
+import sqlalchemy as sa
+from sqlalchemy import Alias, Column, ColumnElement, Dialect, Table, and_, func, literal, not_, or_
 from sqlalchemy.exc import CompileError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
@@ -52,6 +32,7 @@ from .backends import backend_for
 from .errors import ClaimError, UnsupportedDialect
 from .inference import is_text, plain_type
 from .job_table import JobTable, job_table_of
+from .roles import BYTES
 
 # PostgreSQL's, in bytes; MySQL and MariaDB allow 64 characters, SQLite any number.
 LONGEST_NAME: Final = 63
@@ -260,7 +241,7 @@ class _Rules:
     def has_ended(self, row: Alias) -> ColumnElement[bool]:
         """Build the condition that a column other than the state marks the row as ended."""
         ends = predicates.not_ended(self.job_table)
-        return not_(self.of(row, and_(*ends))) if ends else false()
+        return not_(self.of(row, and_(*ends))) if ends else sa.false()
 
     def was_free(self) -> ColumnElement[bool]:
         """Build the condition that OLD was free; a NULL state is free unless declared otherwise."""
@@ -276,7 +257,7 @@ class _Rules:
         """Build the condition that OLD's lease had expired and NEW is the next claim."""
         branches = predicates.claimable_branches(self.job_table)[1:]
         if not branches:
-            return false()
+            return sa.false()
         again, token = predicates.any_of(branches), self.job_table.token
         # Without a token, the next claim must make the row unavailable to all others.
         taken = not_(self.of(self.new, again)) if token is None else self.is_new(token)
@@ -331,18 +312,18 @@ class _Rules:
         """
         reason = f" of {self.table.fullname} {reason}"
         if self.dialect.name == "sqlite":
-            constant = literal(f"atomic_claim: a job{reason}", Text())
-            return func.RAISE(literal_column("ABORT"), constant)
-        found: ColumnElement[str] = literal("atomic_claim: job ", Text())
+            constant = literal(f"atomic_claim: a job{reason}", sa.Text())
+            return func.RAISE(sa.literal_column("ABORT"), constant)
+        found: ColumnElement[str] = literal("atomic_claim: job ", sa.Text())
         for place, part in enumerate(self.job_table.key):
-            found += literal(", " * (place > 0) + part.name + "=", Text()) + self.key_text(part)
-        return found + literal(reason, Text())
+            found += literal(", " * (place > 0) + part.name + "=", sa.Text()) + self.key_text(part)
+        return found + literal(reason, sa.Text())
 
     def key_text(self, part: Column[Any]) -> ColumnElement[str]:
         """Convert a column of the job's key to text, a binary one to hexadecimal."""
         old: Any = self.old.c[part.key]
-        if not isinstance(plain_type(part.type), (LargeBinary, BINARY, VARBINARY)):
-            return cast(old, Text())
+        if not isinstance(plain_type(part.type), BYTES):
+            return sa.cast(old, sa.Text())
         return func.encode(old, "hex") if self.dialect.name == "postgresql" else func.hex(old)
 
     def hint(self) -> str:
@@ -384,12 +365,12 @@ class _Rules:
         messages = ((condition, self.message(reason)) for condition, reason in self.refusals)
         return {
             "name": preparer.quote(name),
-            "guard": preparer.format_table(sa_table(name, schema=self.table.schema)),
+            "guard": preparer.format_table(sa.table(name, schema=self.table.schema)),
             "table": preparer.format_table(self.table),
             "bare_table": preparer.format_table(self.table, use_schema=False),
             "state": ", ".join(preparer.quote(column.name) for column in self.deciding),
             "is_refused": self.sql(or_(*(condition for condition, _ in self.refusals[1:]))),
-            "message": self.sql(case(*messages, else_=null())),
+            "message": self.sql(sa.case(*messages, else_=sa.null())),
             "hint": self.sql(literal(self.hint())),
         }
 
@@ -412,4 +393,4 @@ def _trigger_name(table_name: str) -> str:
 
 def _sure(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     """Return the condition with NULL counted as false."""
-    return func.coalesce(condition, false())
+    return func.coalesce(condition, sa.false())

@@ -17,7 +17,7 @@ from . import predicates
 from .backends import Transaction
 from .backends.recovery import logger, reason
 from .claim import Claim, Key
-from .errors import ClaimConflict, ClaimError, ClaimLost
+from .errors import ClaimConflict, ClaimError, ClaimLost, UnsupportedDialect
 from .execution import OwnBind, outages, run_in
 from .lifecycle import Ended, Owned, ended_here, owned_rows
 from .orm import is_maker
@@ -34,10 +34,22 @@ LONGEST_END = 1.0
 
 
 class Keeper:
-    """A block's view of the leases that are kept for it."""
+    """A block's view of the leases that are kept for it.
 
-    def __init__(self, beat: Beat) -> None:
-        self._beat = beat
+    Attributes:
+        error: why leases are not extended: the first error since the last extension, or None.
+    """
+
+    def __init__(self, owned: Owned) -> None:
+        assert owned.lease is not None
+        assert owned.token is not None
+        self.owned = owned
+        self.lease = owned.lease.total_seconds()
+        self.remaining = owned.keys
+        self.ended = ended_here.setdefault(owned.token, Ended())
+        self.error: Exception | None = None
+        self.reached = time.monotonic()
+        self.stopped: float | None = None
 
     def __repr__(self) -> str:
         return f"<Keeper, {len(self.lost)} lost>"
@@ -48,14 +60,14 @@ class Keeper:
 
         All of them are once none could be extended for as long as the lease.
         """
-        beat = self._beat
-        gone = beat.ended.lost.union(beat.remaining) if beat.is_over else beat.ended.lost
-        return tuple(key for key in beat.owned.keys if key in gone and key not in beat.ended)
+        gone = self.ended.lost.union(self.remaining if self.is_over else ())
+        return tuple(key for key in self.owned.keys if key in gone and key not in self.ended)
 
     @property
-    def error(self) -> Exception | None:
-        """Why leases are not extended: the first error since the last extension, or None."""
-        return self._beat.error
+    def is_over(self) -> bool:
+        """Check whether no beat has succeeded for the length of the lease."""
+        now = time.monotonic() if self.stopped is None else self.stopped
+        return now - self.reached >= self.lease
 
     def check(self) -> None:
         """Raise ``ClaimLost`` if a row is no longer the claim's; :attr:`error` is its cause."""
@@ -113,7 +125,7 @@ def keep_claims(
     thread = threading.Thread(target=run, name="atomic_claim.keep_claims", daemon=True)
     thread.start()
     try:
-        yield beat.keeper
+        yield beat
     finally:
         beat.stop()
         stopped.set()
@@ -121,31 +133,17 @@ def keep_claims(
     beat.raise_crash()
 
 
-class Beat:
+class Beat(Keeper):
     """One claim's heartbeat: what is done each time, and what it found out."""
 
     def __init__(self, bind: Any, owned: Owned, every: timedelta) -> None:
-        assert owned.lease is not None
-        assert owned.token is not None
+        super().__init__(owned)
         self.bind = bind
-        self.owned = owned
         self.every = every.total_seconds()
-        self.lease = owned.lease.total_seconds()
         self.values = extension(owned.job_table, owned.lease)
-        self.keeper = Keeper(self)
-        self.remaining = owned.keys
-        self.ended = ended_here.setdefault(owned.token, Ended())
         self.least = max(self.lease / 2, 2 * self.every)
-        self.reached = time.monotonic() - max(0, self.lease - self.least)
-        self.error: Exception | None = None
+        self.reached -= max(0, self.lease - self.least)
         self.crash: Exception | None = None
-        self.stopped: float | None = None
-
-    @property
-    def is_over(self) -> bool:
-        """Check whether no beat has succeeded for the length of the lease."""
-        now = time.monotonic() if self.stopped is None else self.stopped
-        return now - self.reached >= self.lease
 
     def stop(self) -> None:
         """Keep what is known now: what becomes of the rows later is not the block's affair."""
@@ -181,7 +179,7 @@ class Beat:
             self.reached, self.error = began, None
             return self._keep(found)
         # On SQLite nobody can write while the block's own transaction has, but anybody can read.
-        found = self._run(self._look)
+        found = self._run(lambda tx: self._standing(tx, set(self.remaining)))
         lost = () if found is None else self._keep(found)
         return lost + self.give_up() if self.is_over else lost
 
@@ -209,36 +207,34 @@ class Beat:
     ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
         job_table = self.owned.job_table
+
+        def patient(tx: Transaction) -> set[Key]:
+            with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
+                return run(tx)
+
         try:
-            return run_in(self.bind, job_table, run, keyed=keyed, tries=1)
-        except ClaimConflict as error:
-            failed: Exception = error
-        except ClaimError:
+            return run_in(self.bind, job_table, patient, keyed=keyed, tries=1)
+        except UnsupportedDialect:
             raise
-        except SQLAlchemyError as error:
-            failed = error
+        except (ClaimConflict, SQLAlchemyError) as error:
+            failed: Exception = error
         except outages(self.bind, job_table) as error:
             failed = error
         if self.error is None:
             self.error = failed
-            name = job_table.table.fullname
-            logger.warning(LATE, len(self.remaining), name, reason(failed), self.remaining)
+            name, keys = job_table.table.fullname, self.remaining
+            logger.warning(LATE, len(keys), name, reason(failed), keys)
         return None
 
     def _extend(self, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
-        with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
-            free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
-            # SQLite locks nothing: the block may have ended some of them meanwhile.
-            changes = tx.backend.changes(job_table, guard, self.values)
-            ours = set(tx.backend.extend(tx, job_table, free, changes))
-            # Running, and nobody else's: an end that the block had begun was rolled back.
-            self.ended.difference_update(ours)
-            return ours | self._standing(tx, set(self.remaining).difference(ours))
-
-    def _look(self, tx: Transaction) -> set[Key]:
-        with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
-            return self._standing(tx, set(self.remaining))
+        free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
+        # SQLite locks nothing: the block may have ended some of them meanwhile.
+        changes = tx.backend.changes(job_table, guard, self.values)
+        ours = set(tx.backend.extend(tx, job_table, free, changes))
+        # Running, and nobody else's: an end that the block had begun was rolled back.
+        self.ended.difference_update(ours)
+        return ours | self._standing(tx, set(self.remaining).difference(ours))
 
     def _standing(self, tx: Transaction, keys: set[Key]) -> set[Key]:
         """Return the keys still owned by committed state: the block itself may lock the rows.

@@ -9,17 +9,19 @@ problems to report, not guesses to make. What the caller says settles them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Table
 from sqlalchemy.schema import DefaultClause
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
-Names = Mapping[Column[Any], frozenset[str]]
-"""Each column's own and attribute names."""
+from .columns import clause, listed, names_of
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
 
 
 class Now:
@@ -185,26 +187,38 @@ class Reading:
     """The result of inference: arguments of ``JobTable``, and what remains ambiguous.
 
     Attributes:
+        table: the table.
         names: each column's own and attribute names, without those of the key.
         given: the arguments that the caller gave.
         settled: the arguments that raise no doubt.
         arguments: what is certain, the caller's included.
-        understood: the names of its columns, by role, for people.
         unknown: the columns that mean nothing here.
         problems: what is in doubt.
         proposed: the arguments that would settle it, by role, as source.
         found: the columns of each kind, by name.
+        layout: the known queue whose table it is, if it is one.
     """
 
-    names: Names
+    table: Table
+    names: Mapping[Column[Any], Collection[str]]
     given: Mapping[str, Any]
     settled: set[str]
     arguments: dict[str, Any]
-    understood: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     proposed: dict[str, str] = field(default_factory=dict)
     found: dict[Kind, list[Column[Any]]] = field(default_factory=dict)
+    layout: str = ""
+
+    @property
+    def understood(self) -> Iterator[tuple[str, str]]:
+        """The roles that were read, and their columns or values, as people read them."""
+        for role, value in self.arguments.items():
+            columns = ", ".join(column.name for column in _columns_of(self, [(role, value)]))
+            if role not in self.given:
+                yield role, columns or str(getattr(value, "name", value))
+        if self.layout:
+            yield "layout", self.layout
 
     def doubt(self, problem: str, *settled_by: str, **proposed: str) -> None:
         """Add a problem, and what would settle it, unless that was given."""
@@ -212,10 +226,17 @@ class Reading:
             self.problems.append(problem)
             self.proposed.update(proposed)
 
-    def named(self, names: Iterable[str]) -> list[Column[Any]]:
-        """Return the columns that have one of the names, in the order of the names."""
+    def named(self, given: Iterable[Any]) -> list[Column[Any]]:
+        """Return the columns that are given, or have one of the names, in the order given."""
         by_name = {name: column for column, known in self.names.items() for name in known}
+        names = (each if isinstance(each, str) else getattr(each, "key", "") for each in given)
         return list(dict.fromkeys(by_name[name] for name in names if name in by_name))
+
+    def doubt_several(self, columns: Iterable[Column[Any]], role: str) -> None:
+        """Add the problem that a role could be that of several columns."""
+        names = ", ".join(repr(column.name) for column in columns)
+        said = f"several columns could be {role!r} ({names}): name one with {role}=..."
+        self.doubt(said, role, **{role: "..."})
 
 
 def default_text(column: Column[Any]) -> str:
@@ -232,31 +253,33 @@ def default_text(column: Column[Any]) -> str:
 
 
 def read_columns(
-    table: Table, names: Names, given: Mapping[str, Any] | None = None, *, ordered: bool = False
+    table: Table,
+    mapper: Mapper[Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+    *,
+    ordered: bool = False,
 ) -> Reading:
     """Read the columns of a table.
 
     Args:
         table: the table.
-        names: each column's own and attribute names.
+        mapper: the mapper of its class, whose attributes name the columns too.
         given: arguments of ``JobTable``, which settle what is in doubt.
         ordered: whether the order comes from elsewhere.
     """
     given = given or {}
-    free = given.get("free")
     settled = {*given, *(["order"] if ordered else ())}
-    if isinstance(free, ClauseElement) or hasattr(free, "__clause_element__"):
+    if isinstance(clause(given.get("free")), ClauseElement):
         settled |= {EXPRESSION, *(["state"] if "claimed" in given else ())}
-    own = {column: names[column] for column in table.columns if not column.primary_key}
-    reading = Reading(own, given, settled, dict(given))
+    names = {c: names for c, names in names_of(table, mapper).items() if not c.primary_key}
+    reading = Reading(table, names, given, settled, dict(given))
     _find(reading)
     _read_state(reading)
     _read_ends(reading)
     _read_roles(reading)
-    used = set(_columns_of(reading))
-    unused = [column for column in own if column not in used]
+    unused = names.keys() - set(_columns_of(reading, reading.arguments.items()))
     _read_held(reading, unused)
-    reading.unknown = [c.name for c in unused if own[c].isdisjoint(UNDIRECTED)]
+    reading.unknown = [c.name for c in names if c in unused and names[c].isdisjoint(UNDIRECTED)]
     return reading
 
 
@@ -267,7 +290,7 @@ def _find(reading: Reading) -> None:
         for kind in KINDS
     }
     clear = {column for columns in reading.found.values() for column in columns}
-    clear.update(_columns_of(reading))
+    clear.update(_columns_of(reading, reading.arguments.items()))
     for kind in KINDS:
         for column in reading.named(kind.names if kind.expected else ()):
             if column not in clear:
@@ -297,15 +320,11 @@ def _doubt(reading: Reading, column: Column[Any], kind: Kind) -> None:
     )
 
 
-def _columns_of(reading: Reading) -> Iterator[Column[Any]]:
-    """Return the columns that the arguments so far speak of."""
-    for role, value in reading.arguments.items():
-        if isinstance(value, (Mapping, list, tuple)):
-            parts = list(value)
-        else:
-            parts = [] if role in VALUES else [value]
-        for part in parts:
-            yield from reading.named([part if isinstance(part, str) else getattr(part, "key", "")])
+def _columns_of(reading: Reading, arguments: Iterable[tuple[str, Any]]) -> Iterator[Column[Any]]:
+    """Return the columns that arguments speak of."""
+    for role, value in arguments:
+        if role not in VALUES or isinstance(value, Mapping):
+            yield from reading.named(listed(value))
 
 
 def _read_state(reading: Reading) -> None:
@@ -313,23 +332,17 @@ def _read_state(reading: Reading) -> None:
     # A boolean or status beside a claim time: the time is the stamp of the state.
     states = found[CLAIMED_FLAG] + found[FREE_FLAG] + found[STATUS] or times
     if "state" in reading.given:
-        state = reading.given["state"]
-        states = reading.named([state if isinstance(state, str) else getattr(state, "key", "")])
+        states = reading.named([reading.given["state"]])
     elif "state" in reading.settled:
         return
-    if len(states) != 1:
-        several = ", ".join(repr(c.name) for c in states)
-        reading.doubt(
-            f"several columns could be the state ({several}): name one with state=..."
-            if states
-            else "no column says whether a job is claimed: name it with state=..., or give "
-            "free=... and claimed=...",
-            "state",
-            state="...",
-        )
+    if len(states) > 1:
+        reading.doubt_several(states, "state")
+        return
+    if not states:
+        problem = "no column says whether a job is claimed: name it with state=..., or give "
+        reading.doubt(problem + "free=... and claimed=...", "state", state="...")
         return
     state = states[0]
-    reading.understood["state"] = state.name
     if is_flag(state):
         free = state in found[FREE_FLAG]
         values: dict[str, Any] = {"free": free, "claimed": not free}
@@ -337,11 +350,10 @@ def _read_state(reading: Reading) -> None:
         values = {"free": None, "claimed": NOW}
     else:
         values = _read_status(reading, state)
-    reading.arguments = values | reading.arguments | {"state": state}
+    reading.arguments = {"state": state} | values | reading.arguments | {"state": state}
     claimed = reading.arguments.get("claimed")
     if len(times) == 1 and times[0] is not state and not isinstance(claimed, Mapping):
         reading.arguments["claimed"] = {state: claimed, times[0]: NOW}
-        reading.understood["claimed"] = f"{state.name}, {times[0].name}"
 
 
 def _read_status(reading: Reading, state: Column[Any]) -> dict[str, Any]:
@@ -356,7 +368,6 @@ def _read_status(reading: Reading, state: Column[Any]) -> dict[str, Any]:
         found = [name for name in members if name.lower() in conventional]
         if len(found) == 1:
             values[role] = members[found[0]]
-            reading.understood[role] = f"{state.name} = {found[0]}"
         elif found or role in {"free", "claimed"}:
             reading.doubt(
                 f"which value of {state.name!r}{one_of} is {role!r}? Say it with {role}=...",
@@ -382,7 +393,6 @@ def _read_ends(reading: Reading) -> None:
             ends[reading.arguments["state"]] = value
         if ends:
             reading.arguments[role] = ends
-            reading.understood[role] = ", ".join(getattr(c, "name", str(c)) for c in ends)
 
 
 def _read_roles(reading: Reading) -> None:
@@ -392,13 +402,10 @@ def _read_roles(reading: Reading) -> None:
         if not columns or role in {"state", *END_TIMES, *reading.given}:
             continue
         if len(columns) > 1 and role in {"due", "lease", "worker", "token"}:
-            several = ", ".join(repr(c.name) for c in columns)
-            problem = f"several columns could be {role!r} ({several}): name one with {role}=..."
-            reading.doubt(problem, role, **{role: "..."})
+            reading.doubt_several(columns, role)
             continue
         read = columns if role == "stamps" else columns[:1]
         reading.arguments[role] = tuple(read) if role in {"order", "stamps"} else read[0]
-        reading.understood[role] = ", ".join(c.name for c in read)
     if priorities := reading.named(UNDIRECTED):
         reading.doubt(
             f"{priorities[0].name!r} has no natural direction: does the highest or the lowest "
@@ -408,7 +415,7 @@ def _read_roles(reading: Reading) -> None:
         )
 
 
-def _read_held(reading: Reading, unused: list[Column[Any]]) -> None:
+def _read_held(reading: Reading, unused: Collection[Column[Any]]) -> None:
     """Raise doubt about columns without a role that may keep a row from running."""
     flags: dict[str, bool] = {}
     for held, names in HELD.items():

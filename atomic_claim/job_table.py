@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sqlalchemy import Column, ColumnElement, Table, bindparam, func, literal
 from sqlalchemy.sql.elements import ClauseElement
-from sqlalchemy.types import (
-    DateTime,
-    Float,
-    Integer,
-)
+from sqlalchemy.types import DateTime, Float, Integer
 
 from . import roles, state_values
-from .columns import clause, column_of, listed, mapper_of, table_with, tables_of, term_of
+from .columns import as_sql, by_name, clause, column_of, listed, mapper_of, table_with, tables_of
 from .errors import AmbiguousTable, ClaimError
-from .inference import (
-    Reading,
-    is_text,
-    plain_type,
-)
+from .inference import Reading, is_text, plain_type
 from .layouts import read_table
-from .sql_elements import DatabaseTime, InlineLiteral, Preparing
+from .sql_elements import DatabaseTime, Preparing
 from .state_values import UNSET
 
 if TYPE_CHECKING:
@@ -150,7 +142,7 @@ class JobTable(Preparing):
         if isinstance(clause(self.max_attempts), (str, ClauseElement)):
             self._set("max_attempts", self.column(self.max_attempts, "max_attempts"))
         self._set("stamps", tuple(self.column(c, "stamps") for c in listed(self.stamps)))
-        self._set("order", tuple(self.term(term) for term in listed(self.order)))
+        self._set("order", self.terms(self.order))
         roles.check_roles(self._roles)
         roles.check_attempts(self.attempts, self.max_attempts)
         if self.naive_times not in {None, "utc", "server"}:
@@ -180,14 +172,15 @@ class JobTable(Preparing):
         state_values.check_marks(marks, self.state, free)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
+        others = {c: value for c, value in self.withdrawn.items() if c is not self.state}
+        state_values.check_defaults(others, self.now)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __repr__(self) -> str:
-        said = [f"state={self.state.name!r}"] if self.state is not None else []
-        said += [
-            f"{role}={column.name!r}"
-            for role in ("due", "worker", "token", "lease", "attempts", *roles.KEYS)
-            if (column := getattr(self, role)) is not None
-        ]
+        columns = {role: getattr(self, role) for role in roles.COLUMNS}
+        said = [f"{role}={c.name!r}" for role, c in columns.items() if c is not None]
         return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
 
     @classmethod
@@ -213,35 +206,13 @@ class JobTable(Preparing):
             AmbiguousTable: it lists what was understood, what was not, and what to write.
             ClaimError: it is not a table, or has no primary key.
         """
-        return cls._inferred(table, overrides, ordered=False)
+        return cls._infer(table, overrides) if overrides else job_table_of(table)
 
     @classmethod
-    def _inferred(cls, table: Any, overrides: Mapping[str, Any], *, ordered: bool) -> JobTable:
+    def _infer(cls, given: Any, overrides: Mapping[str, Any], *, ordered: bool = False) -> JobTable:
         """Read the names; ``ordered`` where the order comes from elsewhere."""
-        mapper = mapper_of(table)
-        key = mapper if mapper is not None else table
-        tables = tables_of(table)
-        if overrides:
-            return cls._infer(table, mapper, overrides, ordered=ordered)
-        # Kept with the table rather than in a registry of ours, so that it dies with the table.
-        kept = tables[0].info.setdefault(INFERRED, {})
-        known = kept.get((key, False)) or kept.get((key, ordered))
-        if known is None:
-            known = kept[key, ordered] = cls._infer(table, mapper, {}, ordered=ordered)
-        return known  # type: ignore[no-any-return]
-
-    @classmethod
-    def _infer(
-        cls,
-        given: Any,
-        mapper: Mapper[Any] | None,
-        overrides: Mapping[str, Any],
-        *,
-        ordered: bool,
-    ) -> JobTable:
-        tables = [t for t in mapper.tables if isinstance(t, Table)] if mapper else [given]
-        readings: list[tuple[Table, Reading]] = []
-        for table in tables:
+        mapper, readings = mapper_of(given), list[Reading]()
+        for table in tables_of(given):
             declared = table.info.get("atomic_claim")
             if isinstance(declared, JobTable):
                 if overrides:
@@ -252,14 +223,12 @@ class JobTable(Preparing):
                 return declared
             if isinstance(declared, Mapping):
                 return cls(given, **{**declared, **overrides})
-            names = _names(table, mapper)
-            readings.append((table, read_table(table, names, overrides, ordered=ordered)))
-        clear = [reading for _, reading in readings if not reading.problems]
+            readings.append(read_table(table, mapper, overrides, ordered=ordered))
+        clear = [reading for reading in readings if not reading.problems]
         stated = [r for r in clear if isinstance(r.arguments.get("state"), Column)]
         for reading in stated or clear:
-            held_back = _held_back(reading.arguments, overrides)
-            return cls(given, **{**reading.arguments, "withdrawn": held_back})
-        raise AmbiguousTable(_explain(given, *readings[0], overrides))
+            return cls(given, **reading.arguments)
+        raise AmbiguousTable(_explain(given, readings[0], overrides))
 
     @cached_property
     def key(self) -> tuple[Column[Any], ...]:
@@ -274,16 +243,14 @@ class JobTable(Preparing):
     @cached_property
     def next_version(self) -> dict[Any, Any]:
         """The value of a mapped ``version_id_col`` after a change, as a flush would write it."""
-        mapper = self.mapper
-        column = None if mapper is None else mapper.version_id_col
-        if mapper is None or column is None or column.table is not self.table:
-            return {}
-        if not callable(mapper.version_id_generator):
+        column: Any = getattr(self.mapper, "version_id_col", None)
+        make: Any = getattr(self.mapper, "version_id_generator", None)
+        if column is None or column.table is not self.table or not callable(make):
             return {}
         if isinstance(plain_type(column.type), Integer):
             return {column: func.coalesce(column, 0) + 1}
-        generate = partial(mapper.version_id_generator, None)
-        return {column: bindparam("atomic_claim_version", callable_=generate, type_=column.type)}
+        next_one = partial(make, None)
+        return {column: bindparam("atomic_claim_version", callable_=next_one, type_=column.type)}
 
     @property
     def has_keys(self) -> bool:
@@ -298,31 +265,40 @@ class JobTable(Preparing):
     @cached_property
     def time_columns(self) -> tuple[Column[Any], ...]:
         """The time columns that a claim compares or writes."""
-        found = [*([self.due] if self.due is not None else []), *self.stamps, *self.claim_times]
-        return tuple(found + ([self.lease] if self.lease is not None else []))
+        found = (self.due, *self.stamps, *self.claim_times, self.lease)
+        return tuple(column for column in found if column is not None)
 
     def column(self, given: Any, role: str) -> Column[Any]:
         """Return the table's column for a name, a column or a mapped attribute."""
         return column_of(self.table, self.mapper, given, role)
 
+    def needed(self, role: str, what: str) -> Any:
+        """Return the column of a role, or raise with the ALTER TABLE that adds one."""
+        if (column := getattr(self, role)) is not None:
+            return column
+        name = self.table.fullname
+        raise ClaimError(
+            f"{what} needs a {role} column, and {name!r} has none that is known: name it with "
+            f"JobTable({role}=...), or add one: ALTER TABLE {name} ADD COLUMN {roles.ADDED[role]} "
+            "NULL"
+        )
+
     def now(
-        self,
-        column: Column[Any],
-        offset: ColumnElement[Any] | None = None,
-        *,
-        floor: bool = False,
+        self, column: Column[Any], offset: ColumnElement[Any] | None = None, *, floor: bool = False
     ) -> ColumnElement[Any]:
         """Return the database's time plus ``offset`` seconds, in the format of ``column``."""
-        clock = self.naive_times or "unsaid"
-        if isinstance(plain_type(column.type), DateTime):
-            return DatabaseTime(column.type, clock, offset, floor=floor)
-        if is_text(column) and self.text_times is not None:
-            return DatabaseTime(column.type, clock, offset, form=self.text_times, floor=floor)
-        raise AmbiguousTable(
-            f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
-            "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "
-            "format) in the JobTable"
-        )
+        if not self._holds_times(column):
+            raise AmbiguousTable(
+                f"{self.table.fullname}.{column.name} is {column.type!r} and is used as a time; "
+                "expected a DateTime, or text with text_times='%Y-%m-%dT%H:%M:%fZ' (its strftime "
+                "format) in the JobTable"
+            )
+        clock, form = self.naive_times or "unsaid", self.text_times if is_text(column) else None
+        return DatabaseTime(column.type, clock, offset, form=form, floor=floor)
+
+    def _holds_times(self, column: Column[Any]) -> bool:
+        is_time = isinstance(plain_type(column.type), DateTime)
+        return is_time or (is_text(column) and self.text_times is not None)
 
     def values(self, given: Any, role: str) -> dict[Column[Any], Any]:
         """Resolve the columns of a mapping given per call; plain values become parameters."""
@@ -333,13 +309,17 @@ class JobTable(Preparing):
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def term(self, term: Any) -> ColumnElement[Any]:
-        """Return the ORDER BY term for a name, a column, an attribute or an expression.
+    def terms(self, given: Any) -> tuple[ColumnElement[Any], ...]:
+        """Return the ORDER BY terms for names, columns, attributes or expressions.
 
         A name with ``-`` before it is descending.
         """
+        return tuple(self._term(term) for term in listed(given))
+
+    def _term(self, term: Any) -> ColumnElement[Any]:
         if not isinstance(term, str):
-            return term_of(term)
+            example = "a column, its name, or an expression such as table.c.priority.desc()"
+            return as_sql(term, "order", example, ColumnElement)
         column = self.column(term.removeprefix("-"), "order")
         return column.desc() if term.startswith("-") else column
 
@@ -363,12 +343,8 @@ class JobTable(Preparing):
             free = state <= self.now(state)
             first_free = self.now(state, literal(0.0, Float()), floor=True)
         elif not isinstance(free, ClauseElement):
-            if state is None:
-                raise ClaimError(
-                    f"free={free!r} is a value; it needs state=..., the column it is in"
-                )
-            state_values.check_not_a_column(state, free, "free", self._names)
-            found = [self._value(state, each, "free") for each in state_values.free_values(free)]
+            state, values = self._state_of(free, "free"), state_values.free_values(free)
+            found = [state_values.declared(state, each, "free", self.now) for each in values]
             self._set("free_values", tuple(found))
             first_free = found[0]
             free = state_values.is_one_of(state, found, null_is_free=self.null_is_free)
@@ -389,46 +365,48 @@ class JobTable(Preparing):
         state: Column[Any] | None = self.state
         free, claimed = clause(self.free), self.claimed
         if isinstance(claimed, Mapping):
-            claimed = {self.column(column, "claimed"): value for column, value in claimed.items()}
-        if state is not None and (free is UNSET or claimed is UNSET):
-            is_time = isinstance(plain_type(state.type), DateTime) or (
-                is_text(state) and self.text_times is not None
-            )
-            return state_values.completed(state, free, claimed, is_time=is_time)
-        if free is UNSET or claimed is UNSET:
+            claimed = self.values(claimed, "claimed")
+        if free is not UNSET and claimed is not UNSET:
+            return free, claimed
+        if state is None:
             raise AmbiguousTable(
                 f"JobTable({self.table.fullname!r}): name the state column with state=..., or "
                 "give free=<expression> and claimed={column: value}"
             )
-        return free, claimed
+        return state_values.completed(state, free, claimed, is_time=self._holds_times(state))
 
-    def _value(self, column: Column[Any], value: Any, role: str) -> Any:
-        """Return a declared value as SQL, or raise if the column cannot hold it."""
-        found = state_values.literal(column, value, self.now)
-        state_values.check_value(column, value if isinstance(found, InlineLiteral) else found, role)
-        return found
+    def _state_of(self, value: Any, role: str) -> Column[Any]:
+        """Return the state, in which a value is that is given alone.
 
-    @property
-    def _names(self) -> set[str]:
-        """The names by which columns can be given."""
-        names = {name for column in self.table.columns for name in (column.name, column.key)}
-        return names if self.mapper is None else names | set(self.mapper.columns.keys())
+        Raises:
+            ClaimError: there is no state, or the value is a column's name and may be meant so.
+        """
+        state: Column[Any] | None = self.state
+        if state is None:
+            raise ClaimError(
+                f"{role}={value!r} is a value; it needs state=..., the column it is in, or a "
+                "mapping of columns to values"
+            )
+        names, members = by_name(self.table, self.mapper), getattr(state.type, "enums", ())
+        if isinstance(value, str) and value in names and value not in members:
+            said, meant = f"{role}={{{state.name!r}: {value!r}}}", f"{role}={{{value!r}: ...}}"
+            if role == "free":
+                said, meant = f"free=({value!r},)", "free=<expression>"
+            raise ClaimError(
+                f"{role}={value!r} is the name of a column, and would be a value of "
+                f"{state.name!r}: write {said} for the value, or {meant} for the column"
+            )
+        return state
 
     def _mapping(self, given: Any, role: str) -> dict[Column[Any], Any]:
         if given is UNSET:
             return {}
         if not isinstance(given, Mapping):
-            if self.state is None:
-                raise ClaimError(
-                    f"{role}={given!r} is a value; without state=... it must be a mapping of "
-                    "columns to values"
-                )
-            state_values.check_not_a_column(self.state, given, role, self._names)
-            given = {self.state: given}
-        columns = {self.column(name, role): value for name, value in given.items()}
-        for column in columns:
+            given = {self._state_of(given, role): given}
+        values = self.values(given, role)
+        for column in values:
             roles.check_writable(role, column)
-        return {column: self._value(column, value, role) for column, value in columns.items()}
+        return {c: state_values.declared(c, v, role, self.now) for c, v in values.items()}
 
 
 def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
@@ -438,33 +416,18 @@ def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:
     """
     if isinstance(given, JobTable):
         return given
-    if isinstance(given, Table) and (kept := given.info.get(INFERRED)):
-        known: JobTable | None = kept.get((given, False)) or kept.get((given, ordered))
-        if known is not None:
-            return known
-    return JobTable._inferred(given, {}, ordered=ordered)  # noqa: SLF001 - this module's own
+    # Kept with the table rather than in a registry of ours, so that it dies with the table.
+    table = given if isinstance(given, Table) else tables_of(given)[0]
+    kept: dict[Any, JobTable] = table.info.setdefault(INFERRED, {})
+    known = kept.get((given, False)) or kept.get((given, ordered))
+    if known is None:
+        known = kept[given, ordered] = JobTable._infer(given, {}, ordered=ordered)  # noqa: SLF001
+    return known
 
 
-def _names(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], frozenset[str]]:
-    names = {column: {column.name, column.key} for column in table.columns}
-    if mapper is not None:
-        for key, column in mapper.columns.items():
-            if isinstance(column, Column) and column in names:
-                names[column].add(key)
-    return {column: frozenset(found) for column, found in names.items()}
-
-
-def _held_back(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[Any, Any]:
-    """Return the inferred values that hold a row back each on its own, not only together."""
-    marks = [arguments.get(role) for role in ("done", "failed") if role not in overrides]
-    found = {c: v for m in marks if isinstance(m, Mapping) and len(m) > 1 for c, v in m.items()}
-    found.pop(arguments.get("state"), None)
-    return {**found, **arguments.get("withdrawn", {})}
-
-
-def _explain(given: Any, table: Table, reading: Reading, overrides: Mapping[str, Any]) -> str:
-    understood = "; ".join(f"{role}: {names}" for role, names in reading.understood.items())
-    name = given.__name__ if isinstance(given, type) else table.name
+def _explain(given: Any, reading: Reading, overrides: Mapping[str, Any]) -> str:
+    understood = "; ".join(f"{role}: {said}" for role, said in reading.understood)
+    name = given.__name__ if isinstance(given, type) else given.name
     said = {
         role: repr(value) if isinstance(value, (str, type(None))) else "..."
         for role, value in overrides.items()
@@ -472,7 +435,7 @@ def _explain(given: Any, table: Table, reading: Reading, overrides: Mapping[str,
     arguments = [f"{role}={value}" for role, value in (said | reading.proposed).items()]
     call = ", ".join([name if name.isidentifier() else "table", *arguments])
     return (
-        f"table {table.fullname!r} cannot be read with certainty.\n"
+        f"table {reading.table.fullname!r} cannot be read with certainty.\n"
         f"  understood: {understood or 'nothing'}\n"
         f"  not understood: {', '.join(reading.unknown) or 'nothing'}\n"
         + "".join(f"  in doubt: {problem}\n" for problem in reading.problems)

@@ -10,22 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Table, and_, literal_column, or_
 from sqlalchemy.types import Integer
 
-from .inference import (
-    EXPRESSION,
-    NOW,
-    Names,
-    Reading,
-    default_text,
-    is_text,
-    plain_type,
-    read_columns,
-)
+from .inference import EXPRESSION, NOW, Reading, default_text, is_text, plain_type, read_columns
 from .sql_elements import DatabaseTime, InlineLiteral
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Mapper
 
 STRFTIME = re.compile(r"strftime\(\s*'([^']+)'\s*,\s*'now'\s*\)")
 
@@ -142,7 +136,9 @@ def layout_of(table: Table) -> Layout | None:
     return next((layout for layout in LAYOUTS if layout.fits(table)), None)
 
 
-def read_table(table: Table, names: Names, given: Mapping[str, Any], *, ordered: bool) -> Reading:
+def read_table(
+    table: Table, mapper: Mapper[Any] | None, given: Mapping[str, Any], *, ordered: bool
+) -> Reading:
     """Read a table by conventional names and, if it is known, by its layout.
 
     The arguments are those of :func:`~atomic_claim.inference.read_columns`.
@@ -152,12 +148,17 @@ def read_table(table: Table, names: Names, given: Mapping[str, Any], *, ordered:
     known: dict[str, Any] = {"text_times": time_format(table.columns)}
     for role, value in layout.roles.items() if layout is not None else ():
         known[role] = value(columns) if callable(value) else value
-    reading = read_columns(table, names, {**known, **given}, ordered=ordered)
+    reading = read_columns(table, mapper, {**known, **given}, ordered=ordered)
     if layout is not None:
-        reading.understood["layout"] = layout.name
+        reading.layout = layout.name
         if layout.refused and EXPRESSION not in reading.settled:
             reading.problems = [f"this is the table of {layout.name}, and {layout.refused}"]
             reading.proposed = {"free": "...", "claimed": "..."}
+    # What was not declared to mark an end together holds a row back each on its own.
+    ends = [reading.arguments.get(role) for role in ("done", "failed") if role not in given]
+    held = {c: v for e in ends if isinstance(e, Mapping) and len(e) > 1 for c, v in e.items()}
+    held.pop(reading.arguments.get("state"), None)
+    reading.arguments["withdrawn"] = {**held, **reading.arguments.get("withdrawn", {})}
     return reading
 
 

@@ -7,7 +7,7 @@ an entity that a commit has expired would read the successor's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,15 +27,7 @@ from .errors import ClaimError, ClaimLost
 from .execution import Bind, run_in
 from .job_table import JobTable, job_table_of
 from .orm import is_maker
-from .outcomes import (
-    Outcome,
-    completion,
-    extension,
-    failures,
-    release,
-    requeuing,
-    sweeping,
-)
+from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
 from .telemetry import Event, Lost, Requeued, Swept, logs_claims, report, report_ends, subscribers
@@ -58,7 +50,7 @@ class Owned:
 
     def guard(self) -> ColumnElement[bool]:
         """Build the condition that a row still belongs to this claim."""
-        return _owned_by(self.job_table, self.token)
+        return _owning(self.job_table, self.token)
 
     def lasting(self) -> ColumnElement[bool]:
         """Build the condition that a row still belongs to this claim and may be extended."""
@@ -161,11 +153,9 @@ def fail_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    outcomes = failures(owned.job_table, retry=retry, error=error)
-    if error is None or owned.job_table.error is None:
-        return _apply(bind, owned, outcomes)
-    plain = failures(owned.job_table, retry=retry, error=error, plain=True)
-    return _apply(bind, owned, outcomes, plain)
+    outcomes = partial(failures, owned.job_table, retry=retry, error=error)
+    has_text = error is not None and owned.job_table.error is not None
+    return _apply(bind, owned, outcomes(), outcomes(plain=True) if has_text else None)
 
 
 def release_jobs(
@@ -186,7 +176,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _apply(bind, owned, [_releasing(owned.job_table)])
+    return _apply(bind, owned, [Outcome(release(owned.job_table), name="released")])
 
 
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
@@ -198,7 +188,7 @@ def release_left(bind: Bind, claim: Claim[Any]) -> int:
         How many rows were freed.
     """
     owned = owned_rows(claim, None, unfenced=False)
-    outcomes = [_releasing(owned.job_table)]
+    outcomes = [Outcome(release(owned.job_table), name="released")]
 
     change = UnlockedChange(
         bind, owned.job_table, owned.guard(), outcomes, owned.keys, longest=LONGEST_LOOK
@@ -318,12 +308,9 @@ def requeue_jobs(
 def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
     """Return the rows of a claim, or only those of ``jobs``."""
     if not isinstance(claim, Claim):
-        cure = (
-            "pass Claim.from_ticket(table, ticket)"
-            if isinstance(claim, Mapping)
-            else ("pass what claim_jobs returned")
-        )
-        raise ClaimError(f"{claim!r} is not a claim: {cure}")
+        is_ticket = isinstance(claim, Mapping)
+        cure = "Claim.from_ticket(table, ticket)" if is_ticket else "what claim_jobs returned"
+        raise ClaimError(f"{claim!r} is not a claim: pass {cure}")
     if claim.token is None and not unfenced:
         raise ClaimError(
             f"{claim.table.table.fullname!r} has no token column that is known, so a row that "
@@ -340,13 +327,6 @@ def lasting(job_table: JobTable) -> tuple[ColumnElement[bool], ...]:
     Once its lease is over, a row with an exclusive key has given the key away.
     """
     return () if job_table.exclusive_by is None else (predicates.is_held(job_table),)
-
-
-def _owned_by(job_table: JobTable, token: Any) -> ColumnElement[bool]:
-    """Build the condition that a row runs for the claim with a token."""
-    if job_table.token is None:
-        return predicates.is_running(job_table)
-    return and_(job_table.token == token, predicates.is_running(job_table))
 
 
 @dataclass
@@ -378,40 +358,38 @@ class Change:
     refused: dict[Key, Exception] = field(default_factory=dict)
 
     def run(self, keys: Sequence[Key], **options: Any) -> None:
-        """Change these rows; by ``Engine`` or ``sessionmaker`` those that are not refused."""
-        try:
-            run = partial(self.change, keys=keys)
-            self.changed.update(run_in(self.bind, self.job_table, run, **options))
-        except (DBAPIError, UnicodeError) as error:
-            self._run_halves(keys or self.keys, error, **options)
+        """Change these rows; by ``Engine`` or ``sessionmaker`` those that are not refused.
 
-    def _run_halves(self, keys: Sequence[Key], error: Exception, **options: Any) -> None:
-        """Change the rows in two transactions, and so on, until the ones refused are alone.
-
-        A row that is refused alone gets a plain text; if that helps, the rows after it too.
+        If the database refuses some of them, even with a plain text, they are changed in two
+        transactions, and so on, until the ones refused are alone.
         """
-        is_own = isinstance(self.bind, Engine) or is_maker(self.bind)
-        if is_general(error) or not is_own or not keys:
-            raise error
-        before, half = (self.outcomes, self.plain), len(keys) // 2
-        if half == 0 and self.plain is None:
-            self.refused[keys[0]] = error
+        refused: Exception | None = None
+        for outcomes in filter(None, (self.outcomes, self.plain)):
+            try:
+                run = partial(self.change, keys=keys, outcomes=outcomes)
+                self.changed |= run_in(self.bind, self.job_table, run, **options)
+                return
+            except (DBAPIError, UnicodeError) as error:
+                keys, refused = keys or self.keys, error
+                is_own = isinstance(self.bind, Engine) or is_maker(self.bind)
+                if is_general(error) or not is_own or not keys:
+                    raise
+        if refused is not None and len(keys) == 1:
+            self.refused[keys[0]] = refused
             return
-        if half == 0:
-            self.outcomes, self.plain = self.plain or (), None
-        for part in filter(None, (keys[:half], keys[half:])):
+        for part in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
             self.run(part, **options)
-        if half == 0 and keys[0] not in self.changed:
-            self.outcomes, self.plain = before
 
-    def change(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
+    def change(
+        self, tx: Transaction, keys: Sequence[Key], outcomes: Sequence[Outcome]
+    ) -> dict[Key, str]:
         """Change rows in a transaction, and return the names of their outcomes."""
         if self.plain and tx.backend.checks_text and not tx.own:
             return self._change_in_callers(tx, keys)
         job_table, owned, changed = self.job_table, self.owned, dict[Key, str]()
         params = {} if owned is None or owned.token is None else {TOKEN: owned.token}
-        for outcome in self.outcomes:
-            left = _without(keys, changed) if changed else keys
+        for outcome in outcomes:
+            left = [key for key in keys if key not in changed] if changed else keys
             if (changes := outcome.statements.get(tx.backend)) is None:
                 guard = and_(self.guard, *outcome.conditions)
                 changes = tx.backend.changes(job_table, guard, outcome.values)
@@ -420,14 +398,14 @@ class Change:
                 found = tx.backend.change(tx, left, changes, params)
             else:
                 found = tx.backend.extend(tx, job_table, left, changes, params)
-            changed.update(dict.fromkeys(found, outcome.name))
+            changed |= dict.fromkeys(found, outcome.name)
         if owned is not None and tx.after_disconnect and self.ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
-            for outcome in self.outcomes:
-                found = owned.changed_before(tx, _without(keys, changed), outcome)
-                changed.update(dict.fromkeys(found, outcome.name))
+            for outcome in outcomes:
+                left = [key for key in keys if key not in changed]
+                changed |= dict.fromkeys(owned.changed_before(tx, left, outcome), outcome.name)
         if owned is not None and not isinstance(tx.executor, Connection):
-            written = {column for outcome in self.outcomes for column in outcome.values}
+            written = {column for outcome in outcomes for column in outcome.values}
             _expire(tx.executor, job_table, changed, written)
         return changed
 
@@ -438,25 +416,25 @@ class Change:
             tx.connection.begin()
         try:
             with nullcontext() if tx.in_autocommit() else tx.connection.begin_nested():
-                return self.change(tx, keys)
+                return self.change(tx, keys, self.outcomes)
         except (DBAPIError, UnicodeError) as error:
             conflicts = isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
             if conflicts or is_general(error):
                 raise
-        self.outcomes = plain or ()
-        return self.change(tx, keys)
+        return self.change(tx, keys, plain or ())
 
     def refusal(self, left: str) -> ClaimError | None:
         """Return the error that names the rows whose change the database has refused, if any."""
-        error: ClaimError | None = None
-        for cause in self.refused.values():
-            error = ClaimError(
-                f"the database refused the change of {len(self.refused)} of {len(self.keys)} jobs "
-                f"of {self.job_table.table.fullname!r}, their keys: {list(self.refused)!r}, the "
-                f"last one: {getattr(cause, 'orig', cause)}. They are {left}; the other "
-                f"{len(self.changed)} were changed"
-            )
-            error.__cause__ = cause
+        if not self.refused:
+            return None
+        cause = list(self.refused.values())[-1]
+        error = ClaimError(
+            f"the database refused the change of {len(self.refused)} of {len(self.keys)} jobs of "
+            f"{self.job_table.table.fullname!r}, their keys: {list(self.refused)!r}, the last one: "
+            f"{getattr(cause, 'orig', cause)}. They are {left}; the other {len(self.changed)} were "
+            "changed"
+        )
+        error.__cause__ = cause
         return error
 
 
@@ -483,14 +461,17 @@ class UnlockedChange(Change):
             raise error
         return len(self.changed)
 
-    def change(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
+    def change(
+        self, tx: Transaction, keys: Sequence[Key], outcomes: Sequence[Outcome]
+    ) -> dict[Key, str]:
         """Change those of the rows that are not locked."""
         wait = nullcontext() if self.longest is None else tx.backend.limit_wait(tx, self.longest)
         with wait:
             if not keys and self.query is not None:
                 # Not again for each part: a limit of the query counts for all of them.
                 keys = self.keys = tx.tuples(self.query)
-            return super().change(tx, tx.backend.unlocked(tx, self.job_table, keys, self.guard))
+            free = tx.backend.unlocked(tx, self.job_table, keys, self.guard)
+            return super().change(tx, free, outcomes)
 
 
 def _apply(
@@ -521,11 +502,12 @@ def _apply(
 def _raise_unchanged(owned: Owned, change: Change) -> NoReturn:
     """Raise for the rows that are not the claim's, or that the database has refused."""
     name, error = owned.job_table.table.fullname, change.refusal("still this claim's")
-    lost = _without(owned.keys, [*change.changed, *change.refused])
+    known = change.changed.keys() | change.refused.keys()
+    lost = [key for key in owned.keys if key not in known]
     if error is not None and not lost:
         raise error
-    known = ended_here.get(owned.token or "", Ended()).lost
-    if news := tuple(key for key in lost if key not in known):
+    told = ended_here.get(owned.token or "", Ended()).lost
+    if news := tuple(key for key in lost if key not in told):
         report(Lost(name, news))
     raise ClaimLost(
         f"{len(lost)} of {len(owned.keys)} jobs of {name!r} are no longer this claim's, their "
@@ -535,27 +517,16 @@ def _raise_unchanged(owned: Owned, change: Change) -> NoReturn:
     ) from error
 
 
-def _without(keys: Sequence[Key], others: Collection[Key]) -> Sequence[Key]:
-    """Return the keys without the others, in their order."""
-    known = set(others)
-    return [key for key in keys if key not in known]
-
-
 def _completing(job_table: JobTable) -> Sequence[Outcome]:
     """Return the outcome of a completion, whose statements are prepared once."""
     return (Outcome(completion(job_table), name="done"),)
 
 
-def _releasing(job_table: JobTable) -> Outcome:
-    """Return the outcome of a release."""
-    return Outcome(release(job_table), name="released")
-
-
-def _owning(job_table: JobTable) -> ColumnElement[bool]:
-    """Build the condition that a row belongs to the claim whose token is a parameter."""
+def _owning(job_table: JobTable, value: str | None = None) -> ColumnElement[bool]:
+    """Build the condition that a row runs for the claim whose token is a parameter."""
     token = job_table.token
-    given = None if token is None else bindparam(TOKEN, None, token.type)
-    return _owned_by(job_table, given)
+    owned = [] if token is None else [token == bindparam(TOKEN, value, token.type)]
+    return and_(*owned, predicates.is_running(job_table))
 
 
 def _expire(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -67,30 +67,7 @@ def freeing(job_table: JobTable) -> Values:
 
 def completion(job_table: JobTable) -> Values:
     """Return the values that mark a row as done."""
-    return _ending(job_table, job_table.done, "done")
-
-
-def failure(
-    job_table: JobTable,
-    *,
-    retry: bool | timedelta,
-    error: str | BaseException | None,
-    plain: bool = False,
-) -> Values:
-    """Return the values that mark a row as failed or free it for another attempt.
-
-    ``plain`` reduces the error's text to what every column can hold.
-    """
-    if retry is False:
-        values = _ending(job_table, job_table.failed, "failed")
-    else:
-        values = freeing(job_table)
-        due = needed(job_table, "due", "fail_jobs(retry=...)")
-        values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
-    if error is not None and job_table.error is not None:
-        text = error if isinstance(error, str) else str(error) or type(error).__qualname__
-        values[job_table.error] = error_value(job_table, text, plain=plain)
-    return values
+    return _ending(job_table, "done")
 
 
 def failures(
@@ -100,20 +77,29 @@ def failures(
     error: str | BaseException | None,
     plain: bool = False,
 ) -> Sequence[Outcome]:
-    """Return the outcomes of a failure: rows without attempts left are not freed for another."""
-    values = failure(job_table, retry=retry, error=error, plain=plain)
-    found = [Outcome(values, name="failed" if retry is False else "retried")]
-    if retry is not False and job_table.failed and is_unspent(job_table):
-        ended = failure(job_table, retry=False, error=error, plain=plain)
-        spent = tuple(map(not_, is_unspent(job_table)))
-        found.insert(0, Outcome(ended, spent, name="failed"))
-    return found
+    """Return the outcomes of a failure: rows without attempts left are not freed for another.
+
+    ``plain`` reduces the error's text to what every column can hold.
+    """
+    text: Values = {}
+    if error is not None and job_table.error is not None:
+        said = error if isinstance(error, str) else str(error) or type(error).__qualname__
+        text = {job_table.error: error_value(job_table, said, plain=plain)}
+    if retry is False:
+        return (Outcome(_ending(job_table, "failed") | text, name="failed"),)
+    values, due = freeing(job_table), job_table.needed("due", "fail_jobs(retry=...)")
+    values[due] = job_table.now(due, _delay(job_table, retry), floor=True)
+    retried = Outcome(values | text, name="retried")
+    if not job_table.failed or not is_unspent(job_table):
+        return (retried,)
+    spent = tuple(map(not_, is_unspent(job_table)))
+    return Outcome(_ending(job_table, "failed") | text, spent, name="failed"), retried
 
 
 def sweeping(job_table: JobTable) -> Sequence[Outcome]:
     """Return the outcomes that mark spent rows as failed, and keep the last error."""
-    needed(job_table, "attempts", "sweep_jobs")
-    values = _ending(job_table, job_table.failed, "failed")
+    job_table.needed("attempts", "sweep_jobs")
+    values = _ending(job_table, "failed")
     error = job_table.error
     if error is None:
         return (Outcome(values),)
@@ -159,7 +145,7 @@ def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
 
 def extension(job_table: JobTable, lease: timedelta | None) -> Values:
     """Return the values that extend a row's lease, counted from now."""
-    column = needed(job_table, "lease", "extend_jobs")
+    column = job_table.needed("lease", "extend_jobs")
     if lease is None:
         raise ClaimError(
             "the claim has no lease: claim with claim_jobs(..., lease=...), or say how long with "
@@ -189,22 +175,8 @@ def error_value(job_table: JobTable, text: str, *, plain: bool = False) -> Any:
     return text[: max(0, length - len(CUT))] + CUT[:length]
 
 
-def needed(job_table: JobTable, role: str, what: str) -> Any:
-    """Return the column of a role, or raise with the ALTER TABLE that adds one."""
-    column = getattr(job_table, role)
-    if column is None:
-        name = {"lease": "lease_until", "due": "run_at"}.get(role, role)
-        type_ = {"lease": "TIMESTAMP", "due": "TIMESTAMP"}.get(role, "INTEGER")
-        raise ClaimError(
-            f"{what} needs a {role} column, and {job_table.table.fullname!r} has none that is "
-            f"known: name it with JobTable({role}=...), or add one: ALTER TABLE "
-            f"{job_table.table.fullname} ADD COLUMN {name} {type_} NULL"
-        )
-    return column
-
-
-def _ending(job_table: JobTable, mark: Mapping[Any, Any], role: str) -> Values:
-    if not mark:
+def _ending(job_table: JobTable, role: str) -> Values:
+    if not (mark := getattr(job_table, role)):
         raise ClaimError(
             f"nothing marks a row of {job_table.table.fullname!r} as {role}: say it with "
             f"JobTable({role}=...)"

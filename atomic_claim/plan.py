@@ -32,14 +32,7 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import Float
 
-from .arguments import (
-    check_lease,
-    check_tables,
-    check_worker,
-    checked_values,
-    conditions_of,
-    order_terms,
-)
+from .arguments import check_lease, check_tables, check_worker, checked_values, conditions_of
 from .errors import ClaimError
 from .job_table import JobTable
 from .predicates import any_of, claimable, claimable_branches, is_last_chance
@@ -326,9 +319,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     _check(job_table, request)
     key = _key_attributes(job_table)
     given = {} if request.values is None else checked_values(job_table, request.values)
-    order = (
-        job_table.order if request.order_by is None else order_terms(job_table, request.order_by)
-    )
+    order = job_table.order if request.order_by is None else job_table.terms(request.order_by)
     order = order or key
     where = conditions_of(request.where)
     check_tables(job_table, (*where, *order))

@@ -7,23 +7,10 @@ from datetime import UTC, datetime, timedelta
 from itertools import combinations
 from typing import Any
 
+import sqlalchemy as sa
 from sqlalchemy import Column
 from sqlalchemy.schema import DefaultClause
-from sqlalchemy.types import (
-    ARRAY,
-    BINARY,
-    JSON,
-    VARBINARY,
-    BigInteger,
-    Boolean,
-    Date,
-    Integer,
-    LargeBinary,
-    SmallInteger,
-    String,
-    TypeEngine,
-    Uuid,
-)
+from sqlalchemy.types import JSON, BigInteger, Integer, SmallInteger, TypeEngine
 
 from .errors import ClaimError
 from .inference import TOKEN_LENGTH, holds_tokens, is_text, plain_type
@@ -53,8 +40,17 @@ MAY_SHARE: Mapping[frozenset[str], str] = {
     frozenset(KEYS): "of one key only some rows run, and claims take turns",
 }
 """The pairs of roles that may share a column, and what that means."""
+ADDED: Mapping[str, str] = {
+    "due": "run_at TIMESTAMP",
+    "worker": "worker VARCHAR(64)",
+    "token": f"claim_token VARCHAR({TOKEN_LENGTH})",
+    "lease": "lease_until TIMESTAMP",
+    "attempts": "attempts INTEGER",
+}
+"""The columns to add where a call needs a role that the table lacks."""
+BYTES = (sa.BINARY, sa.LargeBinary, sa.VARBINARY)
 # Of exclusive keys: their equal values are written alike.
-KEY_TYPES = (Integer, String, Uuid, Date, Boolean, BINARY, LargeBinary, VARBINARY)
+KEY_TYPES = (Integer, sa.String, sa.Uuid, sa.Date, sa.Boolean, *BYTES)
 WRITTEN_BY_CLAIMS = {"worker", "token", "lease", "attempts", "stamps"}
 READ_ONLY = {"due", "max_attempts", *KEYS}
 UNMOVED = {"state", "lease", "due", "token"}
@@ -78,7 +74,7 @@ def _is_integer(column: Column[Any]) -> bool:
 
 
 NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
-    "state": ("one value", lambda c: not isinstance(plain_type(c.type), (ARRAY, JSON))),
+    "state": ("one value", lambda c: not isinstance(plain_type(c.type), (sa.ARRAY, JSON))),
     "worker": ("a string", is_text),
     "token": (f"a string of at least {TOKEN_LENGTH} characters", holds_tokens),
     "attempts": ("an integer", _is_integer),
@@ -168,10 +164,14 @@ def is_moved(column: Column[Any]) -> bool:
 
 def check_most_rows(most: Any, column: Column[Any] | None) -> None:
     """Raise if the maximum of running rows is no count, or there is no key to count by."""
-    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
-        raise ClaimError(f"max_per_key is {most!r}; expected an int of at least 1")
+    _check_count("max_per_key", most, "an int of at least 1")
     if column is None and most != 1:
         raise ClaimError("max_per_key needs exclusive_by=..., the column of the key")
+
+
+def _check_count(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ClaimError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_attempts(column: Column[Any] | None, limit: Any) -> None:
@@ -182,8 +182,7 @@ def check_attempts(column: Column[Any] | None, limit: Any) -> None:
         raise ClaimError("max_attempts needs attempts=..., the column that counts the claims")
     if isinstance(limit, Column):
         return
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ClaimError(f"max_attempts is {limit!r}; expected an int of at least 1, or a column")
+    _check_count("max_attempts", limit, "an int of at least 1, or a column")
     if limit > (most := highest(column.type)):
         raise ClaimError(
             f"max_attempts is {limit}, but {column.name!r} is {column.type!r} and counts to "

@@ -9,13 +9,15 @@ from itertools import product
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, false, or_, true
+from sqlalchemy.schema import ColumnDefault
 from sqlalchemy.sql import functions, visitors
 from sqlalchemy.sql.elements import ClauseElement, False_, TextClause, True_
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
+from .columns import clause
 from .errors import AmbiguousTable, ClaimError
-from .inference import NOW, Now, is_flag, plain_type
+from .inference import HELD, NOW, Now, default_text, is_flag, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -30,21 +32,13 @@ Values = Mapping[Column[Any], Any]
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
-EXCLUSIVE: Mapping[tuple[str, str], str] = {
-    ("claimed", "free"): "every claim would hand out the same rows",
-    ("claimed", "done"): "a claimed row would count as done",
-    ("claimed", "failed"): "a claimed row would count as failed",
-    ("claimed", "withdrawn"): "a claimed row would count as withdrawn",
-    ("free", "done"): "free rows would count as done and never be claimed",
-    ("free", "failed"): "free rows would count as failed and never be claimed",
-    ("free", "withdrawn"): "free rows would count as withdrawn and never be claimed",
-    ("done", "failed"): "a done row would count as failed, and could be requeued",
-    ("released", "claimed"): "a released row would stay claimed",
-    ("released", "done"): "a released row would count as done",
-    ("released", "failed"): "a released row would count as failed",
-    ("released", "withdrawn"): "a released row would count as withdrawn",
+EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
+    "claimed": ("free", "done", "failed", "withdrawn"),
+    "free": ("done", "failed", "withdrawn"),
+    "done": ("failed",),
+    "released": ("claimed", "done", "failed", "withdrawn"),
 }
-"""The pairs of marks of which no row may bear both, and why."""
+"""By mark, the other marks that its rows must not bear."""
 
 
 def check_marks(
@@ -61,13 +55,13 @@ def check_marks(
     several = {role: [values] for role, values in marks.items()}
     several["withdrawn"] = [{column: value} for column, value in marks["withdrawn"].items()]
     several["free"] = [] if state is None else [{state: value} for value in free]
-    for (one, other), reason in EXCLUSIVE.items():
+    for one, other in ((one, other) for one, others in EXCLUSIVE.items() for other in others):
         for given, wanted in product(several[one], several[other]):
             if wanted and all(c in given and is_same(given[c], v) for c, v in wanted.items()):
                 common = ", ".join(f"{c.name} = {_shown(v)}" for c, v in wanted.items())
                 raise ClaimError(
-                    f"{one} and {other} have {common} in common, so {reason}: let them differ in "
-                    "the value of a column"
+                    f"{one} and {other} have {common} in common, so a {one} row would count as "
+                    f"{other}: let them differ in the value of a column"
                 )
     value = UNSET if state is None else marks["released"].get(state, UNSET)
     if free and value is not UNSET and not any(is_same(value, each) for each in free):
@@ -88,6 +82,35 @@ def check_free_changes(free: ColumnElement[bool], written: Collection[Column[Any
             f"free={free} depends on no column that a claim writes, so a claimed row would stay "
             "free: let claimed write a column of that expression"
         )
+
+
+def check_defaults(withdrawn: Values, now: Callable[[Column[Any]], Any]) -> None:
+    """Raise if a fresh row bears a value that withdraws it, by its column's own default.
+
+    Columns whose conventional names say that they hold a row back at first may do so.
+    """
+    for column, value in withdrawn.items():
+        if _is_default(column, value, now) and not any(
+            column.name in each for each in HELD.values()
+        ):
+            raise ClaimError(
+                f"withdrawn has {_shown(value)} in {column.name!r}, which is the column's default, "
+                "so no fresh row would ever be claimed: name a value that takes a row out of the "
+                "queue, or say with free=<expression> when a row may run"
+            )
+
+
+def _is_default(column: Column[Any], value: Any, now: Callable[[Column[Any]], Any]) -> bool:
+    default, text = column.default, default_text(column)
+    if isinstance(value, DatabaseTime):
+        return default is not None or text not in {"", "null"}
+    if isinstance(default, ColumnDefault) and default.is_scalar:
+        return is_same(declared(column, default.arg, "default", now), value)
+    if isinstance(value, (True_, False_)):
+        return text in ({"1", "true", "b'1"} if isinstance(value, True_) else {"0", "false", "b'0"})
+    stored = _stored(value) if isinstance(value, InlineLiteral) else None
+    # PostgreSQL's has the type behind it.
+    return default is None and text.partition("'::")[0] == str(stored).lower()
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -113,27 +136,6 @@ def _shown(value: Any) -> str:
     return repr(value.value) if isinstance(value, InlineLiteral) else str(value)
 
 
-def check_value(column: Column[Any], value: Any, role: str) -> None:
-    """Raise if a column cannot hold a declared value."""
-    type_ = column.type
-    if value is None and not column.nullable:
-        raise ClaimError(
-            f"{role} has NULL in {column.name!r}, which is NOT NULL: declare the value that stands "
-            "there instead"
-        )
-    # What a decorated type accepts is its own affair.
-    if value is None or isinstance(value, ClauseElement) or isinstance(type_, TypeDecorator):
-        return
-    if isinstance(type_, Enum):
-        _check_member(column, type_, value, role)
-    elif (expected := _expected(type_, value)) is not None:
-        raise ClaimError(
-            f"{role} has {value!r} in {column.name!r}, which is {type_!r} and holds {expected}: "
-            "write the value as it stands in the column, or name another column with "
-            f"{role}={{column: value}}"
-        )
-
-
 def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
     """Describe what a column of the type holds; return None if the value is such."""
     type_, held, expected = plain_type(type_), True, ""
@@ -146,9 +148,12 @@ def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
         if held and UNSTORABLE.search(value):
             held, expected = False, "strings without NUL and surrogates"
     elif isinstance(type_, Boolean):
-        held, expected = value in {0, 1}, "true and false"
+        held, expected = value in (0, 1), "true and false"
     elif isinstance(type_, DateTime):
         held, expected = isinstance(value, datetime), "times"
+    elif type_.__visit_name__ == "BIT" and not hasattr(type_, "varying"):
+        # MySQL's; PostgreSQL's, which may vary, is a text.
+        held, expected = isinstance(value, (int, bytes)), "integers and booleans"
     return None if held else expected
 
 
@@ -160,25 +165,6 @@ def _check_member(column: Column[Any], type_: Enum, value: Any, role: str) -> No
     raise ClaimError(
         f"{role} has {value!r} in {column.name!r}, which holds {', '.join(map(repr, type_.enums))}"
         ": write " + ("one of them" if right is None else f"{right!r}, the name of that member")
-    )
-
-
-def check_not_a_column(state: Column[Any], value: Any, role: str, names: Collection[str]) -> None:
-    """Raise for a value of the state that is the name of a column, and may have been meant so."""
-    if not isinstance(value, str) or value not in names:
-        return
-    if isinstance(state.type, Enum) and value in state.type.enums:
-        return
-    if role == "free":
-        cure = f"free=({value!r},) for the value, or free=<expression> for the column"
-    else:
-        cure = (
-            f"{role}={{{state.name!r}: {value!r}}} for the value, or {role}={{{value!r}: ...}} "
-            "for the column"
-        )
-    raise ClaimError(
-        f"{role}={value!r} is the name of a column, and would be a value of {state.name!r}: "
-        f"write {cure}"
     )
 
 
@@ -195,34 +181,50 @@ def free_values(free: Any) -> list[Any]:
     return found
 
 
-def literal(column: Column[Any], value: Any, now: Callable[[Column[Any]], Any]) -> Any:
+def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[Any]], Any]) -> Any:
     """Return a declared value as it stands in a statement: a literal of the column's type.
 
     Args:
         column: the column that holds it.
         value: the value; an SQLAlchemy expression stays as it is.
+        role: what it is declared as, for the message.
         now: the database's clock as a column stores it.
+
+    Raises:
+        ClaimError: the column cannot hold it.
     """
-    if hasattr(value, "__clause_element__"):
-        value = value.__clause_element__()
+    value, type_ = clause(value), column.type
     if isinstance(value, (Now, functions.now, functions.current_timestamp)):
         return now(column)
+    if value is None and not column.nullable:
+        raise ClaimError(
+            f"{role} has NULL in {column.name!r}, which is NOT NULL: declare the value that stands "
+            "there instead"
+        )
     if value is None or isinstance(value, ClauseElement):
         return value
-    is_truth = isinstance(value, int) and value in {0, 1} and is_flag(column)
-    if is_truth and not _converts(column.type):
-        type_ = plain_type(column.type)
-        if isinstance(type_, Boolean):
-            return true() if value else false()
-        return InlineLiteral(int(value), type_ if type_.__visit_name__ == "BIT" else Integer())
+    # What a decorated type accepts is its own affair.
+    if isinstance(type_, Enum):
+        _check_member(column, type_, value, role)
+    elif not isinstance(type_, TypeDecorator) and (expected := _expected(type_, value)):
+        raise ClaimError(
+            f"{role} has {value!r} in {column.name!r}, which is {type_!r} and holds {expected}: "
+            "write the value as it stands in the column, or name another column with "
+            f"{role}={{column: value}}"
+        )
     try:
-        hash(value)
+        is_truth = value in {0, 1} and isinstance(value, int) and is_flag(column)
     except TypeError:
         raise ClaimError(
             f"{column.name}={value!r} cannot be declared: the value must be hashable, since "
             "it is part of the statement; pass it in values=... of the call"
         ) from None
-    return InlineLiteral(value, column.type)
+    if is_truth and not _converts(type_):
+        type_ = plain_type(type_)
+        if isinstance(type_, Boolean):
+            return true() if value else false()
+        return InlineLiteral(int(value), type_ if type_.__visit_name__ == "BIT" else Integer())
+    return InlineLiteral(value, type_)
 
 
 def _converts(type_: TypeEngine[Any]) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
@@ -88,77 +87,53 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def part_of(ticket: Mapping[str, Any], name: str) -> Any:
-    """Return an entry of a ticket, or raise if it has none."""
-    if not isinstance(ticket, Mapping) or name not in ticket:
-        raise ClaimError(
-            f"{ticket!r} is not a ticket: it has no {name!r}; expected what Claim.ticket(job) "
-            "returned"
-        )
-    return ticket[name]
-
-
-def lease_of(ticket: Mapping[str, Any]) -> timedelta | None:
-    """Return the lease of a ticket, or raise if it is no duration."""
-    seconds = part_of(ticket, "lease")
+def parts_of(ticket: Any) -> tuple[Any, Any, Any, timedelta | None]:
+    """Return a ticket's table, key, token and lease, or raise if it is not a ticket."""
     try:
-        return None if seconds is None else timedelta(seconds=seconds)
-    except (TypeError, ValueError, OverflowError):
+        name, key, token, seconds = (ticket[part] for part in ("table", "key", "token", "lease"))
+        return name, key, token, None if seconds is None else timedelta(seconds=seconds)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ClaimError(
-            f"the ticket's lease is {seconds!r}; expected its seconds, as Claim.ticket(job) "
-            "returned them, or None"
+            f"{ticket!r} is not a ticket ({type(error).__name__}: {error}); expected what "
+            "Claim.ticket(job) returned, with its table, key, token and lease in seconds"
         ) from None
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles a ``JobTable`` without its statements; its class's mapper and tables by reference."""
+    """Pickles a mapped class's mapper and tables by reference to the class."""
 
-    def __init__(self, file: io.BytesIO, tables: Sequence[Any]) -> None:
+    def __init__(self, file: io.BytesIO, entity: type[Any] | None) -> None:
         super().__init__(file)
-        self.tables = tables
-
-    def persistent_id(self, obj: Any) -> type[Any] | tuple[int, str | None] | None:
-        if is_mapper(obj):
-            return obj.class_
-        table = obj.table if isinstance(obj, Column) else obj
-        if not isinstance(table, Table) or table not in self.tables:
-            return None
-        return self.tables.index(table), None if obj is table else obj.key
+        self.entity = entity
+        self.tables = [] if entity is None else list(sa_inspect(entity).tables)
 
     def reducer_override(self, obj: Any) -> Any:
-        if not isinstance(obj, JobTable):
+        if is_mapper(obj):
+            return sa_inspect, (obj.class_,)
+        table = obj.table if isinstance(obj, Column) else obj
+        if not isinstance(table, Table) or table not in self.tables:
             return NotImplemented
-        state = {each.name: getattr(obj, each.name) for each in fields(obj)}
-        return object.__new__, (JobTable,), state
+        key = None if obj is table else obj.key
+        return _of_class, (self.entity, self.tables.index(table), key)
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tables: Sequence[Any]) -> None:
-        super().__init__(file)
-        self.tables = tables
-
-    def persistent_load(self, pid: Any) -> Any:
-        if isinstance(pid, type):
-            return sa_inspect(pid)
-        place, key = pid
-        return self.tables[place] if key is None else self.tables[place].columns[key]
+def _of_class(entity: type[Any], place: int, key: str | None) -> Any:
+    """Return one of the class's tables, or its column with this key."""
+    table = sa_inspect(entity).tables[place]
+    return table if key is None else table.columns[key]
 
 
-def pickled(job_table: JobTable) -> tuple[type[Any] | None, bytes]:
+def pickled(job_table: JobTable) -> bytes:
     """Pickle a declaration: a mapped class by its name, a ``Table`` with its metadata."""
     file = io.BytesIO()
-    _Pickler(file, _tables(job_table.entity)).dump(job_table)
-    return job_table.entity, file.getvalue()
+    _Pickler(file, job_table.entity).dump(job_table)
+    return file.getvalue()
 
 
-def unpickled(entity: type[Any] | None, state: bytes) -> JobTable:
+def unpickled(state: bytes) -> JobTable:
     """Return the declaration that :func:`pickled` has pickled."""
-    found: JobTable = _Unpickler(io.BytesIO(state), _tables(entity)).load()
-    for column in found.table.columns if entity is None else ():
+    found: JobTable = pickle.loads(state)  # noqa: S301 - a part of the caller's own pickle
+    for column in found.table.columns if found.entity is None else ():
         # SQLAlchemy keeps it, and unpickles it before the column has its type.
         column.__dict__.pop("comparator", None)
     return found
-
-
-def _tables(entity: type[Any] | None) -> Sequence[Any]:
-    return () if entity is None else sa_inspect(entity).tables

@@ -17,7 +17,7 @@ from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.lifecycle import Owned
-from atomic_claim.outcomes import Values, completion, extension, failure, release
+from atomic_claim.outcomes import Values, completion, extension, failures, release
 from atomic_claim.plan import TOKEN, WORKER, ClaimRequest
 from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
@@ -148,11 +148,11 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     consent = ", unfenced=True" if job_table.token is None else ""
     endings: dict[str, Callable[[], Values]] = {
         f"complete_jobs(engine, claim{consent})": lambda: completion(job_table),
-        f"fail_jobs(engine, claim, error=...{consent})": lambda: failure(
-            job_table, retry=False, error="..."
+        f"fail_jobs(engine, claim, error=...{consent})": lambda: (
+            failures(job_table, retry=False, error="...")[-1].values
         ),
-        f"fail_jobs(engine, claim, retry=...{consent})": lambda: failure(
-            job_table, retry=SHOWN_PAUSE, error=None
+        f"fail_jobs(engine, claim, retry=...{consent})": lambda: (
+            failures(job_table, retry=SHOWN_PAUSE, error=None)[-1].values
         ),
         f"release_jobs(engine, claim{consent})": lambda: release(job_table),
         "extend_jobs(engine, claim)": lambda: _shown_extension(job_table),

@@ -144,7 +144,7 @@ def order(job_table: JobTable, given: Any) -> list[ColumnElement[Any]] | None:
         given = [part.strip() for part in given.split(",")]
     if not isinstance(given, (list, tuple)):
         given = [given]
-    return [job_table.term(term) for term in given]
+    return list(job_table.terms(given))
 
 
 def lease(given: Any) -> timedelta | None:

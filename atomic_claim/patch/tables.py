@@ -35,9 +35,7 @@ def stateless(table: Any) -> JobTable:
     try:
         return JobTable.infer(table)
     except AmbiguousTable:
-        own = _table_of(table)
-        names = {column: frozenset([column.name]) for column in own.columns}
-        reading = read_columns(own, names, ordered=True)
+        reading = read_columns(_table_of(table), ordered=True)
         if len(reading.problems) > 1 or "state" in reading.arguments:
             raise
         found = reading.arguments

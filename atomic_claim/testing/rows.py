@@ -80,10 +80,7 @@ def job_columns(given: Any) -> JobColumns:
     try:
         found = job_table_of(given)
     except ClaimError:
-        roles = [
-            read_columns(table, {column: frozenset([column.name]) for column in table.columns})
-            for table in tables_of(given)
-        ]
+        roles = [read_columns(table) for table in tables_of(given)]
         said = [each.arguments for each in roles]
     else:
         said = [{"due": found.due, "order": found.order, "attempts": found.attempts}]

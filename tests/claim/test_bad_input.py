@@ -243,7 +243,7 @@ CALLS: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "a worker without a column": (
         lambda _: {"worker": "ann"},
-        ("worker='ann' needs a column", "'jobs'", "JobTable(worker=...)"),
+        ("worker='ann' needs a worker column", "'jobs'", "JobTable(worker=...)"),
     ),
     "a worker that is no name": (
         lambda _: {"worker": 7},

@@ -108,19 +108,33 @@ def full_table() -> sa.Table:
         Column("tiny", mysql.TINYINT(unsigned=True)),
         Column("extra", sa.JSON),
         Column("domain", postgresql.DOMAIN("stage", String(10))),
+        Column("bit", mysql.BIT(1)),
+        Column("bits", postgresql.BIT(1)),
+        Column("d", Integer, default=0),
+        Column("e", Integer, server_default="0"),
+        Column("hidden", sa.Boolean, server_default=sa.true()),
+        Column("stage", String(10), server_default=sa.text("'new'::character varying")),
+        Column("made_at", DateTime, server_default=NOW),
+        Column("draft", sa.Boolean, default=True),
     )
 
 
 REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
-    "claimed is free": ({**STATUS, "claimed": "new"}, "hand out the same rows"),
-    "claimed is among the free": ({**STATUS, "free": ("new", "run")}, "hand out the same rows"),
+    "claimed is free": ({**STATUS, "claimed": "new"}, "a claimed row would count as free"),
+    "claimed is among the free": (
+        {**STATUS, "free": ("new", "run")},
+        "a claimed row would count as free",
+    ),
     "claimed is done": ({**STATUS, "done": "run"}, "a claimed row would count as done"),
     "claimed is failed": ({**STATUS, "failed": "run"}, "a claimed row would count as failed"),
-    "free is done": ({**STATUS, "done": "new"}, "free rows would count as done"),
-    "free is failed": ({**STATUS, "failed": "new"}, "free rows would count as failed"),
-    "done is failed": ({**STATUS, "done": "end", "failed": "end"}, "could be requeued"),
+    "free is done": ({**STATUS, "done": "new"}, "a free row would count as done"),
+    "free is failed": ({**STATUS, "failed": "new"}, "a free row would count as failed"),
+    "done is failed": (
+        {**STATUS, "done": "end", "failed": "end"},
+        "a done row would count as failed",
+    ),
     "claimed is withdrawn": ({**STATUS, "withdrawn": {"status": "run"}}, "count as withdrawn"),
-    "released is claimed": ({**STATUS, "released": "run"}, "a released row would stay claimed"),
+    "released is claimed": ({**STATUS, "released": "run"}, "a released row would count as claimed"),
     "released is not free": ({**STATUS, "released": "held"}, "'held' to jobs.status, which is not"),
     "free is a set": ({**STATUS, "free": {"new", "old"}}, "write a tuple"),
     "free is nothing": ({**STATUS, "free": ()}, "no row would ever be claimed"),
@@ -163,12 +177,15 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     "JSON": ({"state": "extra", "free": "a", "claimed": "b"}, "expected one value"),
     "NULL is free, and is claimed": (
         {**STATUS, "claimed": None, "null_is_free": True},
-        "hand out the same rows",
+        "a claimed row would count as free",
     ),
-    "a flag's 1 is true": ({"state": "flag", "free": True, "claimed": 1}, "hand out the same"),
+    "a flag's 1 is true": (
+        {"state": "flag", "free": True, "claimed": 1},
+        "a claimed row would count as free",
+    ),
     "a member and its name": (
         {"state": "kind", "free": Status.PENDING, "claimed": "PENDING"},
-        "hand out the same rows",
+        "a claimed row would count as free",
     ),
     "a text with NUL": ({**STATUS, "claimed": "a\0"}, "without NUL and surrogates"),
     "a text with a surrogate": ({**STATUS, "done": "a\udc80"}, "without NUL and surrogates"),
@@ -187,6 +204,24 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     "a claim that writes the counter": (
         {**STATUS, "attempts": "size", "claimed": {"status": "run", "size": 1}},
         "claimed writes 'size', but attempts counts the claims",
+    ),
+    "a text in MySQL's bit": (
+        {"state": "bit", "free": "0", "claimed": "1"},
+        "'0' in 'bit', which is BIT(length=1) and holds integers and booleans",
+    ),
+    "withdrawn by a default": ({**STATUS, "withdrawn": {"d": 0}}, "has 0 in 'd', which is the col"),
+    "withdrawn by a server's default": ({**STATUS, "withdrawn": {"e": 0}}, "no fresh row would"),
+    "withdrawn by a flag's default": (
+        {**STATUS, "withdrawn": {"hidden": True}},
+        "has true in 'hidden', which is the column's default",
+    ),
+    "withdrawn by a text's default": (
+        {**STATUS, "withdrawn": {"stage": "new"}},
+        "has 'new' in 'stage', which is the column's default",
+    ),
+    "withdrawn by a time's default": (
+        {**STATUS, "withdrawn": {"made_at": NOW}},
+        "has func.now() in 'made_at', which is the column's default",
     ),
     "unleased beyond all times": (
         {**STATUS, "lease": "finished_at", "stamps": "locked_at", "unleased": timedelta.max},
@@ -220,6 +255,10 @@ def test_refused_declarations(declaration: str) -> None:
         {"state": "domain", "free": "new", "claimed": "run"},
         {**STATUS, "free": ("owner",)},
         {**STATUS, "done": {"status": "owner"}},
+        {"state": "bit", "free": 0, "claimed": True},
+        {"state": "bits", "free": "0", "claimed": "1"},
+        {**STATUS, "withdrawn": {"draft": True}},
+        {**STATUS, "withdrawn": {"d": 1, "e": 1, "hidden": False, "stage": "old", "flag": True}},
     ],
     ids=",".join,
 )

@@ -307,7 +307,7 @@ def test_what_is_freed_while_leases_are_extended(
 
     monkeypatch.setattr(SQLite, "unlocked", then_release)
     assert [beat.once(), beat.once()] == [(), ()]
-    assert beat.keeper.lost == ()
+    assert beat.lost == ()
 
 
 def test_an_end_that_is_rolled_back(database: Database) -> None:

@@ -29,7 +29,7 @@ from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 from atomic_claim import predicates
 from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.outcomes import failure
+from atomic_claim.outcomes import failures
 from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 
 from .findings import Finding, Level, Patient, Reading, age, count
@@ -221,7 +221,7 @@ def spent(reading: Reading) -> Iterator[Finding]:
         groups["spent"] = and_(not_(and_(*predicates.is_unspent(job_table))), or_(*unowned))
     counted = counts(reading, groups)
     if number := counted.get("spent"):
-        values = failure(job_table, retry=False, error="all attempts are spent")
+        values = failures(job_table, retry=False, error="all attempts are spent")[0].values
         sql = update_text(reading.patient, values, reading.patient.text(groups["spent"]))
         why = "no claim takes them any more, and nothing says that they have failed"
         fix = "call sweep_jobs(engine, table) from time to time; for now:"
