@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import sqlalchemy.orm
     from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
 
+ASYNC = ("AsyncSession", "AsyncConnection", "AsyncEngine")
+ASYNC_MAKERS = ("async_scoped_session", "async_sessionmaker")
+
 
 def is_session(given: object) -> TypeGuard[Session]:
     """Check whether the object is a ``Session``."""
@@ -40,16 +43,8 @@ def is_mapper(given: object) -> TypeGuard[Mapper[Any]]:
 
 def async_types() -> tuple[type[Any], ...]:
     """Return the asynchronous bind classes, or an empty tuple if they are not imported."""
-    module: Any = sys.modules.get("sqlalchemy.ext.asyncio")
-    if module is None:
-        return ()
-    return (
-        module.AsyncSession,
-        module.async_scoped_session,
-        module.AsyncConnection,
-        module.AsyncEngine,
-        module.async_sessionmaker,
-    )
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return () if module is None else tuple(getattr(module, n) for n in (*ASYNC, *ASYNC_MAKERS))
 
 
 def sync_bind(bind: Any) -> Any:

@@ -97,14 +97,13 @@ def failures(
 
 
 def sweeping(job_table: JobTable) -> Sequence[Outcome]:
-    """Return the outcomes that mark spent rows as failed, and keep the last error."""
+    """Return the outcome that marks spent rows as failed, and keeps the last error."""
     job_table.needed("attempts", "sweep_jobs")
     values = _ending(job_table, "failed")
-    error = job_table.error
-    if error is None:
-        return (Outcome(values),)
-    spent = {**values, error: error_value(job_table, "all attempts are spent")}
-    return Outcome(spent, (error.is_(None),)), Outcome(values)
+    if (error := job_table.error) is not None:
+        spent = literal(error_value(job_table, "all attempts are spent"), error.type)
+        values[error] = func.coalesce(error, spent)
+    return (Outcome(values),)
 
 
 def release(job_table: JobTable) -> Values:
