@@ -199,12 +199,9 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
     if _needs_object(function, owner):
         maker = planned(owner, f"{owner.__name__}, the class of {name},", adapter=adapter)
         parameters = parameters[1:]
-    known = [
-        (each, _role(each, adapter=adapter, asynchronous=waits), each.default is each.empty)
-        for each in parameters
-        if each.kind not in KINDS_WITHOUT_NAMES
-    ]
-    unknown = [str(each) for each, role, needed in known if needed and role is None]
+    named = [each for each in parameters if each.kind not in KINDS_WITHOUT_NAMES]
+    roles = [(each, _role(each, adapter=adapter, asynchronous=waits)) for each in named]
+    unknown = [str(each) for each, role in roles if role is None and each.default is each.empty]
     if unknown:
         raise CommandError(
             f"{name} takes {', '.join(unknown)}, and what that is to be given cannot be told by "
@@ -212,12 +209,7 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
             "worker and table): write a function that takes what is known, and name it with call=; "
             "as its parameter `target` it is given the one that is raced"
         )
-    wanted = [
-        (each, role)
-        for each, role, needed in known
-        if role and (needed or role not in ONLY_IF_NEEDED)
-    ]
-    return Plan(function, wanted, maker)
+    return Plan(function, [(each, role) for each, role in roles if role is not None], maker)
 
 
 def _needs_object(function: Any, owner: Any) -> bool:
@@ -237,6 +229,7 @@ def _role(parameter: inspect.Parameter, *, adapter: bool, asynchronous: bool) ->
             if pattern.search(bases or text):
                 return role
     by_name = ROLES.get(parameter.name)
-    if by_name == "target" and not adapter:
+    has_default = parameter.default is not parameter.empty
+    if (by_name == "target" and not adapter) or (by_name in ONLY_IF_NEEDED and has_default):
         return None
     return f"async_{by_name}" if asynchronous and by_name in ASYNCHRONOUS else by_name

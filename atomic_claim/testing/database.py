@@ -138,8 +138,7 @@ def chosen(given: str | URL | None) -> Iterator[URL]:
         yield parse_url(given)
         return
     with tempfile.TemporaryDirectory(prefix="atomic-claim-") as folder:
-        path = Path(folder) / "jobs.sqlite"
-        path.touch()
+        (path := Path(folder) / "jobs.sqlite").touch()
         yield URL.create("sqlite", database=str(path))
 
 

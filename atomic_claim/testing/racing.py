@@ -112,9 +112,8 @@ def race(
 
 def _check_numbers(**given: Any) -> None:
     for name, value in given.items():
-        if value is None or value > 0 or (name == "patience" and value == 0):
-            continue
-        raise CommandError(f"{name} is {value!r}; expected a number above 0")
+        if value is not None and (value < 0 or (value == 0 and name != "patience")):
+            raise CommandError(f"{name} is {value!r}; expected a number above 0")
 
 
 def _name(given: Any, what: str) -> str:

@@ -34,7 +34,7 @@ class Reader:
         self._most = most
         self._tables = frozenset(tables)
         self._key = tuple(tables[0].primary_key.columns)
-        self._names = [[column.key, column.name] for column in self._key]
+        self._names: list[list[Any]] = [[each, each.key, each.name] for each in self._key]
         if (mapper := mapper_of(given)) is not None:
             for names, column in zip(self._names, self._key, strict=True):
                 names.append(mapper.get_property_by_column(column).key)
@@ -86,12 +86,10 @@ class Reader:
             if self._is_key(job):
                 return job
             return self._values(job[0]) if len(job) == 1 else None
-        return self._by_name(lambda name: getattr(job, name, None))
+        return self._by_name(lambda name: getattr(job, str(name), None))
 
     def _of_row(self, row: Row[Any]) -> Sequence[Any] | None:
         mapping: Any = row._mapping  # noqa: SLF001 - its documented name
-        if all(column in mapping for column in self._key):
-            return [mapping[column] for column in self._key]
         if (found := self._by_name(mapping.get)) is not None:
             return found
         entities = [each for each in row if _state_of(each) is not None]
@@ -99,9 +97,11 @@ class Reader:
             return self._values(entities[0])
         return [row[0]] if len(row) == len(self._key) == 1 else None
 
-    def _by_name(self, get: Callable[[str], Any]) -> list[Any] | None:
-        found = [[get(name) for name in names] for names in self._names]
-        values = [next((value for value in each if value is not None), None) for each in found]
+    def _by_name(self, get: Callable[[Any], Any]) -> list[Any] | None:
+        values = [
+            next((found for name in names if (found := get(name)) is not None), None)
+            for names in self._names
+        ]
         return None if None in values else values
 
     def _is_key(self, found: Sequence[Any]) -> bool:

@@ -125,30 +125,28 @@ class Maker:
         made = dict(given)
         for column in self.table.columns:
             if column.key not in made:
-                known, value = self._value(column, place)
-                if known:
-                    made[column.key] = value
+                made.update(self._value(column, place))
         return made
 
-    def _value(self, column: Column[Any], place: int) -> tuple[bool, Any]:
-        """Return whether the column needs a value, and the value."""
+    def _value(self, column: Column[Any], place: int) -> Row:
+        """Return the value of the column, by its key, or nothing if it needs none."""
         if column in self.parents:
             values = self.parents[column]
-            return True, values[place % len(values)]
+            return {column.key: values[place % len(values)]}
         if column in self.known.free:
-            return True, self.known.free[column]
+            return {column.key: self.known.free[column]}
         # A default that is the same in every row is of no use where rows must differ.
         is_constant = getattr(column.default, "is_scalar", False)
         if _is_filled(column) and not (column in self._unique and is_constant):
-            return False, None
+            return {}
         type_ = plain_type(column.type)
         if column in self.known.times and isinstance(type_, DateTime):
-            return True, self._time(type_, place)
+            return {column.key: self._time(type_, place)}
         if column.nullable:
             if isinstance(type_, Boolean):
-                return True, False
-            return column in self.known.counts, 0
-        return True, self._made(column, type_, place)
+                return {column.key: False}
+            return {column.key: 0} if column in self.known.counts else {}
+        return {column.key: self._made(column, type_, place)}
 
     def _time(self, type_: Any, place: int) -> datetime:
         # As old as a day, so that it has come in every zone, and in the order of the rows.
@@ -207,11 +205,9 @@ def _is_filled(column: Column[Any]) -> bool:
 
 def _unique_columns(table: Table) -> Iterator[Column[Any]]:
     """Columns that must differ from row to row, so that every unique constraint is satisfied."""
-    unique = [list(index.columns) for index in table.indexes if index.unique]
-    unique += [
-        list(each.columns) for each in table.constraints if isinstance(each, UniqueConstraint)
-    ]
-    for columns in [*unique, list(table.primary_key.columns)]:
+    indexes = [index.columns for index in table.indexes if index.unique]
+    unique = [each.columns for each in table.constraints if isinstance(each, UniqueConstraint)]
+    for columns in [*indexes, *unique, table.primary_key.columns]:
         referring = [column for column in columns if column.foreign_keys]
         own = [c for c in columns if c not in referring and c.name not in STATUSES]
         fit = [c for c in own if not isinstance(plain_type(c.type), (Boolean, Enum))]

@@ -69,13 +69,12 @@ class Board:
         return all(self.idle)
 
     def _is_awaited(self, worker: int) -> bool:
-        now = time.perf_counter()
-        awaited = {
-            STARTING: True,
-            AT_WORK: now - self.calling[worker] < ABSENT,
-            IN_STATEMENT: now - self.since[worker] < BLOCKED,
-        }
-        return awaited.get(self.doing[worker], False)
+        doing, now = self.doing[worker], time.perf_counter()
+        if doing == IN_STATEMENT:
+            return now - self.since[worker] < BLOCKED
+        if doing == AT_WORK:
+            return now - self.calling[worker] < ABSENT
+        return doing == STARTING
 
     def wait_for_others(self) -> None:
         """Return when no worker is still on its way here."""

@@ -45,10 +45,8 @@ class Waits:
 
     def total(self) -> float | None:
         """Return the seconds of all sessions together, or None if a query failed."""
-        seconds = self._sampled
-        if not self._is_sampled:
-            seconds = (self._ask(COUNTER) - self._begin) / 1000
-        return None if self._is_refused else seconds
+        counted = 0.0 if self._is_sampled else (self._ask(COUNTER) - self._begin) / 1000
+        return None if self._is_refused else counted + self._sampled
 
     def _ask(self, statement: Any) -> float:
         try:

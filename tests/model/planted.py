@@ -164,7 +164,7 @@ BUGS: Final = (
     Planted(
         "no write lock before the read on SQLite",
         "backends/sqlite.py",
-        "        tx.execute(_lock(job_table))\n        tx.refuse_autocommit(",
+        "        tx.execute(job_table.prepare(_lock))\n        tx.refuse_autocommit(",
         "        tx.refuse_autocommit(",
     ),
     Planted(
@@ -204,8 +204,8 @@ BUGS: Final = (
     Planted(
         "the look counts no running rows",
         "backends/by_key.py",
-        "running.where(self._column == key, predicates.is_held(job_table))",
-        "running.where(self._column == key, predicates.is_free(job_table))",
+        "running.where(self._column == rows.columns[KEY], predicates.is_held(job_table))",
+        "running.where(self._column == rows.columns[KEY], predicates.is_free(job_table))",
     ),
     Planted(
         "a lost COMMIT is taken for rolled back",
