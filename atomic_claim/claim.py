@@ -124,8 +124,8 @@ class Claim(Sequence[J]):
             key = ours[id(job)] if id(job) in ours else _key_of(self.table, job)
             if key not in known:
                 raise ClaimError(
-                    f"{job!r} is not one of the claim's {len(known)} jobs, whose keys are "
-                    f"{reprlib.repr(self.keys)}"
+                    f"{job!r} is not one of the claim's {len(known)} jobs; expected one with a key "
+                    f"of {reprlib.repr(self.keys)}"
                 )
             found[key] = None
         return tuple(found)
@@ -354,7 +354,8 @@ class Claiming:
             return Claimed(found, unreadable)
         raise ClaimError(
             f"none of {len(unreadable)} claimable rows of {plan.job_table.table.fullname!r} can be "
-            f"read; they are free again: {unreadable!r}"
+            f"read, their keys: {unreadable!r}. They are free again: correct their values, or the "
+            "types of their columns"
         )
 
     def undo(self, tx: Transaction) -> None:
@@ -465,7 +466,7 @@ def _load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
         return
     mapper = plan.job_table.mapper
     assert mapper is not None
-    from sqlalchemy.orm import (  # noqa: PLC0415 - whoever has entities has loaded it
+    from sqlalchemy.orm import (  # noqa: PLC0415 - deferred: the ORM takes time to import
         selectin_polymorphic,
         undefer,
     )

@@ -99,7 +99,7 @@ def table_with(tables: Sequence[Table], wanted: Iterable[Any]) -> Table:
             return table
     raise ClaimError(
         f"none of the tables {', '.join(t.fullname for t in tables)} has the state column "
-        f"{wanted!r}"
+        f"{wanted!r}: name one of their columns with state=..."
     )
 
 

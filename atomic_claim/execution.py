@@ -444,7 +444,7 @@ def _refuse_shared(engine: Engine) -> None:
 
 def patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
     """Run beside an event loop, with pauses that leave it to others."""
-    import asyncio  # noqa: PLC0415 - whoever runs beside an event loop has loaded it
+    import asyncio  # noqa: PLC0415 - loaded already beside an event loop
 
     token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
     try:

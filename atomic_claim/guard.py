@@ -175,10 +175,9 @@ def _check_payload(table: Table) -> None:
 def _check_ends(job_table: JobTable) -> None:
     if not job_table.done:
         raise ClaimError(
-            f"finished jobs of {job_table.table.fullname!r} have no mark, so the guard cannot tell "
-            "one that another worker has claimed and finished from one that waits: declare "
-            "JobTable(done=...). If finished jobs are deleted, no guard is needed: the second "
-            "worker's UPDATE changes no row, which its loop has to check"
+            f"nothing marks a row of {job_table.table.fullname!r} as done, so a trigger cannot "
+            "tell a completed job from a free one: declare JobTable(done=...). If completed jobs "
+            "are deleted, no guard is needed: let the loop check that its UPDATE changed a row"
         )
 
 
@@ -187,11 +186,10 @@ def _check_owner(job_table: JobTable) -> None:
     name, owners = job_table.table.fullname, _owners(job_table)
     if not owners:
         raise ClaimError(
-            f"{name!r} has no worker and no token column, by which a trigger could tell the "
-            "progress of a running job from a second claim where whole rows are written, and on "
-            "MySQL and MariaDB, which have no UPDATE OF. Let every loop write its own worker id "
-            "when it claims, and declare the column with JobTable(worker=...), after ALTER TABLE "
-            f"{name} ADD COLUMN worker VARCHAR(64) NULL"
+            f"{name!r} has no worker and no token column, so on MySQL and MariaDB, and where whole "
+            "rows are written, a trigger cannot tell progress from a second claim. Add one: ALTER "
+            f"TABLE {name} ADD COLUMN worker VARCHAR(64) NULL. Declare it with "
+            "JobTable(worker=...), and let every loop write its own name when it claims"
         )
     mapper = job_table.mapper
     if mapper is not None and not any(mapper.columns.contains_column(owner) for owner in owners):

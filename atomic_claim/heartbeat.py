@@ -178,7 +178,7 @@ class Beat(Keeper):
         if found is not None:
             self.reached, self.error = began, None
             return self._keep(found)
-        # On SQLite nobody can write while the block's own transaction has, but anybody can read.
+        # On SQLite other connections can read, but not write, while the block has written.
         found = self._run(lambda tx: self._standing(tx, set(self.remaining)))
         lost = () if found is None else self._keep(found)
         return lost + self.give_up() if self.is_over else lost
@@ -232,7 +232,7 @@ class Beat(Keeper):
         # SQLite locks nothing: the block may have ended some of them meanwhile.
         changes = tx.backend.changes(job_table, guard, self.values)
         ours = set(tx.backend.extend(tx, job_table, free, changes))
-        # Running, and nobody else's: an end that the block had begun was rolled back.
+        # Running, and still this claim's: an end that the block had begun was rolled back.
         self.ended.difference_update(ours)
         return ours | self._standing(tx, set(self.remaining).difference(ours))
 
@@ -276,14 +276,14 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
     missing, urgent, uncommitted = run_in(bind, owned.job_table, look)
     if uncommitted:
         raise ClaimError(
-            f"the claim of {uncommitted!r} is not to be seen from another connection: commit it "
-            "before keep_claims, or it is lost already"
+            f"the claim of {uncommitted!r} is not visible to other connections: commit it before "
+            "keep_claims"
         )
     if missing:
         raise ClaimLost(
             f"{len(missing)} of {len(owned.keys)} jobs are not this claim's before keep_claims, "
-            f"their keys: {missing!r}. They have ended, or were cancelled or taken: keep the "
-            "others, which still are",
+            f"their keys: {missing!r}. They have ended, or another worker has them: pass a slice "
+            "of the claim without them",
             keys=missing,
         )
     if urgent:

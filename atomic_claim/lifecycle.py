@@ -255,7 +255,8 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
     unspent = predicates.is_unspent(job_table)
     if not unspent:
         raise ClaimError(
-            f"{job_table!r} says neither attempts=... nor max_attempts=...: nothing can be spent"
+            f"{job_table!r} has no limit of attempts, so no row has used them up: declare "
+            "JobTable(attempts=..., max_attempts=...)"
         )
     spent = and_(*map(not_, unspent), predicates.is_unowned(job_table))
     query = select(*job_table.key).where(spent)
@@ -431,8 +432,8 @@ class Change:
         error = ClaimError(
             f"the database refused the change of {len(self.refused)} of {len(self.keys)} jobs of "
             f"{self.job_table.table.fullname!r}, their keys: {list(self.refused)!r}, the last one: "
-            f"{getattr(cause, 'orig', cause)}. They are {left}; the other {len(self.changed)} were "
-            "changed"
+            f"{getattr(cause, 'orig', cause)}. They are {left}, and the other {len(self.changed)} "
+            "were changed. Remove what refuses them, or end them in another way"
         )
         error.__cause__ = cause
         return error

@@ -256,7 +256,7 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
     )
     type_ = plain_type(state.type)
     raise AmbiguousTable(
-        f"{state} is {type_!r}, whose values nobody named: give {missing} as they stand in the "
+        f"{state} is {type_!r}, whose values are not declared: give {missing} as they stand in the "
         "column" + (f" (one of {', '.join(type_.enums)})" if isinstance(type_, Enum) else "")
     )
 

@@ -96,7 +96,7 @@ def claim_statement(
     job_table = job_table_of(table, ordered=order_by is not None)
     if job_table.exclusive_by is not None:
         raise ClaimError(
-            f"{job_table!r} has a key of which only {job_table.max_per_key} may run, which takes "
+            f"{job_table!r} lets {job_table.max_per_key} jobs of a key run at once, which takes "
             "more than one statement: use claim_jobs(bind, table, ...)"
         )
     if job_table.fair_by is not None:

@@ -109,7 +109,7 @@ class ServerDatabase(Database):
     """A database on a server.
 
     Raises:
-        Unavailable: the server cannot be had.
+        Unavailable: the server is not available.
     """
 
     # Asked with the database's name.

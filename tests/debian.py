@@ -39,7 +39,7 @@ Dir::Etc::PreferencesParts "/dev/null";
 
 
 class PackageError(Exception):
-    """A Debian package cannot be had on this machine."""
+    """A Debian package is not available on this machine."""
 
 
 @dataclass(frozen=True)

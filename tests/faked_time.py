@@ -20,7 +20,7 @@ class FakedClock:
         environment: what makes a program read this clock, and no other.
 
     Raises:
-        PackageError: libfaketime cannot be had.
+        PackageError: libfaketime is not available.
     """
 
     def __init__(self, workspace: Workspace) -> None:

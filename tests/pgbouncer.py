@@ -50,7 +50,7 @@ def pgbouncer(database: Database, workspace: Workspace, mode: str) -> Iterator[s
     else:
         reason = ""
     if reason:
-        skip_or_fail(f"PgBouncer cannot be had: {reason}")
+        skip_or_fail(f"PgBouncer is not available: {reason}")
     home = account.make_folder(workspace.folder / f"{PROGRAM}-{mode}")
     url, own_port = database.url, free_port()
     server = {"host": url.host, "port": url.port, "user": url.username, "password": url.password}

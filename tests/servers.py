@@ -36,7 +36,7 @@ IGNORE_INSTALLED: Final = "ATOMIC_CLAIM_TEST_IGNORE_INSTALLED"
 
 
 class Unavailable(Exception):
-    """A database cannot be had on this machine; the message says why."""
+    """A database is not available on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DatabaseServer(ABC):
         """An engine, in autocommit, for what concerns the server and not one test's database.
 
         Raises:
-            Unavailable: the server cannot be had; it is not tried a second time.
+            Unavailable: the server is not available; it is not tried a second time.
         """
         if self._reason is not None:
             raise Unavailable(self._reason)
@@ -130,7 +130,7 @@ class DatabaseServer(ABC):
             engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
             self._check(engine)
         except (debian.PackageError, ProgramError, OperationalError, Unavailable) as error:
-            reason = f"{self.title} cannot be had: {error}"
+            reason = f"{self.title} is not available: {error}"
             # The first test that is skipped tells it all.
             self._reason = reason.splitlines()[0]
             raise Unavailable(reason) from error

@@ -59,8 +59,9 @@ def backend_for(dialect: Dialect) -> Backend:
     backend = BACKENDS.get(dialect.name) or _loaded(dialect.name)
     if backend is None:
         raise UnsupportedDialect(
-            f"an atomic claim is not known for {dialect.name!r}; known are PostgreSQL (also "
-            "CockroachDB and YugabyteDB by their own dialects), MySQL, MariaDB and SQLite"
+            f"no backend claims rows on {dialect.name!r}; expected PostgreSQL (CockroachDB and "
+            "YugabyteDB by their own dialects), MySQL, MariaDB or SQLite, or a package that adds "
+            "one by an entry point of the group atomic_claim.backends"
         )
     backend.check(dialect)
     # A dialect that never connected knows no version yet.
@@ -99,5 +100,7 @@ def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
         # str() of a clause, for a person to read.
         return "CURRENT_TIMESTAMP"
     if _loaded(name) is None:
-        raise UnsupportedDialect(f"the clock of {name!r} is not known to atomic_claim")
+        raise UnsupportedDialect(
+            f"no backend reads the clock of {name!r}; expected PostgreSQL, MySQL, MariaDB or SQLite"
+        )
     return compiler.process(element, **kw)

@@ -129,7 +129,7 @@ class Search:
     def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
         """Lock the first of the candidates, and return how many were tried.
 
-        READ COMMITTED lets go at once of what does not meet the WHERE; a transaction of the
+        READ COMMITTED at once unlocks rows that do not meet the WHERE; a transaction of the
         call's own is over soon.
         """
         wanted = self.limit - len(self.taken)

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from atomic_claim.errors import ClaimConflict, ClaimError
 
-# Seconds that a claim waits for those before it, each of which takes some milliseconds; and for
+# Seconds that a claim waits for those before it, which take some milliseconds each; and for
 # which a holder may have been asleep.
 PATIENCE = 5
 MOST_LENGTH = 64  # of a name, https://dev.mysql.com/doc/refman/8.4/en/locking-functions.html
@@ -80,8 +80,9 @@ def read_committed(connection: Connection) -> None:
         if error.orig is None or error.orig.args[:1] != (IN_PROGRESS,):
             raise
         raise ClaimError(
-            "the transaction has statements before the claim's, and exclusive_by needs READ "
-            f"COMMITTED from its beginning: no listener to its begin may read ({error.orig})"
+            "a listener to the engine's begin ran a statement before the claim's, and exclusive_by "
+            "needs a transaction that starts with READ COMMITTED: remove that statement "
+            f"({error.orig})"
         ) from error
 
 
@@ -111,8 +112,8 @@ def _acquire(connection: Connection, name: str, table: str) -> None:
         holder = connection.scalar(select(func.is_used_lock(name)))
         _end_if_asleep(connection, holder)
     raise ClaimConflict(
-        f"claims from {table!r} have been waiting for each other for {2 * PATIENCE} s, for the "
-        f"server's connection {holder} above all: claim again, or KILL {holder} if it is stuck"
+        f"the lock of the exclusive keys of {table!r} was not free within {2 * PATIENCE} s; the "
+        f"server's connection {holder} holds it: claim again, or KILL {holder} if it is stuck"
     )
 
 
@@ -122,6 +123,6 @@ def _end_if_asleep(connection: Connection, holder: Any) -> None:
     for process in processes.all():
         is_holder = process["Id"] == holder and process["Command"] == "Sleep"
         if is_holder and int(process["Time"]) >= PATIENCE:
-            # It may be gone already, or somebody else's.
+            # It may be gone already, or belong to another client.
             with suppress(DBAPIError):
                 connection.execute(text(f"KILL {int(holder)}"))

@@ -176,7 +176,7 @@ class PostgreSQL(Backend):
         if process is None:
             raise ClaimError(
                 f"{connection.dialect.name} does not tell which process served a lost connection, "
-                "so the outcome of the claim is unknown: its rows can be found by their token"
+                "so the outcome of the claim is unknown: look for its rows by their token"
             )
         pid, start = process
         # A pooler may have given the process to another client since.
@@ -274,7 +274,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     locked = select(*held.columns, *list(nearest.columns)[len(key) :])
     locked = locked.select_from(nearest.join(held, true()))
     taken: list[CTE] = []
-    # Others hold so many of the nearest that the farther ones are to be looked at.
+    # Other transactions hold most of the first rows, so later ones are tried.
     is_deep = [_count(nearest) >= scan_limit]
 
     if candidates.tells_alone:
@@ -375,7 +375,7 @@ def _now(
         return f"{'GREATEST' if element.later else 'LEAST'}({sql}, {by_wall})"
     sql = f"timezone('UTC', {sql})"
     if element.clock == "unsaid" and guard_clock:
-        # Nobody of ours is there to look at the session when the caller executes a construct.
+        # The caller executes the construct, so the session cannot be checked before.
         names = ", ".join(f"'{name}'" for name in sorted(UTC_NAMES))
         refusal = "'JobTable(naive_times=...) has to say what times mean in ' || "
         zone = "current_setting('TimeZone')"

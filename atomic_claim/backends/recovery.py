@@ -26,7 +26,7 @@ from .base import Backend, Transaction, Unreadable, hinted, mark_and_load, read_
 from .drivers import code_of
 from .reading import Key, KeyedRows
 
-# How often a claim passes over rows none of which can be marked and read.
+# How often a claim skips rows if none of them can be marked and read.
 ROUNDS = 10
 
 # How often, and for how many seconds each time, the end of a process is waited for.
@@ -75,7 +75,8 @@ class OneByOne:
         what, why = ("marked", cause) if refused else ("read", cause.__cause__)
         error = ClaimError(
             f"none of {len(self.passed)} claimable rows of {plan.job_table.table.fullname!r} can "
-            f"be handed out: {key!r} cannot be {what}: {getattr(why, 'orig', why)}"
+            f"be handed out: {key!r} cannot be {what} ({getattr(why, 'orig', why)}). Correct that "
+            "row, or remove what refuses it"
         )
         error.__cause__ = why
         return error
@@ -171,7 +172,7 @@ def end_process(backend: Backend, connection: Connection, process: Any, seconds:
         pause.get()(PAUSE)
     raise ClaimError(
         f"the server's process {process[0]} of a lost connection does not end, so the outcome "
-        f"of the claim is unknown: {backend.ending.format(process[0])}"
+        f"of the claim is unknown: end it with {backend.ending.format(process[0])}"
     )
 
 

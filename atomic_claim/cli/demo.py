@@ -53,7 +53,7 @@ def demo(
 ) -> None:
     """Run the same jobs by a legacy find-then-update loop and by claim_jobs, and compare.
 
-    Each half fills a table of its own and lets several worker processes loose on it: the first
+    Each half fills a table of its own and starts several worker processes on it: the first
     looks for free jobs and then marks them, as most job queues are written; the second calls
     claim_jobs. The work itself records which jobs were run. Without --url (or one of its
     environment variables) the tables are in a temporary SQLite file; with it they are in that

@@ -81,7 +81,7 @@ def doctor(
     ] = 2,
     looks: Annotated[
         int | None,
-        typer.Option("--count", min=1, metavar="N", help="With --watch: end after so many looks."),
+        typer.Option("--count", min=1, metavar="N", help="With --watch: end after N looks."),
     ] = None,
     as_json: Annotated[
         bool,
@@ -90,9 +90,9 @@ def doctor(
 ) -> None:
     """Look for what keeps a job table from being claimed from at all, or quickly.
 
-    It only reads, and says nothing if all is well. The plan it judges is the EXPLAIN of the very
-    claim. What it finds comes with the reason why it matters and with the cure, SQL to the letter
-    where there is one: a problem (✗) should be cured, a note (!) is good to know.
+    It only reads, and prints nothing if all is well. It explains the claim's own statement. Each
+    finding has the reason why it matters and what to do, with the SQL to run: a problem (✗) should
+    be cured, a note (!) is good to know.
 
     The exit code is 0 if there is no problem, 1 if there is one, and 2 if it could not look.
     """

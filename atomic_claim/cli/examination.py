@@ -80,8 +80,8 @@ def reading(engine: Engine) -> Iterator[Connection]:
             try:
                 yield connection
             finally:
-                # Nobody else is to get it from the pool as it is now, and a replica of
-                # PostgreSQL's lets no session be as it was.
+                # Its settings must not return to the pool, and a replica of PostgreSQL cannot
+                # restore them.
                 connection.invalidate()
 
 
@@ -142,7 +142,7 @@ def examine(
                 if isinstance(error, DBAPIError) and error.connection_invalidated:
                     raise
                 connection.rollback()
-                why = "what a claim refuses, or the database refuses it, nobody is handed"
+                why = "no job is handed out while the library or the database refuses the claim"
                 found.append(Finding("claim", Level.PROBLEM, one_line(error), why))
         found += relations.foreign_keys(patient)
     if engine.dialect.name == "postgresql":

@@ -235,7 +235,7 @@ def _holders(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     statement = select(worker, number).where(condition).group_by(worker).order_by(number.desc())
     with engine.connect() as connection:
         rows = connection.execute(statement).all()
-    return ", ".join(f"{'nobody named' if who is None else who}: {n:,}" for who, n in rows)
+    return ", ".join(f"{'no worker' if who is None else who}: {n:,}" for who, n in rows)
 
 
 def _agree(total: int, change: Change, holders: str) -> None:

@@ -67,16 +67,15 @@ GuardOption = Annotated[
     bool,
     Flag(
         "--guard",
-        help="Add triggers by which the database refuses a second claim, for loops that "
-        "nobody can patch.",
+        help="Add triggers that refuse a second claim, for loops that cannot be patched.",
     ),
 ]
 FullRowsOption = Annotated[
     bool,
     Flag(
         "--full-rows",
-        help="With --guard: somebody writes whole rows when only some other column than the "
-        "state has changed.",
+        help="With --guard: some programs write whole rows, with the state, when only another "
+        "column changed.",
     ),
 ]
 WriteOption = Annotated[

@@ -95,7 +95,7 @@ def operations(job_table: JobTable, add: Collection[str], names: Sequence[str]) 
         names: the databases that are meant.
 
     Raises:
-        CommandError: a column's name is taken, or an index cannot be had.
+        CommandError: a column's name is taken, or an index cannot be created.
     """
     columns = list(_columns(job_table, add))
     lease = next((column.name for column in columns if column.role == "lease"), None)

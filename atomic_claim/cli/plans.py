@@ -1,4 +1,4 @@
-"""How a database would run the very claim: EXPLAIN, read."""
+"""Read the EXPLAIN of a claim's own statement."""
 
 from __future__ import annotations
 

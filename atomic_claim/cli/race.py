@@ -211,7 +211,7 @@ ROWS: tuple[tuple[str, Callable[[Race], str | None]], ...] = (
     ("lost", lambda race: _alarming(race.lost)),
     ("over the limit", lambda race: None if race.limit is None else _alarming(race.over_limit)),
     ("workers killed", lambda race: f"{race.killed:,}" if race.killed else None),
-    ("stuck for ever", lambda race: _alarming(race.stuck) if race.killed else None),
+    ("stuck", lambda race: _alarming(race.stuck) if race.killed else None),
     ("seconds blocked", lambda race: None if race.blocked is None else f"{race.blocked:,.2f}"),
     ("claims per second", lambda race: f"{race.claims_per_second:,.0f}"),
     ("p50 of a claim (ms)", lambda race: f"{race.p50 * MILLISECONDS:,.1f}"),

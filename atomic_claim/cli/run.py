@@ -35,7 +35,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Run a program whose legacy functions are patched, while its source stays as it is.
+    """Run a program with its legacy functions patched and its source unchanged.
 
     The patches are read from a TOML file and made whenever a module they name is imported, in
     every Python process that the program starts: by `python script.py`, `python -m module`, the

@@ -27,7 +27,7 @@ from .examination import read_without_locks, reading, target
 from .options import console
 
 HEADINGS = ("time", "waiting", "later", "running", "oldest waiting", "claims/s")
-# So many looks stay on the screen.
+# The number of looks that stay on the screen.
 SHOWN = 15
 
 

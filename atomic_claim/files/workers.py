@@ -63,8 +63,8 @@ def beat(processing: str, worker: str) -> None:
                 os.utime(heartbeat)
                 return
         raise ClaimError(
-            f"cannot renew {heartbeat!r}: its folder vanished {TRIES} times. Is a recovery "
-            "running with an older_than that is shorter than a claim takes?"
+            f"cannot renew {heartbeat!r}: its folder vanished {TRIES} times. Call recover_files "
+            "with an older_than that is longer than a claim takes"
         )
     except OSError as error:
         raise refused(f"renew {heartbeat!r}", error) from error

@@ -88,7 +88,7 @@ class Reference:
         try:
             return resolve(f"{main.__name__ if main else module}:{path}")
         except (ImportError, AttributeError) as error:
-            raise PatchError(f"{self.name!r} cannot be had: {error}") from error
+            raise PatchError(f"{self.name!r} cannot be imported: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
     PostgreSQL by ``FOR NO KEY UPDATE OF`` the table ``SKIP LOCKED``; on MySQL and MariaDB by a
     search for keys and a lock on exactly those (10,000 at a time at most), since a locking read
     locks what it scans; on SQLite by taking the database's write lock before the read, as ``BEGIN
-    IMMEDIATE`` does, so that one worker works at a time. A worker that dies lets go of its rows.
+    IMMEDIATE`` does, so that one worker works at a time. A dead worker's rows are unlocked.
 
     Entities and relationships that are loaded of what was found are read as ever, and so is
     everything outside of the call, in other threads, and in tasks that were there before.
@@ -56,7 +56,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
         function = found.function
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise PatchError(
-                f"{found.name} is a generator, and a commit of whoever consumes it, between two "
+                f"{found.name} is a generator, and a commit of its consumer, between two "
                 "rows, would let go of its locks: patch the function that consumes it, or use "
                 "claim_reads()"
             )
@@ -66,7 +66,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
     def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.exclusive_by is not None:
             raise PatchError(
-                f"{given!r} cannot be had with lock_reads: a lock on a row says nothing of the "
+                f"{given!r} does not go with lock_reads: a lock on a row says nothing of the "
                 "other rows with its exclusive key; claim before the work with claim_reads()"
             )
         return keyed(given)
@@ -94,7 +94,7 @@ class LockWatch(Watch):
                 leave = unlocking(connection, self.job_table)
                 locking = tx.backend.lock_read(tx, find)
                 if leave is not None and connection.execute(find.statement, params).first() is None:
-                    # Whoever finds nothing has no reason to end the transaction.
+                    # A function that finds nothing has no reason to end the transaction.
                     leave()
                     locking = with_conditions(find.statement, false())
         except (ClaimConflict, UnsupportedDialect):

@@ -54,6 +54,6 @@ def check_files(options: ClaimOptions, target: str) -> None:
     others = [name for name, given in options.items() if name not in OF_FILES and given]
     if others:
         raise PatchError(
-            f"{target}: {', '.join(others)} cannot be had with directory=, whose jobs are files; "
+            f"{target}: {', '.join(others)} cannot go with directory=, whose jobs are files; "
             "leave it out"
         )

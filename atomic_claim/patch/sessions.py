@@ -88,10 +88,10 @@ class Sessions:
         found = [name for name in SESSIONS if name in self._target.signature.parameters]
         if len(found) == 1:
             return found[0]
-        several = f"several of its parameters could be it ({', '.join(found)})"
+        several = f"several of its parameters fit ({', '.join(found)})"
         raise PatchError(
-            f"{self._target.name}: where does the claim run? "
-            f"{several if found else 'None of its parameters is called session'}: say it with "
+            f"{self._target.name}: no session to claim in is named, and "
+            f"{several if found else 'none of its parameters is called session'}: write "
             "session='parameter', session='self.session', session=SessionLocal or session=engine"
         )
 

@@ -1,4 +1,4 @@
-"""A database that workers are let loose on: its address, its driver, and what it complains of."""
+"""The database of a race: its URL, its driver, and its errors."""
 
 from __future__ import annotations
 

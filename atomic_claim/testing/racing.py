@@ -84,7 +84,7 @@ def race(
     """
     _check_numbers(workers=workers, jobs=jobs, limit=limit, timeout=timeout, patience=patience)
     if kill and workers == 1:
-        raise CommandError("a race in which workers are killed needs two or more of them")
+        raise CommandError("workers is 1, and a race that kills half of them needs two or more")
     task = RaceTask(
         target=_name(target, "target"),
         table=_name(table, "table"),

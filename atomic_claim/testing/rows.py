@@ -178,7 +178,7 @@ class Maker:
         if length is not None and len(digits) > length:
             raise CommandError(
                 f"{column.table.fullname}.{column.name} holds {length} characters and is unique: "
-                f"too few for so many rows; use fewer with jobs=, or give rows with factory="
+                f"too few for this number of rows; use fewer with jobs=, or give rows with factory="
             )
         prefix = column.name[: None if length is None else max(0, length - len(digits) - 1)]
         return f"{prefix}-{digits}" if prefix else digits
@@ -260,7 +260,7 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
         raise CommandError(
             f"factory= gave {f'{wrong[0]!r}' if wrong else f'{len(found)} rows'}; expected, called "
             "with the number of a row, a dictionary of its columns or a mapped object, or, called "
-            f"with a count, so many of them ({count})"
+            f"with a count, a list of {count}"
         )
     return rows
 
@@ -301,6 +301,7 @@ def tables_of(given: Any) -> list[Table]:
         )
     if not found[0].primary_key.columns:
         raise CommandError(
-            f"table {found[0].fullname!r} has no primary key, so its rows cannot be told apart"
+            f"table {found[0].fullname!r} has no primary key, so its rows cannot be told apart: "
+            "add one, or declare the unique columns with PrimaryKeyConstraint(...)"
         )
     return found

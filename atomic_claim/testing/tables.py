@@ -43,9 +43,9 @@ from .rows import (
 )
 
 Added = dict[Table, list[RowMapping]]
-"""The rows that were inserted, by table, parents first: their keys, and what others refer to."""
+"""The rows that were inserted, by table, parents first: their keys, and the referenced columns."""
 
-# A table that somebody else looks at cannot be dropped; nobody should wait for ever.
+# A table that another transaction reads cannot be dropped; the wait is bounded.
 LOCK_TIMEOUTS = {
     "postgresql": "SET LOCAL lock_timeout = '10s'",
     "mysql": "SET SESSION lock_wait_timeout = 10",

@@ -29,7 +29,7 @@ from .rows import tables_of
 from .start_barrier import TO_BE_KILLED, Board, Meeting
 
 CONFLICTS = (OperationalError, IntegrityError, InternalError, StaleDataError, ClaimConflict)
-# A target that does nothing but fail gives up after so many times, for about a second.
+# A target that only fails gives up after this many times, which take about a second.
 FAILURES = 100
 LONGEST_PAUSE = 0.02
 # How long a worker that got nothing leaves the others to their work, in seconds.

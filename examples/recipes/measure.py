@@ -392,10 +392,10 @@ def _worker(name: str, url: str, patched: bool, start: Any, results: Any) -> Non
 
 
 def measure(name: str, url: str, *, patched: bool) -> Figures:
-    """Let the package's workers loose on a table of jobs."""
+    """Start the package's workers on a table of jobs."""
     recipe = RECIPES[name]
     _drop(url, recipe.tables)
-    # In a process of its own, since kombu keeps its engines for ever.
+    # In a process of its own, since kombu never disposes its engines.
     context = multiprocessing.get_context("spawn")
     filling = context.Process(target=recipe.fill, args=(url, recipe.jobs))
     filling.start()

@@ -38,7 +38,7 @@ SHOWN = [
 
 @pytest.mark.parametrize(("topic", "block"), SHOWN)
 def test_the_guide_shows_the_application(topic: str, block: str) -> None:
-    """Each block of code is a part of a file beside the guide, to the letter."""
+    """Each block of code is an exact part of a file beside the guide."""
     folder = PATHS[topic].parent
     files = [*folder.rglob("*.py"), *folder.rglob("*.toml")]
     assert any(block in path.read_text(encoding="utf-8") for path in files)

@@ -167,8 +167,8 @@ def test_from_a_file_of_patches(waiting: Path, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "neither": ({}, "table= or directory="),
-    "both": ({"directory": "folder", "table": "x:Y"}, "table cannot be had with directory="),
-    "a lease": ({"directory": "folder", "lease": 5}, "lease cannot be had with directory="),
+    "both": ({"directory": "folder", "table": "x:Y"}, "table cannot go with directory="),
+    "a lease": ({"directory": "folder", "lease": 5}, "lease cannot go with directory="),
     "no path": ({"directory": 5}, "directory=5 of .*: expected a path"),
     "a limit of nothing": ({"directory": "folder", "limit": 0}, "limit=0"),
 }

@@ -482,10 +482,10 @@ def test_a_module_that_is_being_imported(
 
 MEMORY = sa.create_engine("sqlite://")
 MISSPELT = {
-    "session": (f"{HERE}:MEMROY", "'.*:MEMROY' cannot be had: .* has no attribute 'MEMROY'"),
-    "table": (f"{HERE}:jbos", "'.*:jbos' cannot be had"),
+    "session": (f"{HERE}:MEMROY", "'.*:MEMROY' cannot be imported: .* has no attribute 'MEMROY'"),
+    "table": (f"{HERE}:jbos", "'.*:jbos' cannot be imported"),
     "where": ("late_halper:where", "No module named 'late_halper'"),
-    "returns": (f"{HERE}:Place.rwo", "'.*:Place.rwo' cannot be had"),
+    "returns": (f"{HERE}:Place.rwo", "'.*:Place.rwo' cannot be imported"),
 }
 
 

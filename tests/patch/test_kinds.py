@@ -140,7 +140,7 @@ def test_alone_nothing_differs(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_undoing_leaves_no_trace(name: str) -> None:
-    """The very objects are there again, in the module and in its classes."""
+    """The same objects are there again, in the module and in its classes."""
 
     def everything() -> dict[Any, int]:
         found = {key: id(value) for key, value in vars(kinds).items()}

@@ -58,7 +58,7 @@ def everything() -> dict[Any, int]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_undoing_leaves_no_trace(shape: str) -> None:
-    """Every attribute is the very object that it was, in classes, modules and closures."""
+    """Every attribute is the same object as before, in classes, modules and closures."""
     before = everything()
     with SHAPES[shape].patch() as patch:
         assert everything() != before
@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no session": (
         lambda: patch_claims(f"{HERE}:Store.get_due_jobs", jobs),
-        "None of its parameters is called session",
+        "none of its parameters is called session",
     ),
     "no such column": (
         lambda: patch_claims(f"{HERE}:claim_next", jobs, commit=True, where={"colour": 1}),

@@ -169,7 +169,7 @@ def test_unreachable_server_is_unavailable(
     monkeypatch.setenv(PostgreSQL.variable, url)
     server = PostgreSQL(workspace)
     for _ in range(2):
-        with pytest.raises(Unavailable, match="PostgreSQL cannot be had") as caught:
+        with pytest.raises(Unavailable, match="PostgreSQL is not available") as caught:
             _ = server.admin
         assert "secret" not in str(caught.value)
     assert not server.started

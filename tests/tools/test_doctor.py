@@ -159,7 +159,7 @@ def ails(
 
 
 def execute(database: Database, statements: Sequence[str]) -> None:
-    """Run statements to the letter, each by itself, as a person at a console would."""
+    """Run statements unchanged, each by itself, as a person at a console would."""
     engine = database.engine(isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         for statement in statements:
@@ -366,7 +366,7 @@ def test_an_index_that_was_never_finished(database: Database, command: Command) 
             "UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'jobs_claim_free'::regclass"
         )
     plan = ails(command, database)[PLAN]
-    assert "was never finished" in plan["fix"]
+    assert "was not completed" in plan["fix"]
     assert plan["sql"][0] == "DROP INDEX CONCURRENTLY jobs_claim_free"
     execute(database, plan["sql"])
     assert ails(command, database) == {}
@@ -481,7 +481,7 @@ def test_without_a_primary_key(database: Database, command: Command) -> None:
     found = ails(command, database)
     assert found["primary key"]["found"] == "none"
     if database.name == "sqlite":
-        assert "make it anew" in found["primary key"]["fix"]
+        assert "create a new one" in found["primary key"]["fix"]
         return
     execute(database, found["primary key"]["sql"])
     execute(database, ails(command, database)[PLAN]["sql"])

@@ -214,7 +214,7 @@ FAULTS = {
     ),
     "slot": Fault(
         "replication slots",
-        "nobody reads from left_over",
+        "no client reads from left_over",
         sql=["SELECT pg_create_physical_replication_slot('left_over', true)"],
         undo=["SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots"],
         databases=("postgresql",),
@@ -328,7 +328,7 @@ def of(*databases: str) -> list[str]:
 
 
 def cure(database: Database, command: Command, name: str) -> None:
-    """Make a fault, have it found, apply the cure to the letter, and look again."""
+    """Make a fault, have it found, apply the cure unchanged, and look again."""
     fault = FAULTS[name]
     own: JobTable = globals()[fault.table]
     columns = {

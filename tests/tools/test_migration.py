@@ -188,7 +188,7 @@ def analyse(engine: sa.Engine, table: Table) -> None:
 
 
 def missing(engine: sa.Engine, given: Any) -> list[str]:
-    """For which reasons EXPLAIN of the very claim shows no fitting index."""
+    """For which reasons EXPLAIN of the claim shows no fitting index."""
     job_table = job_table_of(given)
     leased = job_table.lease is not None and job_table.token is not None
     ask = ClaimRequest(10, lease=LEASE if leased else None)
@@ -682,7 +682,7 @@ def test_a_revision_of_no_project(command: Command, project: Path) -> None:
         (("served", "--write", "--sql"), "leave out --sql"),
         (("texts_of_kind", "--dialect", "mysql"), "make it a VARCHAR(n)"),
         (("by_expression", "--dialect", "mariadb"), "MariaDB has no indexes on expressions"),
-        (("deleted", "--guard"), "finished jobs of 'served' have no mark"),
+        (("deleted", "--guard"), "nothing marks a row of 'served' as done"),
         (("finished", "--guard"), "guard the others: --dialect postgresql --dialect sqlite"),
         (("finished", "--guard", "--dialect", "mysql"), "has no worker and no token column"),
         (

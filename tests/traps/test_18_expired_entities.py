@@ -82,7 +82,7 @@ def test_an_entitys_token_passes(database: Database) -> None:
 
 
 def test_an_entity_that_is_kept_loaded_does_not_pass(database: Database) -> None:
-    """The twin's other side: with expire_on_commit off the very same code is refused, by luck."""
+    """The twin's other side: with expire_on_commit off the same code is refused, by luck."""
     engine = database.engine()
     jobs = make_counted(engine, 1)
     _, declared = mapped(jobs)

@@ -57,7 +57,7 @@ def key(patient: Patient) -> Iterator[Finding]:
 def _without_key(patient: Patient, declared: list[str]) -> Finding:
     why = "rows cannot be told apart while they are claimed, so that every claim is refused"
     if patient.product not in NEW_KEY:
-        fix = "SQLite adds no key to a table: make it anew with one, and copy the rows"
+        fix = "SQLite adds no key to a table: create a new one with a key, and copy the rows"
         return Finding("primary key", Level.PROBLEM, "none", why, fix)
     wanted = [patient.quoted(name) for name in declared]
     added = f"PRIMARY KEY ({', '.join(wanted)})"

@@ -138,7 +138,7 @@ def _differs(reading: Reading, column: Column[Any], real: Column[Any], said: str
         "no row by it",
         "declare what the database has, or change the column (the table is locked so long):"
         if sql
-        else "declare what the database has, or make the table anew (Alembic: batch_alter_table)",
+        else "declare what the database has, or create the table again (batch_alter_table)",
         sql,
     )
 
@@ -160,7 +160,7 @@ def _nullability(reading: Reading, column: Column[Any], real: Column[Any]) -> Fi
         else "the conditions of a claim are made for what is declared",
         "declare what the database has, or change the column:"
         if sql
-        else "declare what the database has, or make the table anew (Alembic: batch_alter_table)",
+        else "declare what the database has, or create the table again (batch_alter_table)",
         sql,
     )
 

@@ -32,7 +32,7 @@ class Finding:
         found: what is the case.
         why: why that matters.
         fix: what to do about it, in words.
-        sql: what to run, to the letter, one statement each.
+        sql: the SQL to run, one statement each.
     """
 
     check: str

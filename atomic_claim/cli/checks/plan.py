@@ -1,4 +1,4 @@
-"""How the database would run the very claim, and the index that it lacks."""
+"""The plan of the claim's own statement, and the index that it lacks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .findings import Finding, Level, Patient, Reading, listed
 from .innodb import HIDDEN, hidden_indexes
 
 CHECK = "plan of the claim"
-# What is explained is a claim of so many jobs.
+# The limit of the claim that is explained.
 LIMIT = 10
 SHOWN_LEASE = timedelta(minutes=5)
 SEARCHES = {
@@ -165,7 +165,7 @@ def _cure(
         return fix, (create,)
     if _is_whole(patient, needed, known[needed.name]):
         return f"{needed.name} is there: let the planner know what it is worth", (analyse,)
-    fix = f"{needed.name} is there, but is another index, or was never finished: make it anew"
+    fix = f"{needed.name} is there, but is another index, or was not completed: create it again"
     return fix, (drop, create, analyse)
 
 

@@ -291,7 +291,7 @@ def _stuck(
         cure += ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
     elif certain:
         cure += "; JobTable(unleased=...) has them come back by themselves"
-    why = "a worker that dies leaves its row claimed, and nobody is ever handed it again"
+    why = "a worker that dies leaves its row claimed, and no claim takes it again"
     return Finding(STUCK, Level.PROBLEM if certain else Level.NOTE, found, why, cure)
 
 

@@ -43,7 +43,7 @@ def _transactions(patient: Patient) -> Finding:
     if autocommit == legacy:
         begin = driver.isolation_level
         if begin is None:
-            return Finding(check, Level.FINE, "autocommit, as far as nobody says BEGIN")
+            return Finding(check, Level.FINE, "autocommit, except after a BEGIN")
         said = f"BEGIN {begin}".strip()
         return Finding(
             check,

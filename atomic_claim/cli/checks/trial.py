@@ -64,8 +64,8 @@ def guarded(reading: Reading) -> Iterator[Finding]:
         "guard",
         Level.PROBLEM,
         f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} gone or switched off",
-        "a second claim by a loop that nobody patched is not refused any more; a migration that "
-        "makes the table anew drops its triggers",
+        "a second claim by a loop without a patch is no longer refused; a migration that creates "
+        "the table again drops its triggers",
         "install it again:",
         (*map(_if_exists, left), *wanted.upgrade),
     )

@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     sys.stderr.write(
         f"atomic-claim: {sys.executable} cannot import atomic_claim, so nothing is patched: "
-        f"{error}; install it there\n"
+        f"{error}; install it there, or activate the environment that has it\n"
     )
     sys.stderr.flush()
     if os.environ.get("ATOMIC_CLAIM_PROCESS") == str(os.getpid()):
