@@ -1,4 +1,4 @@
-"""Atomic claims on the job tables that are already there."""
+"""Atomic claims of rows of existing job tables."""
 
 import importlib
 import typing
@@ -50,7 +50,7 @@ if not typing.TYPE_CHECKING:
     # Type checkers would take any name for one of these.
 
     def __getattr__(name: str) -> typing.Any:
-        """Load what keeps leases, or what patches and wrapt with it, when it is first asked for."""
+        """Import the heartbeat or the patches when a name of theirs is first used."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = ".heartbeat" if name == "keep_claims" else ".patch"
@@ -59,5 +59,5 @@ if not typing.TYPE_CHECKING:
         return found
 
     def __dir__() -> list[str]:
-        """All names, those too that are yet to be loaded."""
+        """Return all names, also of modules that are not imported yet."""
         return sorted({*globals(), *__all__})

@@ -19,22 +19,22 @@ from sqlalchemy.exc import CompileError
 
 
 class ClaimError(Exception):
-    """The claim was refused."""
+    """Base class of the package's errors: a call was refused."""
 
     def __init__(self, message: str | None = None) -> None:
         super().__init__(message or (self.__doc__ or "").partition("\n")[0])
 
 
 class AmbiguousTable(ClaimError):
-    """The meaning of the table's columns cannot be read with certainty."""
+    """Raised if the meaning of the table's columns cannot be read with certainty."""
 
 
 class ClaimConflict(ClaimError):
-    """Another transaction was in the way; roll back and claim again."""
+    """Raised if another transaction was in the way: roll back and claim again."""
 
 
 class ClaimLost(ClaimError):
-    """Some rows of the claim belong to another worker by now.
+    """Raised if some rows no longer belong to the claim.
 
     Attributes:
         keys: their primary keys, a tuple each.
@@ -46,11 +46,11 @@ class ClaimLost(ClaimError):
 
 
 class PatchError(ClaimError):
-    """The callable cannot be patched as declared."""
+    """Raised if a callable cannot be patched as declared."""
 
 
 class UnsupportedDialect(ClaimError, CompileError):
-    """The database has no statement that claims rows atomically."""
+    """Raised if the database has no statement that claims rows atomically."""
 
     def __init__(self, message: str | None = None) -> None:
         # CompileError's own constructor would append a documentation link.

@@ -319,7 +319,7 @@ def pinned(
     engine: Engine | Connection,
     own: Connection | None = None,
 ) -> AbstractContextManager[Connection]:
-    """Have a session send every statement for the table's engine to one connection.
+    """Send every statement of a session for the table's engine to one connection.
 
     ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
     class may ignore them (SQLAlchemy's recipe for routing sessions does). So it is shadowed on
@@ -336,7 +336,7 @@ def pinned(
 def _shadowed(
     session: Session, engine: Engine | Connection, target: Engine | Connection
 ) -> Iterator[Connection]:
-    """Have ``get_bind`` of the session's instance answer ``target`` in place of the engine."""
+    """Make ``get_bind`` of the session's instance return ``target`` in place of the engine."""
     original = session.get_bind
 
     def get_bind(mapper: Any = None, **given: Any) -> Any:

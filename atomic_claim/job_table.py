@@ -147,7 +147,7 @@ class JobTable(Preparing):
         roles.check_attempts(self.attempts, self.max_attempts)
         if self.naive_times not in {None, "utc", "server"}:
             raise ClaimError(
-                f"naive_times is {self.naive_times!r}; it must be 'utc', 'server' or None"
+                f"naive_times is {self.naive_times!r}; expected 'utc', 'server' or None"
             )
         self._read_state()
         for role in ("done", "failed"):
@@ -350,9 +350,14 @@ class JobTable(Preparing):
             free = state_values.is_one_of(state, found, null_is_free=self.null_is_free)
         mapping = self._mapping(claimed, "claimed")
         if not mapping:
-            raise ClaimError("claimed={} marks nothing: a claimed row would stay free")
+            raise ClaimError(
+                "claimed={} marks nothing, so a claimed row would stay free: write the values of a "
+                "claimed row"
+            )
         if state is not None and state not in mapping:
-            raise ClaimError(f"claimed={self.claimed!r} leaves out the state column {state.name!r}")
+            raise ClaimError(
+                f"claimed={self.claimed!r} leaves out the state column {state.name!r}: add it"
+            )
         self._set("free", free)
         self._set("claimed", mapping)
         if self.released is UNSET:

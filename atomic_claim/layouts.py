@@ -119,7 +119,7 @@ LAYOUTS = (
         "Laravel",
         "queue payload attempts reserved_at available_at created_at",
         "no: it takes a job again `retry_after` seconds (90) after `reserved_at`",
-        refused="its times are integers: give free=<expression> and claimed={...} by the guide",
+        refused="its times are integers: give free=<expression> and claimed={...}, see its guide",
         integers="reserved_at available_at created_at",
     ),
     Layout(

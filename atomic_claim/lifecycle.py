@@ -533,7 +533,7 @@ def _owning(job_table: JobTable, value: str | None = None) -> ColumnElement[bool
 def _expire(
     session: Session, job_table: JobTable, keys: Iterable[Key], columns: Iterable[Any]
 ) -> None:
-    """Have the claim's entities read again what was written behind their back."""
+    """Expire the attributes of the claim's entities that a Core statement has written."""
     mapper = job_table.mapper
     if mapper is None:
         return

@@ -30,7 +30,7 @@ _ZERO = literal(0.0, Float())
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Values for the rows that meet the conditions, the statements by backend, and a name."""
+    """The values that an end writes, their conditions, and the statements by backend."""
 
     values: Values
     conditions: tuple[ColumnElement[bool], ...] = ()

@@ -180,7 +180,7 @@ class ClaimPlan(Preparing):
 
     @cached_property
     def width(self) -> int:
-        """How many columns of a result make up a claimed row or entity."""
+        """The number of columns of a result that make up a claimed row or entity."""
         return 1 if self.entities else len(self.columns)
 
     def refuse_shared_keys(self, keys: Sequence[tuple[Any, ...]]) -> NoReturn:

@@ -291,7 +291,7 @@ class Candidates(ClauseElement):
 
     @property
     def tells_alone(self) -> bool:
-        """True if the branches tell of each row whether it is claimed alone."""
+        """Return True if the branches say for each row whether it is claimed alone."""
         return ALONE in self.branches[0].selected_columns
 
     @property

@@ -177,7 +177,7 @@ def free_values(free: Any) -> list[Any]:
         )
     found = list(free) if isinstance(free, (tuple, list)) else [free]
     if not found:
-        raise ClaimError(f"free={free!r} has no value, so no row would ever be claimed")
+        raise ClaimError(f"free={free!r} has no value, so no row would ever be claimed: name one")
     return found
 
 

@@ -63,7 +63,7 @@ class Ended(Event):
 
 
 class Lost(Event):
-    """Rows are no longer their claim's, as its end, an extension or ``keep_claims`` found."""
+    """Sent if rows no longer belong to their claim, as an end, extension or heartbeat found."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Retried(Event):
 
 
 class Swept(Event):
-    """Rows that had no attempts left were marked as failed."""
+    """Sent if rows that had no attempts left were marked as failed."""
 
 
 class Requeued(Event):

@@ -141,7 +141,7 @@ class AdvisoryLocks(KeyLocks):
         yield
 
     def begin(self, connection: Connection) -> None:
-        """Have the server end a transaction of our own whose worker has stopped in its middle."""
+        """Set the timeout after which the server ends a transaction whose worker has stopped."""
         name: ColumnElement[str] = literal_column(f"'{TIMEOUT}'")
         is_off = func.current_setting(name) == literal_column("'0'")
         limited = func.set_config(name, literal_column(f"'{LONGEST_IDLE}'"), literal_column("true"))

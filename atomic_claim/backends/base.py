@@ -80,7 +80,7 @@ class Facts(NamedTuple):
 
 @dataclass(slots=True)
 class Transaction:
-    """Where the statements of one operation run.
+    """The transaction in which the statements of one operation run.
 
     Attributes:
         backend: the database's.
@@ -170,7 +170,7 @@ Within = Callable[[Callable[[Transaction], Any]], Any]
 
 
 class Unreadable(Exception):
-    """Rows are marked, and at least one of them cannot be read.
+    """Raised if at least one of the marked rows cannot be read.
 
     Attributes:
         keys: their primary keys, in claim order.
@@ -214,7 +214,7 @@ class Find:
 
 
 class KeyLocks:
-    """How a database locks exclusive keys; this one has nothing to do, as with a single writer."""
+    """The locks of a database's exclusive keys; this base class locks nothing."""
 
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
@@ -255,7 +255,7 @@ class KeyLocks:
 
 
 class Backend(ABC):
-    """How one database claims rows atomically."""
+    """The interface by which one database claims rows atomically."""
 
     names: ClassVar[tuple[str, ...]]
     """The names of the SQLAlchemy dialects that it serves."""

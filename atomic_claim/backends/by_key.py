@@ -134,7 +134,7 @@ class KeySearch:
 
     @cached_property
     def chosen(self) -> ByKey:
-        """Of rows given by key, those whose exclusive keys have room, in claim order."""
+        """Select, of rows given by key, those whose exclusive keys have room, in claim order."""
         limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:

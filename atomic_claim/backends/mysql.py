@@ -269,7 +269,7 @@ class MySQL(Backend):
 
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
-        """In whole seconds, for rows and for tables (``ALTER TABLE`` holds a metadata lock)."""
+        """Limit it in whole seconds, for rows and for tables (locked by ``ALTER TABLE``)."""
         names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
         before = tx.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
         try:

@@ -190,7 +190,7 @@ class PostgreSQL(Backend):
         return code_of(error, str) == NOT_SUPPORTED and "cached" in str(error.orig)
 
     def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
-        """Of asyncpg, a refusal to connect may reach us as it was raised."""
+        """Add ``OSError`` for asyncpg, whose refusals to connect SQLAlchemy may not wrap."""
         found = super().outages(dialect)
         driver: Any = getattr(dialect.dbapi, "asyncpg", None)
         return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)

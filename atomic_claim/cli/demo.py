@@ -136,7 +136,7 @@ def _table(title: str, halves: Sequence[Counted]) -> Table:
 
 
 def _extra_runs(half: Counted) -> int:
-    """How many runs there were beyond each job's first."""
+    """Count the runs beyond each job's first."""
     return half.claimed - len(half.times)
 
 

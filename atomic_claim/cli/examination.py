@@ -60,7 +60,7 @@ class Examination:
         return [finding for finding in self.findings if finding.level is not Level.FINE]
 
     def number(self, level: Level) -> int:
-        """How many findings are of a level."""
+        """Count the findings of a level."""
         return sum(finding.level is level for finding in self.findings)
 
 
@@ -86,7 +86,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 
 def read_without_locks(connection: Connection) -> None:
-    """Have a MySQL or MariaDB session that is SERIALIZABLE wait for no row that others hold."""
+    """Keep a SERIALIZABLE session of MySQL or MariaDB from waiting for locked rows."""
     if connection.dialect.name in ("mysql", "mariadb"):
         connection.rollback()
         connection.exec_driver_sql("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
@@ -100,7 +100,7 @@ def examine(
     transaction_after: timedelta,
     *more: JobCheck,
 ) -> Examination:
-    """Do all checks.
+    """Run all checks.
 
     Args:
         engine: a database that answers.

@@ -24,7 +24,7 @@ PARAMETER = re.compile(rf"(?<![^\s(])({'|'.join(FLAGS)})=(True\b|\w)?")
 
 @contextmanager
 def naming_flags() -> Iterator[None]:
-    """Have the errors of the library name the flags in place of its parameters."""
+    """Name the flags in errors of the library, in place of its parameters."""
     try:
         yield
     except CommandError as error:

@@ -111,7 +111,7 @@ class NeededIndex:
         return bool(self.table.dialect_options["postgresql"].get("partition_by"))
 
     def refusal(self, dialect: Dialect) -> str | None:
-        """Why this database cannot have such an index, if it cannot."""
+        """Return why this database cannot have such an index, or None."""
         terms = [OrderTerm.of(term) for term in self.order]
         if dialect.name == "mariadb" and any(not _is_column(term.element) for term in terms):
             return "MariaDB has no indexes on expressions, so none can serve this order"

@@ -112,8 +112,8 @@ def jobs(
 ) -> None:
     """List the jobs of a table, and free those of dead workers and those that have failed.
 
-    Nothing is changed but with --release-stuck or --requeue, after their number and their workers
-    were shown, and yes was said.
+    Only --release-stuck and --requeue change jobs, after their number and their workers were shown
+    and you have agreed.
     """
     with plain_ending(), server(url) as engine:
         listed = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}

@@ -111,7 +111,7 @@ def migration(
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the migration that makes a table fit for its claims.
+    """Print the migration that a table needs for its claims.
 
     First come the columns, all nullable, then the indexes, made of the claim's own conditions and
     order in the form that each database can use, and built while others go on writing, then the

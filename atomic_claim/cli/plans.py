@@ -63,7 +63,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Known:
-    """An index as it is in the database.
+    """An existing index of the database.
 
     Attributes:
         columns: its columns' names, None for an expression.
@@ -147,7 +147,7 @@ def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
 def accesses(
     connection: Connection, plan: ClaimPlan, request: ClaimRequest, *, as_it_is: bool = False
 ) -> list[Access]:
-    """How the claim would read the job table, on a connection whose transaction is rolled back.
+    """Explain how the claim would read the job table, on a connection that is rolled back.
 
     What is asked is what the indexes can do; ``as_it_is`` asks what the database would do now.
     """

@@ -23,7 +23,7 @@ T = TypeVar("T")
 def with_progress(
     names: Sequence[str], total: int, run: Callable[[int, Callable[[int], None]], T]
 ) -> list[T]:
-    """Do each thing, by its place, which tells how far it has come; what they return."""
+    """Run each task with a bar of its progress, and return their results."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -113,7 +113,7 @@ def race(
     svg: SvgOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that a claim function hands jobs out twice, or that it does not.
+    """Check whether a claim function hands out jobs twice.
 
     The table is made from its metadata, with the parents that its foreign keys need, filled with
     rows, and dropped at the end: in the database of --url (or one of its environment variables),

@@ -48,7 +48,7 @@ def run(
         path = _checked(patches)
         program = shutil.which(command[0])
         if program is None:
-            raise CommandError(f"there is no command {command[0]!r}")
+            raise CommandError(f"there is no command {command[0]!r} on the PATH")
         sys.stdout.flush()
         os.execve(program, command, environment(path, dict(os.environ)))  # noqa: S606 - as asked
 

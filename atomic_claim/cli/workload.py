@@ -48,7 +48,7 @@ SECONDS_A_JOB = 1.0
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to do, by how many workers, and how many jobs each takes at a time."""
+    """The numbers of jobs and workers, and of jobs that a worker takes at a time."""
 
     workers: int
     jobs: int
@@ -192,7 +192,7 @@ def run_loop(
     progress: Progress,
     url: URL | None = None,
 ) -> Counted:
-    """Do the task in as many processes as there are workers, and count the runs.
+    """Run the task in as many processes as there are workers, and count the runs.
 
     Raises:
         CommandError: a worker could not work.

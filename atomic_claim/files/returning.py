@@ -14,11 +14,11 @@ from .system import NoReplaceUnknownError, found_at, refused, rename_new
 
 
 class NameTakenError(ClaimError):
-    """Another job waits under the name; the file is where it was."""
+    """Raised if another job waits under the name; the file is where it was."""
 
 
 def put_back(file: ClaimedFile, spent: int, *, crashed: bool = False) -> bool:
-    """Let a claimed file wait again.
+    """Return a claimed file to the waiting folder.
 
     Args:
         file: the claimed file.

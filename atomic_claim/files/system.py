@@ -148,7 +148,7 @@ def remove(path: str) -> None:
 
 
 def sync_folder(path: str) -> None:
-    """Have the folder's entries outlive a power failure (fsync(2), which asks for this)."""
+    """Flush the folder, so that its entries outlive a power failure (fsync(2))."""
     if os.name == "nt":
         # No folder can be opened there, and NTFS keeps a journal of its names.
         return

@@ -93,7 +93,7 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """How one option of a patch is read from a call.
+    """The way in which one option of a patch is read from a call.
 
     Attributes:
         given: what the user wrote.
@@ -117,7 +117,7 @@ class Options:
     def reading(
         self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
     ) -> Reading:
-        """How an option is read: a constant, a parameter, a path from one, or a callable.
+        """Return the reading of an option: a constant, a parameter, a path from one, or a callable.
 
         A string that is a parameter's name, or a dotted path that begins with one, is read from
         the call, within dictionaries and lists too; ``"now()"`` is there the database's clock.

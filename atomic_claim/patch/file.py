@@ -84,7 +84,7 @@ def read_file(path: Path) -> list[Entry]:
     """
     section = _section(_parsed(path))
     if section is None:
-        raise PatchError(f"{path} has no [{SECTION}]")
+        raise PatchError(f'{path} has no [{SECTION}."package.module:function"]: write one')
     if not isinstance(section, dict) or not section:
         raise PatchError(
             f"[{SECTION}] of {path} holds no patch; write one as "

@@ -68,7 +68,7 @@ class Getter:
         return found.fget if isinstance(found, property) else MISSING
 
     def put(self, value: Any) -> None:
-        """Have the property read by something else."""
+        """Replace the property's getter."""
         found = self.original
         if value is not found.fget:
             found = found.getter(value)
@@ -110,7 +110,7 @@ def plain(value: Any) -> Any:
 
 
 def places_in(value: Any, wanted: Any) -> list[Place]:
-    """Where a callable holds another one: all of them, so that it can be replaced."""
+    """Return the places where a callable holds another one, so that it can be replaced."""
     return [place for place in _held_by(plain(value)) if place.get() is wanted]
 
 
@@ -126,7 +126,7 @@ def _held_by(value: Any) -> Iterator[Place]:
 
 
 def find_places(start: Place, wanted: Any) -> list[Place]:
-    """Where something is held, at a place or in what wraps it there."""
+    """Return the places where an object is held, at a place or in what wraps it there."""
     held = start.get()
     if held is wanted:
         return [start]

@@ -127,5 +127,5 @@ class LockWatch(Watch):
         self.patch.count(claimed=rows)
 
     def ended(self, connection: Connection) -> None:
-        """Know that its locks are gone."""
+        """Note that the transaction's locks are gone."""
         self._locked.discard(connection)

@@ -96,7 +96,7 @@ def loaded_module(name: str) -> ModuleType | None:
 
 
 def when_defined(ready: Ready) -> None:
-    """Have the main module looked at, line by line of it, until something is defined there.
+    """Trace the main module line by line until something is defined there.
 
     Only the main module's own lines are watched, and only until all is found: what a function
     costs that is called meanwhile is one look at its name. What is not defined by its end is

@@ -90,7 +90,7 @@ class Patch:
             self._ends.pop()()
 
     def at_undo(self, end: Callable[[], None]) -> None:
-        """Have something ended together with the patch."""
+        """Register a function that is called when the patch is undone."""
         self._ends.append(end)
 
     def count(self, *, calls: int = 0, claimed: int = 0, passed_through: int = 0) -> None:

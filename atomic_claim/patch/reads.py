@@ -122,7 +122,7 @@ class Watch(ABC):
     def mark(
         self, connection: Connection, statement: Update | Delete | None
     ) -> Update | Delete | None:
-        """Rows are about to be changed; what is executed instead, or None.
+        """Return what is executed in place of a statement that changes rows, or None.
 
         The statement is None where it is raw SQL.
         """
@@ -315,7 +315,7 @@ _lock = threading.Lock()
 
 
 def _listen(patch: Patch) -> None:
-    """Have our listeners to SQLAlchemy's events, as long as a patch needs them."""
+    """Register listeners to SQLAlchemy's events while a patch needs them."""
     with _lock:
         if not _watching:
             for target, name, function, options in LISTENERS:

@@ -169,7 +169,7 @@ def _function(element: FunctionElement[Any]) -> str:
 def _places(
     element: FromClause, table: Table, nullable: bool, refuse: Refusal
 ) -> Iterator[FromClause]:
-    """Where the table stands in a FROM, itself or by an alias."""
+    """Return the table's places in a FROM, itself or by an alias."""
     if isinstance(element, Join):
         yield from _places(element.left, table, nullable or element.full, refuse)
         yield from _places(

@@ -131,7 +131,7 @@ def object_target(given: Any) -> Target:
 
 
 def _holders(given: Any) -> Iterator[Attribute]:
-    """Where a function is held: where it was defined, else by a name that is not its own."""
+    """Return the place where a function was defined, or else one that holds it by another name."""
     own = sys.modules.get(getattr(given, "__module__", None) or "")
     *above, last = getattr(given, "__qualname__", "").split(".")
     with suppress(AttributeError, TypeError):

@@ -108,7 +108,7 @@ class Offer:
 
     @cached_property
     def async_engine(self) -> sa_asyncio.AsyncEngine:
-        """An engine with an asynchronous driver for the same database."""
+        """Create an engine with an asynchronous driver for the same database."""
         # Needs greenlet, which only asynchronous functions have to have.
         from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
 
@@ -143,7 +143,7 @@ async def _collected(found: AsyncIterator[Any]) -> list[Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a function is called.
+    """The arguments with which a function is called.
 
     Attributes:
         function: it.
@@ -186,7 +186,7 @@ def planned(function: Any, name: str, owner: Any = None, *, adapter: bool = Fals
         CommandError: it cannot be called, or it cannot be told what a parameter wants.
     """
     if not callable(function):
-        raise CommandError(f"{name} is {function!r}, which cannot be called")
+        raise CommandError(f"{name} is {function!r}; expected a function")
     waits = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
     try:
         parameters = list(inspect.signature(function).parameters.values())

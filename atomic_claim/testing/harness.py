@@ -65,7 +65,7 @@ def run_workers(
     tick: Callable[[], bool],
     url: URL | None = None,
 ) -> tuple[float, list[Any]]:
-    """Do a task in several processes that start at once.
+    """Run a task in several processes that start at once.
 
     Args:
         task: what each of them does.

@@ -19,7 +19,7 @@ ORDINARY = (signal.SIG_DFL, signal.default_int_handler)
 
 @contextmanager
 def as_exceptions() -> Iterator[None]:
-    """Have the first request to end raise ``KeyboardInterrupt`` or ``SystemExit``.
+    """Raise ``KeyboardInterrupt`` or ``SystemExit`` at the first request to end.
 
     Those that follow are ignored: cleaning up has begun, and takes seconds at the most.
     """
@@ -39,7 +39,7 @@ def as_exceptions() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Have requests to end wait until the block is done."""
+    """Defer requests to end until the block is done."""
     came: list[int] = []
     before = {number: was for number, was in _handlers().items() if was is not signal.SIG_IGN}
     try:
@@ -52,7 +52,7 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def not_inherited() -> Iterator[None]:
-    """Have the processes that are started meanwhile leave Ctrl-C to this one."""
+    """Make processes that are started meanwhile ignore Ctrl-C."""
     with deferred():
         if not hasattr(signal, "pthread_sigmask"):
             yield
@@ -78,7 +78,7 @@ def _handlers() -> dict[int, Any]:
 def _handled(
     before: dict[int, Any], handler: Callable[[int, FrameType | None], Any]
 ) -> Iterator[None]:
-    """Have these signals go to the handler."""
+    """Send these signals to the handler."""
     try:
         for number in before:
             signal.signal(number, handler)

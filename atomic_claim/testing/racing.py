@@ -117,7 +117,7 @@ def _check_numbers(**given: Any) -> None:
 
 
 def _name(given: Any, what: str) -> str:
-    """How a worker finds what was given."""
+    """Return the name by which a worker imports what was given."""
     if isinstance(given, str):
         return given
     module, name = getattr(given, "__module__", None), getattr(given, "__qualname__", None)

@@ -78,7 +78,7 @@ class Record:
         return self.endless
 
     def _close_if_over(self) -> None:
-        """Let the workers end after the victims' jobs were handed out again, or the patience."""
+        """End the workers after the victims' jobs were handed out again, or after the patience."""
         opened = self.task.board.open
         if opened.value == TO_BE_KILLED and all(
             self.task.board.idle[each] for each in self.task.victims

@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """How long the call took."""
+        """The duration of the call in seconds."""
         return self.end - self.begin - self.waited
 
     def since(self, start: float) -> Call:
@@ -71,18 +71,18 @@ class Counted:
 
     @cached_property
     def times(self) -> Counter[Key]:
-        """How often each of the jobs was handed out."""
+        """The number of times each job was handed out."""
         handed_out = (key for call in self.calls for key in call.keys)
         return Counter(key for key in handed_out if key in self.keys)
 
     @property
     def jobs(self) -> int:
-        """How many jobs there were."""
+        """The number of jobs."""
         return len(self.keys)
 
     @property
     def claimed(self) -> int:
-        """How often a job was handed out, the repetitions included."""
+        """The number of times that a job was handed out, with repetitions."""
         return self.times.total()
 
     @cached_property
@@ -92,7 +92,7 @@ class Counted:
 
     @property
     def duplicates(self) -> int:
-        """How many jobs were handed out more than once."""
+        """The number of jobs that were handed out more than once."""
         return len(self.duplicated)
 
     @property
@@ -107,7 +107,7 @@ class Counted:
 
     @property
     def over_limit(self) -> int:
-        """How many jobs were handed out by calls that had handed out as many as they may."""
+        """The number of jobs that calls handed out beyond their limit."""
         if self.limit is None:
             return 0
         return sum(max(0, len(call.keys) - self.limit) for call in self.calls)
@@ -119,12 +119,12 @@ class Counted:
 
     @property
     def seconds(self) -> float:
-        """From the moment when all workers had started, or had met, to the last job."""
+        """The seconds from the common start of all workers to the last job."""
         return max(0.0, max((call.end for call in self.calls), default=0.0) - self.met)
 
     @property
     def claims_per_second(self) -> float:
-        """How many jobs were handed out in a second, the repetitions included."""
+        """The number of jobs that were handed out in a second, with repetitions."""
         return self.claimed / self.seconds if self.seconds else 0.0
 
 

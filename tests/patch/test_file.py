@@ -279,7 +279,7 @@ def test_a_function_never_defined(app: Path) -> None:
 def test_an_unknown_command(app: Path) -> None:
     """A command that is not there is an error of one line, too."""
     done = run(app, "no-such-command")
-    assert done.stderr == "atomic-claim: there is no command 'no-such-command'\n"
+    assert done.stderr == "atomic-claim: there is no command 'no-such-command' on the PATH\n"
     assert done.returncode == 2
 
 

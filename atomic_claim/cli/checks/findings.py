@@ -15,7 +15,7 @@ from atomic_claim.job_table import JobTable
 
 
 class Level(Enum):
-    """How much a finding matters: only a problem has the command fail."""
+    """The severity of a finding: only a problem makes the command fail."""
 
     FINE = "fine"
     NOTE = "note"
@@ -82,11 +82,11 @@ class Patient:
 
     @property
     def name(self) -> str:
-        """The table's name as SQL has it."""
+        """The table's name, quoted for SQL."""
         return self.dialect.identifier_preparer.format_table(self.table)
 
     def quoted(self, name: str) -> str:
-        """Another name as SQL has it."""
+        """Quote another name for SQL."""
         return self.dialect.identifier_preparer.quote(name)
 
     def text(self, clause: ColumnElement[Any]) -> str:

@@ -34,7 +34,7 @@ def hidden_indexes(patient: Patient) -> dict[str, str]:
 
 
 def rights(reading: Reading) -> Iterator[Finding]:
-    """Have an UPDATE explained, for which the server wants the right to run it."""
+    """Check the right to write by EXPLAIN of an UPDATE, which requires it."""
     patient = reading.patient
     names = [patient.quoted(column.name) for column in reading.written]
     changes = ", ".join(f"{name} = {name}" for name in names)

@@ -15,7 +15,7 @@ INNODB = ("mysql", "mariadb")
 
 
 def foreign_keys(patient: Patient) -> Iterator[Finding]:
-    """Which tables refer to jobs, and what that does to claims."""
+    """Report the tables that refer to jobs, and what that means for claims."""
     inspector = inspect(patient.connection)
     schema = patient.table.schema
     quiet = []

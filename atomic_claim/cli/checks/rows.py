@@ -60,7 +60,7 @@ def nulls(reading: Reading) -> Iterator[Finding]:
 
 
 def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
-    """By column, which rows are neither free nor running nor ended, because it is NULL.
+    """Return, by column, the rows that are neither free nor running nor ended, as it is NULL.
 
     Whatever is declared: of a NOT NULL that the database has not, a condition is NULL too.
     """
@@ -92,7 +92,7 @@ def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
 
 
 def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
-    """By flag of an end, which free rows have NULL there: not ended, as the claim reads it."""
+    """Return, by flag of an end, the free rows with NULL there, which is read as not ended."""
     marks = (job_table.failed, job_table.done, job_table.withdrawn)
     flags = {
         column
@@ -296,7 +296,7 @@ def _stuck(
 
 
 def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> dict[str, int]:
-    """How many rows meet each condition, by one read of the table."""
+    """Count the rows that meet each condition, by one read of the table."""
     if not conditions:
         return {}
     sums = [func.sum(case((each, 1), else_=0)) for each in conditions.values()]
@@ -308,7 +308,7 @@ def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> d
 def age_of_oldest(
     reading: Reading, since: Column[Any], condition: ColumnElement[bool]
 ) -> str | None:
-    """How long ago the earliest of some rows' times is, by the database's clock."""
+    """Return the age of the earliest of some rows' times, by the database's clock."""
     seconds = seconds_since_oldest(reading, since, condition)
     return None if seconds is None else age(seconds)
 
