@@ -43,6 +43,13 @@ def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
     return type_ if beneath is None else plain_type(beneath)
 
 
+def members_of(type_: TypeEngine[Any]) -> dict[str, Any]:
+    """Return the members of an enum by their names, or its strings; empty for other types."""
+    if isinstance(type_, Enum) and type_.enum_class is not None:
+        return dict(type_.enum_class.__members__)
+    return {each: each for each in type_.enums} if isinstance(type_, Enum) else {}
+
+
 def is_flag(column: Column[Any]) -> bool:
     """Check whether the column is a boolean, or an integer declared like one."""
     type_ = plain_type(column.type)
@@ -357,11 +364,7 @@ def _read_state(reading: Reading) -> None:
 
 
 def _read_status(reading: Reading, state: Column[Any]) -> dict[str, Any]:
-    type_ = plain_type(state.type)
-    members: dict[str, Any] = {}
-    if isinstance(type_, Enum):
-        enum_class = type_.enum_class
-        members = dict(enum_class.__members__) if enum_class else {e: e for e in type_.enums}
+    members = members_of(plain_type(state.type))
     one_of = f" ({', '.join(members)})" if members else ""
     values: dict[str, Any] = {}
     for role, conventional in VALUES.items():

@@ -98,7 +98,6 @@ def failures(
 
 def sweeping(job_table: JobTable) -> Sequence[Outcome]:
     """Return the outcome that marks spent rows as failed, and keeps the last error."""
-    job_table.needed("attempts", "sweep_jobs")
     values = _ending(job_table, "failed")
     if (error := job_table.error) is not None:
         spent = literal(error_value(job_table, "all attempts are spent"), error.type)
@@ -116,14 +115,8 @@ def release(job_table: JobTable) -> Values:
 
 def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
     """Return the values that free a failed row, with all its attempts."""
-    name = job_table.table.fullname
-    if not job_table.failed:
-        raise ClaimError(
-            f"nothing marks a row of {name!r} as failed, so none can be freed again: say it with "
-            "JobTable(failed=...)"
-        )
-    values = freeing(job_table)
-    for column, value in job_table.failed.items():
+    failed, values = _mark(job_table, "failed"), freeing(job_table)
+    for column, value in failed.items():
         if column in job_table.released:
             continue
         if isinstance(value, (True_, False_)):
@@ -132,8 +125,9 @@ def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
             values[column] = null()
         else:
             raise ClaimError(
-                f"nothing says what {column.name!r} of {name!r} is for a row that has not failed, "
-                "and it cannot be NULL: say it with JobTable(released={column: value})"
+                f"nothing says what {column.name!r} of {job_table.table.fullname!r} is for a row "
+                "that has not failed, and it cannot be NULL: say it with "
+                "JobTable(released={column: value})"
             )
     if job_table.attempts is not None:
         values[job_table.attempts] = 0
@@ -174,12 +168,17 @@ def error_value(job_table: JobTable, text: str, *, plain: bool = False) -> Any:
     return text[: max(0, length - len(CUT))] + CUT[:length]
 
 
-def _ending(job_table: JobTable, role: str) -> Values:
+def _mark(job_table: JobTable, role: str) -> Values:
     if not (mark := getattr(job_table, role)):
         raise ClaimError(
             f"nothing marks a row of {job_table.table.fullname!r} as {role}: say it with "
             f"JobTable({role}=...)"
         )
+    return dict(mark)
+
+
+def _ending(job_table: JobTable, role: str) -> Values:
+    mark = _mark(job_table, role)
     # The mark alone keeps the row from being claimed, so a flag can go back to what it was.
     undone = {} if job_table.state in mark else job_table.released
     kept = {column: value for column, value in undone.items() if column is job_table.state}

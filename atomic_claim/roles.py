@@ -45,7 +45,6 @@ ADDED: Mapping[str, str] = {
     "worker": "worker VARCHAR(64)",
     "token": f"claim_token VARCHAR({TOKEN_LENGTH})",
     "lease": "lease_until TIMESTAMP",
-    "attempts": "attempts INTEGER",
 }
 """The columns to add where a call needs a role that the table lacks."""
 BYTES = (sa.BINARY, sa.LargeBinary, sa.VARBINARY)
@@ -60,12 +59,10 @@ LAST = datetime(9999, 12, 30, tzinfo=UTC)
 
 def highest(type_: TypeEngine[Any]) -> int:
     """Return the largest number that a column of this integer type can hold."""
-    plain = plain_type(type_)
-    bits = {"TINYINT": 8, "MEDIUMINT": 24}.get(plain.__visit_name__, 32)
-    if isinstance(plain, SmallInteger):
-        bits = 16
-    elif isinstance(plain, BigInteger):
-        bits = 64
+    plain, bits = plain_type(type_), 32
+    for size, kind in {16: SmallInteger, 64: BigInteger}.items():
+        bits = size if isinstance(plain, kind) else bits
+    bits = {"TINYINT": 8, "MEDIUMINT": 24}.get(plain.__visit_name__, bits)
     return int(2 ** (bits if getattr(plain, "unsigned", False) else bits - 1)) - 1
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecor
 
 from .columns import clause
 from .errors import AmbiguousTable, ClaimError
-from .inference import HELD, NOW, Now, default_text, is_flag, plain_type
+from .inference import HELD, NOW, Now, default_text, is_flag, members_of, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -125,8 +125,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 def _stored(literal_: InlineLiteral) -> Any:
     """Return the value as the column holds it: of a member of an enum, its name."""
-    type_, value = literal_.type, literal_.value
-    members = type_.enum_class.__members__ if isinstance(type_, Enum) and type_.enum_class else {}
+    members, value = members_of(literal_.type), literal_.value
     return next((name for name, member in members.items() if member is value), value)
 
 
@@ -158,13 +157,13 @@ def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
 
 
 def _check_member(column: Column[Any], type_: Enum, value: Any, role: str) -> None:
-    members = dict(type_.enum_class.__members__) if type_.enum_class else {}
+    members = members_of(type_)
     if value in type_.enums or any(value == member for member in members.values()):
         return
-    right = next((name for name, member in members.items() if member.value == value), None)
+    right = [name for name, member in members.items() if getattr(member, "value", None) == value]
     raise ClaimError(
         f"{role} has {value!r} in {column.name!r}, which holds {', '.join(map(repr, type_.enums))}"
-        ": write " + ("one of them" if right is None else f"{right!r}, the name of that member")
+        ": write " + (f"{right[0]!r}, the name of that member" if right else "one of them")
     )
 
 
@@ -251,13 +250,12 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
         return free, (not free if claimed is UNSET else claimed)
     if is_time:
         return (None if free is UNSET else free), (NOW if claimed is UNSET else claimed)
-    missing = " and ".join(
-        f"{role}=..." for role, value in (("free", free), ("claimed", claimed)) if value is UNSET
-    )
-    type_ = plain_type(state.type)
+    given, type_ = {"free": free, "claimed": claimed}, plain_type(state.type)
+    missing = " and ".join(f"{role}=..." for role, value in given.items() if value is UNSET)
+    one_of = f" (one of {', '.join(members)})" if (members := members_of(type_)) else ""
     raise AmbiguousTable(
         f"{state} is {type_!r}, whose values are not declared: give {missing} as they stand in the "
-        "column" + (f" (one of {', '.join(type_.enums)})" if isinstance(type_, Enum) else "")
+        f"column{one_of}"
     )
 
 

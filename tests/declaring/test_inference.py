@@ -259,7 +259,7 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
     "two flags": (
         lambda: [processing(), Column("locked", Boolean, nullable=False)],
         (
-            "several columns could be the state (",
+            "several columns could be 'state' (",
             "'processing'",
             "'locked'",
             "write: JobTable.infer(jobs, state=...)",
@@ -268,11 +268,11 @@ REFUSALS: dict[str, tuple[Callable[[], list[Column[Any]]], tuple[str, ...]]] = {
     ),
     "a flag and a status": (
         lambda: [processing(), Column("status", String(10))],
-        ("several columns could be the state ('processing', 'status')",),
+        ("several columns could be 'state' ('processing', 'status')",),
     ),
     "two times of a claim": (
         lambda: [Column("locked_at", DateTime), Column("claimed_at", DateTime)],
-        ("several columns could be the state", "'locked_at'", "'claimed_at'"),
+        ("several columns could be 'state'", "'locked_at'", "'claimed_at'"),
     ),
     "no state": (
         lambda: [Column("name", String(50)), Column("created_at", DateTime)],
