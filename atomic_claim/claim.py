@@ -16,9 +16,17 @@ from sqlalchemy import inspect as sa_inspect
 from .backends import KeyedRows, Transaction, read_back
 from .backends.base import mark_and_load
 from .backends.by_key import claim_batch, key_search
-from .backends.recovery import ROUNDS, OneByOne, free_traced, salvage, traced
+from .backends.recovery import (
+    ROUNDS,
+    Passed,
+    free_traced,
+    mark_one_by_one,
+    refusal,
+    salvage,
+    traced,
+)
 from .errors import ClaimError
-from .execution import Bind, Run, keyed_apart, run_in
+from .execution import Bind, Operation, Run, keyed_apart
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
@@ -273,20 +281,8 @@ def claim_jobs(
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
     params = request.parameters(token=job_table.token is not None)
     claiming = Claiming(plan, params)
-    if job_table.exclusive_by is not None:
-        claimed = claiming.by_key(bind)
-    else:
-        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
-        may_autocommit = TOKEN in params and bool(job_table.released)
-        claimed = run_in(
-            bind,
-            job_table,
-            claiming.run,
-            single=plan if may_autocommit else None,
-            careful=claiming.run_one_by_one,
-            undo=claiming.undo,
-            recoverable=TOKEN in params,
-        )
+    keyed = job_table.exclusive_by is not None
+    claimed = claiming.by_key(bind) if keyed else claiming.execute(bind)
     if claimed.error is not None:
         raise claimed.error
     keys, jobs = zip(*claimed.rows, strict=True) if claimed.rows else ((), ())
@@ -311,82 +307,84 @@ class Claiming:
     plan: ClaimPlan
     params: dict[str, Any]
 
+    def execute(self, bind: Bind, batch: Sequence[Candidate] | None = None) -> Claimed:
+        """Claim in one transaction; of the candidates, if they are known."""
+        job_table, has_token = self.plan.job_table, TOKEN in self.params
+        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
+        may_autocommit = has_token and bool(job_table.released)
+        return Operation(
+            bind,
+            job_table,
+            partial(self.run, batch=batch),
+            keyed=job_table.exclusive_by is not None,
+            recoverable=has_token,
+            single=self.plan if may_autocommit else None,
+            careful=partial(self.run, batch=batch, one_by_one=True),
+            undo=self.undo,
+        ).execute()
+
     def by_key(self, bind: Bind) -> Claimed:
         """Claim by exclusive keys; where their lock outlasts a transaction, search before it."""
         if (backend := keyed_apart(bind, self.plan.job_table)) is None:
-            return self._run_keyed(bind, self.run, self.run_one_by_one)
+            return self.execute(bind)
         limit, passed = self.params[LIMIT], list[Key]()
         error: ClaimError | None = None
         for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
-            found = self._run_keyed(
-                bind, partial(self.run, batch=batch), partial(self.run_one_by_one, batch=batch)
-            )
+            found = self.execute(bind, batch)
             passed += found.passed
             if found.rows:
                 return Claimed(found.rows, passed)
             error = error or found.error
         return Claimed([], passed, error)
 
-    def run(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
-        """Claim, and hand out what can be read of rows that are not rolled back."""
-        plan, params = self.plan, self.params
-        if plan.entities:
+    def run(
+        self,
+        tx: Transaction,
+        batch: Sequence[Candidate] | None = None,
+        *,
+        one_by_one: bool = False,
+    ) -> Claimed:
+        """Claim, and hand out what can be read of rows that are not rolled back.
+
+        ``one_by_one`` is for after a failure: pass over the rows that cause it.
+        """
+        plan, params, passed = self.plan, self.params, Passed()
+        mark = None
+        if one_by_one:
+            mark = partial(mark_one_by_one, passed=passed, complete=self._complete)
+        if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
             _refuse_unflushed(tx.executor, plan)
         if tx.after_disconnect and (keys := traced(tx, plan, params)):
             return Claimed(read_back(tx, plan, keys, None))
-        unreadable: list[Key] = []
         for _ in range(ROUNDS):
+            before = len(passed)
             try:
                 if batch is None:
-                    found = tx.backend.claim(tx, plan, params)
+                    narrowed = plan.passing_over(list(passed)) if passed else plan
+                    found = tx.backend.claim(tx, narrowed, params, mark)
                 else:
-                    found = claim_batch(tx, plan, batch, params, mark_and_load)
+                    found = claim_batch(tx, plan, batch, params, mark or mark_and_load)
                 if plan.entities and tx.own:
                     self._complete(tx, found)
             except BaseException as error:
                 if tx.own and not tx.autocommit:
                     raise
                 found, failed = salvage(tx, plan, params, error)
-                unreadable += failed
-                if not found and batch is None:
-                    plan = self.plan.passing_over(unreadable)
-                    continue
-            return Claimed(found, unreadable)
-        raise ClaimError(
-            f"none of {len(unreadable)} claimable rows of {plan.job_table.table.fullname!r} can be "
-            f"read, their keys: {unreadable!r}. They are free again: correct their values, or the "
-            "types of their columns"
-        )
+                passed |= failed
+            gives_up = batch is None and len(passed) > before
+            if found or not gives_up:
+                break
+        refused = None if found else refusal(plan, passed, gives_up=gives_up)
+        return Claimed(found, list(passed), refused)
 
     def undo(self, tx: Transaction) -> None:
         """Free the rows of a claim that was interrupted when it may have been committed."""
         free_traced(tx, self.plan, self.params)
 
-    def run_one_by_one(self, tx: Transaction, batch: Sequence[Candidate] | None = None) -> Claimed:
-        """Claim once more after a failure, and pass over the rows that cause it."""
-        one_by_one = OneByOne(self._complete)
-        if batch is None:
-            found = one_by_one.claim(tx, self.plan, self.params)
-        else:
-            found = claim_batch(tx, self.plan, batch, self.params, one_by_one.mark)
-        error = None if found else one_by_one.error(self.plan)
-        return Claimed(found, list(one_by_one.passed), error)
-
     def _complete(self, tx: Transaction, found: KeyedRows) -> None:
         """Load what entities lack that are about to be detached."""
         if self.plan.entities:
             _load_fully(tx, self.plan, found)
-
-    def _run_keyed(self, bind: Bind, run: Run[Claimed], careful: Run[Claimed]) -> Claimed:
-        return run_in(
-            bind,
-            self.plan.job_table,
-            run,
-            careful=careful,
-            undo=self.undo,
-            recoverable=TOKEN in self.params,
-            keyed=True,
-        )
 
     def _search(self, bind: Bind, read: Run[Any]) -> Any:
         """Search without the lock of the keys, in a transaction of its own."""
@@ -395,7 +393,7 @@ class Claiming:
             tx.backend.key_locks.begin(tx.connection)
             return read(tx)
 
-        return run_in(bind, self.plan.job_table, search, recoverable=True)
+        return Operation(bind, self.plan.job_table, search, recoverable=True).execute()
 
 
 def dequeue_jobs(
@@ -435,7 +433,7 @@ def dequeue_jobs(
             )
         return found
 
-    found = run_in(bind, job_table, run)
+    found = Operation(bind, job_table, run).execute()
     keys, jobs = zip(*found, strict=True) if found else ((), ())
     claim = Claim(jobs, table=job_table, keys=keys)
     if subscribers or logs_claims():
@@ -443,10 +441,8 @@ def dequeue_jobs(
     return claim
 
 
-def _refuse_unflushed(session: Session | Connection, plan: ClaimPlan) -> None:
+def _refuse_unflushed(session: Session, plan: ClaimPlan) -> None:
     """Raise if reading a claimed entity would discard pending changes."""
-    if isinstance(session, Connection) or session.autoflush:
-        return
     job_table = plan.job_table
     assert job_table.entity is not None
     for entity in (*session.dirty, *session.deleted):

@@ -7,21 +7,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, Update, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
-from .backends import Backend, Transaction, backend_for
-from .backends.base import Facts
-from .backends.drivers import KNOWN, in_transaction
+from .backends import Backend, Transaction, backend_for, drivers
 from .backends.recovery import end_process, pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
-from .orm import is_maker, is_scoped, is_session
+from .orm import is_maker, session_of
 from .plan import ClaimPlan
 from .telemetry import Retried, report
 
@@ -44,123 +42,31 @@ FIRST_OUTAGE_PAUSE = 0.1
 LONGEST_OUTAGE_PAUSE = 2.0
 NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
-# The key of a backend's facts in the ``info`` of a DBAPI connection.
-FACTS = "atomic_claim_facts"
-UNASKED = Facts()
+# The key, in the ``info`` of a DBAPI connection, of what Backend.process() returns.
+PROCESS = "atomic_claim_process"
 UNKNOWN = (
     "The connection was lost during the COMMIT, so its outcome is unknown, and without a token "
     "column it cannot be looked up: rows may have been claimed or changed."
 )
 
 
-def run_in(
-    bind: Any,
-    job_table: JobTable,
-    run: Run[R],
-    *,
-    single: ClaimPlan | None = None,
-    careful: Run[R] | None = None,
-    undo: Run[None] | None = None,
-    recoverable: bool = False,
-    keyed: bool = False,
-    tries: int = TRIES,
-) -> R:
-    """Run an operation: never end the caller's transaction, always end the call's own.
-
-    Args:
-        bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
-        job_table: the table that the statements are for.
-        run: the operation. In a transaction of its own it runs again after a conflict.
-        single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
-        careful: the operation in another form, which runs in a transaction of its own after
-            ``run`` has failed there.
-        undo: runs in a transaction of its own after an interrupt, if the operation may have been
-            committed.
-        recoverable: whether ``run`` finds out from the table what became of an earlier try, so
-            that it runs again after a lost connection whatever the outcome of the COMMIT.
-        keyed: whether it makes or keeps rows with exclusive keys running.
-        tries: how often a transaction of its own runs at most.
-
-    Raises:
-        ClaimConflict: another transaction was in the way.
-        ClaimError: the bind cannot be used.
-    """
-    if not (isinstance(bind, Engine) or is_maker(bind)):
-        return _run_in_callers(bind, job_table, run, keyed)
-    own = OwnTransaction(bind, job_table, keyed, single, recoverable)
-    for tried in range(1, tries + 1):
-        try:
-            return own.run(run)
-        except ClaimConflict:
-            if tried == tries:
-                raise
-        except ClaimError:
-            raise
-        except Exception as error:
-            if not own.is_outage(error):
-                if careful is None or run is careful or own.unknown or own.ended:
-                    raise
-                run, own.single = careful, None
-                continue
-            if tried == tries or (own.committing and not recoverable):
-                if own.committing and isinstance(error, DBAPIError):
-                    error.add_detail(UNKNOWN)
-                raise
-            own.lost, own.unknown = True, own.unknown or own.committing
-            own.lost_at = time.monotonic()
-        except BaseException:
-            if undo is not None and own.committing and recoverable:
-                own.undo(undo)
-            raise
-        report(Retried(job_table.table.fullname, (), tried, own.lost))
-        # Full jitter, so that the ones in each other's way do not meet again.
-        longest = LONGEST_OUTAGE_PAUSE if own.lost else LONGEST_PAUSE
-        first = FIRST_OUTAGE_PAUSE if own.lost else FIRST_PAUSE
-        pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
-    raise AssertionError("unreachable")
-
-
-def _run_in_callers(bind: Any, job_table: JobTable, run: Run[R], keyed: bool) -> R:
-    """Run in a transaction that the caller begins and ends."""
-    pinning: AbstractContextManager[Connection]
-    if is_scoped(bind):
-        bind = bind.registry()
-    if is_session(bind):
-        engine = _engine_of(bind, job_table)
-        # A database that is not known is refused before it is connected to.
-        backend_for(engine.dialect)
-        pinning = pinned(bind, engine)
-    elif not isinstance(bind, Connection):
-        raise ClaimError(
-            f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
-            "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
-        )
-    elif bind.closed:
-        raise ClaimError("the Connection is closed; open one with engine.connect()")
-    else:
-        pinning = nullcontext(bind)
-    with pinning as connection:
-        backend = backend_for(connection.dialect)
-        if keyed and backend.key_locks.needs_own:
-            raise ClaimError(backend.key_locks.needs_own)
-        try:
-            return run(Transaction(backend, bind, connection, own=False))
-        except DBAPIError as error:
-            _raise_conflict(backend, error)
-            raise
-
-
 @dataclass
-class OwnTransaction:
-    """A transaction of the call's own, and what its tries found out.
+class Operation(Generic[R]):
+    """Statements in the caller's transaction, or in one of the call's own, which may take tries.
 
     Attributes:
-        bind: an ``Engine`` or ``sessionmaker``.
+        bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
         job_table: the table that the statements are for.
+        run: executes them. In a transaction of its own it runs again after a conflict.
         keyed: whether it makes or keeps rows with exclusive keys running.
-        single: the plan of a claim that may be one statement in AUTOCOMMIT.
-        recoverable: whether a lost COMMIT can be looked up in the table.
-        process: what the backend knows of the server's process of the last try.
+        recoverable: whether ``run`` finds out from the table what became of an earlier try, so
+            that it runs again after a lost connection whatever the outcome of the COMMIT.
+        single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
+        careful: takes the place of ``run`` after that has failed in a transaction of its own.
+        undo: runs in a transaction of its own after an interrupt, if the operation may have been
+            committed.
+        tries: how often a transaction of its own runs at most.
+        process: identifies the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
         ended: whether the operation itself was over when the last try failed.
         lost: whether an earlier try lost its connection.
@@ -168,11 +74,15 @@ class OwnTransaction:
         lost_at: when it was lost, by ``time.monotonic()``.
     """
 
-    bind: OwnBind
+    bind: Any
     job_table: JobTable
-    keyed: bool
-    single: ClaimPlan | None
-    recoverable: bool
+    run: Run[R]
+    keyed: bool = False
+    recoverable: bool = False
+    single: ClaimPlan | None = None
+    careful: Run[R] | None = None
+    undo: Run[None] | None = None
+    tries: int = TRIES
     process: Any = None
     committing: bool = False
     ended: bool = False
@@ -180,8 +90,80 @@ class OwnTransaction:
     unknown: bool = False
     lost_at: float = 0.0
 
-    def run(self, run: Run[R]) -> R:
-        """Run once, and commit."""
+    def execute(self) -> R:
+        """Run it: never end the caller's transaction, always end the call's own.
+
+        Raises:
+            ClaimConflict: another transaction was in the way.
+            ClaimError: the bind cannot be used.
+        """
+        if not (isinstance(self.bind, Engine) or is_maker(self.bind)):
+            return self._in_callers()
+        for tried in range(1, self.tries + 1):
+            try:
+                return self.run_once()
+            except ClaimConflict:
+                if tried == self.tries:
+                    raise
+            except ClaimError:
+                raise
+            except Exception as error:
+                if not self._is_outage(error):
+                    if self.careful is None or self.unknown or self.ended:
+                        raise
+                    self.run, self.careful, self.single = self.careful, None, None
+                    continue
+                if tried == self.tries or (self.committing and not self.recoverable):
+                    if self.committing and isinstance(error, DBAPIError):
+                        error.add_detail(UNKNOWN)
+                    raise
+                self.lost, self.unknown = True, self.unknown or self.committing
+                self.lost_at = time.monotonic()
+            except BaseException:
+                if self.undo is not None and self.committing and self.recoverable:
+                    # On another connection: the interrupted one is in no known state.
+                    undoing: Operation[Any] = self
+                    undoing = replace(undoing, run=self.undo, keyed=False, single=None)
+                    undoing.unknown, undoing.lost_at = True, time.monotonic()
+                    undoing.run_once()
+                raise
+            report(Retried(self.job_table.table.fullname, (), tried, self.lost))
+            # Full jitter, so that the ones in each other's way do not meet again.
+            longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
+            first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
+            pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
+        raise AssertionError("unreachable")
+
+    def _in_callers(self) -> R:
+        """Run in a transaction that the caller begins and ends."""
+        bind, session = self.bind, session_of(self.bind)
+        pinning: AbstractContextManager[Connection]
+        if session is not None:
+            engine = _engine_of(session, self.job_table)
+            # A database that is not known is refused before it is connected to.
+            backend_for(engine.dialect)
+            pinning = pinned(session, engine)
+        elif not isinstance(bind, Connection):
+            raise ClaimError(
+                f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
+                "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+            )
+        elif bind.closed:
+            raise ClaimError("the Connection is closed; open one with engine.connect()")
+        else:
+            pinning = nullcontext(bind)
+        with pinning as connection:
+            backend = backend_for(connection.dialect)
+            if self.keyed and backend.key_locks.needs_own:
+                raise ClaimError(backend.key_locks.needs_own)
+            try:
+                return self.run(Transaction(backend, session or bind, connection, own=False))
+            except DBAPIError as error:
+                _raise_conflict(backend, error)
+                raise
+
+    def run_once(self) -> R:
+        """Run once in a transaction of the call's own, and commit."""
         self.committing = self.ended = False
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
@@ -199,32 +181,24 @@ class OwnTransaction:
                 if self.unknown:
                     lost_for = time.monotonic() - self.lost_at
                     end_process(backend, connection, self.process, lost_for)
-                facts = connection.info.get(FACTS, UNASKED)
-                if facts is UNASKED and self.recoverable:
-                    facts = connection.info[FACTS] = backend.facts(connection)
+                found = connection.info.get(PROCESS)
+                if found is None and self.recoverable:
+                    found = connection.info[PROCESS] = backend.process(connection)
                     connection.rollback()
-                self.process = facts.process
-                plan = self.single
-                if plan is not None and self._may_autocommit(tx, plan, facts.level):
+                self.process, level = found or (None, None)
+                if self.single is not None and self._may_autocommit(tx, self.single, level):
                     connection.execution_options(isolation_level="AUTOCOMMIT")
                     self.committing = tx.autocommit = True
                 with NOTHING if tx.autocommit else self._transaction(tx):
-                    found = run(tx)
+                    result = self.run(tx)
                     self.committing = self.ended = True
                     tx.executor.commit()
             except BaseException as error:
                 _fail(tx, error)
                 raise
-        return found
-
-    def undo(self, undo: Run[None]) -> None:
-        """Undo on a connection of its own: the interrupted one is in no known state."""
-        own = OwnTransaction(self.bind, self.job_table, False, None, True)
-        own.process, own.unknown, own.lost_at = self.process, True, time.monotonic()
-        own.run(undo)
+        return result
 
     def _session(self) -> tuple[Session, Engine]:
-        assert not isinstance(self.bind, Engine)
         # Expiring at commit would unload the entities that are about to be detached.
         session = self.bind(expire_on_commit=False)
         if not session.in_transaction():
@@ -248,7 +222,7 @@ class OwnTransaction:
             level == connection.dialect.default_isolation_level
             and not (has_events and (connection.dispatch.begin or connection.dispatch.commit))
             and not connection.get_execution_options()
-            and connection.dialect.driver in KNOWN
+            and connection.dialect.driver in drivers.KNOWN
             and (driver := connection.connection.dbapi_connection) is not None
             and not connection.dialect.detect_autocommit_setting(driver)
             and plan.prepare(backend.is_single)
@@ -260,7 +234,7 @@ class OwnTransaction:
         backend, connection = tx.backend, tx.connection
         with ExitStack() as stack:
             if self.keyed:
-                stack.enter_context(backend.key_locks.around(connection, self.job_table.table))
+                stack.enter_context(backend.key_locks.around(connection, self.job_table))
                 # The lock of the keys outlasts the rollback.
                 stack.push(lambda _, error, __: None if error is None else _fail(tx, error))
             if not isinstance(tx.executor, Connection):
@@ -274,7 +248,7 @@ class OwnTransaction:
                 backend.key_locks.begin(connection)
             yield
 
-    def is_outage(self, error: Exception) -> bool:
+    def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
         if isinstance(error, DBAPIError):
             # Only a statement's error names a statement, a refusal to connect does not.
@@ -308,7 +282,7 @@ def _fail(tx: Transaction, error: BaseException) -> None:
         connection.connection.rollback()
     if not isinstance(error, DBAPIError) or error.connection_invalidated:
         return
-    if backend.is_stale(error) and not connection.invalidated:
+    if drivers.is_stale(error) and not connection.invalidated:
         # The driver would send the prepared statement again and again.
         connection.invalidate()
     _raise_conflict(backend, error)
@@ -376,8 +350,7 @@ def _raise_conflict(backend: Backend, error: DBAPIError) -> None:
 
 def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     """Return the exceptions that are raised when a bind's database cannot be reached."""
-    dialect = _dialect_of(bind, job_table)
-    return backend_for(dialect).outages(dialect)
+    return drivers.outages(_dialect_of(bind, job_table))
 
 
 def _writing(job_table: JobTable) -> Update:
@@ -430,10 +403,10 @@ def _refuse_shared(engine: Engine) -> None:
     """
     pool = engine.pool
     if isinstance(pool, StaticPool):
-        shared = in_transaction(pool.connection.driver_connection)
+        shared = drivers.in_transaction(pool.connection.driver_connection)
     else:
         with engine.connect() as connection:
-            shared = in_transaction(connection.connection.driver_connection)
+            shared = drivers.in_transaction(connection.connection.driver_connection)
     if shared:
         raise ClaimError(
             f"the engine's {type(pool).__name__} has one connection, and a transaction is open "

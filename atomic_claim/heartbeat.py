@@ -18,7 +18,7 @@ from .backends import Transaction
 from .backends.recovery import logger, reason
 from .claim import Claim, Key
 from .errors import ClaimConflict, ClaimError, ClaimLost, UnsupportedDialect
-from .execution import OwnBind, outages, run_in
+from .execution import Operation, OwnBind, outages
 from .lifecycle import Ended, Owned, ended_here, owned_rows
 from .orm import is_maker
 from .outcomes import extension
@@ -213,7 +213,7 @@ class Beat(Keeper):
                 return run(tx)
 
         try:
-            return run_in(self.bind, job_table, patient, keyed=keyed, tries=1)
+            return Operation(self.bind, job_table, patient, keyed, tries=1).execute()
         except UnsupportedDialect:
             raise
         except (ClaimConflict, SQLAlchemyError) as error:
@@ -231,7 +231,7 @@ class Beat(Keeper):
         free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
         # SQLite locks nothing: the block may have ended some of them meanwhile.
         changes = tx.backend.changes(job_table, guard, self.values)
-        ours = set(tx.backend.extend(tx, job_table, free, changes))
+        ours = set(tx.backend.change(tx, free, changes, extends=job_table))
         # Running, and still this claim's: an end that the block had begun was rolled back.
         self.ended.difference_update(ours)
         return ours | self._standing(tx, set(self.remaining).difference(ours))
@@ -273,7 +273,7 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
         missing = [key for key in owned.keys if key not in seen]
         return missing, seen - safe, owned.visible(tx, missing, _is_unclaimed(owned))
 
-    missing, urgent, uncommitted = run_in(bind, owned.job_table, look)
+    missing, urgent, uncommitted = Operation(bind, owned.job_table, look).execute()
     if uncommitted:
         raise ClaimError(
             f"the claim of {uncommitted!r} is not visible to other connections: commit it before "

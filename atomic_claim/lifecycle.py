@@ -24,7 +24,7 @@ from .backends import Transaction
 from .backends.recovery import is_general
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
-from .execution import Bind, run_in
+from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
 from .orm import is_maker
 from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
@@ -368,7 +368,7 @@ class Change:
         for outcomes in filter(None, (self.outcomes, self.plain)):
             try:
                 run = partial(self.change, keys=keys, outcomes=outcomes)
-                self.changed |= run_in(self.bind, self.job_table, run, **options)
+                self.changed |= Operation(self.bind, self.job_table, run, **options).execute()
                 return
             except (DBAPIError, UnicodeError) as error:
                 keys, refused = keys or self.keys, error
@@ -395,10 +395,8 @@ class Change:
                 guard = and_(self.guard, *outcome.conditions)
                 changes = tx.backend.changes(job_table, guard, outcome.values)
                 outcome.statements[tx.backend] = changes
-            if self.ends:
-                found = tx.backend.change(tx, left, changes, params)
-            else:
-                found = tx.backend.extend(tx, job_table, left, changes, params)
+            extends = None if self.ends else job_table
+            found = tx.backend.change(tx, left, changes, params, extends=extends)
             changed |= dict.fromkeys(found, outcome.name)
         if owned is not None and tx.after_disconnect and self.ends:
             # Afterwards: the earlier try may have been running still, and the change waits for it.

@@ -15,20 +15,18 @@ import sqlalchemy
 
 if TYPE_CHECKING:
     import sqlalchemy.orm
-    from sqlalchemy.orm import Mapper, Session, scoped_session, sessionmaker
+    from sqlalchemy.orm import Mapper, Session, sessionmaker
 
 ASYNC = ("AsyncSession", "AsyncConnection", "AsyncEngine")
 ASYNC_MAKERS = ("async_scoped_session", "async_sessionmaker")
 
 
-def is_session(given: object) -> TypeGuard[Session]:
-    """Check whether the object is a ``Session``."""
-    return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.Session)
-
-
-def is_scoped(given: object) -> TypeGuard[scoped_session[Any]]:
-    """Check whether the object is a ``scoped_session``."""
-    return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.scoped_session)
+def session_of(bind: Any) -> Session | None:
+    """Return a ``Session``, or that of a ``scoped_session``; None if the bind is neither."""
+    if not hasattr(sqlalchemy, "orm"):
+        return None
+    found = bind.registry() if isinstance(bind, sqlalchemy.orm.scoped_session) else bind
+    return found if isinstance(found, sqlalchemy.orm.Session) else None
 
 
 def is_maker(given: object) -> TypeGuard[sessionmaker[Any]]:

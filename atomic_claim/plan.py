@@ -137,8 +137,6 @@ class ClaimPlan(Preparing):
 
     def passing_over(self, keys: Sequence[tuple[Any, ...]]) -> ClaimPlan:
         """Return the plan of a claim of the same rows without those with these keys."""
-        if not keys:
-            return self
         others = not_(key_in(self.key_attributes, keys))
         found = self.candidates
         branches = tuple(branch.where(others) for branch in found.branches)
@@ -154,7 +152,20 @@ class ClaimPlan(Preparing):
     @cached_property
     def key_of(self) -> Callable[[Any], tuple[Any, ...]]:
         """Return a function that reads the key from an entity or a row of the claim."""
-        return _key_reader(self)
+        table, mapper = self.job_table.table, self.job_table.mapper
+        named = mapper if self.entities or self.multi_table else None
+        names = [
+            column.key if named is None else named.get_property_by_column(column).key
+            for column in self.job_table.key
+        ]
+        if self.entities:
+            read = operator.attrgetter(*names)
+            return read if len(names) > 1 else lambda entity: (read(entity),)
+        keys = list((table if named is None else named).columns.keys())
+        first, *others = map(keys.index, names)
+        if others:
+            return operator.itemgetter(first, *others)
+        return operator.itemgetter(slice(first, first + 1))
 
     @cached_property
     def columns(self) -> tuple[Any, ...]:
@@ -252,11 +263,7 @@ class ClaimPlan(Preparing):
     @property
     def returned_table(self) -> Any:
         """Return the target of the one-statement claim: the mapped class, or its table."""
-        return (
-            self.job_table.entity
-            if self.entities and not self.multi_table
-            else self.job_table.table
-        )
+        return self.job_table.entity if self.entities else self.job_table.table
 
 
 def checked_limit(limit: Any) -> int:
@@ -290,28 +297,6 @@ def _check(job_table: JobTable, request: ClaimRequest) -> None:
     check_worker(job_table, request.worker)
     if not request.deletes:
         check_lease(job_table, request.lease)
-
-
-def _key_reader(plan: ClaimPlan) -> Callable[[Any], tuple[Any, ...]]:
-    job_table = plan.job_table
-    mapper = job_table.mapper
-    if plan.entities:
-        assert mapper is not None
-        names = [mapper.get_property_by_column(column).key for column in job_table.key]
-        if len(names) == 1:
-            read = operator.attrgetter(names[0])
-            return lambda entity: (read(entity),)
-        return operator.attrgetter(*names)
-    columns = plan.columns
-    wanted = list(job_table.key)
-    if plan.multi_table:
-        assert mapper is not None
-        wanted = [mapper.columns[mapper.get_property_by_column(c).key] for c in job_table.key]
-    places = [next(i for i, c in enumerate(columns) if c is column) for column in wanted]
-    if len(places) == 1:
-        place = places[0]
-        return operator.itemgetter(slice(place, place + 1))
-    return operator.itemgetter(*places)
 
 
 def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) -> ClaimPlan:

@@ -10,7 +10,6 @@ from operator import itemgetter
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
-    Column,
     ColumnElement,
     CompoundSelect,
     Integer,
@@ -30,7 +29,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BindParameter, ClauseElement, UnaryExpression
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal
-from sqlalchemy.types import Boolean, DateTime, Float, Numeric, TypeEngine
+from sqlalchemy.types import Float, TypeEngine
 
 T = TypeVar("T")
 
@@ -77,7 +76,7 @@ class DatabaseTime(ColumnElement[datetime]):
     zone) or ``"unsaid"``. ``form`` is the ``strftime`` format of a text column on SQLite.
     ``offset`` is an expression in seconds that is added. A column without fractions of the second
     is given a later time rather than an earlier one, so that a lease is not cut; with ``floor`` an
-    earlier one. Every dialect renders it in its own module.
+    earlier one. The database's backend renders it.
 
     In a zone with daylight saving, seconds are added in UTC. A column without a zone cannot tell
     the two passes of the hour that autumn repeats, so an offset that ends after the clocks went
@@ -117,11 +116,6 @@ class RandomFraction(ColumnElement[float]):
 
     inherit_cache = True
     type = Float()
-
-
-@compiles(RandomFraction)
-def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
-    return "random()"
 
 
 def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
@@ -222,14 +216,6 @@ class OrderTerm:
         """The words after the expression."""
         nulls = {None: "", True: " NULLS FIRST", False: " NULLS LAST"}[self.nulls_first]
         return (" DESC" if self.descending else "") + nulls
-
-    @property
-    def collates(self) -> bool:
-        """Return True if the comparison may follow a collation that only the database knows."""
-        return not (
-            isinstance(self.element, Column)
-            and isinstance(self.element.type, (Integer, Numeric, Float, Boolean, DateTime))
-        )
 
 
 @dataclass(eq=False, repr=False)

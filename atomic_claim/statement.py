@@ -26,8 +26,6 @@ class ClaimStatement(Update):
         *Update._traverse_internals,  # noqa: SLF001
         ("candidates", InternalTraversal.dp_clauseelement),
         ("changes_key", InternalTraversal.dp_boolean),
-        ("multi_table", InternalTraversal.dp_boolean),
-        ("guarded", InternalTraversal.dp_boolean),
         ("checked", InternalTraversal.dp_boolean),
     ]
 
@@ -35,21 +33,14 @@ class ClaimStatement(Update):
         super().__init__(plan.returned_table)
         self.candidates = plan.candidates
         self.changes_key = plan.changes_key
-        self.multi_table = plan.multi_table
-        self.guarded = False
         self.checked = False
         self.written = dict(plan.values)
 
 
 def statement_of(plan: ClaimPlan) -> ClaimStatement:
     """Return the one-statement claim of a plan; it returns an entity, or a row's columns."""
-    return plan.prepare(_statement)
-
-
-def _statement(plan: ClaimPlan) -> ClaimStatement:
-    returned = plan.job_table.key if plan.multi_table else (plan.returned_table,)
-    statement = ClaimStatement(plan).values(plan.values).returning(*returned)
-    if plan.entities and not plan.multi_table:
+    statement = ClaimStatement(plan).values(plan.values).returning(plan.returned_table)
+    if plan.entities:
         from sqlalchemy.orm import lazyload  # noqa: PLC0415 - loaded with the mapped class
 
         # What is joined for a collection would multiply the rows of RETURNING.
@@ -110,7 +101,4 @@ def claim_statement(
             f"{plan.job_table.entity!r} has its columns in several tables, which one UPDATE "
             "cannot return: use claim_jobs(session, ...)"
         )
-    # Not yet anybody's: the statement was built for this call.
-    statement = statement_of(plan)
-    statement.guarded = True
-    return statement
+    return statement_of(plan)

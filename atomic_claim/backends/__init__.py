@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import ClauseElement
 
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.references import resolve
-from atomic_claim.sql_elements import DatabaseTime
+from atomic_claim.sql_elements import DatabaseTime, RandomFraction
 from atomic_claim.statement import ClaimStatement
 
 from .base import CHUNK, Backend, Find, Transaction, read_back
@@ -84,23 +85,16 @@ def _loaded(name: str) -> Backend | None:
     return backend
 
 
-# Compile for dialects whose backend is not loaded yet: loading it registers its own functions.
-
-
 @compiles(ClaimStatement)
-def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
-    backend_for(compiler.dialect)
-    return compiler.process(element, **kw)
-
-
 @compiles(DatabaseTime)
-def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
-    name = compiler.dialect.name
-    if name == "default":
+@compiles(RandomFraction)
+def _compile(element: ClauseElement, compiler: SQLCompiler, **kw: Any) -> str:
+    if compiler.dialect.name == "default" and not isinstance(element, ClaimStatement):
         # str() of a clause, for a person to read.
-        return "CURRENT_TIMESTAMP"
-    if _loaded(name) is None:
-        raise UnsupportedDialect(
-            f"no backend reads the clock of {name!r}; expected PostgreSQL, MySQL, MariaDB or SQLite"
-        )
-    return compiler.process(element, **kw)
+        return "CURRENT_TIMESTAMP" if isinstance(element, DatabaseTime) else Backend.random
+    backend = backend_for(compiler.dialect)
+    if isinstance(element, ClaimStatement):
+        return backend.compile_claim(element, compiler, **kw)
+    if isinstance(element, DatabaseTime):
+        return backend.compile_time(element, compiler, **kw)
+    return backend.random

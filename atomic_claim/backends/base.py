@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ColumnElement,
@@ -25,6 +26,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import DateTime, Float
 
 from atomic_claim import predicates
@@ -32,9 +34,10 @@ from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import INSTANT, LEAST, LIMIT, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ByKey, key_in
+from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
+from atomic_claim.statement import ClaimStatement
 
-from .drivers import in_transaction
+from .drivers import code_of, in_transaction
 from .reading import Key, KeyedRows, Reading
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
+# Behind some servers' own version stands what they tell old clients: 5.5.5-10.11.6.
+OLD_CLIENTS = (5, 5, 5)
 
 
 class Candidate(NamedTuple):
@@ -64,18 +69,6 @@ class Candidate(NamedTuple):
     alone: int = 0
     fair: tuple[Any, ...] = ()
     has_room: bool = True
-
-
-class Facts(NamedTuple):
-    """Properties of a connection's server process, asked once for each DBAPI connection.
-
-    Attributes:
-        process: identifies the server's process.
-        level: its isolation level, as SQLAlchemy names it.
-    """
-
-    process: Any = None
-    level: str | None = None
 
 
 @dataclass(slots=True)
@@ -213,18 +206,26 @@ class Find:
         return tuple(self.place.columns[column.key] for column in self.job_table.key)
 
 
+checked: WeakKeyDictionary[Dialect, set[tuple[Any, ...]]] = WeakKeyDictionary()
+"""The checks of tables that were passed, by the dialect of their database."""
+
+
+def check_once(
+    connection: Connection, table: Table, check: Callable[[Connection, Table, str | None], None]
+) -> None:
+    """Check a table with its schema, once for each dialect object of SQLAlchemy's."""
+    schema = connection.schema_for_object(table)
+    known = checked.setdefault(connection.dialect, set())
+    if (passed := (check, schema, table.name)) not in known:
+        check(connection, table, schema)
+        known.add(passed)
+
+
 class KeyLocks:
     """The locks of a database's exclusive keys; this base class locks nothing."""
 
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
-
-    def session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
-        """Return expressions that describe the session, for the search by exclusive keys."""
-        return ()
-
-    def check_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
-        """Raise if the values of :meth:`session` do not allow a claim."""
 
     def number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
         """Return the number of a key's lock, where keys are locked one by one, or NULL."""
@@ -246,7 +247,7 @@ class KeyLocks:
         """Lock the exclusive keys of some rows before their leases are extended."""
         return nullcontext()
 
-    def around(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
+    def around(self, connection: Connection, job_table: JobTable) -> AbstractContextManager[None]:
         """Lock a table's exclusive keys around a transaction of the call's own."""
         return nullcontext()
 
@@ -259,6 +260,12 @@ class Backend(ABC):
 
     names: ClassVar[tuple[str, ...]]
     """The names of the SQLAlchemy dialects that it serves."""
+    required: ClassVar[Mapping[str, tuple[str, tuple[int, ...], str]]] = {}
+    """By dialect, the product, the version that a claim needs, and what came with it."""
+    conflicts: ClassVar[frozenset[Any]]
+    """The codes of errors for which the database asks to try the transaction again."""
+    random: ClassVar[str] = "random()"
+    """A random number from 0 to 1, drawn for each row."""
     hints: ClassVar[Mapping[str, str]] = {}
     """What makes a statement reach rows through their key and lock no others, by dialect."""
     ending: ClassVar[str] = ""
@@ -276,9 +283,33 @@ class Backend(ABC):
     checks_text: ClassVar[bool] = True
     """Whether a text can be refused for its characters or its length."""
 
-    @abstractmethod
     def check(self, dialect: Dialect) -> None:
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
+        name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+        product, least, cause = self.required.get(name, ("", (), ""))
+        # A dialect that never connected has no version.
+        found = tuple(dialect.server_version_info or least)
+        if found[:3] == OLD_CLIENTS:
+            found = found[3:] or found
+        if found[: len(least)] < least:
+            has, needs = (".".join(map(str, version)) for version in (found, least))
+            raise UnsupportedDialect(
+                f"{product} {has} cannot claim rows atomically: {cause} came with {product} "
+                f"{needs}; upgrade the server"
+            )
+
+    def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+        """Render a claim as one statement."""
+        raise UnsupportedDialect(
+            f"one statement cannot return the rows it claims on {compiler.dialect.name}: use "
+            "claim_jobs(bind, table, ...), which runs the sequence that can"
+        )
+
+    def compile_time(self, element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
+        """Render the database's clock."""
+        raise UnsupportedDialect(
+            f"the clock of {compiler.dialect.name!r} is not known to atomic_claim"
+        )
 
     def is_single(self, plan: ClaimPlan) -> bool:
         """Return True if the claim is one statement."""
@@ -320,14 +351,20 @@ class Backend(ABC):
         keys: Sequence[Key],
         changes: Sequence[ByKey],
         params: Mapping[str, Any] | None = None,
+        *,
+        extends: JobTable | None = None,
     ) -> list[Key]:
         """Change the rows that the guard of :meth:`changes` is true for.
 
-        Where one statement cannot return what it has changed, the first locks the rows.
+        Where one statement cannot return what it has changed, the first locks the rows. Before an
+        extension of their leases, their exclusive keys are locked.
 
         Returns:
             Their keys, in no order.
         """
+        if extends is not None and extends.exclusive_by is not None:
+            with self.key_locks.held(tx, extends, keys):
+                return self.change(tx, keys, changes, params)
         changed: list[Key] = []
         first, *others = changes
         for _, result in tx.by_key(first, keys, params):
@@ -337,20 +374,6 @@ class Backend(ABC):
             for other in others if found else ():
                 tx.execute(*other.of(found))
         return changed
-
-    def extend(
-        self,
-        tx: Transaction,
-        job_table: JobTable,
-        keys: Sequence[Key],
-        changes: Sequence[ByKey],
-        params: Mapping[str, Any] | None = None,
-    ) -> list[Key]:
-        """:meth:`change`, with the exclusive keys of the rows locked."""
-        if job_table.exclusive_by is None:
-            return self.change(tx, keys, changes, params)
-        with self.key_locks.held(tx, job_table, keys):
-            return self.change(tx, keys, changes, params)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -376,25 +399,21 @@ class Backend(ABC):
         """Wait for no lock longer than this."""
         return nullcontext()
 
-    def facts(self, connection: Connection) -> Facts:
-        """Ask the server what is needed after a lost connection, and for AUTOCOMMIT."""
-        return Facts()
+    def process(self, connection: Connection) -> tuple[Any, str | None]:
+        """Return what identifies the server's process, and the session's isolation level.
+
+        They are for a lost connection and for AUTOCOMMIT; None where they are not needed. Asked
+        once for each DBAPI connection.
+        """
+        return None, None
 
     def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
         """Ask for the end of a process, and return False if it is gone; SQLite has none."""
         return False
 
-    @abstractmethod
     def is_conflict(self, error: DBAPIError) -> bool:
         """Check whether the error is one for which the database asks to retry the transaction."""
-
-    def is_stale(self, error: DBAPIError) -> bool:
-        """Check whether the driver has sent a prepared statement that the server outdated."""
-        return False
-
-    def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
-        """Return the exceptions that are raised when the database cannot be reached."""
-        return (DBAPIError, OSError)
+        return not self.conflicts.isdisjoint((code_of(error, int), code_of(error, str)))
 
     def is_naive(self, type_: DateTime) -> bool:
         """Check whether a time column of this type has no time zone on this database."""
@@ -528,8 +547,7 @@ def read_back(
         reading = plan.prepare(reading_by_key, tx.backend, lock, params is not None)
         missing = list(filterfalse(found.__contains__, keys))
         for _, result in tx.by_key(reading.statement, missing, params):
-            rows = result.unique().all() if plan.entities else result.all()
-            found.update(reading.keyed(rows))
+            found.update(reading.keyed(result))
     return list(zip(keys, map(found.__getitem__, keys), strict=True))
 
 

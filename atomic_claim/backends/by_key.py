@@ -26,14 +26,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     CTE,
     Column,
     ColumnElement,
     Connection,
-    Dialect,
     FromClause,
     Integer,
     Select,
@@ -78,9 +76,6 @@ VIEW = (
     "the view reads"
 )
 
-tables: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDictionary()
-"""The schema and name of what is known not to be a view, by the dialect of their database."""
-
 
 @dataclass(frozen=True, eq=False)
 class KeySearch:
@@ -100,13 +95,12 @@ class KeySearch:
     def window(self) -> Select[Any]:
         """The first rows in claim order, whether their keys have room or not.
 
-        What was asked of the session stands first in each, and then what :meth:`_told` tells.
+        Each is what :meth:`_told` tells.
         """
         scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
         branches = self._numbered_branches([branch.limit(scan_limit) for branch in self._branches])
         rows, has_room = self._numbered(self._together(*branches, name="first"))
-        session = self.backend.key_locks.session(self.plan.job_table)
-        found = cast("Select[Any]", select(*session, *self._told(rows, has_room)))
+        found = cast("Select[Any]", select(*self._told(rows, has_room)))
         return found.order_by(*self.plan.candidates.terms(rows))
 
     @cached_property
@@ -185,19 +179,16 @@ class KeySearch:
 
         tried: set[Key] = set()
         pending: list[Candidate] = []
-        job_table, scan_limit = self.plan.job_table, limit + MARGIN
-        width = len(self.backend.key_locks.session(job_table))
-        rows = read(self.window, {SCAN_LIMIT: scan_limit})
-        if not rows:
+        scan_limit = limit + MARGIN
+        found = read(self.window, {SCAN_LIMIT: scan_limit})
+        if not found:
             return
-        self.backend.key_locks.check_session(job_table, rows[0][:width])
         if self.turns is not None:
             pending = within(partial(first_with_room, self.turns, limit))
             tried.update(each.row for each in pending)
             if len(pending) == limit:
                 yield from in_one_claim(pending, attrgetter("alone"))
                 pending = []
-        found: Sequence[Any] = [row[width:] for row in rows]
         free = [place for place, row in enumerate(found) if row[-2] == 0]
         is_all = len(found) < scan_limit
         if len(free) == scan_limit:
@@ -379,12 +370,19 @@ def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
     return plan.prepare(KeySearch, backend)
 
 
-def keyed_statements(backend: Backend, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
-    """Return the statements of a claim by exclusive keys, but for the locks of the keys."""
-    search = key_search(backend, plan)
-    turn = () if search.turns is None else search.turns.statements
-    locked = (search.chosen, search.locking, *marked_by_key(plan, backend))
-    return (search.window, *turn, *locked)
+def statements_of(
+    backend: Backend, plan: ClaimPlan, *locking: Executable | ByKey
+) -> Sequence[Executable | ByKey]:
+    """Return the statements of a claim in steps, but for the locks of exclusive keys."""
+    job_table = plan.job_table
+    found: Sequence[Executable | ByKey] = (plan.candidates.select(), *locking)
+    if job_table.exclusive_by is not None:
+        search = key_search(backend, plan)
+        turn = () if search.turns is None else search.turns.statements
+        found = (search.window, *turn, search.chosen, search.locking)
+    elif job_table.fair_by is not None:
+        found = (*plan.prepare(FairSearch, backend).statements, *locking)
+    return (*found, *marked_by_key(plan, backend))
 
 
 def claim_by_key(
@@ -455,15 +453,7 @@ def _locked(
     return [row for row in chosen if row in ours], rest
 
 
-def refuse_view(connection: Connection, table: Table) -> None:
-    """Refuse a view, whose keys would be locked by another name than its table's.
-
-    Asked once for each dialect object of SQLAlchemy's.
-    """
-    schema = connection.schema_for_object(table)
-    known = tables.setdefault(connection.dialect, set())
-    if (schema, table.name) in known:
-        return
+def refuse_view(connection: Connection, table: Table, schema: str | None) -> None:
+    """Refuse a view, whose keys would be locked by another name than its table's."""
     if table.name in inspect(connection).get_view_names(schema):
         raise ClaimError(VIEW.format(table.fullname))
-    known.add((schema, table.name))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy import Dialect
 from sqlalchemy.exc import DBAPIError
 
 IDLE = 0
+NOT_SUPPORTED = "0A000"
 SERVER_STATUS_IN_TRANS = 1
 
 IN_TRANSACTION: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
@@ -28,10 +30,12 @@ CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("psycopg, asyncpg", lambda error: getattr(error, "sqlstate", None)),
     ("psycopg2", lambda error: getattr(error, "pgcode", None)),
     ("mysql-connector", lambda error: getattr(error, "errno", None)),
+    # The low byte is the primary result code: https://www.sqlite.org/rescode.html
+    ("sqlite3, aiosqlite", lambda error: getattr(error, "sqlite_errorcode", 0) & 0xFF or None),
     ("pg8000", lambda error: error.args[0].get("C") if isinstance(error.args[0], dict) else None),
     ("PyMySQL, mysqlclient, asyncmy, aiomysql", lambda error: error.args[0]),
 )
-"""Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, a number of MySQL."""
+"""Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, or else a number."""
 
 
 POSTGRESQL = {"asyncpg", "pg8000", "psycopg", "psycopg2"}
@@ -55,3 +59,16 @@ def code_of(error: DBAPIError, type_: type) -> Any:
         return None
     codes = (ask(found) for _, ask in CODES)
     return next((code for code in codes if isinstance(code, type_)), None)
+
+
+def is_stale(error: DBAPIError) -> bool:
+    """Return True if a driver has sent a prepared statement that PostgreSQL has outdated."""
+    return code_of(error, str) == NOT_SUPPORTED and "cached" in str(error.orig)
+
+
+def outages(dialect: Dialect) -> tuple[type[Exception], ...]:
+    """Return the exceptions that are raised when the database cannot be reached."""
+    # SQLAlchemy may not wrap asyncpg's refusals to connect.
+    driver: Any = getattr(dialect.dbapi, "asyncpg", None)
+    others = () if driver is None else (driver.PostgresError, driver.InterfaceError)
+    return (DBAPIError, OSError, *others)

@@ -7,12 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import filterfalse
 from operator import itemgetter
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Dialect,
     Select,
     Table,
     bindparam,
@@ -23,12 +21,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer
 
-from atomic_claim.errors import ClaimError, UnsupportedDialect
+from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
@@ -36,7 +33,6 @@ from atomic_claim.sql_elements import (
     ByKey,
     Candidates,
     DatabaseTime,
-    RandomFraction,
     key_equals,
     key_in,
 )
@@ -44,20 +40,18 @@ from atomic_claim.statement import ClaimStatement
 
 from .base import (
     Backend,
-    Facts,
     Find,
     KeyLocks,
     Transaction,
+    check_once,
     hinted,
-    marked_by_key,
 )
-from .by_key import keyed_statements, refuse_view
+from .by_key import refuse_view, statements_of
 from .drivers import code_of
 from .fair import FairSearch, Turn, in_one_claim
-from .innodb import HINTS, NAMES, SKEW, WINDOW, InnoDBStatements, Search
+from .innodb import HINTS, NAMES, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Key
-from .versions import require
 
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
@@ -84,25 +78,20 @@ class NamedLocks(KeyLocks):
 
     needs_own = NEEDS_OWN
 
-    def session(self, job_table: JobTable) -> Sequence[ColumnElement[Any]]:
-        return (SKEW,) if MySQL().naive_columns(job_table) else ()
-
-    def check_session(self, job_table: JobTable, found: Sequence[Any]) -> None:
-        if any(found):
-            _refuse_skew(job_table, found[0])
-
     def held(
         self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
     ) -> AbstractContextManager[None]:
         """Wait for no row for long, while other claims wait for the lock of the keys."""
         return tx.backend.limit_wait(tx, 1)
 
-    def around(self, connection: Connection, table: Table) -> AbstractContextManager[None]:
-        place = (connection.schema_for_object(table), table.name)
-        if place not in checked.get(connection.dialect, ()):
-            _check_engine(connection, table)
-        refuse_view(connection, table)
-        return named_lock(connection, table)
+    @contextmanager
+    def around(self, connection: Connection, job_table: JobTable) -> Iterator[None]:
+        check_once(connection, job_table.table, _check_engine)
+        check_once(connection, job_table.table, refuse_view)
+        with named_lock(connection, job_table.table) as skew:
+            if skew and MySQL().naive_columns(job_table):
+                _refuse_skew(job_table, skew)
+            yield
 
     def begin(self, connection: Connection) -> None:
         read_committed(connection)
@@ -126,25 +115,23 @@ class MySQL(Backend):
     """
 
     names = NAMES
+    required = {  # noqa: RUF012
+        "mysql": ("MySQL", (8, 0, 1), "SKIP LOCKED"),
+        "mariadb": ("MariaDB", (10, 6), "SKIP LOCKED"),
+    }
+    conflicts = CONFLICTS
+    random = "rand()"
     hints = HINTS
     ending = "KILL {}"
     has_returning = False
     walks_keys = False
     key_locks = NamedLocks()
 
-    def check(self, dialect: Dialect) -> None:
-        if getattr(dialect, "is_mariadb", False):
-            # Behind some servers' own version stands what they tell old clients: 5.5.5-10.11.6.
-            require(dialect, "MariaDB", (10, 6), "SKIP LOCKED", prefix=(5, 5, 5))
-        else:
-            require(dialect, "MySQL", (8, 0, 1), "SKIP LOCKED")
-
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
     ) -> list[Key]:
         dialect, table, limit = tx.connection.dialect, plan.job_table.table, params[LIMIT]
-        if (tx.connection.schema_for_object(table), table.name) not in checked.get(dialect, ()):
-            _check_engine(tx.connection, table)
+        check_once(tx.connection, table, _check_engine)
         is_mariadb: bool = dialect.is_mariadb  # type: ignore[attr-defined]
         statements = plan.prepare(InnoDBStatements, self, is_mariadb)
         search = Search(tx, statements, limit)
@@ -252,12 +239,7 @@ class MySQL(Backend):
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
-        if plan.job_table.exclusive_by is not None:
-            return keyed_statements(self, plan)
-        lock = plan.prepare(InnoDBStatements, self, False).lock
-        fair = plan.job_table.fair_by is not None
-        turn = plan.prepare(FairSearch, self).statements if fair else (plan.candidates.select(),)
-        return (*turn, lock, *marked_by_key(plan, self))
+        return statements_of(self, plan, plan.prepare(InnoDBStatements, self, False).lock)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
@@ -285,8 +267,8 @@ class MySQL(Backend):
             raise
         _set_session(tx, dict(zip(names, before, strict=True)))
 
-    def facts(self, connection: Connection) -> Facts:
-        return Facts((connection.scalar(select(func.connection_id())),))
+    def process(self, connection: Connection) -> tuple[Any, str | None]:
+        return (connection.scalar(select(func.connection_id())),), None
 
     def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
         asked = {"id": process[0], "since": int(seconds)}
@@ -301,21 +283,46 @@ class MySQL(Backend):
         return not isinstance(type_, TIMESTAMP)
 
     def is_conflict(self, error: DBAPIError) -> bool:
-        code = code_of(error, int)
-        return code in CONFLICTS or (code == ERROR_DURING_COMMIT and "149" in str(error.orig))
+        at_commit = code_of(error, int) == ERROR_DURING_COMMIT and "149" in str(error.orig)
+        return at_commit or super().is_conflict(error)
+
+    def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+        """Render what a person may read; it is not executed."""
+        # Text asked for with compile() has no column keys; a statement about to be executed has.
+        if compiler.column_keys is not None:
+            return super().compile_claim(element, compiler, **kw)
+        key = tuple(element.table.primary_key)
+        claimable = element.candidates.select(
+            lock=lambda branch: branch.with_for_update(skip_locked=True)
+        ).subquery("claimable")
+        claim = update(element.table).values(element.written)
+        return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
+
+    def compile_time(self, element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
+        type_ = plain_type(element.type)
+        local = isinstance(type_, TIMESTAMP) or element.clock == "server"
+        if element.offset is None:
+            return "CURRENT_TIMESTAMP(6)" if local else "UTC_TIMESTAMP(6)"
+        microseconds = f"ROUND(({compiler.process(element.offset, **kw)}) * 1000000)"
+        if not getattr(type_, "fsp", None):
+            # A column without fractions: MySQL rounds what it is given, MariaDB truncates.
+            microseconds += " - 500000" if element.floor else " + 999999"
+        utc = f"TIMESTAMPADD(MICROSECOND, {microseconds}, UTC_TIMESTAMP(6))"
+        if not local:
+            return utc
+        of_zone = f"CONVERT_TZ({utc}, '+00:00', @@session.time_zone)"
+        by_wall = f"TIMESTAMPADD(MICROSECOND, {microseconds}, CURRENT_TIMESTAMP(6))"
+        return f"{'GREATEST' if element.later else 'LEAST'}({of_zone}, {by_wall})"
 
 
-checked: WeakKeyDictionary[Dialect, set[tuple[str | None, str]]] = WeakKeyDictionary()
-"""The schema and name of tables that are known to be InnoDB's, by the dialect of their database."""
 ENGINE = text(
     "SELECT engine FROM information_schema.tables "
     "WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
 )
 
 
-def _check_engine(connection: Connection, table: Table) -> None:
+def _check_engine(connection: Connection, table: Table, schema: str | None) -> None:
     """Refuse a table that has no row locks."""
-    schema = connection.schema_for_object(table)
     # Temporary tables are not listed; no other session reads them.
     engine = connection.scalar(ENGINE, {"schema": schema, "name": table.name})
     if engine is not None and engine.lower() != "innodb":
@@ -324,7 +331,6 @@ def _check_engine(connection: Connection, table: Table) -> None:
             "a claim could rest on: two workers would get the same rows; convert it with "
             f"ALTER TABLE {table.fullname} ENGINE=InnoDB"
         )
-    checked.setdefault(connection.dialect, set()).add((schema, table.name))
 
 
 def _refuse_skew(job_table: JobTable, seconds: Any) -> NoReturn:
@@ -343,43 +349,3 @@ def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
         if not column.primary_key:
             return func.coalesce(func.length(column), 0) >= 0
     return true()
-
-
-@compiles(ClaimStatement, *NAMES)
-def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
-    MySQL().check(compiler.dialect)
-    # Text asked for with compile() has no column keys; a statement about to be executed has.
-    if compiler.column_keys is not None:
-        raise UnsupportedDialect(
-            f"one statement cannot return the rows it claims on {compiler.dialect.name}: use "
-            "claim_jobs(bind, table, ...), which runs the sequence that can"
-        )
-    key = tuple(element.table.primary_key)
-    claimable = element.candidates.select(
-        lock=lambda branch: branch.with_for_update(skip_locked=True)
-    ).subquery("claimable")
-    claim = update(element.table).values(element.written)
-    return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
-
-
-@compiles(RandomFraction, *NAMES)
-def _random(_: RandomFraction, __: SQLCompiler, **___: Any) -> str:
-    return "rand()"
-
-
-@compiles(DatabaseTime, *NAMES)
-def _now(element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
-    type_ = plain_type(element.type)
-    local = isinstance(type_, TIMESTAMP) or element.clock == "server"
-    if element.offset is None:
-        return "CURRENT_TIMESTAMP(6)" if local else "UTC_TIMESTAMP(6)"
-    microseconds = f"ROUND(({compiler.process(element.offset, **kw)}) * 1000000)"
-    if not getattr(type_, "fsp", None):
-        # A column without fractions: MySQL rounds what it is given, MariaDB truncates.
-        microseconds += " - 500000" if element.floor else " + 999999"
-    utc = f"TIMESTAMPADD(MICROSECOND, {microseconds}, UTC_TIMESTAMP(6))"
-    if not local:
-        return utc
-    of_zone = f"CONVERT_TZ({utc}, '+00:00', @@session.time_zone)"
-    by_wall = f"TIMESTAMPADD(MICROSECOND, {microseconds}, CURRENT_TIMESTAMP(6))"
-    return f"{'GREATEST' if element.later else 'LEAST'}({of_zone}, {by_wall})"

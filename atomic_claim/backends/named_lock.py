@@ -12,6 +12,8 @@ from sqlalchemy.exc import DBAPIError
 
 from atomic_claim.errors import ClaimConflict, ClaimError
 
+from .innodb import SKEW
+
 # Seconds that a claim waits for those before it, which take some milliseconds each; and for
 # which a holder may have been asleep.
 PATIENCE = 5
@@ -39,18 +41,19 @@ SEVERAL_WRITERS = (
 
 
 @contextmanager
-def named_lock(connection: Connection, table: Table) -> Iterator[None]:
-    """Hold the lock of a table's exclusive keys, around a whole transaction.
+def named_lock(connection: Connection, table: Table) -> Iterator[int]:
+    """Hold the lock of a table's exclusive keys, and yield the session's :data:`SKEW`.
 
+    It is held around a whole transaction.
     Within it the connection has no transaction; the next one is READ COMMITTED, so that each look
     for running rows sees what is committed.
     """
     _refuse_several_writers(connection)
     name = _name(connection, table)
     try:
-        _acquire(connection, name, table.fullname)
+        skew = _acquire(connection, name, table.fullname)
         connection.rollback()
-        yield
+        yield skew
     except BaseException:
         end_session(connection)
         raise
@@ -104,11 +107,13 @@ def _name(connection: Connection, table: Table) -> str:
     return f"atomic_claim.{hashlib.sha256(full_name.encode()).hexdigest()}"[:MOST_LENGTH]
 
 
-def _acquire(connection: Connection, name: str, table: str) -> None:
+def _acquire(connection: Connection, name: str, table: str) -> int:
     holder: Any = None
+    asking = select(func.get_lock(name, literal_column(str(PATIENCE))), SKEW)
     for _ in range(2):
-        if connection.scalar(select(func.get_lock(name, literal_column(str(PATIENCE))))) == 1:
-            return
+        is_ours, skew = connection.execute(asking).one()
+        if is_ours == 1:
+            return int(skew)
         holder = connection.scalar(select(func.is_used_lock(name)))
         _end_if_asleep(connection, holder)
     raise ClaimConflict(

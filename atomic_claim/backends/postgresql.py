@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
-    Dialect,
     Select,
     func,
     literal_column,
@@ -22,7 +20,6 @@ from sqlalchemy import (
     union_all,
 )
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
@@ -43,12 +40,11 @@ from atomic_claim.sql_elements import (
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import AdvisoryLocks, require_locks
-from .base import Backend, Facts, Find, Mark, Transaction, mark_and_load, marked_by_key
-from .by_key import claim_by_key, keyed_statements, refuse_view
-from .drivers import code_of
+from .base import Backend, Find, Mark, Transaction, check_once, mark_and_load, marked_by_key
+from .by_key import claim_by_key, refuse_view, statements_of
+from .drivers import is_stale
 from .fair import FairSearch, lock_in_turn
 from .reading import Key, KeyedRows, Reading
-from .versions import require
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")
@@ -65,7 +61,6 @@ TERMINATE = text(
 # https://www.postgresql.org/docs/current/errcodes-appendix.html: serialization_failure,
 # deadlock_detected, lock_not_available.
 CONFLICTS = frozenset({"40001", "40P01", "55P03"})
-NOT_SUPPORTED = "0A000"
 
 
 class PostgreSQL(Backend):
@@ -97,13 +92,11 @@ class PostgreSQL(Backend):
     """
 
     names = NAMES
+    required = {"postgresql": ("PostgreSQL", (9, 5), "SKIP LOCKED")}  # noqa: RUF012
+    conflicts = CONFLICTS
     commits_singly = True
     key_locks = AdvisoryLocks()
     ending = "SELECT pg_terminate_backend({})"
-
-    def check(self, dialect: Dialect) -> None:
-        if dialect.name == "postgresql":
-            require(dialect, "PostgreSQL", (9, 5), "SKIP LOCKED")
 
     def is_single(self, plan: ClaimPlan) -> bool:
         return not (plan.job_table.has_keys or plan.needs_select)
@@ -113,16 +106,15 @@ class PostgreSQL(Backend):
     ) -> KeyedRows:
         if plan.job_table.exclusive_by is not None:
             require_locks(tx.connection.dialect)
-            refuse_view(tx.connection, plan.job_table.table)
+            check_once(tx.connection, plan.job_table.table, refuse_view)
             self._check_zone(tx, plan)
             return claim_by_key(tx, plan, params, mark or mark_and_load)
         is_plain = tx.own and not plan.entities
-        single = None if mark else plan.prepare(_single_claim, self)
+        single = None if mark else plan.prepare(self._single)
         if single is None or not (is_plain or not tx.needs_steps(plan)):
             return super().claim(tx, plan, params, mark)
-        if single.has_naive:
-            self._check_zone(tx, plan)
-        return single.keyed(tx.execute(single.statement, params).all())
+        self._check_zone(tx, plan)
+        return single.keyed(tx.execute(single.statement, params))
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -141,24 +133,21 @@ class PostgreSQL(Backend):
         tx.refuse_autocommit("a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
-    def _has_naive(self, plan: ClaimPlan) -> bool:
-        return bool(self.naive_columns(plan.job_table))
+    def _single(self, plan: ClaimPlan) -> Reading | None:
+        return Reading(plan, claiming(plan)) if self.is_single(plan) else None
 
     def _check_zone(self, tx: Transaction, plan: ClaimPlan) -> None:
         """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""
-        if not plan.prepare(self._has_naive):
+        if not plan.job_table.prepare(self.naive_columns):
             return
         if (zone := _time_zone(tx)).lower() not in UTC_NAMES:
             self.refuse_naive(plan.job_table, repr(zone))
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
-        if plan.job_table.exclusive_by is not None:
-            return keyed_statements(self, plan)
         if self.is_single(plan):
             return (claiming(plan),)
-        if plan.job_table.fair_by is not None:
-            turn = plan.prepare(FairSearch, self).statements
-            return (*turn, plan.prepare(_locking_by_key, False), *marked_by_key(plan, self))
+        if plan.job_table.has_keys:
+            return statements_of(self, plan, plan.prepare(_locking_by_key, False))
         return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
@@ -166,11 +155,11 @@ class PostgreSQL(Backend):
         tx.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
-    def facts(self, connection: Connection) -> Facts:
+    def process(self, connection: Connection) -> tuple[Any, str | None]:
         if connection.dialect.name != "postgresql":
-            return Facts()
+            return None, None
         pid, start, level = connection.execute(ASKED).one()
-        return Facts((pid, start), level.upper())
+        return (pid, start), level.upper()
 
     def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
         if process is None:
@@ -184,16 +173,77 @@ class PostgreSQL(Backend):
         return connection.execute(TERMINATE, asked).first() is not None
 
     def is_conflict(self, error: DBAPIError) -> bool:
-        return code_of(error, str) in CONFLICTS or self.is_stale(error)
+        return super().is_conflict(error) or is_stale(error)
 
-    def is_stale(self, error: DBAPIError) -> bool:
-        return code_of(error, str) == NOT_SUPPORTED and "cached" in str(error.orig)
+    def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
+        key = tuple(element.table.primary_key)
+        terms = [OrderTerm.of(term) for term in element.candidates.order]
+        names = [f"{ORDER}{place}" for place in range(1, len(terms) + 1)]
 
-    def outages(self, dialect: Dialect) -> tuple[type[Exception], ...]:
-        """Add ``OSError`` for asyncpg, whose refusals to connect SQLAlchemy may not wrap."""
-        found = super().outages(dialect)
-        driver: Any = getattr(dialect.dbapi, "asyncpg", None)
-        return found if driver is None else (*found, driver.PostgresError, driver.InterfaceError)
+        # A CTE must not be called like the table that is updated.
+        table_name = getattr(element.table, "name", None)
+        claimable_name, claimed_name = (
+            name + "_" if table_name == name else name for name in ("claimable", "claimed")
+        )
+
+        lock = _lock(None, element.changes_key)
+        claimable = _claimable(element.candidates, lock).cte(claimable_name)
+        taken = list(claimable.columns)[: len(key)]
+        update = element.where(key_equals(key, taken))
+        sql = compiler.visit_update(update, guard_clock=not element.checked, **kw)
+        # compiler.ctes holds the text of each CTE: the UPDATE becomes one more of them.
+        before, ctes, statement = sql.partition(", \n".join((compiler.ctes or {}).values()))
+        if not statement:
+            raise ClaimError(
+                "where has a CTE with nesting=True, which a claim cannot hold: leave it out"
+            )
+        quote = compiler.preparer.quote
+        same = " AND ".join(
+            f"{claimed_name}.{quote(column.name)} = {claimable_name}.{quote(other.name)}"
+            for column, other in zip(key, taken, strict=True)
+        )
+        order = ", ".join(
+            f"{claimable_name}.{name}{term.suffix}" for term, name in zip(terms, names, strict=True)
+        )
+        # A row that was found and not marked is told as a row of NULLs.
+        join = "RIGHT JOIN" if element.checked else "JOIN"
+        return (
+            f"{before}{ctes}, \n{claimed_name} AS \n({statement.strip()})\n "
+            f"SELECT {claimed_name}.* \nFROM {claimed_name} {join} {claimable_name} "
+            f"ON {same} \nORDER BY {order}"
+        )
+
+    def compile_time(
+        self, element: DatabaseTime, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
+    ) -> str:
+        # now() would be the start of the transaction, which may be long ago.
+        sql = now = "statement_timestamp()"
+        type_ = plain_type(element.type)
+        interval = ""
+        if element.offset is not None:
+            seconds = compiler.process(element.offset, **kw)
+            if getattr(type_, "precision", None) == 0 and not element.floor:
+                # What is without fractions is rounded.
+                seconds += " + 0.5"
+            interval = f" + make_interval(secs => {seconds})"
+            sql = f"({now}{interval})"
+        if isinstance(type_, DateTime) and type_.timezone:
+            return sql
+        if element.clock == "server":
+            sql = f"CAST({sql} AS TIMESTAMP WITHOUT TIME ZONE)"
+            if not interval:
+                return sql
+            by_wall = f"CAST({now} AS TIMESTAMP WITHOUT TIME ZONE){interval}"
+            return f"{'GREATEST' if element.later else 'LEAST'}({sql}, {by_wall})"
+        sql = f"timezone('UTC', {sql})"
+        if element.clock == "unsaid" and guard_clock:
+            # The caller executes the construct, so the session cannot be checked before.
+            names = ", ".join(f"'{name}'" for name in sorted(UTC_NAMES))
+            refusal = "'JobTable(naive_times=...) has to say what times mean in ' || "
+            zone = "current_setting('TimeZone')"
+            refusal = f"CAST({refusal}{zone} AS TIMESTAMP WITHOUT TIME ZONE)"
+            return f"(CASE WHEN lower({zone}) IN ({names}) THEN {sql} ELSE {refusal} END)"
+        return sql
 
 
 def _time_zone(tx: Transaction) -> str:
@@ -202,24 +252,6 @@ def _time_zone(tx: Transaction) -> str:
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
     known = status("TimeZone") if status is not None else None
     return str(known or tx.connection.scalar(text("SELECT current_setting('TimeZone')")))
-
-
-@dataclass
-class SingleClaim(Reading):
-    """The claim as one statement.
-
-    Attributes:
-        has_naive: whether the session's time zone has to be known.
-    """
-
-    has_naive: bool = False
-
-
-def _single_claim(plan: ClaimPlan, backend: PostgreSQL) -> SingleClaim | None:
-    if not backend.is_single(plan):
-        return None
-    has_naive = bool(backend.naive_columns(plan.job_table))
-    return SingleClaim(plan, claiming(plan), has_naive=has_naive)
 
 
 def claiming(plan: ClaimPlan) -> Executable:
@@ -308,77 +340,3 @@ def _missing(limit: ColumnElement[Any], taken: Sequence[CTE]) -> ColumnElement[A
 
 def _count(found: FromClause) -> ColumnElement[int]:
     return select(func.count()).select_from(found).scalar_subquery()
-
-
-@compiles(ClaimStatement, *NAMES)
-def _claim(element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
-    PostgreSQL().check(compiler.dialect)
-    key = tuple(element.table.primary_key)
-    terms = [OrderTerm.of(term) for term in element.candidates.order]
-    names = [f"{ORDER}{place}" for place in range(1, len(terms) + 1)]
-
-    # A CTE must not be called like the table that is updated.
-    table_name = getattr(element.table, "name", None)
-    claimable_name, claimed_name = (
-        name + "_" if table_name == name else name for name in ("claimable", "claimed")
-    )
-
-    lock = _lock(element.table if element.multi_table else None, element.changes_key)
-    claimable = _claimable(element.candidates, lock).cte(claimable_name)
-    taken = list(claimable.columns)[: len(key)]
-    update = element.where(key_equals(key, taken))
-    sql = compiler.visit_update(update, guard_clock=element.guarded, **kw)
-    # compiler.ctes holds the text of each CTE: the UPDATE becomes one more of them.
-    before, ctes, statement = sql.partition(", \n".join((compiler.ctes or {}).values()))
-    if not statement:
-        raise ClaimError(
-            "where has a CTE with nesting=True, which a claim cannot hold: leave it out"
-        )
-    quote = compiler.preparer.quote
-    same = " AND ".join(
-        f"{claimed_name}.{quote(column.name)} = {claimable_name}.{quote(other.name)}"
-        for column, other in zip(key, taken, strict=True)
-    )
-    order = ", ".join(
-        f"{claimable_name}.{name}{term.suffix}" for term, name in zip(terms, names, strict=True)
-    )
-    # A row that was found and not marked is told as a row of NULLs.
-    join = "RIGHT JOIN" if element.checked else "JOIN"
-    return (
-        f"{before}{ctes}, \n{claimed_name} AS \n({statement.strip()})\n SELECT {claimed_name}.* \n"
-        f"FROM {claimed_name} {join} {claimable_name} ON {same} \nORDER BY {order}"
-    )
-
-
-@compiles(DatabaseTime, *NAMES)
-def _now(
-    element: DatabaseTime, compiler: SQLCompiler, *, guard_clock: bool = False, **kw: Any
-) -> str:
-    # now() would be the start of the transaction, which may be long ago.
-    sql = now = "statement_timestamp()"
-    type_ = plain_type(element.type)
-    interval = ""
-    if element.offset is not None:
-        seconds = compiler.process(element.offset, **kw)
-        if getattr(type_, "precision", None) == 0 and not element.floor:
-            # What is without fractions is rounded.
-            seconds += " + 0.5"
-        interval = f" + make_interval(secs => {seconds})"
-        sql = f"({now}{interval})"
-    if isinstance(type_, DateTime) and type_.timezone:
-        return sql
-    if element.clock == "server":
-        sql = f"CAST({sql} AS TIMESTAMP WITHOUT TIME ZONE)"
-        if not interval:
-            return sql
-        by_wall = f"CAST({now} AS TIMESTAMP WITHOUT TIME ZONE){interval}"
-        return f"{'GREATEST' if element.later else 'LEAST'}({sql}, {by_wall})"
-    sql = f"timezone('UTC', {sql})"
-    if element.clock == "unsaid" and guard_clock:
-        # The caller executes the construct, so the session cannot be checked before.
-        names = ", ".join(f"'{name}'" for name in sorted(UTC_NAMES))
-        refusal = "'JobTable(naive_times=...) has to say what times mean in ' || "
-        zone = "current_setting('TimeZone')"
-        refusal = f"CAST({refusal}{zone} AS TIMESTAMP WITHOUT TIME ZONE)"
-        return f"(CASE WHEN lower({zone}) IN ({names}) THEN {sql} ELSE {refusal} END)"
-    return sql

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row
+from sqlalchemy import Result, Row
 from sqlalchemy.engine import result_tuple
 
 from atomic_claim.plan import ClaimPlan
@@ -33,16 +33,18 @@ class Reading:
     checks: bool = True
     make: Callable[[Iterable[Any]], Row[Any]] | None = None
 
-    def keyed(self, rows: Sequence[Row[Any]]) -> KeyedRows:
-        """Pair rows or entities with their keys, in the order of the rows.
+    def keyed(self, result: Result[Any]) -> KeyedRows:
+        """Pair rows or entities with their keys, in the order of the result.
 
         Raises:
             ClaimError: a row does not bear the mark of the claim, or is claimable still; or
                 several rows have one key.
         """
+        plan = self.plan
+        items: Sequence[Any]
+        items = rows = result.unique().all() if plan.entities else result.all()
         if not rows:
             return []
-        plan, items = self.plan, rows
         width = plan.width
         if self.checks:
             for row in rows:

@@ -37,76 +37,62 @@ pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sl
 """How to wait between two tries; an event loop must not be blocked."""
 
 
-class OneByOne:
-    """A claim that marks and reads each row under a savepoint, and passes over those that fail.
+Passed = dict[Key, tuple[str, BaseException]]
+"""Keys of rows that a claim passes over, whether they cannot be "marked" or "read", and why."""
 
-    Attributes:
-        complete: called with the rows or entities that were read, to load what they lack.
-        passed: the keys of the rows that failed, and why.
-        has_given_up: whether there may be more rows than were tried.
+
+def mark_one_by_one(
+    tx: Transaction,
+    plan: ClaimPlan,
+    keys: Sequence[Key],
+    params: Mapping[str, Any],
+    *,
+    passed: Passed,
+    complete: Callable[[Transaction, KeyedRows], None],
+) -> KeyedRows:
+    """Mark and read rows that are locked, each under a savepoint, and pass over those that fail.
+
+    ``complete`` loads what the rows or entities lack.
     """
-
-    def __init__(self, complete: Callable[[Transaction, KeyedRows], None]) -> None:
-        self.complete = complete
-        self.passed: dict[Key, Exception] = {}
-        self.has_given_up = False
-
-    def claim(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> KeyedRows:
-        """Claim the first rows that can be marked and read, of those that ten claims take."""
-        for _ in range(ROUNDS):
-            before = len(self.passed)
-            narrowed = plan.passing_over(list(self.passed))
-            found = tx.backend.claim(tx, narrowed, params, self.mark)
-            if found or len(self.passed) == before:
-                return found
-        self.has_given_up = True
-        return []
-
-    def error(self, plan: ClaimPlan) -> ClaimError | None:
-        """Return why nothing was claimed: rows are refused, or there may be more than were tried.
-
-        It is for the caller to raise once the attempts that were counted are committed.
-        """
-        refused = {k: e for k, e in self.passed.items() if not isinstance(e, Unreadable)}
-        told = refused or (self.passed if self.has_given_up else {})
-        if not told:
-            return None
-        key, cause = next(iter(told.items()))
-        what, why = ("marked", cause) if refused else ("read", cause.__cause__)
-        error = ClaimError(
-            f"none of {len(self.passed)} claimable rows of {plan.job_table.table.fullname!r} can "
-            f"be handed out: {key!r} cannot be {what} ({getattr(why, 'orig', why)}). Correct that "
-            "row, or remove what refuses it"
-        )
-        error.__cause__ = why
-        return error
-
-    def mark(
-        self, tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]
-    ) -> KeyedRows:
-        """Mark and read rows that are locked, each under a savepoint."""
-        found: KeyedRows = []
-        for key in keys:
-            try:
-                with tx.connection.begin_nested():
-                    claimed = mark_and_load(tx, plan, [key], params)
-                    self.complete(tx, claimed)
-            except (ClaimError, CompileError):
+    found: KeyedRows = []
+    for key in keys:
+        try:
+            with tx.connection.begin_nested():
+                claimed = mark_and_load(tx, plan, [key], params)
+                complete(tx, claimed)
+        except (ClaimError, CompileError):
+            raise
+        except Unreadable as error:
+            _pass_over(plan, key, "read", error.__cause__ or error, passed)
+            _count_attempt(tx, plan, key)
+        except Exception as error:
+            if is_general(error) or (
+                isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
+            ):
                 raise
-            except Exception as error:
-                if isinstance(error, DBAPIError) and (
-                    is_general(error) or tx.backend.is_conflict(error)
-                ):
-                    raise
-                self.passed[key] = error
-                if isinstance(error, Unreadable):
-                    _log(plan, key, "read", error.__cause__)
-                    _count_attempt(tx, plan, key)
-                else:
-                    _log(plan, key, "marked", error)
-            else:
-                found += claimed
-        return found
+            _pass_over(plan, key, "marked", error, passed)
+        else:
+            found += claimed
+    return found
+
+
+def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | None:
+    """Return why nothing was claimed: rows are refused, or there may be more than were tried.
+
+    It is for the caller to raise once the attempts that were counted are committed.
+    """
+    refused = {key: why for key, why in passed.items() if why[0] == "marked"}
+    told = refused or (passed if gives_up else {})
+    if not told:
+        return None
+    key, (what, why) = next(iter(told.items()))
+    error = ClaimError(
+        f"none of {len(passed)} claimable rows of {plan.job_table.table.fullname!r} can "
+        f"be handed out: {key!r} cannot be {what} ({getattr(why, 'orig', why)}). Correct that "
+        "row, or remove what refuses it"
+    )
+    error.__cause__ = why
+    return error
 
 
 def is_general(error: Exception) -> bool:
@@ -122,11 +108,11 @@ def is_general(error: Exception) -> bool:
 
 def salvage(
     tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], error: BaseException
-) -> tuple[KeyedRows, list[Key]]:
+) -> tuple[KeyedRows, Passed]:
     """Hand out the rows of a failed claim that can be read, and free the others.
 
     Returns:
-        The rows or entities with their keys, in claim order; and the keys of the others.
+        The rows or entities with their keys, in claim order; and the others.
 
     Raises:
         BaseException: the claim's own error, where it has marked nothing, or has marked what it
@@ -146,17 +132,16 @@ def salvage(
         _undo(tx, plan, keys, params, error)
         raise error
     found: KeyedRows = []
-    unreadable: list[Key] = []
+    passed: Passed = {}
     for key in keys:
         try:
             found += read_back(tx, plan, [key], None)
         except Exception as unread:  # noqa: BLE001 - types, hooks and drivers raise what they like
-            _log(plan, key, "read", unread)
-            unreadable.append(key)
-    if unreadable:
-        _undo(tx, plan, unreadable, params, None)
+            _pass_over(plan, key, "read", unread, passed)
+    if passed:
+        _undo(tx, plan, list(passed), params, None)
     tx.marked.clear()
-    return found, unreadable
+    return found, passed
 
 
 def end_process(backend: Backend, connection: Connection, process: Any, seconds: float) -> None:
@@ -237,11 +222,12 @@ def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
         tx.execute(hinted(statement, job_table.table, tx.backend.hints))
 
 
-def _log(plan: ClaimPlan, key: Key, what: str, error: BaseException | None) -> None:
+def _pass_over(plan: ClaimPlan, key: Key, what: str, error: BaseException, passed: Passed) -> None:
+    passed[key] = what, error
     name = plan.job_table.table.fullname
     logger.warning("row %r of %s cannot be %s: %s", key, name, what, reason(error))
 
 
-def reason(error: BaseException | None) -> str:
+def reason(error: BaseException) -> str:
     """Return the name of an error's class, or of the driver's: its text may contain values."""
     return type(getattr(error, "orig", None) or error).__qualname__

@@ -18,7 +18,7 @@ from sqlalchemy.types import Enum
 
 from atomic_claim import predicates
 from atomic_claim.backends.base import Transaction
-from atomic_claim.execution import run_in
+from atomic_claim.execution import Operation
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.lifecycle import requeue_jobs
@@ -261,7 +261,7 @@ def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
         free = tx.backend.unlocked(tx, job_table, keys, condition)
         return len(tx.backend.change(tx, free, tx.backend.changes(job_table, condition, values)))
 
-    return run_in(engine, job_table, run)
+    return Operation(engine, job_table, run).execute()
 
 
 def _requeue(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:

@@ -1,6 +1,8 @@
 """The rules of the one road: one bind, one transaction, nothing lost, a mark that is checked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +20,14 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
-from atomic_claim import ClaimError, JobTable, UnsupportedDialect, backends, claim_jobs
+from atomic_claim import (
+    ClaimError,
+    JobTable,
+    UnsupportedDialect,
+    backends,
+    claim_jobs,
+    claim_statement,
+)
 from atomic_claim.backends.sqlite import SQLite
 from atomic_claim.plan import MARGIN
 from tests.databases import Database, end_connection
@@ -254,7 +263,7 @@ def test_a_trigger_that_vetoes_the_mark(database: Database, kind: str, limit: in
     trigger(database, VETOES[database.name])
     where = jobs.table.c.id > 1
     with bound(engine, kind) as bind:
-        with pytest.raises(ClaimError, match="does not bear the mark"):
+        with pytest.raises(ClaimError, match="look for a trigger"):
             claim_jobs(bind, jobs, limit, where=where)
         if hasattr(bind, "commit"):
             bind.commit()
@@ -480,15 +489,9 @@ class InventedDialect(SQLiteDialect_pysqlite):
     supports_statement_cache = True
 
 
-@pytest.mark.databases("sqlite")
-def test_a_backend_by_entry_point(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dialect that is not known is refused, until a package registers its backend."""
-    table = job_table()
-    fill(database.engine(), table, 2)
-    sa.dialects.registry.register("invented", __name__, "InventedDialect")
-    engine = sa.create_engine(database.url.set(drivername="invented"))
-    with pytest.raises(UnsupportedDialect, match="'invented'"):
-        claim_jobs(engine, table)
+@contextmanager
+def registered(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[sa.Engine]:
+    """Create an engine of the invented dialect, whose backend an entry point registers."""
 
     class Point:
         def load(self) -> Callable[[], Invented]:
@@ -498,11 +501,39 @@ def test_a_backend_by_entry_point(database: Database, monkeypatch: pytest.Monkey
         assert (group, name) == ("atomic_claim.backends", "invented")
         return [Point()]
 
-    monkeypatch.setattr(backends, "entry_points", points)
-    assert ids(claim_jobs(engine, table)) == [1]
-    assert ids(claim_jobs(sessionmaker(engine), mapped(table), 2)) == [2]
-    assert taken(database.engine(), table) == [1, 2]
+    sa.dialects.registry.register("invented", __name__, "InventedDialect")
+    engine = sa.create_engine(database.url.set(drivername="invented"))
+    with pytest.raises(UnsupportedDialect, match="'invented'"):
+        claim_jobs(engine, job_table())
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "BACKENDS", {})
+        patch.setattr(backends, "entry_points", points)
+        yield engine
     engine.dispose()
+
+
+@pytest.mark.databases("sqlite")
+def test_a_backend_by_entry_point(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dialect that is not known is refused, until a package registers its backend."""
+    table = job_table()
+    fill(database.engine(), table, 2)
+    with registered(database, monkeypatch) as engine:
+        assert ids(claim_jobs(engine, table)) == [1]
+        assert ids(claim_jobs(sessionmaker(engine), mapped(table), 2)) == [2]
+    assert taken(database.engine(), table) == [1, 2]
+
+
+@pytest.mark.databases("sqlite")
+def test_a_backend_renders_its_clock(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease is compared and written by the backend of the other package, in the construct too."""
+    table = job_table(Column("claim_token", String(32)), Column("lease_until", sa.DateTime))
+    fill(database.engine(), table, 3)
+    jobs = JobTable(table, state="processing", token="claim_token", lease="lease_until")
+    with registered(database, monkeypatch) as engine:
+        assert ids(claim_jobs(engine, jobs, 2, lease=timedelta(minutes=1))) == [1, 2]
+        with engine.begin() as connection:
+            assert ids(connection.execute(claim_statement(jobs)).all()) == [3]
+    assert taken(database.engine(), table) == [1, 2, 3]
 
 
 # What an attack found.

@@ -57,7 +57,7 @@ BUGS: Final = (
     Planted(
         "token not compared",
         "lifecycle.py",
-        "return and_(job_table.token == token, predicates.is_running(job_table))",
+        "return and_(*owned, predicates.is_running(job_table))",
         "return predicates.is_running(job_table)",
     ),
     Planted(
@@ -125,7 +125,7 @@ BUGS: Final = (
     Planted(
         "rows are not marked one by one after a failure",
         "claim.py",
-        "            careful=claiming.run_one_by_one,\n",
+        "            careful=partial(self.run, batch=batch, one_by_one=True),\n",
         "",
     ),
     Planted(
@@ -176,8 +176,8 @@ BUGS: Final = (
     Planted(
         "an end or an extension is not guarded by the token of its claim",
         "lifecycle.py",
-        "return _owned_by(job_table, given)",
-        "return predicates.is_running(job_table)",
+        "guard = job_table.prepare(_owning)",
+        "guard = predicates.is_running(job_table)",
     ),
     Planted(
         "an earlier try is not looked for after a lost connection",
@@ -196,9 +196,9 @@ BUGS: Final = (
     Planted(
         "the lock of the keys ends before the commit on MySQL and MariaDB",
         "backends/named_lock.py",
-        "        connection.rollback()\n        yield",
+        "        connection.rollback()\n        yield skew",
         "        connection.execute(select(func.release_lock(name)))\n"
-        "        connection.rollback()\n        yield",
+        "        connection.rollback()\n        yield skew",
         "mysql",
     ),
     Planted(
@@ -210,8 +210,8 @@ BUGS: Final = (
     Planted(
         "a lost COMMIT is taken for rolled back",
         "execution.py",
-        "own.lost, own.unknown = True, own.unknown or own.committing",
-        "own.lost, own.unknown = True, False",
+        "self.lost, self.unknown = True, self.unknown or self.committing",
+        "self.lost, self.unknown = True, False",
         "postgresql",
     ),
 )

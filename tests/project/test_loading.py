@@ -311,13 +311,9 @@ def test_a_strategy_is_loaded_by_the_first_construct() -> None:
 
 
 @pytest.mark.parametrize(
-    ("construct", "message"),
-    [
-        ("claim_statement(table)", "no backend claims rows on 'oracle'"),
-        ("sa.select(DatabaseTime(sa.DateTime(), 'utc'))", "no backend reads the clock of 'oracle'"),
-    ],
+    "construct", ["claim_statement(table)", "sa.select(DatabaseTime(sa.DateTime(), 'utc'))"]
 )
-def test_other_dialects_are_refused_at_first(construct: str, message: str) -> None:
+def test_other_dialects_are_refused_at_first(construct: str) -> None:
     """For them there is no strategy to load."""
     found = run(
         OUTSET,
@@ -333,7 +329,7 @@ def test_other_dialects_are_refused_at_first(construct: str, message: str) -> No
             print(error)
         """,
     )
-    assert message in found
+    assert "no backend claims rows on 'oracle'" in found
 
 
 def test_a_half_loaded_strategy_is_waited_for() -> None:

@@ -86,10 +86,10 @@ def test_another_claim_is_not_committed(database: Database) -> None:
 
 
 @contextmanager
-def no_lock(connection: sa.Connection, _: Any) -> Iterator[None]:
+def no_lock(connection: sa.Connection, _: Any) -> Iterator[int]:
     """Hold no lock."""
     connection.rollback()
-    yield
+    yield 0
 
 
 def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
