@@ -134,6 +134,7 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "backends.base",
         "backends.by_key",
         "backends.drivers",
+        "backends.fair",
         "backends.reading",
         "backends.recovery",
         "claim",
