@@ -307,7 +307,13 @@ def _find(reading: Reading) -> None:
 def _fits(kind: Kind, column: Column[Any]) -> bool:
     if column.computed is not None or (column.foreign_keys and kind is not STATUS):
         return False
-    return kind.fits(column) and (bool(column.nullable) or not kind.empty)
+    return kind.fits(column) and not (kind.empty and (not column.nullable or _is_filled(column)))
+
+
+def _is_filled(column: Column[Any]) -> bool:
+    """Check whether every new row has a time in the column."""
+    is_empty = column.default is None and (default_text(column) or "null").startswith("null")
+    return is_time(column) and not is_empty
 
 
 def _doubt(reading: Reading, column: Column[Any], kind: Kind) -> None:
@@ -315,6 +321,7 @@ def _doubt(reading: Reading, column: Column[Any], kind: Kind) -> None:
     if kind.role == "state" and column.computed is not None:
         return
     more = "" if column.nullable else ", not nullable,"
+    more += ", with a default," if _is_filled(column) else ""
     more += ", a foreign key," if column.foreign_keys else ""
     more += ", generated," if column.computed is not None else ""
     reading.doubt(

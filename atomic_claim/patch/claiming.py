@@ -17,7 +17,7 @@ from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.lifecycle import release_jobs
 
 from . import filters
-from .calls import Call
+from .calls import Call, Reading
 from .events import listened, listening
 from .options import ClaimOptions, check_files, checked
 from .patches import Patch, Run, guarded, make_patch
@@ -175,14 +175,8 @@ class Claiming(Replacing):
         """Return the job table of a call, and raise if an option does not fit it."""
         job_table = stateless(given) if self.delete else job_table_of(given)
         try:
-            if self.where.constant:
-                filters.conditions(job_table, self.where.given)
-            if self.order_by.constant:
-                filters.order(job_table, self.order_by.given)
-            if self.values.constant and self.values.given is not None:
-                job_table.values(self.values.given, "values")
-            if self.lease.constant:
-                filters.lease(self.lease.given)
+            given = self._given(job_table, lambda each: each.given if each.constant else None)
+            job_table.values(given.get("values") or {}, "values")
             check_role(job_table, "token", "lease", self.lease.given)
             check_role(job_table, "lease", "lease", self.lease.given)
             check_role(job_table, "worker", "worker", self.worker.given)
@@ -252,17 +246,7 @@ class Claiming(Replacing):
         if not self._has_listened:
             self._has_listened = True
             self._warn_of_events(listening(opened.sync))
-        where = filters.conditions(job_table, self.where.read(call))
-        given: dict[str, Any] = {
-            "where": filters.beside_the_lease(job_table, where) or None,
-            "order_by": filters.order(job_table, self.order_by.read(call)),
-        }
-        if not self.delete:
-            given |= {
-                "values": self.values.read(call) or None,
-                "worker": self.worker.read(call),
-                "lease": filters.lease(self.lease.read(call)),
-            }
+        given = self._given(job_table, lambda each: each.read(call))
         leave = unlocking(opened.sync, job_table)
         make = dequeue_jobs if self.delete else claim_jobs
         claim: Claim[Any] = make(opened.sync, job_table, limit, **given)
@@ -270,6 +254,19 @@ class Claiming(Replacing):
             leave()
         self.patch.count(claimed=len(claim))
         return claim
+
+    def _given(self, job_table: JobTable, read: Callable[[Reading], Any]) -> dict[str, Any]:
+        """Return the arguments of a claim."""
+        where = filters.conditions(job_table, read(self.where))
+        given: dict[str, Any] = {
+            "where": filters.beside_the_lease(job_table, where) or None,
+            "order_by": filters.order(job_table, read(self.order_by)),
+        }
+        if not self.delete:
+            given["values"] = read(self.values) or None
+            given["worker"] = read(self.worker)
+            given["lease"] = filters.lease(read(self.lease))
+        return given
 
     def _give_back(self, opened: Opened, claim: Claim[Any], error: BaseException) -> None:
         """Free rows whose claim is committed already; any other session rolls back."""

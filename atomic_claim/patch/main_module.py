@@ -52,12 +52,11 @@ def check_module(name: str) -> None:
 
 def is_importing(complete: str, name: str | None = None) -> bool:
     """Check whether a module is being imported, or any is, besides one that is known to be over."""
-    specs = {
-        each: getattr(module, "__spec__", None)
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
         for each, module in list(sys.modules.items())
         if each != complete and name in {None, each}
-    }
-    return any(getattr(spec, "_initializing", False) for spec in specs.values())
+    )
 
 
 def main_name() -> str:

@@ -166,8 +166,8 @@ def watching(
     patch: Patch, target: Target, tables: Tables, watch: Callable[[Patch, Tables, Call], Watch]
 ) -> Run:
     """Return a function that runs the patched function and watches its reads."""
-    _listen(patch)
-    patch.at_undo(lambda: _unlisten(patch))
+    _listen(patch, on=True)
+    patch.at_undo(lambda: _listen(patch, on=False))
     patch.at_undo(lambda: _warn_if_unseen(patch))
     function, make = target.function, partial(watch, patch, tables)
 
@@ -314,21 +314,14 @@ _watching: set[Patch] = set()
 _lock = threading.Lock()
 
 
-def _listen(patch: Patch) -> None:
+def _listen(patch: Patch, *, on: bool) -> None:
     """Register listeners to SQLAlchemy's events while a patch needs them."""
     with _lock:
-        if not _watching:
+        change: Callable[..., Any] = event.listen if on else event.remove
+        if _watching <= {patch}:
             for target, name, function, options in LISTENERS:
-                event.listen(target, name, function, **options)
-        _watching.add(patch)
-
-
-def _unlisten(patch: Patch) -> None:
-    with _lock:
-        _watching.remove(patch)
-        if not _watching:
-            for target, name, function, _ in LISTENERS:
-                event.remove(target, name, function)
+                change(target, name, function, **(options if on else {}))
+        _watching.symmetric_difference_update({patch})
 
 
 def _before_orm(state: ORMExecuteState) -> None:

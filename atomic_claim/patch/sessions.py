@@ -23,7 +23,7 @@ from atomic_claim.errors import PatchError
 from atomic_claim.job_table import JobTable
 from atomic_claim.orm import async_types, sync_bind
 
-from .calls import Call, Options, Reading
+from .calls import Call, Options, Reading, Reference
 from .sources import commit_note
 from .targets import Target
 
@@ -81,7 +81,8 @@ class Sessions:
         given = self._parameter() if session is None else session
         self.session = options.reading("session", given, is_bind)
         self.commit = options.reading("commit", commit)
-        if self.commit.given is None and self._is_callers():
+        found = options.found(given) if isinstance(given, Reference) else self.session.given
+        if self.commit.given is None and self._is_callers(found):
             raise self._unsaid()
 
     def _parameter(self) -> str:
@@ -92,12 +93,12 @@ class Sessions:
         raise PatchError(
             f"{self._target.name}: no session to claim in is named, and "
             f"{several if found else 'none of its parameters is called session'}: write "
-            "session='parameter', session='self.session', session=SessionLocal or session=engine"
+            "session='parameter', session='self.session', session=SessionLocal or session=engine, "
+            "in a file session = 'package.module:SessionLocal'"
         )
 
-    def _is_callers(self) -> bool:
+    def _is_callers(self, given: Any) -> bool:
         """Check whether a session of the caller's is asked for by its name, or given."""
-        given = self.session.given
         if not isinstance(given, str):
             return is_bind(given) and hasattr(given, "commit")
         first, *rest = given.split(".")

@@ -244,11 +244,9 @@ def _is_effective(place: Place) -> bool:
 
 
 def _refuse_patched(value: Any, name: str) -> None:
-    kind = type(value)
-    if issubclass(kind, BoundFunctionWrapper):
+    if issubclass(type(value), BoundFunctionWrapper):
         value = value._self_parent  # noqa: SLF001 - wrapt's name for what an attribute is bound of
-        kind = type(value)
-    if issubclass(kind, PatchWrapper):
+    if issubclass(type(value), PatchWrapper):
         raise PatchError(
             f"{name} is patched already ({value.patch!r}): undo() that one first, or leave one of "
             "the two out"

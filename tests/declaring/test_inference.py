@@ -536,6 +536,8 @@ def test_a_column_that_only_has_the_name_means_nothing(column: Column[Any]) -> N
         (Column("done", Boolean, sa.Computed("processing")), "generated"),
         (Column("run_at", DateTime, sa.Computed("processing")), "generated"),
         (Column("locked", String(5)), "yes or no"),
+        (Column("completed_at", DateTime, default=sa.func.now()), "with a default"),
+        (Column("failed_at", DateTime, server_default=sa.func.now()), "with a default"),
     ],
     ids=lambda given: getattr(given, "name", ""),
 )
