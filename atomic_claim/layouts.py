@@ -34,7 +34,8 @@ class Layout:
         beside: whether the queue's own workers may run beside ours, and why.
         roles: the arguments of ``JobTable`` that differ from what the names say, or functions of
             the columns by name that return them.
-        refused: why no ``JobTable`` can claim from it, or empty.
+        refused: why no ``JobTable`` can claim from it as it stands, or empty.
+        proposed: the arguments of ``JobTable.infer`` that can, as source; ``jobs`` is the table.
         integers: those of the columns that have to be integers.
     """
 
@@ -43,6 +44,7 @@ class Layout:
     beside: str
     roles: Mapping[str, Any] = field(default_factory=dict)
     refused: str = ""
+    proposed: Mapping[str, str] = field(default_factory=lambda: {"free": "...", "claimed": "..."})
     integers: str = ""
 
     def fits(self, table: Table) -> bool:
@@ -119,7 +121,14 @@ LAYOUTS = (
         "Laravel",
         "queue payload attempts reserved_at available_at created_at",
         "no: it takes a job again `retry_after` seconds (90) after `reserved_at`",
-        refused="its times are integers: give free=<expression> and claimed={...}, see its guide",
+        refused="its times are integers, where epoch is the present one: func.unix_timestamp() on "
+        "MySQL and MariaDB, elsewhere cast(extract('epoch', func.now()), Integer)",
+        proposed={
+            "free": "jobs.c.reserved_at.is_(None) & (jobs.c.available_at <= epoch)",
+            "claimed": "{'reserved_at': epoch}",
+            "released": "{'reserved_at': None}",
+            "order": "'id'",
+        },
         integers="reserved_at available_at created_at",
     ),
     Layout(
@@ -153,7 +162,9 @@ def read_table(
         reading.layout = layout.name
         if layout.refused and EXPRESSION not in reading.settled:
             reading.problems = [f"this is the table of {layout.name}, and {layout.refused}"]
-            reading.proposed = {"free": "...", "claimed": "..."}
+            own = f"{table.name}." if table.name.isidentifier() else "table."
+            proposed = {role: said.replace("jobs.", own) for role, said in layout.proposed.items()}
+            reading.proposed = proposed
     # What was not declared to mark an end together holds a row back each on its own.
     ends = [reading.arguments.get(role) for role in ("done", "failed") if role not in given]
     held = {c: v for e in ends if isinstance(e, Mapping) and len(e) > 1 for c, v in e.items()}

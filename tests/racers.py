@@ -92,6 +92,13 @@ jobs = job_table(
 leased = JobTable(
     jobs, state="processing", token="claim_token", lease="lease_until", order=jobs.c.created_at
 )
+unread = sa.Table(
+    "unread",
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("status", String(20), nullable=False),
+    sa.Column("created_at", sa.DateTime, nullable=False),
+)
 checked = job_table(
     sa.Column("size", sa.Integer, sa.CheckConstraint("size BETWEEN 3 AND 9"), nullable=False),
     name="checked",

@@ -20,11 +20,11 @@ from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
 from .options import (
-    FAILED,
     Flag,
     StuckAfterOption,
     UrlOption,
     console,
+    end,
     is_unicode,
     plain_ending,
     server,
@@ -38,55 +38,61 @@ MARKS = {
 }
 
 
+TransactionAfterOption = Annotated[
+    float,
+    typer.Option(
+        "--transaction-after",
+        min=0,
+        metavar="SECONDS",
+        help="How long a transaction may be open before it is called old (all but SQLite).",
+    ),
+]
+TryOption = Annotated[
+    bool,
+    Flag(
+        "--try",
+        help="Claim and end one job in a transaction that is rolled back, to find constraints "
+        "and triggers that refuse it. Triggers run, and the row is locked so long.",
+    ),
+]
+GuardedOption = Annotated[
+    bool, Flag("--guarded", help="Check that the guard's triggers are there.")
+]
+AllOption = Annotated[bool, Flag("--all", help="Show what was found to be in order, too.")]
+WatchOption = Annotated[
+    bool,
+    Flag(
+        "--watch",
+        help="Show again and again, in place of the checks, how many jobs wait and run, how "
+        "long the oldest has waited, and the claims per second, until Ctrl-C.",
+    ),
+]
+IntervalOption = Annotated[
+    float,
+    typer.Option("--interval", min=0, metavar="SECONDS", help="With --watch: between two looks."),
+]
+CountOption = Annotated[
+    int | None,
+    typer.Option("--count", min=1, metavar="N", help="With --watch: end after N looks."),
+]
+FoundJsonOption = Annotated[
+    bool, Flag("--json", help="Print what was found as JSON; with --watch a line for each look.")
+]
+
+
 def doctor(
     *,
     table: TableOption = None,
     url: UrlOption = None,
     stuck_after: StuckAfterOption = 3600,
-    transaction_after: Annotated[
-        float,
-        typer.Option(
-            "--transaction-after",
-            min=0,
-            metavar="SECONDS",
-            help="How long a transaction may be open before it is called old (PostgreSQL).",
-        ),
-    ] = 300,
-    try_it: Annotated[
-        bool,
-        Flag(
-            "--try",
-            help="Claim and end one job in a transaction that is rolled back, to find constraints "
-            "and triggers that refuse it. Triggers run, and the row is locked so long.",
-        ),
-    ] = False,
-    guarded: Annotated[
-        bool,
-        Flag("--guarded", help="Check that the guard's triggers are there."),
-    ] = False,
-    every: Annotated[bool, Flag("--all", help="Show what was found to be in order, too.")] = False,
-    watch: Annotated[
-        bool,
-        Flag(
-            "--watch",
-            help="Show again and again, in place of the checks, how many jobs wait and run, how "
-            "long the oldest has waited, and the claims per second, until Ctrl-C.",
-        ),
-    ] = False,
-    interval: Annotated[
-        float,
-        typer.Option(
-            "--interval", min=0, metavar="SECONDS", help="With --watch: between two looks."
-        ),
-    ] = 2,
-    looks: Annotated[
-        int | None,
-        typer.Option("--count", min=1, metavar="N", help="With --watch: end after N looks."),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        Flag("--json", help="Print what was found as JSON; with --watch a line for each look."),
-    ] = False,
+    transaction_after: TransactionAfterOption = 300,
+    try_it: TryOption = False,
+    guarded: GuardedOption = False,
+    every: AllOption = False,
+    watch: WatchOption = False,
+    interval: IntervalOption = 2,
+    looks: CountOption = None,
+    as_json: FoundJsonOption = False,
 ) -> None:
     """Look for what keeps a job table from being claimed from at all, or quickly.
 
@@ -110,8 +116,7 @@ def doctor(
             typer.echo(json.dumps(_plain(found), indent=2))
         elif found.ails or every:
             _show(console(), found)
-        if found.number(Level.PROBLEM):
-            raise typer.Exit(FAILED)
+        end(is_well=not found.number(Level.PROBLEM))
 
 
 def _mark(level: Level) -> Text:
@@ -120,18 +125,14 @@ def _mark(level: Level) -> Text:
 
 
 def _plain(found: Examination) -> dict[str, Any]:
-    findings = [asdict(each) | {"level": each.level.value} for each in found.findings]
+    fine = [each for each in found.findings if each.level is Level.FINE]
     return {
         "server": found.server,
         "table": found.table,
         "healthy": not found.number(Level.PROBLEM),
         "statement": found.statement,
-        "findings": [each for each in findings if each["level"] != Level.FINE.value],
-        "passed": [
-            {"check": each["check"], "found": each["found"]}
-            for each in findings
-            if each["level"] == Level.FINE.value
-        ],
+        "findings": [asdict(each) for each in found.ails],
+        "passed": [{"check": each.check, "found": each.found} for each in fine],
     }
 
 

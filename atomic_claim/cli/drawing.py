@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -26,37 +25,26 @@ SvgOption = Annotated[
 ]
 
 
-def check_picture(path: Path) -> None:
-    """Find out before the work whether the picture can be drawn after it.
+def check_picture(path: Path | None) -> None:
+    """Find out before the work whether the picture, if there is one, can be drawn after it.
 
     Raises:
         CommandError: it cannot.
     """
+    if path is None:
+        return
     if path.suffix.lower() not in PICTURES:
         raise CommandError(f"--svg {path}: expected a name that ends in {' or '.join(PICTURES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--svg needs matplotlib: pip install 'atomic-claim[plot]'")
-    try:
-        if path.exists():
-            if not path.is_file() or not os.access(path, os.W_OK):
-                raise CommandError(f"--svg {path}: it is there and cannot be written")
-        else:
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
-    except OSError as error:
-        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None
+    is_file = path.is_file() and os.access(path, os.W_OK)
+    if not (is_file if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
+        raise CommandError(f"--svg {path}: cannot be written")
 
 
 def draw_picture(path: Path, title: str, results: Sequence[Counted]) -> None:
-    """Draw the results into the file.
-
-    Raises:
-        CommandError: it cannot be written.
-    """
+    """Draw the results into the file."""
     # Matplotlib takes half a second to import, and is an extra.
     from .picture import draw  # noqa: PLC0415
 
-    try:
-        draw(path, title, results)
-    except OSError as error:
-        raise CommandError(f"--svg {path}: cannot be written: {error.strerror}") from None
+    draw(path, title, results)

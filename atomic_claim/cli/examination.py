@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -16,20 +16,22 @@ from sqlalchemy.orm import Mapper
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
-from atomic_claim.testing.names import load_table
+from atomic_claim.testing.names import TableName, load_table
 
-from .checks import catalog, columns, declared, innodb, plan, postgresql, relations, rows, sqlite
+from .checks import catalog, columns, declared, plan, rights, rows
 from .checks.findings import Finding, JobCheck, Level, Patient, Reading
-from .flags import naming_flags
+from .targets import advice, name_of
+from .texts import DIALECTS
 
-OWN: Mapping[str, tuple[JobCheck, ...]] = {
-    "postgresql": (postgresql.clock,),
-    "mysql": (innodb.rights, innodb.clock),
-    "mariadb": (innodb.rights, innodb.clock),
-    "sqlite": (),
-}
-COMMON: tuple[JobCheck, ...] = (
-    *(declared.types, plan.plan, declared.states, rows.nulls, rows.stuck, rows.spent),
+CLAIM_CHECKS: tuple[JobCheck, ...] = (
+    catalog.of_claims,
+    rights.of_update,
+    declared.types,
+    plan.plan,
+    declared.states,
+    rows.nulls,
+    rows.stuck,
+    rows.spent,
 )
 ONLY_READ = {
     "mysql": "SET SESSION TRANSACTION READ ONLY",
@@ -95,7 +97,7 @@ def read_without_locks(connection: Connection) -> None:
 
 def examine(
     engine: Engine,
-    spec: str,
+    spec: TableName,
     stuck_after: timedelta,
     transaction_after: timedelta,
     *more: JobCheck,
@@ -104,7 +106,7 @@ def examine(
 
     Args:
         engine: a database that answers.
-        spec: ``MODULE:NAME``, or the name of a table.
+        spec: ``MODULE:NAME``, the name of a table, or a declaration in a file of patches.
         stuck_after: how long a job may run without a lease.
         transaction_after: how long a transaction may be open.
         more: further checks, such as ``trial.trial``.
@@ -113,58 +115,61 @@ def examine(
         CommandError: there is no such table, or no such database is known.
     """
     with reading(engine) as connection:
-        if connection.dialect.name not in OWN:
+        if connection.dialect.name not in DIALECTS:
             raise CommandError(
                 f"doctor knows PostgreSQL, MySQL, MariaDB and SQLite, not {connection.dialect.name}"
             )
         given, table = target(connection, spec)
-        patient = Patient(connection, table, stuck_after, transaction_after, spec)
+        patient = Patient(connection, table, stuck_after, transaction_after, name_of(spec))
         server = server_title(connection)
         found = [Finding("database", Level.FINE, server), *columns.key(patient)]
         found += columns.columns(patient)
-        job_table = None
+        job_table, statement = None, None
         if all(finding.level is Level.FINE for finding in found):
             job_table, meaning = columns.read(given)
             found.append(meaning)
         found += catalog.of_database(patient)
-        if patient.product == "sqlite":
-            found += sqlite.checks(patient)
+        found += rights.of_file(patient)
         read_without_locks(connection)
-        statement = None
         if job_table is not None:
             # Of a class in several tables, the one that holds the state.
-            claim = Reading(replace(patient, table=job_table.table), job_table)
-            try:
-                statement = plan.statement_of(claim)
-                for check in (catalog.of_claims, *OWN[patient.product], *COMMON, *more):
-                    found += check(claim)
-            except (ClaimError, DBAPIError) as error:
-                if isinstance(error, DBAPIError) and error.connection_invalidated:
-                    raise
-                connection.rollback()
-                why = "no job is handed out while the library or the database refuses the claim"
-                found.append(Finding("claim", Level.PROBLEM, one_line(error), why))
-        found += relations.foreign_keys(patient)
-    if engine.dialect.name == "postgresql":
-        found += postgresql.pooling(engine)
+            claim = Reading(**vars(patient) | {"table": job_table.table}, job_table=job_table)
+            statement = _examine_claim(claim, (*CLAIM_CHECKS, *more), found)
     return Examination(server, table.fullname, tuple(found), statement)
 
 
-def target(connection: Connection, spec: str) -> tuple[Any, Table]:
+def _examine_claim(claim: Reading, checks: Sequence[JobCheck], found: list[Finding]) -> str | None:
+    """Add what the checks of a claim find, until one is refused; return the claim's statement."""
+    try:
+        for check in checks:
+            found += check(claim)
+        return plan.statement_of(claim)
+    except (ClaimError, DBAPIError) as error:
+        if isinstance(error, DBAPIError) and error.connection_invalidated:
+            raise
+        claim.connection.rollback()
+        found.append(catalog.finding("refused", found=one_line(error)))
+    return None
+
+
+def target(connection: Connection, spec: TableName) -> tuple[Any, Table]:
     """Resolve ``--table`` to the given object and its table, which must exist in the database.
 
     Raises:
         CommandError: it is no table, or the database has none of this name.
     """
-    with naming_flags():
+    name = name_of(spec)
+    try:
         given = load_table(spec, connection)
+    except ClaimError as error:
+        raise CommandError(f"--table {name}: {'; '.join(advice(error))}") from None
     found = _table_of(given)
     if not isinstance(found, Table):
         raise CommandError(
-            f"--table {spec} is {given!r}; expected a Table, a mapped class or a JobTable"
+            f"--table {name} is {given!r}; expected a Table, a mapped class or a JobTable"
         )
     if not inspect(connection).has_table(found.name, schema=found.schema):
-        raise CommandError(f"--table {spec}: the database has no table {found.fullname!r}")
+        raise CommandError(f"--table {name}: the database has no table {found.fullname!r}")
     return given, found
 
 

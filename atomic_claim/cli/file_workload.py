@@ -5,6 +5,7 @@ Nothing here needs Typer or Rich: worker processes import this module.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,10 +15,12 @@ from typing import NamedTuple
 
 from atomic_claim.files import claim_files, complete_files
 from atomic_claim.testing.database import CommandError
+from atomic_claim.testing.harness import Send, Work, run_workers
 from atomic_claim.testing.interrupts import deferred
-from atomic_claim.testing.results import Counted
+from atomic_claim.testing.racing import TIMEOUT
+from atomic_claim.testing.results import Call, Counted, Key
 
-from .workload import LoopTask, Progress, RunJob, Workload, run_loop
+from .workload import Progress, Workload, do_work
 
 
 class FileJob(NamedTuple):
@@ -32,6 +35,7 @@ class FileJob(NamedTuple):
     subject: str
 
 
+RunJob = Callable[[FileJob], None]
 Loop = Callable[[Path, Path, int, RunJob], None]
 
 
@@ -67,6 +71,25 @@ def claim_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) ->
 FILE_HALVES: dict[str, Loop] = {"legacy loop": legacy_file_loop, "claim_files": claim_file_loop}
 
 
+@contextmanager
+def _begun(loop: Loop, base: Path, limit: int, worker: int) -> Iterator[Work]:
+    """Yield the function that runs a loop, in which every run of a job is recorded."""
+
+    def work(send: Send) -> None:
+        def run(job: FileJob) -> None:
+            begin = time.perf_counter()
+            do_work(job.subject)
+            send(Call(worker, begin, time.perf_counter(), ((str(job.id),),)))
+
+        try:
+            loop(base / "waiting", base / "processing", limit, run)
+        except OSError as error:
+            # What the system refuses ends the work like a refused claim.
+            raise CommandError(f"{error.filename}: {error.strerror}") from error
+
+    yield work
+
+
 def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
     """Run one loop in as many processes as there are workers, on a folder of its own.
 
@@ -76,38 +99,49 @@ def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
         progress: told every few milliseconds how many jobs were run.
 
     Raises:
-        CommandError: the folder could not be made, or a worker could not work.
+        CommandError: a worker could not work.
     """
+    calls: list[Call] = []
+    done: set[Key] = set()
+
+    def receive(_: int, call: Call) -> bool:
+        calls.append(call)
+        done.update(call.keys)
+        return False
+
+    def tick() -> bool:
+        progress(len(done))
+        return False
+
     with _filled_folder(workload.jobs) as base:
-        task = LoopTask(FILE_HALVES[name], partial(_folders, base), workload.limit)
-        keys = frozenset((str(number),) for number in range(1, workload.jobs + 1))
-        return run_loop(name, task, workload, keys, progress=progress)
-
-
-@contextmanager
-def _folders(base: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield what a loop is given; what the system refuses ends the work like a refused claim."""
-    try:
-        yield base / "waiting", base / "processing"
-    except OSError as error:
-        raise CommandError(f"{error.filename}: {error.strerror}") from error
+        start, _ = run_workers(
+            partial(_begun, FILE_HALVES[name], base, workload.limit),
+            workload.workers,
+            seconds=TIMEOUT + workload.jobs,
+            receive=receive,
+            tick=tick,
+        )
+    return Counted(
+        name=name,
+        workers=workload.workers,
+        keys=frozenset((str(number),) for number in range(1, workload.jobs + 1)),
+        limit=workload.limit,
+        calls=[call.since(start) for call in calls],
+    )
 
 
 @contextmanager
 def _filled_folder(count: int) -> Iterator[Path]:
     """Yield a folder of jobs, and always remove it afterwards."""
+    with deferred():
+        folder = TemporaryDirectory(prefix="atomic-claim-")
     try:
+        base = Path(folder.name)
+        _fill(base, count)
+        yield base
+    finally:
         with deferred():
-            folder = TemporaryDirectory(prefix="atomic-claim-")
-        try:
-            base = Path(folder.name)
-            _fill(base, count)
-            yield base
-        finally:
-            with deferred():
-                folder.cleanup()
-    except OSError as error:
-        raise CommandError(f"cannot fill or remove a folder of jobs: {error}") from None
+            folder.cleanup()
 
 
 def _fill(base: Path, count: int) -> None:

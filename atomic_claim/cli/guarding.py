@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from sqlalchemy import Column, Dialect, MetaData, Table
@@ -21,7 +22,6 @@ COMMENT = (
     "Refuses a second claim of a job. The loop must claim in one transaction, and roll it back "
     "after the error."
 )
-ROLES = ("state", "due", "worker", "token", "lease", "attempts", "error")
 
 
 def guard_step(
@@ -69,40 +69,19 @@ def _grown(job_table: JobTable, columns: Sequence[AddedColumn], dialect: Dialect
         # Of several types for several databases the one that the database has.
         table.append_column(Column(column.name, column.type_.dialect_impl(dialect)))
 
-    def moved(given: Any) -> Any:
-        if not isinstance(given, ClauseElement):
-            return given
-        clause: Any = given
-        return visitors.replacement_traverse(clause, {}, replace)
-
-    def replace(element: Any, **_: Any) -> Any:
-        if not isinstance(element, ColumnClause):
-            return None
-        found = own.corresponding_column(element)
+    def replaced(element: Any, **_: Any) -> Any:
+        found = own.corresponding_column(element) if isinstance(element, ColumnClause) else None
         return None if found is None else table.columns[found.key]
 
-    def marked(given: Mapping[Column[Any], Any]) -> dict[str, Any]:
-        return {column.key: moved(value) for column, value in given.items()}
+    def moved(given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {moved(column): moved(value) for column, value in given.items()}
+        if isinstance(given, tuple):
+            return tuple(moved(each) for each in given)
+        if isinstance(given, ClauseElement):
+            return visitors.replacement_traverse(given, {}, replaced)
+        return given
 
-    said: dict[str, Any] = {
-        role: c.key for role in ROLES if (c := getattr(job_table, role)) is not None
-    }
-    said |= {column.role: column.name for column in columns}
-    if job_table.released:
-        said["released"] = marked(job_table.released)
-    limit = job_table.max_attempts
-    return JobTable(
-        table,
-        **said,
-        free=moved(job_table.free),
-        claimed=marked(job_table.claimed),
-        done=marked(job_table.done),
-        failed=marked(job_table.failed),
-        withdrawn=marked(job_table.withdrawn),
-        order=[moved(term) for term in job_table.order],
-        max_attempts=limit.key if isinstance(limit, Column) else limit,
-        stamps=[column.key for column in job_table.stamps],
-        naive_times=job_table.naive_times,
-        text_times=job_table.text_times,
-        unleased=job_table.unleased,
-    )
+    names = [each.name for each in fields(job_table) if each.init and each.name != "table"]
+    said = {name: moved(getattr(job_table, name)) for name in names}
+    return JobTable(table, **said | {column.role: column.name for column in columns})

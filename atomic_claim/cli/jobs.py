@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -28,7 +27,7 @@ from atomic_claim.testing.database import CommandError
 from .checks.findings import count
 from .checks.rows import claimed_at, is_marked
 from .options import Flag, StuckAfterOption, UrlOption, console, plain_ending, server
-from .targets import TableOption, chosen, load_job_table
+from .targets import TableOption, load_job_table
 
 ROLES = ("state", "due", "worker", "lease", "attempts", "error")
 CONVERT: Mapping[type, Callable[[str], Any]] = {
@@ -40,23 +39,8 @@ CONVERT: Mapping[type, Callable[[str], Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Listed:
-    """The jobs that were asked for.
-
-    Attributes:
-        total: how many there are.
-        rows: the first of them, by column name.
-    """
-
-    total: int
-    rows: Sequence[Mapping[str, Any]]
-
-    @property
-    def names(self) -> Sequence[str]:
-        """The columns that are shown."""
-        return list(self.rows[0]) if self.rows else []
-
+Change = Callable[[Engine, JobTable, ColumnElement[bool]], int]
+"""Frees the jobs that meet a condition, and returns how many."""
 
 FailedOption = Annotated[bool, Flag("--failed", help="Those that have failed.")]
 StuckOption = Annotated[
@@ -117,38 +101,40 @@ def jobs(
     """
     with plain_ending(), server(url) as engine:
         listed = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
-        kind, change = _asked(listed, {"requeue": requeue, "release-stuck": release_stuck})
-        _, job_table = load_job_table(chosen(table), url)
+        kind, change = _asked(listed, {"requeued": requeue, "released": release_stuck})
+        _, job_table = load_job_table(table, url)
         conditions = [_equal(job_table, given) for given in where or ()]
         condition = and_(_condition(job_table, kind, stuck_after), *conditions)
-        found = _listed(engine, job_table, condition, limit)
-        said: dict[str, Any] = {}
+        total, rows = _listed(engine, job_table, condition, limit)
+        said: dict[str, int] = {}
         if change is not None:
-            if found.total and not yes:
-                _agree(found.total, change, _holders(engine, job_table, condition))
-            said[change.done] = change.apply(engine, job_table, condition) if found.total else 0
+            if total and not yes:
+                holders = _holders(engine, job_table, condition) if kind == "stuck" else ""
+                _agree(f"{count(total, f'{kind} job')}", holders)
+            said[change] = CHANGES[change][1](engine, job_table, condition) if total else 0
         if as_json:
-            rows = {"table": job_table.table.fullname, "jobs": list(found.rows)}
-            typer.echo(json.dumps(rows | {"total": found.total} | said, indent=2, default=str))
+            shown = {"table": job_table.table.fullname, "jobs": rows, "total": total}
+            typer.echo(json.dumps(shown | said, indent=2, default=str))
             return
-        _show(job_table, kind, found)
+        typer.echo(f"{job_table.table.fullname}: {count(total, f'{kind} job')}")
+        _show(rows)
+        if total > len(rows):
+            typer.echo(f"{total - len(rows):,} more; see --limit")
         for done, number in said.items():
             typer.echo(f"{done}: {count(number, 'job')}")
 
 
-def _asked(listed: Mapping[str, bool], changed: Mapping[str, bool]) -> tuple[str, Change | None]:
+def _asked(listed: Mapping[str, bool], changed: Mapping[str, bool]) -> tuple[str, str | None]:
     """Return the kind of jobs that was asked for, and what is done to them."""
-    kinds = [name for name, wanted in listed.items() if wanted]
+    kinds = {name for name, wanted in listed.items() if wanted}
     changes = [name for name, wanted in changed.items() if wanted]
-    change = CHANGES[changes[0]] if changes else None
-    if change is not None and not kinds:
-        kinds = [change.kind]
-    if len(kinds) != 1 or len(changes) > 1 or (change is not None and kinds != [change.kind]):
+    kinds |= {CHANGES[name][0] for name in changes}
+    if len(kinds) != 1 or len(changes) > 1:
         raise CommandError(
             "which jobs? Give one of --failed, --stuck, --running and --waiting; "
             "--requeue goes with --failed, --release-stuck with --stuck"
         )
-    return kinds[0], change
+    return kinds.pop(), next(iter(changes), None)
 
 
 def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElement[bool]:
@@ -201,8 +187,6 @@ def _equal(job_table: JobTable, given: str) -> ColumnElement[bool]:
     try:
         wanted = str if isinstance(type_, Enum) else type_.python_type
         value = CONVERT[wanted](text)
-        if isinstance(type_, Enum) and type_.enum_class is not None:
-            value = type_.enum_class[text]
     except (KeyError, ValueError, NotImplementedError):
         raise CommandError(f"--where {given}: {text!r} is no value of {type_}") from None
     return column.in_([value])
@@ -210,20 +194,19 @@ def _equal(job_table: JobTable, given: str) -> ColumnElement[bool]:
 
 def _listed(
     engine: Engine, job_table: JobTable, condition: ColumnElement[bool], limit: int
-) -> Listed:
+) -> tuple[int, list[dict[str, Any]]]:
+    """Return how many jobs there are, and the first of them, by column name."""
     roles = [getattr(job_table, role) for role in ROLES]
     shown = [*job_table.key, *roles, claimed_at(job_table), *job_table.failed]
     columns = list(dict.fromkeys(each for each in shown if each is not None))
     order = job_table.order or job_table.key
+    statement = select(*columns).where(condition).order_by(*order).limit(limit)
+    number = select(func.count()).select_from(job_table.table).where(condition)
     with engine.connect() as connection:
-        number = select(func.count()).select_from(job_table.table).where(condition)
         total = int(connection.scalar(number) or 0)
-        statement = select(*columns).where(condition).order_by(*order).limit(limit)
-        rows = [
-            {column.name: value for column, value in zip(columns, row, strict=True)}
-            for row in connection.execute(statement)
-        ]
-    return Listed(total, rows)
+        rows = connection.execute(statement).all()
+    names = [column.name for column in columns]
+    return total, [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def _holders(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> str:
@@ -238,17 +221,16 @@ def _holders(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return ", ".join(f"{'no worker' if who is None else who}: {n:,}" for who, n in rows)
 
 
-def _agree(total: int, change: Change, holders: str) -> None:
+def _agree(jobs: str, holders: str) -> None:
     """Ask before a change.
 
     Raises:
         CommandError: standard input is no terminal, or the answer is no.
     """
-    whose = f" ({holders})" if change.kind == "stuck" else ""
+    whose = f" ({holders})" if holders else ""
     if not sys.stdin.isatty():
-        said = f"{count(total, f'{change.kind} job')} would be freed{whose}"
-        raise CommandError(f"{said}: agree with --yes")
-    if not typer.confirm(f"Free {count(total, f'{change.kind} job')}{whose}?", err=True):
+        raise CommandError(f"{jobs} would be freed{whose}: agree with --yes")
+    if not typer.confirm(f"Free {jobs}{whose}?", err=True):
         raise CommandError("nothing was changed")
 
 
@@ -268,40 +250,23 @@ def _requeue(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return requeue_jobs(engine, job_table, where=condition)
 
 
-@dataclass(frozen=True)
-class Change:
-    """An action that frees jobs.
-
-    Attributes:
-        kind: which jobs.
-        done: the word for it.
-        apply: frees those that meet a condition, and returns how many.
-    """
-
-    kind: str
-    done: str
-    apply: Callable[[Engine, JobTable, ColumnElement[bool]], int]
-
-
-CHANGES = {
-    "requeue": Change("failed", "requeued", _requeue),
-    "release-stuck": Change("stuck", "released", _release),
+# What is done, to which jobs, and how.
+CHANGES: Mapping[str, tuple[str, Change]] = {
+    "requeued": ("failed", _requeue),
+    "released": ("stuck", _release),
 }
 
 
-def _show(job_table: JobTable, kind: str, found: Listed) -> None:
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the jobs, without the columns that are NULL in all of them."""
-    typer.echo(f"{job_table.table.fullname}: {count(found.total, f'{kind} job')}")
-    names = [name for name in found.names if any(row[name] is not None for row in found.rows)]
+    names = [name for name in (rows or [{}])[0] if any(row[name] is not None for row in rows)]
     shown = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in shown.columns:
         column.overflow = "fold"
-    for row in found.rows:
+    for row in rows:
         shown.add_row(*(_text(row[name]) for name in names))
-    if found.rows:
+    if rows:
         console().print(shown)
-    if found.total > len(found.rows):
-        typer.echo(f"{found.total - len(found.rows):,} more; see --limit")
 
 
 def _text(value: object) -> Text:

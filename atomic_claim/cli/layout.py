@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|[()]|\s+|[^\s'"`()]+""")
 CLAUSES = frozenset(
@@ -18,31 +19,31 @@ def laid_out(sql: str) -> str:
     # Databases differ in what a backslash means in a string, and so where it ends.
     if "\\" in sql:
         return sql
-    words = [word for word in TOKENS.findall(sql) if not word.isspace()]
-    gaps = _gaps(sql)
+    tokens = TOKENS.findall(sql)
+    words = [word for word in tokens if not word.isspace()]
+    # Whether white space stands before each of them.
+    gaps = [ahead.isspace() for ahead, word in pairwise(["", *tokens]) if not word.isspace()]
     lines: list[str] = [""]
     blocks: list[bool] = []
 
     def begin_line() -> None:
         if lines[-1].strip():
-            lines.append("    " * sum(blocks))
-        else:
-            lines[-1] = "    " * sum(blocks)
+            lines.append("")
+        lines[-1] = "    " * sum(blocks)
 
-    for place, word in enumerate(words):
-        following = words[place + 1].upper() if place + 1 < len(words) else ""
-        before = words[place - 1].upper() if place else ""
+    around = zip(["", *words], words, gaps, [*words[1:], ""], strict=False)
+    for before, word, gap, following in around:
         ends_block = word == ")" and bool(blocks) and blocks.pop()
-        begins_clause = _begins_clause(before, word.upper(), following)
+        begins_clause = _begins_clause(before.upper(), word.upper(), following.upper())
         if ends_block or (begins_clause and (not blocks or blocks[-1])):
             begin_line()
-        elif len(lines[-1]) + len(word) > WIDTH and gaps[place] and word != ")":
+        elif len(lines[-1]) + len(word) > WIDTH and gap and word != ")":
             lines.append("    " * (sum(blocks) + 1))
-        if gaps[place] and lines[-1].strip():
+        if gap and lines[-1].strip():
             lines[-1] += " "
         lines[-1] += word
         if word == "(":
-            blocks.append(following in STARTS)
+            blocks.append(following.upper() in STARTS)
             if blocks[-1]:
                 begin_line()
     return "\n".join(line.rstrip() for line in lines if line.strip())
@@ -53,16 +54,3 @@ def _begins_clause(before: str, word: str, following: str) -> bool:
     if word == "JOIN":
         return before not in JOIN_KINDS
     return word in CLAUSES or (word in JOIN_KINDS and following == "JOIN")
-
-
-def _gaps(sql: str) -> list[bool]:
-    """Return for each token whether white space precedes it."""
-    found: list[bool] = []
-    gap = False
-    for token in TOKENS.findall(sql):
-        if token.isspace():
-            gap = True
-        else:
-            found.append(gap)
-            gap = False
-    return found

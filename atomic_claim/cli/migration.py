@@ -7,9 +7,9 @@ import json
 import re
 import tomllib
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,35 +22,10 @@ from .model_lines import model_lines
 from .operations import ROLES, AddedColumn, Step, operations
 from .options import Flag, JsonOption, UrlOption, console, plain_ending
 from .sql import DialectsOption, chosen_dialects, show_sql
-from .targets import TableOption, load_job_table
+from .targets import TableOption, chosen, load_job_table, name_of
 from .texts import DIALECTS, quoted_literal
 
 WIDTH = 100
-REVISION = '''"""{title}
-
-Revision ID: {revision}
-Revises:
-
-Made by: atomic-claim {command}
-"""
-
-from alembic import op
-
-revision = "{revision}"
-down_revision = None
-branch_labels = None
-depends_on = None
-
-
-def upgrade() -> None:
-    """Add what the claims need."""
-    {up}
-
-
-def downgrade() -> None:
-    """Take it away again."""
-    {down}
-'''
 PROJECTS = (Path("alembic.ini"), Path("migrations/alembic.ini"))
 FOR_THE_MODEL = "# For the model, so that Alembic's next autogenerate finds no difference:"
 
@@ -133,15 +108,22 @@ def migration(
             steps.append(guard_step(job_table, added, names, full_rows=full_rows))
         if not steps:
             typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
+        found: dict[str, Any] = {"table": job_table.table.fullname}
         if as_sql:
-            _print_sql(job_table, steps, names, as_json=as_json)
-            return
-        command = _command(table, wanted, names, " --guard" * guard + " --full-rows" * full_rows)
-        revision = Revision(steps, names)
-        text = revision.text(job_table, command)
-        path = _write(config, job_table, revision) if write else None
-        model = model_lines(given, table or "", steps)
-        _print_revision(job_table, revision, text, path, model, as_json=as_json)
+            found["sql"] = {name: plain_sql(steps, name) for name in names}
+        else:
+            flags = " --guard" * guard + " --full-rows" * full_rows
+            command = _command(table, wanted, names, flags)
+            found |= _revision(job_table, steps, names, command, config=config, write=write)
+            found["model"] = model_lines(given, name_of(chosen(table)), steps)
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        elif as_sql:
+            show_sql(console(), "\n\n".join(found["sql"].values()))
+        else:
+            typer.echo(found["path"] or found["text"].rstrip())
+            if found["model"]:
+                typer.echo("\n".join([FOR_THE_MODEL, *found["model"]]), err=not write)
 
 
 def _command(table: str | None, wanted: Sequence[str], names: Sequence[str], flags: str) -> str:
@@ -152,39 +134,29 @@ def _command(table: str | None, wanted: Sequence[str], names: Sequence[str], fla
     return command + flags + "".join(f" --dialect {name}" for name in databases)
 
 
-def _print_sql(
-    job_table: JobTable, steps: Sequence[Step], names: Sequence[str], *, as_json: bool
-) -> None:
-    texts = {name: plain_sql(steps, name) for name in names}
-    if as_json:
-        typer.echo(json.dumps({"table": job_table.table.fullname, "sql": texts}, indent=2))
-    else:
-        show_sql(console(), "\n\n".join(texts.values()))
-
-
-def _print_revision(
+def _revision(
     job_table: JobTable,
-    revision: Revision,
-    text: str,
-    path: Path | None,
-    model: Sequence[str],
+    steps: Sequence[Step],
+    names: Sequence[str],
+    command: str,
     *,
-    as_json: bool,
-) -> None:
-    """Print the revision, or the path that it was written to, and the model's lines."""
-    if as_json:
-        said = {
-            "table": job_table.table.fullname,
-            "revision": revision.id,
-            "path": None if path is None else str(path),
-            "text": text if path is None else path.read_text(encoding="utf-8"),
-            "model": model,
-        }
-        typer.echo(json.dumps(said, indent=2))
-        return
-    typer.echo(text.rstrip() if path is None else path)
-    if model:
-        typer.echo("\n".join([FOR_THE_MODEL, *model]), err=path is None)
+    config: Path | None,
+    write: bool,
+) -> dict[str, str | None]:
+    """Return the revision, its text, and its path if it is written to Alembic's project.
+
+    It is named by a hash of what it does.
+    """
+    up, down = _body(steps, names), _body([step.undone for step in reversed(steps)], names)
+    revision = hashlib.sha256(f"{up}\n{down}".encode()).hexdigest()[:12]
+    if write:
+        path = _write(config, revision, f"claims of {job_table.table.name}", up, down)
+        text = path.read_text(encoding="utf-8")
+        return {"revision": revision, "path": str(path), "text": text}
+    template = Path(__file__).with_name("revision.txt").read_text(encoding="utf-8")
+    title = f"Make {job_table.table.fullname} fit for its claims."
+    text = template.format(title=title, revision=revision, command=command, up=up, down=down)
+    return {"revision": revision, "path": None, "text": text}
 
 
 def _columns(given: str) -> list[str]:
@@ -215,70 +187,34 @@ def _ended(statement: str, name: str) -> str:
     return f"{statement};"
 
 
-class Revision:
-    """The contents of an Alembic revision.
-
-    Attributes:
-        up: the body of ``upgrade``.
-        down: the body of ``downgrade``.
-        id: a hash of both.
-    """
-
-    def __init__(self, steps: Sequence[Step], names: Sequence[str]) -> None:
-        self.up = _body({name: list(_upgrade(steps, name)) for name in names})
-        self.down = _body({name: list(_downgrade(steps, name)) for name in names})
-        self.id = hashlib.sha256(f"{self.up}\n{self.down}".encode()).hexdigest()[:12]
-
-    def text(self, job_table: JobTable, command: str) -> str:
-        """Render a file that stands for itself."""
-        return REVISION.format(
-            title=f"Make {job_table.table.fullname} fit for its claims.",
-            revision=self.id,
-            command=command,
-            up=self.up,
-            down=self.down,
-        )
-
-
-def _upgrade(steps: Sequence[Step], name: str) -> Iterator[tuple[str, Sequence[str], bool]]:
-    for step in steps:
-        yield step.comment, step.up.get(name, ()), name in step.alone
-
-
-def _downgrade(steps: Sequence[Step], name: str) -> Iterator[tuple[str, Sequence[str], bool]]:
-    for step in reversed(steps):
-        comment = f"Undo: {step.comment[0].lower()}{step.comment[1:]}"
-        yield comment, step.down.get(name, ()), name in step.alone
-
-
-def _body(of_each: Mapping[str, Sequence[tuple[str, Sequence[str], bool]]]) -> str:
+def _body(steps: Sequence[Step], names: Sequence[str]) -> str:
     """Return the body of a function; databases with the same statements share a branch."""
-    depth = 1 if len(of_each) == 1 else 2
+    depth = 1 if len(names) == 1 else 2
     branches: dict[str, list[str]] = {}
-    for name, steps in of_each.items():
-        lines = [line for step in steps if step[1] for line in _calls(*step, depth)]
+    for name in names:
+        lines = (line for step in steps if step.up.get(name) for line in _calls(step, name, depth))
         branches.setdefault("\n".join(lines), []).append(name)
     if depth == 1 or not any(branches):
         return "".join(branches).strip() or "pass"
     body, word = "dialect = op.get_context().dialect.name", "if"
-    for branch, names in branches.items():
+    for branch, same in branches.items():
         if branch:
-            said = ", ".join(map(quoted_literal, names))
-            test = f"== {said}" if len(names) == 1 else f"in {{{said}}}"
+            said = ", ".join(map(quoted_literal, same))
+            test = f"== {said}" if len(same) == 1 else f"in {{{said}}}"
             body += f"\n    {word} dialect {test}:\n{branch}"
             word = "elif"
     return body
 
 
-def _calls(comment: str, statements: Sequence[str], is_alone: bool, depth: int) -> Iterator[str]:
+def _calls(step: Step, name: str, depth: int) -> Iterator[str]:
     """Yield the lines that execute the statements of a step."""
     indent = "    " * depth
-    yield f"{indent}# {comment}"
-    if is_alone:
+    yield f"{indent}# {step.comment}"
+    if name in step.alone:
         yield f"{indent}# CONCURRENTLY stops no writer, and cannot be part of a transaction."
         yield f"{indent}with op.get_context().autocommit_block():"
         indent += "    "
-    for statement in statements:
+    for statement in step.up[name]:
         # Alembic would take a colon in a string for a parameter.
         text = statement.replace(":", r"\:")
         call = f"{indent}op.execute({quoted_literal(text)})"
@@ -304,7 +240,7 @@ def _pieces(text: str, room: int) -> Iterator[str]:
     yield piece
 
 
-def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path:
+def _write(config: Path | None, revision: str, title: str, up: str, down: str) -> Path:
     """Create the revision as the project's ``alembic revision`` would.
 
     Raises:
@@ -317,8 +253,10 @@ def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path
     except ImportError:
         raise CommandError("--write needs Alembic: pip install alembic") from None
     found = config or next((path for path in PROJECTS if path.is_file()), None)
-    if found is None and _is_configured(Path("pyproject.toml")):
-        found = Path("pyproject.toml")
+    toml = Path("pyproject.toml")
+    if found is None and toml.is_file():
+        tools = tomllib.loads(toml.read_text(encoding="utf-8")).get("tool", {})
+        found = toml if "alembic" in tools else None
     if found is None or not found.is_file():
         said = "there is no alembic.ini here; name one with" if found is None else "there is no"
         raise CommandError(f"--write: {said} --config {found or 'FILE'}")
@@ -332,19 +270,8 @@ def _write(config: Path | None, job_table: JobTable, revision: Revision) -> Path
         settings.set_main_option("script_location", str(found.parent))
     try:
         folder = ScriptDirectory.from_config(settings)
-        script = folder.generate_revision(
-            revision.id,
-            f"claims of {job_table.table.name}",
-            upgrades=revision.up,
-            downgrades=revision.down,
-        )
+        script = folder.generate_revision(revision, title, upgrades=up, downgrades=down)
     except Refusal as error:
         raise CommandError(f"--write: {error}") from None
     assert script is not None
     return Path(script.path)
-
-
-def _is_configured(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    return "alembic" in tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {})

@@ -14,6 +14,7 @@ from atomic_claim.inference import TOKEN_LENGTH
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError
 
+from .checks.catalog import reason
 from .indexes import INNODB, NeededIndex, needed_indexes
 from .texts import dialect_of
 
@@ -56,15 +57,6 @@ COLUMNS = (
     AddedColumn("attempts", "attempts", "How often a row was claimed.", Integer(), "sa.Integer()"),
 )
 ROLES = [column.role for column in COLUMNS]
-SERVES = {
-    "free": "Serves the search for free rows, in the order of the claim.",
-    "expired": "Serves the search for rows whose lease has run out.",
-    "unleased": "Serves the search for rows that have been running without a lease.",
-    "keys": "Serves the search for the keys that have free rows, and for the first row of each.",
-    "running": "Serves the look for rows that run with a key.",
-    "fair": "Serves the turn: the next keys that have free rows, and the first rows of each.",
-    "claimed": "Serves the look for the row that was claimed last, behind which a turn begins.",
-}
 
 
 @dataclass(frozen=True)
@@ -84,6 +76,12 @@ class Step:
     down: Mapping[str, Sequence[str]]
     alone: Collection[str] = ()
     made: AddedColumn | NeededIndex | None = None
+
+    @property
+    def undone(self) -> Step:
+        """The step that undoes this one."""
+        comment = f"Undo: {self.comment[0].lower()}{self.comment[1:]}"
+        return Step(comment, self.down, self.up, self.alone)
 
 
 def operations(job_table: JobTable, add: Collection[str], names: Sequence[str]) -> list[Step]:
@@ -146,4 +144,4 @@ def _add_index(needed: NeededIndex, names: Sequence[str]) -> Step:
         elif len(names) == 1:
             raise CommandError(refusal)
     alone = () if needed.is_partitioned else ("postgresql",)
-    return Step(SERVES[needed.reason], up, down, alone, needed)
+    return Step(reason(needed.reason)["serves"], up, down, alone, needed)

@@ -15,10 +15,23 @@ from rich.console import Console
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from atomic_claim.testing.database import CommandError, complaint, connected, masked, parse_url
+from atomic_claim.errors import ClaimError
+from atomic_claim.testing.database import (
+    CommandError,
+    complaint,
+    connected,
+    masked,
+    one_line,
+    parse_url,
+)
 from atomic_claim.testing.interrupts import as_exceptions
 
 SPACES = re.compile(r"[ ]+$", re.MULTILINE)
+# A parameter of the library's in a message: only as a word of its own, as `?timeout=3` in a URL is
+# none of ours.
+PARAMETER = re.compile(
+    r"(?<![^\s(])(target|table|url|jobs|factory|call|timeout|use_existing_table)=(True\b|\w)?"
+)
 FAILED = 1
 UNUSABLE = 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -39,6 +52,8 @@ UrlOption = Annotated[
 JsonOption = Annotated[
     bool, Flag("--json", help="Print the figures as JSON in place of the table.")
 ]
+WorkersOption = Annotated[int, typer.Option(min=1, help="How many worker processes run at once.")]
+JobsOption = Annotated[int, typer.Option(min=1, help="How many jobs there are.")]
 StuckAfterOption = Annotated[
     float,
     typer.Option(
@@ -70,6 +85,18 @@ def console() -> Console:
     return Console(highlight=False, file=file)
 
 
+def end(*, is_well: bool) -> None:
+    """End a command that has found something wrong by the exit code that says so."""
+    if not is_well:
+        raise typer.Exit(FAILED)
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Check whether an option was given on the command line, not by the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def is_unicode() -> bool:
     """Check whether standard output has other characters than ASCII's."""
     return (sys.stdout.encoding or "").lower().startswith("utf")
@@ -79,17 +106,29 @@ def is_unicode() -> bool:
 def plain_ending() -> Iterator[None]:
     """End a command that cannot go on with one line and exit code 2, never a traceback.
 
-    A request to end reaches the command as an exception, so that it cleans up.
+    The line names flags in place of the library's parameters. A request to end reaches the command
+    as an exception, so that it cleans up.
     """
     try:
         with as_exceptions():
             yield
-    except CommandError as error:
-        typer.echo(f"atomic-claim: {error}", err=True)
+    except (CommandError, ClaimError) as error:
+        typer.echo(f"atomic-claim: {PARAMETER.sub(_flag, one_line(error))}", err=True)
+        raise typer.Exit(UNUSABLE) from None
+    except OSError as error:
+        # A reader that wants no more is no fault.
+        if error.filename is None:
+            raise
+        typer.echo(f"atomic-claim: {error.filename}: {error.strerror}", err=True)
         raise typer.Exit(UNUSABLE) from None
     except KeyboardInterrupt:
         typer.echo("atomic-claim: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _flag(found: re.Match[str]) -> str:
+    flag = "TARGET" if found[1] == "target" else f"--{found[1].replace('_', '-')}"
+    return flag if found[2] in {None, "True"} else f"{flag} {found[2]}"
 
 
 @contextmanager

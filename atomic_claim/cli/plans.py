@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, inspect, text
+from sqlalchemy import Connection, Select, Table, text
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
-from sqlalchemy.sql.elements import ColumnClause
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
 from atomic_claim.backends import backend_for
 from atomic_claim.plan import ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import InlineLiteral, OrderTerm
 from atomic_claim.statement import ClaimStatement
 
+from .checks.catalog import query
 from .indexes import INNODB, NeededIndex, needed_indexes
-from .texts import dialect_of, for_keys
+from .texts import dialect_of, for_keys, product_of
 
 EXPLAIN = {
     "postgresql": "EXPLAIN (FORMAT JSON) ",
@@ -48,17 +51,18 @@ class Access:
     Attributes:
         how: in the database's own words.
         index: the name of the index by which it reads, if by one.
-        sorts: whether it sorts all that it reads so.
+        sorts: the database's word for the sort of all that it reads so, if there is one.
         rows: how many rows it reads, as MySQL and MariaDB guess.
     """
 
     how: str
     index: str | None
-    sorts: bool
+    sorts: str = ""
     rows: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.how}, then a sort of all that was read" if self.sorts else self.how
+        sort = f", then a sort of all it reads ({self.sorts})" if self.sorts else ""
+        return self.how + sort
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,15 @@ class Known:
 
     Attributes:
         columns: its columns' names, None for an expression.
+        descending: which of the columns are.
         where: the condition of a partial one.
-        descending: on MySQL and MariaDB, which of the columns are.
+        is_usable: False if it was never finished, or is hidden from the planner.
     """
 
     columns: tuple[str | None, ...]
+    descending: tuple[bool, ...]
     where: str
-    descending: tuple[bool, ...] = ()
+    is_usable: bool
 
     def decides(self, order: tuple[Any, ...], names: frozenset[str]) -> frozenset[str]:
         """Return the columns whose conditions hold for every row read in this order."""
@@ -84,41 +90,40 @@ class Known:
         return frozenset(said | {each for each in before if each is not None})
 
 
-def explained(connection: Connection, statement: Executable, given: Mapping[str, Any]) -> list[Any]:
-    """Return the rows of a statement's EXPLAIN, run with the parameters as a claim sends them."""
-    sent, parameters = as_sent(connection, statement, given)
-    words = EXPLAIN[_product(connection)] + sent
-    return list(connection.exec_driver_sql(words, parameters).mappings())
+class Explained(Executable, ClauseElement):
+    """The EXPLAIN of a statement."""
+
+    inherit_cache = False
+
+    def __init__(self, statement: Any, words: str) -> None:
+        self.statement = statement
+        self.words = words
 
 
-def as_sent(
+@compiles(Explained)
+def _explain(element: Explained, compiler: SQLCompiler, **options: Any) -> str:
+    sent = compiler.process(element.statement, **options)
+    # What comes back are the rows of the plan.
+    compiler.isinsert = compiler.isupdate = compiler.isdelete = False
+    return element.words + sent
+
+
+def explained(
     connection: Connection, statement: Executable, given: Mapping[str, Any]
-) -> tuple[str, Any]:
-    """Return a statement's SQL and parameters as the driver receives them."""
+) -> tuple[str, list[Any]]:
+    """Explain a statement, with the parameters as a claim sends them.
+
+    Returns:
+        The statement as the driver receives it, and the rows of its plan.
+    """
     plain, keys = for_keys(statement)
-    compiled: Any = plain.compile(dialect=connection.dialect)
-    state = compiled.construct_expanded_state({**given, **keys})
-    values = {
-        name: _sent(compiled.binds.get(name), value, connection)
-        for name, value in state.parameters.items()
-    }
-    parameters: Any = values
-    if compiled.positional:
-        parameters = tuple(values[name] for name in state.positiontup)
-    return state.statement, parameters
-
-
-def _sent(bind: Any, value: Any, connection: Connection) -> Any:
-    if bind is None:
-        return value
-    process = bind.type.dialect_impl(connection.dialect).bind_processor(connection.dialect)
-    return value if process is None else process(value)
-
-
-def _product(connection: Connection) -> str:
-    return (
-        "mariadb" if getattr(connection.dialect, "is_mariadb", False) else connection.dialect.name
-    )
+    words = EXPLAIN[product_of(connection.dialect)]
+    result = connection.execute(Explained(plain, words), {**given, **keys})
+    # Of the cursor, as the result would take the plan's columns for those of the statement.
+    cursor: Any = result.cursor
+    names = [column[0] for column in cursor.description]
+    rows = [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
+    return result.context.statement.removeprefix(words), rows
 
 
 def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
@@ -128,11 +133,8 @@ def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
     the claim's SELECT of candidates.
     """
     if connection.dialect.name == "postgresql":
-        # A dialect of another style, as the driver's doubles the percent signs in names.
-        preparer = dialect_of("postgresql").identifier_preparer
-        table = preparer.format_table(plan.job_table.table)
         asked = text("SELECT has_table_privilege(:name, 'UPDATE')")
-        if not connection.scalar(asked, {"name": table}):
+        if not connection.scalar(asked, {"name": _sql_name(plan.job_table.table)}):
             return plan.candidates.select()
     if plan.job_table.has_keys:
         # A claim by keys finds its rows in several ways.
@@ -144,6 +146,11 @@ def finding_statement(connection: Connection, plan: ClaimPlan) -> Executable:
     )
 
 
+def _sql_name(table: Table) -> str:
+    # By a dialect of another style, as the driver's doubles the percent signs in names.
+    return dialect_of("postgresql").identifier_preparer.format_table(table)
+
+
 def accesses(
     connection: Connection, plan: ClaimPlan, request: ClaimRequest, *, as_it_is: bool = False
 ) -> list[Access]:
@@ -151,64 +158,55 @@ def accesses(
 
     What is asked is what the indexes can do; ``as_it_is`` asks what the database would do now.
     """
-    product = _product(connection)
+    product = product_of(connection.dialect)
     statement = finding_statement(connection, plan)
     for preference in () if as_it_is else PREFERENCES.get(product, ()):
         connection.execute(text(preference))
-    rows = explained(connection, statement, request.parameters(token=True))
+    _, rows = explained(connection, statement, request.parameters(token=True))
     connection.rollback()
     table = plan.job_table.table
     if product == "postgresql":
         roots = _roots(connection, table)
         return list(_of_postgresql(rows[0]["QUERY PLAN"][0]["Plan"], table, roots))
-    if product == "sqlite":
-        return list(_of_sqlite(rows, table))
-    return list(_of_innodb(rows, table))
+    return list((_of_sqlite if product == "sqlite" else _of_innodb)(rows, table))
 
 
 def _roots(connection: Connection, table: Table) -> dict[str, str]:
     """Return the names of the table, its indexes and their partitions, each with its root's."""
-    query = text("""
-        WITH RECURSIVE part(oid, root) AS (
-            SELECT c.oid, c.relname FROM pg_class c
-            WHERE c.oid = to_regclass(:name) OR c.oid IN (
-                SELECT indexrelid FROM pg_index WHERE indrelid = to_regclass(:name)
-            )
-            UNION SELECT i.inhrelid, root FROM pg_inherits i JOIN part ON i.inhparent = part.oid
-        )
-        SELECT c.relname, root FROM part JOIN pg_class c USING (oid)
-    """)
-    name = dialect_of("postgresql").identifier_preparer.format_table(table)
-    return {row.relname: row.root for row in connection.execute(query, {"name": name})}
+    rows = connection.execute(query("partitions", "postgresql"), {"table": _sql_name(table)})
+    return {row.relname: row.root for row in rows}
 
 
 def _of_postgresql(
-    node: dict[str, Any], table: Table, roots: Mapping[str, str], *, sorts: bool = False
+    node: dict[str, Any], table: Table, roots: Mapping[str, str], *, sorts: str = ""
 ) -> Iterator[Access]:
     kind = node["Node Type"]
     if "Sort" in kind:
-        sorts = True
+        sorts = "a Sort"
     elif kind in {"Limit", "Aggregate", "CTE Scan"}:
-        sorts = False
+        sorts = ""
     if roots.get(node.get("Relation Name", "")) == table.name and "Scan" in kind:
         index = node.get("Index Name")
         index = roots.get(str(index), index)
-        yield Access(f"{kind} using {index}" if index else kind, index, sorts)
+        whole = f"a scan of the whole table ({kind})" if kind == "Seq Scan" else kind
+        yield Access(f"{kind} using {index}" if index else whole, index, sorts)
     for below in node.get("Plans", []):
         apart = below.get("Parent Relationship") in {"InitPlan", "SubPlan"}
-        yield from _of_postgresql(below, table, roots, sorts=sorts and not apart)
+        yield from _of_postgresql(below, table, roots, sorts="" if apart else sorts)
 
 
 def _of_sqlite(rows: list[Any], table: Table) -> Iterator[Access]:
     """Read SQLite's plan, a tree where a sort is a sibling of the scan that it sorts."""
     for row in rows:
-        found = re.match(rf"(?:SCAN|SEARCH) {re.escape(table.name)}\b", row["detail"])
-        if found is None and not row["detail"].startswith("MULTI-INDEX OR"):
+        how = row["detail"]
+        found = re.match(rf"(?:SCAN|SEARCH) {re.escape(table.name)}\b", how)
+        if found is None and not how.startswith("MULTI-INDEX OR"):
             continue
         beside = [each["detail"] for each in rows if each["parent"] == row["parent"]]
-        index = re.search(r"USING (?:COVERING )?INDEX (.+?)(?: \(|$)", row["detail"])
-        sorts = any("TEMP B-TREE FOR ORDER BY" in each for each in beside)
-        yield Access(row["detail"], index[1] if index else None, sorts)
+        sort = "USE TEMP B-TREE FOR ORDER BY"
+        index = re.search(r"USING (?:COVERING )?INDEX (.+?)(?: \(|$)", how)
+        how = f"a scan of the whole table ({how})" if how == f"SCAN {table.name}" else how
+        yield Access(how, index and index[1], sort if any(sort in each for each in beside) else "")
 
 
 def _of_innodb(rows: list[Any], table: Table) -> Iterator[Access]:
@@ -216,62 +214,37 @@ def _of_innodb(rows: list[Any], table: Table) -> Iterator[Access]:
         if row["table"] != table.name:
             continue
         how = f"{row['type']} access by {row['key']}" if row["key"] else f"{row['type']} access"
-        sorts = "filesort" in (row["Extra"] or "")
+        how = f"a scan of the whole table ({how})" if how == "ALL access" else how
+        sorts = "Using filesort" if "filesort" in (row["Extra"] or "") else ""
         yield Access(how, row["key"], sorts, int(row["rows"] or 0))
 
 
 def known_indexes(connection: Connection, table: Table) -> dict[str, Known]:
-    """Return the usable indexes of a table in the database, by name."""
-    if connection.dialect.name in INNODB:
-        return _known_to_innodb(connection, table)
-    found: dict[str, Known] = {}
-    for index in inspect(connection).get_indexes(table.name, schema=table.schema):
-        options = index.get("dialect_options", {})
-        where = options.get("postgresql_where", options.get("sqlite_where", ""))
-        if name := index["name"]:
-            found[name] = Known(tuple(index["column_names"]), str(where))
-    return found
-
-
-def _known_to_innodb(connection: Connection, table: Table) -> dict[str, Known]:
-    seen = "ignored = 'NO'" if _product(connection) == "mariadb" else "is_visible = 'YES'"
-    query = text(
-        "SELECT index_name AS name, column_name AS part, collation AS direction "  # noqa: S608
-        "FROM information_schema.statistics "
-        "WHERE table_schema = COALESCE(:schema, DATABASE()) AND table_name = :table "
-        f"AND {seen} ORDER BY index_name, seq_in_index"
-    )
-    rows = connection.execute(query, {"schema": table.schema, "table": table.name})
-    plan: dict[str, list[tuple[str | None, bool]]] = {}
-    for name, column, direction in rows:
-        plan.setdefault(name, []).append((column, direction == "D"))
+    """Return the indexes of a table in the database, by name."""
+    given = {"name": table.name, "schema": table.schema, "table": _sql_name(table)}
+    found: dict[str, list[Any]] = {}
+    for row in connection.execute(query("indexes", product_of(connection.dialect)), given):
+        found.setdefault(row.name, []).append(row)
     return {
-        name: Known(tuple(c for c, _ in found), "", tuple(d for _, d in found))
-        for name, found in plan.items()
+        name: Known(
+            tuple(row.part for row in rows),
+            tuple(bool(row.descending) for row in rows),
+            # SQLite has the whole statement.
+            re.sub(r"(?is)^CREATE\b.*?\)\s*WHERE\s+", "", rows[0].said or ""),
+            bool(rows[0].usable),
+        )
+        for name, rows in found.items()
     }
 
 
-@dataclass(frozen=True)
-class Unserved:
-    """A reason for which rows are free that no index finds them by.
-
-    Attributes:
-        needed: the index that would.
-        accesses: how the claim reads the table now.
-    """
-
-    needed: NeededIndex
-    accesses: tuple[Access, ...]
-
-
-def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> list[Unserved]:
-    """Return the parts of a claim that no index serves, by the plan of its own statement.
+def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> list[NeededIndex]:
+    """Return the indexes that a claim lacks, by the plan of its own statement.
 
     An index serves if the rows are read by it in their order, and if it decides on the columns
     that say whether a row is free and done. Failed rows are few, and may be passed over.
     """
     job_table = plan.job_table
-    found = tuple(accesses(connection, plan, request))
+    found = accesses(connection, plan, request)
     known = known_indexes(connection, job_table.table)
     optional = frozenset(
         column.name
@@ -282,10 +255,10 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
     # MySQL and MariaDB sort a few rows rather than read them by the index that is there.
     is_small = all(access.rows is not None and access.rows < FEW for access in found)
     return [
-        Unserved(needed, found)
+        needed
         for needed in needed_indexes(job_table)
         if not any(_serves(needed, access, known, connection, optional) for access in found)
-        and not (is_small and any(fits(needed, index) for index in known.values()))
+        and not (is_small and any(fits(needed, index, connection) for index in known.values()))
         and not (needed.reason in BY_KEY and any(_leads(needed, i) for i in known.values()))
     ]
 
@@ -302,18 +275,31 @@ def _leads(needed: NeededIndex, index: Known) -> bool:
         decided = all(word in index.where for word in (*equal, *values))
     else:
         decided = ahead
-    return decided and list(following[: len(order)]) == order
+    return index.is_usable and decided and list(following[: len(order)]) == order
 
 
-def fits(needed: NeededIndex, index: Known) -> bool:
-    """Check whether an index of MySQL or MariaDB matches the needed one."""
-    equal = [column.name for column in needed.equal]
-    terms = [OrderTerm.of(term) for term in needed.order]
-    order = [(getattr(term.element, "name", None), term.descending) for term in terms]
-    own = list(zip(index.columns, index.descending, strict=False))
-    ahead, behind = own[: len(equal)], own[len(equal) : len(equal) + len(order)]
-    turned = [(name, not descending) for name, descending in order]
-    return {name for name, _ in ahead} == set(equal) and behind in (order, turned)
+def fits(needed: NeededIndex, index: Known, connection: Connection) -> bool:
+    """Check whether an index begins with the needed columns, and has the needed condition."""
+    dialect = dialect_of(product_of(connection.dialect))
+    terms, where = replace(needed, passing=()).parts(dialect)
+    ahead = len(needed.leading if dialect.name == "postgresql" else needed.equal)
+    wanted = [
+        (t.element.name if isinstance(t.element, ColumnClause) else None, "DESC" in t.suffix)
+        for t in terms[: ahead + len(needed.order)]
+    ]
+    own = list(zip(index.columns, index.descending, strict=True))[: len(wanted)]
+    turned = [(name, not descending) for name, descending in wanted]
+    return (
+        index.is_usable
+        and _plain(index.where) == _plain(where)
+        and {name for name, _ in own[:ahead]} == {name for name, _ in wanted[:ahead]}
+        and own[ahead:] in (wanted[ahead:], turned[ahead:])
+    )
+
+
+def _plain(condition: str) -> str:
+    """Normalize a condition: drop the casts, parentheses and spaces that databases add."""
+    return re.sub(r"::(?:character varying|\w+)|[()\s]", "", condition.lower())
 
 
 def _serves(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,24 +23,21 @@ def with_progress(
     names: Sequence[str], total: int, run: Callable[[int, Callable[[int], None]], T]
 ) -> list[T]:
     """Run each task with a bar of its progress, and return their results."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     # Asked of the file itself: the environment can make Rich take anything for a terminal.
-    with progress if sys.stderr.isatty() else nullcontext():
+    shown, console = sys.stderr.isatty(), Console(stderr=True)
+    found = []
+    with Progress(
+        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown
+    ) as progress:
         tasks = [progress.add_task(name, total=total, start=False) for name in names]
-        found = []
         for place, task in enumerate(tasks):
+
+            def told(reached: int, task: TaskID = task) -> None:
+                progress.update(task, completed=reached)
+
             progress.start_task(task)
-            found.append(run(place, _shower(progress, task)))
+            found.append(run(place, told))
             progress.update(task, completed=total)
             progress.stop_task(task)
     return found
-
-
-def _shower(progress: Progress, task: TaskID) -> Callable[[int], None]:
-    return lambda reached: progress.update(task, completed=reached)

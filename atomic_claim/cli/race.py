@@ -2,113 +2,132 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from atomic_claim.testing.racing import JOBS, PATIENCE, TIMEOUT, WORKERS
 from atomic_claim.testing.racing import race as held
 from atomic_claim.testing.results import Race
 
-from .drawing import SvgOption, check_picture, draw_picture
-from .flags import naming_flags
-from .options import FAILED, Flag, JsonOption, UrlOption, console, plain_ending
+from .drawing import SvgOption, check_picture
+from .measures import MEASURES, MILLISECONDS, report
+from .options import (
+    Flag,
+    JobsOption,
+    JsonOption,
+    UrlOption,
+    WorkersOption,
+    end,
+    plain_ending,
+    typed,
+)
 from .progress import with_progress
 from .targets import TableOption, chosen
 
-MILLISECONDS = 1000
+# Not those that a demo alone has.
+NAMES = [name for name in MEASURES if name not in {"extra runs", "seconds"}]
+
+FAULTS = {
+    "duplicates": "{0:,} of {1:,} jobs were handed out more than once",
+    "lost": "{0:,} of {1:,} were never handed out",
+    "over_limit": "{0:,} were handed out beyond the limit of a call",
+    "stuck": "{0:,} are stuck with the workers that were killed",
+    "endless": "and it went on handing them out until it was stopped",
+}
+
+TargetArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="TARGET",
+        help="The function that claims, as MODULE:FUNCTION or MODULE:CLASS.METHOD; the module "
+        "may lie in the current directory.",
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="How many jobs one call may hand out; a target that takes a limit is given it "
+        "(10 if left out).",
+    ),
+]
+FactoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Gives rows where the table's constraints ask for more than can be read of them: "
+        "called with a row's number, it returns a dictionary of columns or a mapped object.",
+    ),
+]
+CallOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="Called in place of TARGET, which it is given as its parameter 'target': for "
+        "targets whose arguments or results cannot be told.",
+    ),
+]
+PatchesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Make the patches of this TOML file first, such as pyproject.toml; with "
+        "--compare, for OTHER alone.",
+    ),
+]
+CompareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OTHER",
+        help="Race a second target afterwards, and show both; it may be the same one, patched.",
+    ),
+]
+KillOption = Annotated[
+    bool,
+    Flag("--kill", help="Kill half of the workers once they have jobs, and look who gets those."),
+]
+PatienceOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        metavar="SECONDS",
+        help="With --kill, how long the others go on asking; longer than the lease.",
+    ),
+]
+ExistingOption = Annotated[
+    bool,
+    Flag(
+        "--use-existing-table",
+        help="Use tables that are there. The rows that were made are deleted again, but the "
+        "target may claim others.",
+    ),
+]
+TimeoutOption = Annotated[
+    float, typer.Option(min=0.1, metavar="SECONDS", help="How long one target may take.")
+]
 
 
 def race(
     context: typer.Context,
     *,
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="TARGET",
-            help="The function that claims, as MODULE:FUNCTION or MODULE:CLASS.METHOD; the module "
-            "may lie in the current directory.",
-        ),
-    ],
+    target: TargetArgument,
     table: TableOption = None,
-    workers: Annotated[
-        int, typer.Option(min=1, help="How many worker processes run at once.")
-    ] = WORKERS,
-    jobs: Annotated[int, typer.Option(min=1, help="How many jobs there are.")] = JOBS,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="How many jobs one call may hand out; a target that takes a limit is given it "
-            "(10 if left out).",
-        ),
-    ] = None,
-    factory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Gives rows where the table's constraints ask for more than can be read of them: "
-            "called with a row's number, it returns a dictionary of columns or a mapped object.",
-        ),
-    ] = None,
-    call: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Called in place of TARGET, which it is given as its parameter 'target': for "
-            "targets whose arguments or results cannot be told.",
-        ),
-    ] = None,
-    patches: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Make the patches of this TOML file first, such as pyproject.toml; with "
-            "--compare, for OTHER alone.",
-        ),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            metavar="OTHER",
-            help="Race a second target afterwards, and show both; it may be the same one, patched.",
-        ),
-    ] = None,
-    kill: Annotated[
-        bool,
-        Flag(
-            "--kill", help="Kill half of the workers once they have jobs, and look who gets those."
-        ),
-    ] = False,
-    patience: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            metavar="SECONDS",
-            help="With --kill, how long the others go on asking; longer than the lease.",
-        ),
-    ] = PATIENCE,
-    use_existing_table: Annotated[
-        bool,
-        Flag(
-            "--use-existing-table",
-            help="Use tables that are there. The rows that were made are deleted again, but the "
-            "target may claim others.",
-        ),
-    ] = False,
-    timeout: Annotated[
-        float,
-        typer.Option(min=0.1, metavar="SECONDS", help="How long one target may take."),
-    ] = TIMEOUT,
+    workers: WorkersOption = WORKERS,
+    jobs: JobsOption = JOBS,
+    limit: LimitOption = None,
+    factory: FactoryOption = None,
+    call: CallOption = None,
+    patches: PatchesOption = None,
+    compare: CompareOption = None,
+    kill: KillOption = False,
+    patience: PatienceOption = PATIENCE,
+    use_existing_table: ExistingOption = False,
+    timeout: TimeoutOption = TIMEOUT,
     url: UrlOption = None,
     svg: SvgOption = None,
     as_json: JsonOption = False,
@@ -128,111 +147,49 @@ def race(
     The exit code is 0 if every job was handed out exactly once, 1 if one was handed out twice, was
     lost or is stuck, or a call gave more than the limit, and 2 if the race could not be held.
     """
-    with plain_ending(), ExitStack() as stack:
-        if svg is not None:
-            check_picture(svg)
-        source = context.get_parameter_source("url")
-        if url is not None and source is not None and source.name == "COMMANDLINE":
-            stack.enter_context(_variable("DATABASE_URL", url))
-        spec = chosen(table)
-        targets = [target] if compare is None else [target, compare]
-
-        def run(place: int, told: Callable[[int], None]) -> Race:
-            return held(
-                targets[place],
-                table=spec,
-                url=url,
-                workers=workers,
-                jobs=jobs,
-                limit=limit,
-                factory=factory,
-                call=call,
-                patches=patches if place == len(targets) - 1 else None,
-                kill=kill,
-                patience=patience,
-                use_existing_table=use_existing_table,
-                timeout=timeout,
-                progress=told,
-            )
-
-        with naming_flags():
-            races = with_progress(targets, jobs, run)
-        if svg is not None:
-            draw_picture(svg, races[0].database, races)
-        if as_json:
-            typer.echo(json.dumps(_figures(races), indent=2))
-        else:
-            _show(console(), races)
-        if not all(each.exact for each in races):
-            raise typer.Exit(FAILED)
+    with plain_ending():
+        check_picture(svg)
+        if url is not None and typed(context, "url"):
+            # For what the user's modules do when they are imported.
+            os.environ["DATABASE_URL"] = url
+        hold = partial(
+            held,
+            table=chosen(table),
+            url=url,
+            workers=workers,
+            jobs=jobs,
+            limit=limit,
+            factory=factory,
+            call=call,
+            kill=kill,
+            patience=patience,
+            use_existing_table=use_existing_table,
+            timeout=timeout,
+        )
+        races = _held_each([target, *([compare] if compare else [])], hold, patches, jobs)
+        figures = _figures(races) if as_json else None
+        verdicts = map(_verdict, races)
+        report(races[0].database, races, NAMES, verdicts, figures=figures, svg=svg)
+        end(is_well=all(each.exact for each in races))
 
 
-def _variable(name: str, value: str) -> ExitStack:
-    """Set a variable for what the user's modules do when they are imported."""
-    stack = ExitStack()
-    before = os.environ.get(name)
-    os.environ[name] = value
-    if before is None:
-        stack.callback(os.environ.pop, name, None)
-    else:
-        stack.callback(os.environ.__setitem__, name, before)
-    return stack
+def _held_each(
+    targets: Sequence[str], hold: Callable[..., Race], patches: Path | None, jobs: int
+) -> list[Race]:
+    """Race each target, the last one with the patches."""
 
+    def run(place: int, told: Callable[[int], None]) -> Race:
+        own = patches if place == len(targets) - 1 else None
+        return hold(targets[place], patches=own, progress=told)
 
-def _show(screen: Console, races: Sequence[Race]) -> None:
-    """Print the table, what it is of, and what follows from it."""
-    screen.print(f"{races[0].database}: {races[0].workload}", soft_wrap=True, highlight=False)
-    screen.print(_table(races))
-    for each in races:
-        screen.print(_verdict(each), soft_wrap=True, highlight=False, markup=False)
-
-
-def _table(races: Sequence[Race]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for each in races:
-        # Names are long, and a pair of them is to fit beside each other.
-        table.add_column(escape(each.name).replace(":", ":\n"), justify="right", overflow="fold")
-    for name, show in ROWS:
-        cells = [show(each) for each in races]
-        if any(cell is not None for cell in cells):
-            table.add_row(name, *(cell or "-" for cell in cells))
-    return table
-
-
-def _alarming(count: int) -> str:
-    return f"[{'red' if count else 'green'}]{count:,}[/]"
-
-
-ROWS: tuple[tuple[str, Callable[[Race], str | None]], ...] = (
-    ("jobs", lambda race: f"{race.jobs:,}"),
-    ("times claimed", lambda race: f"{race.claimed:,}"),
-    ("duplicates", lambda race: _alarming(race.duplicates)),
-    ("lost", lambda race: _alarming(race.lost)),
-    ("over the limit", lambda race: None if race.limit is None else _alarming(race.over_limit)),
-    ("workers killed", lambda race: f"{race.killed:,}" if race.killed else None),
-    ("stuck", lambda race: _alarming(race.stuck) if race.killed else None),
-    ("seconds blocked", lambda race: None if race.blocked is None else f"{race.blocked:,.2f}"),
-    ("claims per second", lambda race: f"{race.claims_per_second:,.0f}"),
-    ("p50 of a claim (ms)", lambda race: f"{race.p50 * MILLISECONDS:,.1f}"),
-    ("p99 of a claim (ms)", lambda race: f"{race.p99 * MILLISECONDS:,.1f}"),
-)
+    return with_progress(targets, jobs, run)
 
 
 def _verdict(race: Race) -> str:
     if race.exact:
         return f"{race.name}: every job was handed out exactly once."
-    found = []
-    if race.duplicates:
-        found.append(f"{race.duplicates:,} of {race.jobs:,} jobs were handed out more than once")
-    if race.lost:
-        found.append(f"{race.lost:,} of {race.jobs:,} were never handed out")
-    if race.over_limit:
-        found.append(f"{race.over_limit:,} were handed out beyond the limit of a call")
-    if race.stuck:
-        found.append(f"{race.stuck:,} are stuck with the workers that were killed")
-    if race.endless:
-        found.append("and it went on handing them out until it was stopped")
+    numbers = {name: int(getattr(race, name)) for name in FAULTS}
+    found = [FAULTS[name].format(number, race.jobs) for name, number in numbers.items() if number]
     said = f"{race.name}: {', '.join(found)}."
     if race.lost and race.last_error is not None:
         said += f" It raised {race.last_error}."

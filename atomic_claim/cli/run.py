@@ -10,10 +10,9 @@ from typing import Annotated
 
 import typer
 
-from atomic_claim.errors import ClaimError
 from atomic_claim.patch.file import SECTION, find_file, read_file
 from atomic_claim.patch.start import FILE, environment
-from atomic_claim.testing.database import CommandError, one_line
+from atomic_claim.testing.database import CommandError
 
 from .options import plain_ending
 
@@ -45,23 +44,15 @@ def run(
     The exit code is the program's, or 2 if it could not be run or a patch does not fit.
     """
     with plain_ending():
-        path = _checked(patches)
-        program = shutil.which(command[0])
-        if program is None:
-            raise CommandError(f"there is no command {command[0]!r} on the PATH")
-        sys.stdout.flush()
-        os.execve(program, command, environment(path, dict(os.environ)))  # noqa: S606 - as asked
-
-
-def _checked(given: Path | None) -> Path:
-    try:
-        path = find_file(Path.cwd()) if given is None else given
+        path = find_file(Path.cwd()) if patches is None else patches
         if path is None:
             raise CommandError(
                 f"no pyproject.toml from here upwards has a [{SECTION}]: write one, or name a "
                 "file with --patches"
             )
         read_file(path)
-    except ClaimError as error:
-        raise CommandError(one_line(error)) from None
-    return path
+        program = shutil.which(command[0])
+        if program is None:
+            raise CommandError(f"there is no command {command[0]!r} on the PATH")
+        sys.stdout.flush()
+        os.execve(program, command, environment(path, dict(os.environ)))  # noqa: S606 - as asked

@@ -18,16 +18,15 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.lifecycle import Owned
 from atomic_claim.outcomes import Values, completion, extension, failures, release
-from atomic_claim.plan import TOKEN, WORKER, ClaimRequest
+from atomic_claim.plan import TOKEN, WORKER
 from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
 
 from .layout import laid_out
 from .options import JsonOption, UrlOption, console, plain_ending
 from .targets import TableOption, load_job_table
-from .texts import DIALECTS, dialect_of, fresh_plan, rendered
+from .texts import DIALECTS, SHOWN_LEASE, dialect_of, rendered, shown_claim
 
-SHOWN_LEASE = timedelta(minutes=5)
 SHOWN_PAUSE = timedelta(minutes=1)
 
 DialectsOption = Annotated[
@@ -128,22 +127,17 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
         CommandError: the table cannot be claimed from on this database.
     """
     backend = backend_for(dialect)
-    request = ClaimRequest(
-        limit,
-        worker="worker" if job_table.worker is not None else None,
-        lease=SHOWN_LEASE if job_table.lease is not None and job_table.token is not None else None,
-    )
+    try:
+        plan, request = shown_claim(job_table, limit, "worker")
+        statements = backend.statements(plan)
+    except ClaimError as error:
+        name = job_table.table.fullname
+        raise CommandError(f"{name} cannot be claimed from on {dialect.name}: {error}") from None
     said = [f"{name}=..." for name in ("worker", "lease") if getattr(request, name) is not None]
     call = f"claim_jobs({', '.join(['engine', job_table.table.name, str(limit), *said])})"
     one_key = None if len(job_table.key) == 1 else (None,) * len(job_table.key)
     given = {**request.parameters(), TOKEN: None, WORKER: None, KEYS: [one_key]}
-    try:
-        plan = fresh_plan(job_table, request)
-        statements = backend.statements(plan)
-        steps = [_step(statement, dialect, given) for statement in statements]
-    except ClaimError as error:
-        name = job_table.table.fullname
-        raise CommandError(f"{name} cannot be claimed from on {dialect.name}: {error}") from None
+    steps = [_step(statement, dialect, given) for statement in statements]
     yield Sequenced(call, tuple(steps), transaction=not backend.is_single(plan))
     consent = ", unfenced=True" if job_table.token is None else ""
     endings: dict[str, Callable[[], Values]] = {

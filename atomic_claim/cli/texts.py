@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Dialect, bindparam, make_url
@@ -16,6 +17,7 @@ from atomic_claim.sql_elements import KEYS, ByKey
 
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 PREFIX = "atomic_claim_"
+SHOWN_LEASE = timedelta(minutes=5)
 
 
 def dialect_of(name: str) -> Dialect:
@@ -25,6 +27,11 @@ def dialect_of(name: str) -> Dialect:
     make: Any = make_url(url).get_dialect()
     made: Dialect = make(paramstyle="named")
     return made
+
+
+def product_of(dialect: Dialect) -> str:
+    """Return ``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``, whatever the URL says."""
+    return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
 
 
 def quoted_literal(text: str) -> str:
@@ -44,6 +51,16 @@ def fresh_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool = F
     # With conditions, if only none, they are not taken from those that are kept.
     asked = ClaimRequest(request.limit, (), None, None, request.worker, request.lease)
     return claim_plan(job_table, asked, entities=entities)
+
+
+def shown_claim(job_table: JobTable, limit: int, worker: str) -> tuple[ClaimPlan, ClaimRequest]:
+    """Build a claim to be shown, under a lease if the table has them, and its options."""
+    request = ClaimRequest(
+        limit,
+        worker=None if job_table.worker is None else worker,
+        lease=None if job_table.lease is None or job_table.token is None else SHOWN_LEASE,
+    )
+    return fresh_plan(job_table, request), request
 
 
 def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import NoSuchTableError
 
+from atomic_claim.patch.tables import declared
 from atomic_claim.references import reflected, resolve
 
 from .database import CommandError
+
+TableName = str | Mapping[str, Any]
 
 
 def load(spec: str, parameter: str) -> Any:
@@ -29,16 +33,21 @@ def load(spec: str, parameter: str) -> Any:
     return owner_and_object(spec, parameter)[1]
 
 
-def load_table(spec: str, bind: Engine | Connection | None) -> Any:
+def load_table(spec: TableName, bind: Engine | Connection | None) -> Any:
     """Load the table of a module, or reflect that of this name from the database.
 
     Args:
-        spec: ``MODULE:NAME``, or the table's name, with a dot behind its schema.
+        spec: ``MODULE:NAME``, or the table's name, with a dot behind its schema; or, as in a file
+            of patches, the arguments of ``JobTable.infer``, where ``table`` is such a name.
         bind: the database, if there is one.
 
     Raises:
         CommandError: there is none of this name.
+        ClaimError: the arguments do not fit the table.
     """
+    if isinstance(spec, Mapping):
+        arguments = dict(spec)
+        return declared(load_table(arguments.pop("table"), bind), arguments)
     if ":" in spec:
         return load(spec, "table")
     if bind is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from sqlalchemy import URL
 
 from .database import CommandError, chosen, connected, masked, server_title
 from .harness import Overdue, run_workers
-from .names import load, load_table
+from .names import TableName, load, load_table
 from .record import SLACK, Record
 from .results import Race
 from .start_barrier import TO_BE_KILLED, Board
@@ -27,7 +27,7 @@ PATIENCE = 2.0
 def race(
     target: str | Callable[..., Any],
     *,
-    table: str | type[Any],
+    table: TableName | type[Any],
     url: str | URL | None = None,
     workers: int = WORKERS,
     jobs: int = JOBS,
@@ -57,7 +57,8 @@ def race(
             committed after each call. It returns or yields entities, rows, dictionaries or keys,
             one or several; None, nothing, or an exception of its own where no job is left.
         table: the ``Table``, mapped class or ``JobTable``, as ``"module:name"``, or a class itself;
-            or the name of a table in the database, with ``use_existing_table``.
+            or the name of a table in the database, with ``use_existing_table``. A mapping of the
+            arguments of ``JobTable.infer`` declares the table that its ``table`` names so.
         url: a database that may be filled; left out, an SQLite file that is gone afterwards.
         workers: how many processes.
         jobs: how many jobs.
@@ -87,7 +88,7 @@ def race(
         raise CommandError("workers is 1, and a race that kills half of them needs two or more")
     task = RaceTask(
         target=_name(target, "target"),
-        table=_name(table, "table"),
+        table=table if isinstance(table, Mapping) else _name(table, "table"),
         call=None if call is None else _name(call, "call"),
         patches=None if patches is None else str(Path(patches).resolve()),
         limit=limit,

@@ -86,7 +86,8 @@ def filled(
     try:
         with deferred():
             _make(engine, new)
-        added = _fill(engine, _rows_needed(jobs, rows), job_columns(given))
+        needed = _rows_needed(jobs, rows)
+        added = _fill(engine, needed, job_columns(given), is_given=factory is not None)
         yield frozenset(tuple(map(str, _key(jobs[0], row))) for row in added[jobs[0]])
     finally:
         with deferred():
@@ -189,7 +190,9 @@ def _rows_needed(jobs: Sequence[Table], given: Sequence[Row]) -> dict[Table, Seq
         ) from None
 
 
-def _fill(engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns) -> Added:
+def _fill(
+    engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns, *, is_given: bool
+) -> Added:
     """Insert rows in each table; return their primary keys and the columns that others refer to."""
     added: Added = {}
     referred = {key.column for table in needed for key in table.foreign_keys}
@@ -205,7 +208,7 @@ def _fill(engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColum
             try:
                 added[table] = _insert(connection, maker, given, read)
             except (SQLAlchemyError, TypeError, ValueError) as error:
-                raise _complaint(table, error, engine.url) from None
+                raise _complaint(table, error, engine.url, is_given=is_given) from None
     return added
 
 
@@ -235,7 +238,7 @@ def _insert(
     return new
 
 
-def _complaint(table: Table, error: Exception, url: URL) -> CommandError:
+def _complaint(table: Table, error: Exception, url: URL, *, is_given: bool) -> CommandError:
     checks = [
         str(each.sqltext)
         for each in [*table.constraints, *(c for col in table.columns for c in col.constraints)]
@@ -243,7 +246,11 @@ def _complaint(table: Table, error: Exception, url: URL) -> CommandError:
     ]
     said = f", which has the CHECK {'; '.join(checks)}" if checks else ""
     found = complaint(f"cannot fill {table.fullname}{said}", error, url)
-    return CommandError(
-        f"{found}; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and "
-        "unique constraints: give others with factory="
+    return (
+        found
+        if is_given
+        else CommandError(
+            f"{found}; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and "
+            "unique constraints: give others with factory="
+        )
     )

@@ -22,7 +22,7 @@ from atomic_claim.patch.start import FILE
 from .arguments import Offer, Plan, planned
 from .database import CommandError, make_engine, one_line, without_secrets
 from .harness import Send, Work
-from .names import load_table, owner_and_object, where
+from .names import TableName, load_table, owner_and_object, where
 from .result_keys import Reader
 from .results import Call, Key
 from .rows import tables_of
@@ -54,7 +54,7 @@ class RaceTask:
     """
 
     target: str
-    table: str
+    table: TableName
     call: str | None
     patches: str | None
     limit: int | None

@@ -207,7 +207,6 @@ def test_delayed_job(database: Database) -> None:
     ("name", "table", "schema", "layout"),
     [
         ("pgmq", "q_jobs", "pgmq", "pgmq"),
-        ("laravel", "jobs", None, "Laravel"),
         ("odoo_queue_job", "queue_job", None, "Odoo queue_job"),
     ],
 )
@@ -224,15 +223,19 @@ def test_refused(
 
 
 def test_laravel_by_expressions(database: Database) -> None:
-    """The declaration of the guide claims Laravel's jobs by their Unix times."""
+    """The declarations of the guide and of the refusal claim Laravel's jobs by their Unix times."""
     engine, jobs = made(database, "laravel", "jobs")
-    (block,) = (block for block in GUIDES["known_queues"].split("```") if "epoch" in block)
-    found: dict[str, Any] = {"jobs": jobs}
+    (block,) = (block for block in GUIDES["known_queues"].split("```") if "epoch =" in block)
+    found: dict[str, Any] = {"jobs": jobs, "JobTable": JobTable}
     if database.name in {"mysql", "mariadb"}:
         block = block.replace(
             'cast(extract("epoch", func.now()), Integer)', "func.unix_timestamp()"
         )
     exec(block.removeprefix("python"), found)  # noqa: S102 - the guides are ours
+    with pytest.raises(AmbiguousTable, match=r"table of Laravel, and its times are") as raised:
+        claim_jobs(engine, jobs, 10)
+    said = eval(str(raised.value).rpartition("write: ")[2], found)  # noqa: S307
+    assert str(said.free) == str(found["laravel"].free)
     rows = [{}, {"reserved_at": 1}, {"available_at": 2**31 - 1}, {}]
     common = {"queue": "'q'", "payload": "''", "attempts": 0, "available_at": 1, "created_at": 1}
     fill(engine, jobs, [{"id": n} | common | row for n, row in enumerate(rows, 1)])
@@ -240,9 +243,9 @@ def test_laravel_by_expressions(database: Database) -> None:
     assert ids(claim) == [1, 4]
     assert [job.attempts for job in claim] == [1, 1]
     assert columns(engine, jobs, 1, "reserved_at")[0] > 1_700_000_000
-    assert ids(claim_jobs(engine, found["laravel"], 10)) == []
+    assert ids(claim_jobs(engine, said, 10)) == []
     release_jobs(engine, claim, unfenced=True)
-    assert ids(claim_jobs(engine, found["laravel"], 10)) == [1, 4]
+    assert ids(claim_jobs(engine, said, 10)) == [1, 4]
 
 
 def test_a_table_like_laravel_s_with_times_is_not_laravel_s() -> None:

@@ -591,7 +591,7 @@ def test_the_doctor_names_the_index_that_lacks(database: Database) -> None:
         connection.commit()
         ask = ClaimRequest(10)
         found = unserved(connection, fresh_plan(jobs, ask), ask)
-        assert [each.needed.reason for each in found] == ["keys"]
+        assert [each.reason for each in found] == ["keys"]
         last = needed[-1]
         connection.exec_driver_sql(f"CREATE INDEX {last.name} {last.definition(engine.dialect)}")
         connection.commit()

@@ -13,10 +13,11 @@ from sqlalchemy import Column, DateTime, Integer, String, Table
 
 from atomic_claim import JobTable, claim_jobs
 from atomic_claim.guard import guard
-from tests.commands import Command
+from tests.commands import PASSWORD, Command
 from tests.databases import NAMES, Database
 from tests.jobs import START, ids
 from tests.tools.test_doctor import (
+    COMMITTED,
     INNODB,
     ails,
     create_indexes,
@@ -421,6 +422,55 @@ def test_rows_that_a_policy_hides(database: Database, command: Command) -> None:
         assert ids(claim_jobs(workers, declared, 3)) == [1, 2, 3]
         workers.dispose()
     engine.dispose()
+
+
+worded = meaning(
+    table_of(
+        status=Column(
+            "status", sa.Enum("it's", *WORDS, name="Words", schema="Other"), nullable=False
+        )
+    )
+)
+
+
+@pytest.mark.databases("postgresql")
+def test_an_awkward_enum(database: Database, command: Command) -> None:
+    """The statement that adds a member bears any schema, name and member."""
+    execute(database, ['CREATE SCHEMA "Other"'])
+    stored = sa.Enum(*WORDS, name="Words", schema="Other")
+    table = table_of(status=Column("status", stored, nullable=False))
+    filled(database, table, 3, status="waiting", attempts=0, run_at=START)
+    spec = "tests.tools.test_faults:worded"
+    found = ails(command, database, table=spec)["types of the columns"]
+    assert found["found"] == "status lacks it's"
+    execute(database, found["sql"])
+    assert "types of the columns" not in ails(command, database, table=spec)
+
+
+@pytest.mark.databases(*INNODB)
+def test_the_right_of_an_awkward_user(database: Database, command: Command) -> None:
+    """The statement that grants the right bears any name of a user."""
+    waiting(database)
+    name = "it's\\me"
+    quoted = "'it''s\\\\me'@'%'"
+    execute(
+        database,
+        [
+            f"CREATE USER {quoted} IDENTIFIED BY '{PASSWORD}'",
+            f"GRANT SELECT ON jobs TO {quoted}",
+        ],
+    )
+    url = database.url.set(username=name, password=PASSWORD)
+    url = url.update_query_dict({"init_command": COMMITTED})
+    words = ("doctor", "--table", "tests.tools.test_faults:declared", "--json")
+    words += ("--url", url.render_as_string(hide_password=False))
+    try:
+        (found,) = json.loads(command(*words).out)["findings"]
+        assert found["check"] == "rights"
+        execute(database, found["sql"])
+        assert json.loads(command(*words).out)["findings"] == []
+    finally:
+        execute(database, [f"DROP USER {quoted}"])
 
 
 @pytest.mark.databases(*INNODB)

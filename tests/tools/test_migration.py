@@ -194,7 +194,7 @@ def missing(engine: sa.Engine, given: Any) -> list[str]:
     ask = ClaimRequest(10, lease=LEASE if leased else None)
     with engine.connect() as connection:
         found = unserved(connection, fresh_plan(job_table, ask), ask)
-    return [each.needed.reason for each in found]
+    return [each.reason for each in found]
 
 
 def after(engine: sa.Engine, given: Any) -> Any:
@@ -523,7 +523,7 @@ def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
             connection.exec_driver_sql("SET LOCAL enable_bitmapscan = off")
         statement = finding_statement(connection, parts)
-        rows = explained(connection, statement, ask.parameters(token=True))
+        _, rows = explained(connection, statement, ask.parameters(token=True))
     said = " ".join(str(dict(row)) for row in rows)
     marks = r"'Index Cond': '\(attempts < 5\)'|COVERING INDEX|Using index(?! condition)"
     return re.search(marks, said) is not None

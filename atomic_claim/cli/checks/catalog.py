@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
+from atomic_claim.backends import backend_for
+from atomic_claim.backends.postgresql import UTC_NAMES
 from atomic_claim.cli.indexes import needed_indexes
 
 from .findings import Finding, Level, Patient, Reading
@@ -33,6 +35,7 @@ class CatalogCheck:
         sql: what to run.
         level: how much it matters.
         needs: a query that returns something if the check can be made.
+        fine: a query that returns what to show if nothing is wrong.
     """
 
     name: str
@@ -42,37 +45,60 @@ class CatalogCheck:
     why: str = ""
     fix: str = ""
     sql: Sequence[str] = ()
-    level: str = Level.PROBLEM.value
+    level: str = Level.PROBLEM
     needs: str = ""
+    fine: str = ""
 
     @property
     def parameters(self) -> Set[str]:
         """The names of the query's parameters."""
-        return frozenset(text(self.query).compile().params)
+        return frozenset(text(f"{self.query}; {self.fine}").compile().params)
 
     def findings(self, patient: Patient, known: Mapping[str, Any]) -> Iterator[Finding]:
         """Yield a finding for each row, or one that all is well."""
         connection = patient.connection
         if self.needs and not connection.scalar(text(self.needs)):
             return
-        given = {name: known[name] for name in self.parameters}
-        rows = connection.execute(text(self.query), given).mappings().all()
+        rows = connection.execute(text(self.query), known).mappings().all()
         for row in rows:
             words = {**row, "table": patient.name}
-            found, fix, *sql = (s.format_map(words) for s in (self.found, self.fix, *self.sql))
+            texts = (self.found, self.why, self.fix, *self.sql)
+            found, why, fix, *sql = (each.format_map(words) for each in texts)
             run = tuple(statement for statement in sql if statement)
-            yield Finding(self.name, Level(self.level), found, self.why, fix, run)
-        if not rows and self.level != Level.FINE.value:
-            yield Finding(self.name, Level.FINE, "nothing found")
+            yield Finding(self.name, Level(self.level), found, why, fix, run)
+        if self.fine and not rows:
+            shown = connection.scalar(text(self.fine), known)
+            yield Finding(self.name, Level.FINE, str(shown))
 
 
-TABLE = Path(__file__).with_name("catalog.toml")
+@cache
+def _table() -> dict[str, Any]:
+    """Read the queries, which only ``doctor`` needs."""
+    return tomllib.loads(Path(__file__).with_name("catalog.toml").read_text("utf-8"))
+
+
+def reason(name: str) -> Mapping[str, str]:
+    """Return what an index that is needed for a reason serves, as ``search`` and ``serves``."""
+    found: dict[str, str] = _table()["reasons"][name]
+    return found
+
+
+def finding(key: str, sql: tuple[str, ...] = (), /, **words: Any) -> Finding:
+    """Make a finding of its texts, which name words in braces."""
+    texts = _table()["texts"][key]
+    said = {name: texts.get(name, "").format_map(words) for name in ("found", "why", "fix")}
+    return Finding(texts["name"], Level(texts.get("level", Level.PROBLEM)), **said, sql=sql)
+
+
+def query(name: str, product: str) -> TextClause:
+    """Return the query of this name for a database."""
+    return text(_table()["queries"][name][product])
 
 
 @cache
 def all_checks() -> list[CatalogCheck]:
-    """Read the checks, which only ``doctor`` needs."""
-    return [CatalogCheck(**entry) for entry in tomllib.loads(TABLE.read_text("utf-8"))["check"]]
+    """Return the checks in their order."""
+    return [CatalogCheck(**entry) for entry in _table()["check"]]
 
 
 def of_database(patient: Patient) -> Iterator[Finding]:
@@ -89,8 +115,11 @@ def of_claims(reading: Reading) -> Iterator[Finding]:
         "written": [column.name for column in written],
         "kept": sorted(kept),
         "needed": [needed.name for needed in needed_indexes(job_table)],
+        "utc": sorted(UTC_NAMES),
     }
-    return _findings(reading.patient, {name: json.dumps(each) for name, each in names.items()})
+    naive = backend_for(reading.connection.dialect).naive_columns(job_table)
+    given = {name: json.dumps(each) for name, each in names.items()}
+    return _findings(reading, {**given, "naive": ", ".join(naive)})
 
 
 def _findings(patient: Patient, of_columns: Mapping[str, str]) -> Iterator[Finding]:
@@ -98,6 +127,6 @@ def _findings(patient: Patient, of_columns: Mapping[str, str]) -> Iterator[Findi
     known: dict[str, Any] = {"name": table.name, "schema": table.schema, "table": patient.name}
     known |= {"age": patient.transaction_after.total_seconds(), **of_columns}
     for check in all_checks():
-        about_columns = not check.parameters.isdisjoint(("written", "kept", "needed"))
+        about_columns = not check.parameters.isdisjoint(("written", "kept", "needed", "naive"))
         if patient.product in check.databases and about_columns == bool(of_columns):
             yield from check.findings(patient, known)

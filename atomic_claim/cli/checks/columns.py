@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, count
 from typing import Any
 
 from sqlalchemy import Column, inspect
 from sqlalchemy.sql import visitors
 
+from atomic_claim.cli.targets import advice
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.roles import COLUMNS
 from atomic_claim.sql_elements import OrderTerm
 
+from .catalog import finding
 from .findings import Finding, Level, Patient, listed
 
 INNODB = ("mysql", "mariadb")
@@ -25,48 +28,32 @@ NEW_KEY = {
 
 def key(patient: Patient) -> Iterator[Finding]:
     """Check that the primary key exists and equals the declared one."""
-    inspector = inspect(patient.connection)
-    if patient.table.name in inspector.get_view_names(schema=patient.table.schema):
-        yield Finding(
-            "primary key",
-            Level.PROBLEM,
-            "this is a view",
-            "rows are locked by a primary key, which a view has none of",
-            "claim from the table behind it, and give that as --table",
-        )
-        return
-    own = inspector.get_pk_constraint(patient.table.name, schema=patient.table.schema)
-    names = own["constrained_columns"]
-    declared = [column.name for column in patient.table.primary_key.columns]
-    check = "primary key"
-    if not names:
+    inspector, table = inspect(patient.connection), patient.table
+    own = inspector.get_pk_constraint(table.name, schema=table.schema)["constrained_columns"]
+    declared = [column.name for column in table.primary_key.columns]
+    if table.name in inspector.get_view_names(schema=table.schema):
+        yield finding("view")
+    elif not own:
         yield _without_key(patient, declared)
-    elif declared and set(declared) != set(names):
-        yield Finding(
-            check,
-            Level.PROBLEM,
-            f"{', '.join(names)} in the database, {', '.join(declared)} in the declaration",
-            "rows are locked and marked by the key that is declared, and on MySQL and MariaDB "
-            "through the primary key's index alone",
-            f"declare it as it is: PrimaryKeyConstraint({', '.join(map(repr, names))})",
-        )
+    elif declared and set(declared) != set(own):
+        said = {"own": ", ".join(own), "declared": ", ".join(declared)}
+        yield finding("another_key", **said, names=", ".join(map(repr, own)))
     else:
-        yield Finding(check, Level.FINE, ", ".join(names))
+        yield Finding("primary key", Level.FINE, ", ".join(own))
 
 
 def _without_key(patient: Patient, declared: list[str]) -> Finding:
-    why = "rows cannot be told apart while they are claimed, so that every claim is refused"
     if patient.product not in NEW_KEY:
         fix = "SQLite adds no key to a table: create a new one with a key, and copy the rows"
-        return Finding("primary key", Level.PROBLEM, "none", why, fix)
+        return finding("no_key", fix=fix)
     wanted = [patient.quoted(name) for name in declared]
     added = f"PRIMARY KEY ({', '.join(wanted)})"
     if not wanted:
         taken = {column.name.lower() for column in patient.table.columns}
-        name = next(name for name in ("id", "job_id", "claim_id") if name not in taken)
+        names = chain(["id"], (f"id_{number}" for number in count(2)))
+        name = next(name for name in names if name not in taken)
         added = f"COLUMN {name} {NEW_KEY[patient.product]}"
-    sql = f"ALTER TABLE {patient.name} ADD {added}"
-    return Finding("primary key", Level.PROBLEM, "none", why, "add one", (sql,))
+    return finding("no_key", (f"ALTER TABLE {patient.name} ADD {added}",), fix="add one")
 
 
 def columns(patient: Patient) -> Iterator[Finding]:
@@ -76,14 +63,8 @@ def columns(patient: Patient) -> Iterator[Finding]:
     names = {column["name"] for column in known}
     missing = [column for column in patient.table.columns if column.name not in names]
     if missing:
-        yield Finding(
-            "columns",
-            Level.PROBLEM,
-            f"the database lacks {listed([column.name for column in missing])}",
-            "a claim reads and writes the columns that are declared",
-            "run the migration that adds them, or add them",
-            tuple(_added(patient, column) for column in missing),
-        )
+        sql = tuple(_added(patient, column) for column in missing)
+        yield finding("missing_columns", sql, names=listed([column.name for column in missing]))
 
 
 def _added(patient: Patient, column: Column[Any]) -> str:
@@ -97,22 +78,12 @@ def read(given: Any) -> tuple[JobTable | None, Finding]:
     try:
         job_table = job_table_of(given)
     except ClaimError as error:
-        first, *lines = str(error).splitlines()
-        said = [line.strip() for line in lines]
-        write = [line.removeprefix("write: ") for line in said if line.startswith("write: ")]
-        found = [line for line in said if not line.startswith("write: ")]
-        return None, Finding(
-            "meaning of the columns",
-            Level.PROBLEM,
-            "; ".join(found) or first,
-            "a claim never guesses what a column means, so that it is refused",
-            f"give --table MODULE:NAME of a {write[0] if write else 'JobTable(...)'}",
-        )
-    roles = _roles(job_table)
-    found = [f"{role}: {names}" for role, names in roles.items()]
+        found, fix = advice(error)
+        return None, finding("doubt", found=found, fix=fix)
+    said = [f"{role}: {names}" for role, names in _roles(job_table).items()]
     if unread := _unread(job_table):
-        found.append(f"not understood: {', '.join(unread)}")
-    return job_table, Finding("meaning of the columns", Level.FINE, "; ".join(found))
+        said.append(f"not understood: {', '.join(unread)}")
+    return job_table, Finding("meaning of the columns", Level.FINE, "; ".join(said))
 
 
 def _roles(job_table: JobTable) -> dict[str, str]:
@@ -148,7 +119,7 @@ def _unread(job_table: JobTable) -> list[str]:
     marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
     used = {column.name for mark in marks for column in mark}
     used |= {c.name for term in (job_table.free, *job_table.order) for c in _columns_in(term)}
-    roles = (*COLUMNS, "max_attempts")
-    used |= {c.name for role in roles if isinstance(c := getattr(job_table, role), Column)}
+    own = (getattr(job_table, role) for role in (*COLUMNS, "max_attempts"))
+    used |= {column.name for column in own if isinstance(column, Column)}
     used |= {column.name for column in (*job_table.stamps, *job_table.key)}
     return [column.name for column in job_table.table.columns if column.name not in used]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime
 from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Column, MetaData, String, Table, case, cast, func, or_, select
-from sqlalchemy.dialects import mysql
 from sqlalchemy.sql import visitors
 from sqlalchemy.types import Enum
 
@@ -15,52 +16,57 @@ from atomic_claim.inference import is_flag, is_text, plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import InlineLiteral
 
+from .catalog import finding
 from .findings import Finding, Level, Patient, Reading, count, listed
 from .rows import update_text
 
 INNODB = ("mysql", "mariadb")
 TYPES = "types of the columns"
 STATES = "values of the state"
-# The first word of a type, and what it is compared as; a type of another word is passed over.
-FAMILIES = {
-    **dict.fromkeys(("INTEGER", "INT", "BIGINT", "SMALLINT", "MEDIUMINT", "SERIAL"), "integer"),
-    **dict.fromkeys(("BOOL", "BOOLEAN", "TINYINT"), "boolean"),
-    **dict.fromkeys(("VARCHAR", "CHAR", "TEXT", "LONGTEXT", "MEDIUMTEXT", "TINYTEXT"), "text"),
-    **dict.fromkeys(("DATETIME", "TIMESTAMP"), "time"),
-    "DATE": "date",
-    "UUID": "uuid",
-}
-# Where two families are stored and compared alike.
-ALIKE = {
+# What is compared of a type is its values' type in Python, if it is one of these.
+COMPARED = {int, bool, str, datetime, date, UUID}
+# Where two of them are stored and compared alike.
+ALIKE: Mapping[str, tuple[set[Any], ...]] = {
     "postgresql": (),
-    "sqlite": ({"integer", "boolean"}, {"text", "time", "date", "uuid"}),
-    "mysql": ({"integer", "boolean"},),
-    "mariadb": ({"integer", "boolean"},),
+    "sqlite": ({int, bool}, {str, datetime, date, UUID}),
+    "mysql": ({int, bool}, {str, UUID}),
+    "mariadb": ({int, bool}, {str, UUID}),
 }
 MOST_VALUES = 50
 
 
 def types(reading: Reading) -> Iterator[Finding]:
     """Compare the types, lengths, members and nullability of the columns that a claim uses."""
-    patient, own = reading.patient, reading.job_table
-    table = patient.table
-    stored = Table(table.name, MetaData(), schema=table.schema, autoload_with=patient.connection)
+    own, table = reading.job_table, reading.table
+    stored = Table(table.name, MetaData(), schema=table.schema, autoload_with=reading.connection)
     keys = (own.exclusive_by, own.fair_by)
     used = [*own.key, *reading.written, own.due, own.max_attempts, own.error, *keys]
-    found = []
-    for column in dict.fromkeys(each for each in used if isinstance(each, Column)):
-        real = stored.columns.get(column.name)
-        if real is None:
-            continue
-        if said := _difference(patient, column, real):
-            found.append(said)
-            yield _differs(reading, column, real, said)
+    found = [
+        finding
+        for column in dict.fromkeys(each for each in used if isinstance(each, Column))
+        if (real := stored.columns.get(column.name)) is not None
+        and (finding := _compared(reading, column, real)) is not None
+    ]
+    yield from found or [Finding(TYPES, Level.FINE, "as they are declared")]
+
+
+def _compared(reading: Reading, column: Column[Any], real: Column[Any]) -> Finding | None:
+    """Compare a declared column with the stored one; its type first, then NOT NULL."""
+    own = reading.job_table
+    said, type_ = _difference(reading, column, real), plain_type(column.type)
+    key, how = "other_type", "the column (the table is locked so long)"
+    if said is None:
         # SQLite has a key that may be NULL, by its own old error.
-        elif bool(column.nullable) != bool(real.nullable) and not column.primary_key:
-            found.append(column.name)
-            yield _nullability(reading, column, real)
-    if not found:
-        yield Finding(TYPES, Level.FINE, "as they are declared")
+        if bool(column.nullable) == bool(real.nullable) or column.primary_key:
+            return None
+        stored, wanted = ("NULL", "NOT NULL") if real.nullable else ("NOT NULL", "NULL")
+        said, type_, how = f"{column.name} is {stored}, declared {wanted}", real.type, "the column"
+        cleared = {own.lease, own.token, own.worker}
+        cleared |= {c for marks in (own.released, own.done) for c, v in marks.items() if v is None}
+        key = "other_null" if real.nullable or column not in cleared else "not_null"
+    sql = _altered(reading, column, real, type_)
+    change = f"change {how}:" if sql else "create the table again (batch_alter_table)"
+    return finding(key, sql, found=said, change=change)
 
 
 def _difference(patient: Patient, column: Column[Any], real: Column[Any]) -> str | None:
@@ -84,22 +90,23 @@ def _text(patient: Patient, type_: Any) -> str:
     return str(patient.dialect.type_compiler_instance.process(type_))
 
 
-def _family(patient: Patient, type_: Any) -> str | None:
-    if isinstance(type_, Enum) and type_.native_enum and patient.product == "postgresql":
-        return "enum"
-    if isinstance(type_, (Enum, mysql.ENUM)):
-        return "text"
-    said = _text(patient, type_).upper()
-    if patient.product == "postgresql" and said.endswith("WITH TIME ZONE"):
+def _family(patient: Patient, type_: Any) -> Any:
+    if patient.product == "postgresql" and isinstance(type_, Enum) and type_.native_enum:
+        return Enum
+    if patient.product == "postgresql" and getattr(type_, "timezone", False):
         return "time with a zone"
-    word = re.match(r"\w+", said)
-    return FAMILIES.get(word[0]) if word else None
+    try:
+        found = str if isinstance(type_, Enum) else type_.python_type
+    except NotImplementedError:
+        return None
+    return found if found in COMPARED else None
 
 
 def _altered(
-    patient: Patient, column: Column[Any], real: Column[Any], *, type_: Any, null: bool
+    patient: Patient, column: Column[Any], real: Column[Any], type_: Any
 ) -> tuple[str, ...]:
-    """Return the statements that give a stored column the type and nullability."""
+    """Return the statements that give a stored column the type and the declared nullability."""
+    null = bool(column.nullable)
     name, said = patient.quoted(column.name), _text(patient, type_)
     if patient.product == "sqlite":
         return ()
@@ -113,11 +120,12 @@ def _altered(
     if type_ is real.type:
         return tuple(found)
     if isinstance(type_, Enum) and isinstance(real.type, Enum):
-        kind = patient.quoted(str(real.type.name))
+        kind = _text(patient, real.type)
         new = [each for each in type_.enums if each not in real.type.enums]
-        return tuple(f"ALTER TYPE {kind} ADD VALUE '{each}'" for each in new)
+        values = (patient.text(InlineLiteral(each, String())) for each in new)
+        return tuple(f"ALTER TYPE {kind} ADD VALUE {value}" for value in values)
     using = f"{name}::{said}"
-    if {_family(patient, real.type), _family(patient, type_)} == {"integer", "boolean"}:
+    if {_family(patient, real.type), _family(patient, type_)} == {int, bool}:
         using = f"{name}::integer::{said}"
     found.append(f"{alter} TYPE {said} USING {using}")
     if (default := getattr(real.server_default, "arg", None)) is None:
@@ -127,49 +135,11 @@ def _altered(
     return (f"{alter} DROP DEFAULT", *found, f"{alter} SET DEFAULT {plain}")
 
 
-def _differs(reading: Reading, column: Column[Any], real: Column[Any], said: str) -> Finding:
-    patient = reading.patient
-    sql = _altered(patient, column, real, type_=plain_type(column.type), null=bool(column.nullable))
-    return Finding(
-        TYPES,
-        Level.PROBLEM,
-        said,
-        "a claim compares and writes what is declared: the database refuses it, cuts it, or finds "
-        "no row by it",
-        "declare what the database has, or change the column (the table is locked so long):"
-        if sql
-        else "declare what the database has, or create the table again (batch_alter_table)",
-        sql,
-    )
-
-
-def _nullability(reading: Reading, column: Column[Any], real: Column[Any]) -> Finding:
-    """Report a NOT NULL that only one side has: a problem where a claim has to write NULL."""
-    own, patient = reading.job_table, reading.patient
-    cleared = {own.lease, own.token, own.worker}
-    cleared |= {c for marks in (own.released, own.done) for c, v in marks.items() if v is None}
-    lost = not real.nullable and column in cleared
-    sides = ("NULL", "NOT NULL") if real.nullable else ("NOT NULL", "NULL")
-    sql = _altered(patient, column, real, type_=real.type, null=bool(column.nullable))
-    return Finding(
-        TYPES,
-        Level.PROBLEM if lost else Level.NOTE,
-        f"{column.name} is {sides[0]}, declared {sides[1]}",
-        "the end of a job writes NULL there, and the database refuses or replaces it"
-        if lost
-        else "the conditions of a claim are made for what is declared",
-        "declare what the database has, or change the column:"
-        if sql
-        else "declare what the database has, or create the table again (batch_alter_table)",
-        sql,
-    )
-
-
 def states(reading: Reading) -> Iterator[Finding]:
     """Count the rows of each state, and name the values that have no meaning."""
-    own, patient = reading.job_table, reading.patient
+    own = reading.job_table
     state = own.state
-    known = _known(patient, own)
+    known = _known(reading, own)
     if state is None or not known or is_flag(state):
         return
     meant = or_(*(state == value for value in known.values()))
@@ -184,7 +154,7 @@ def states(reading: Reading) -> Iterator[Finding]:
         .group_by(state)
         .limit(MOST_VALUES)
     )
-    rows = list(patient.connection.execute(statement))
+    rows = list(reading.connection.execute(statement))
     said = ", ".join(f"{value}: {number:,}" for value, number, *_ in rows)
     strange = [(str(value), number) for value, number, is_known, _ in rows if not is_known]
     if not strange:
@@ -192,8 +162,14 @@ def states(reading: Reading) -> Iterator[Finding]:
         return
     waiting = any(is_free for *_, is_free in rows)
     for value, number in strange:
+        words = {"rows": count(number), "text": value}
         near = [text for text in known if text.casefold() == value.strip().casefold()]
-        yield _strange(patient, state, (value, number), [known[text] for text in near], waiting)
+        if near:
+            where = state == InlineLiteral(value, String())
+            sql = update_text(reading, {state: known[near[0]]}, reading.text(where))
+            yield finding("misspelt_state", (sql,), **words)
+        else:
+            yield finding("strange_state" if waiting else "no_free_state", **words)
 
 
 def _known(patient: Patient, job_table: JobTable) -> dict[str, InlineLiteral]:
@@ -211,24 +187,3 @@ def _known(patient: Patient, job_table: JobTable) -> dict[str, InlineLiteral]:
         for each in found
         if isinstance(each, InlineLiteral) and each.type is state.type
     }
-
-
-def _strange(
-    patient: Patient,
-    state: Column[Any],
-    value: tuple[str, int],
-    near: Sequence[InlineLiteral],
-    waiting: bool,
-) -> Finding:
-    text, number = value
-    sql: tuple[str, ...] = ()
-    fix = f"say what {text!r} means in the JobTable, if it waits: free=(..., {text!r})"
-    if near:
-        fix = "if that is a misspelling, correct it:"
-        literal = patient.text(InlineLiteral(text, String()))
-        sql = (update_text(patient, {state: near[0]}, f"{patient.quoted(state.name)} = {literal}"),)
-    why = "no claim ever takes a row whose state is none of the declared values"
-    if not waiting:
-        why += ", and no row has a value that is free"
-    level = Level.NOTE if waiting and not near else Level.PROBLEM
-    return Finding(STATES, level, f"{count(number)} with {text!r}", why, fix, sql)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table, text
 
-from atomic_claim.cli.texts import dialect_of, literal_text
+from atomic_claim.cli.texts import dialect_of, literal_text, product_of
 from atomic_claim.job_table import JobTable
 
 
-class Level(Enum):
+class Level(StrEnum):
     """The severity of a finding: only a problem makes the command fail."""
 
     FINE = "fine"
@@ -63,9 +63,8 @@ class Patient:
 
     @property
     def product(self) -> str:
-        """``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``, whatever the URL says."""
-        dialect = self.connection.dialect
-        return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+        """``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``."""
+        return product_of(self.connection.dialect)
 
     @property
     def dialect(self) -> Dialect:
@@ -94,16 +93,14 @@ class Patient:
         return literal_text(clause, self.dialect)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A patient whose columns are understood.
+@dataclass(frozen=True, kw_only=True)
+class Reading(Patient):
+    """A table whose columns are understood.
 
     Attributes:
-        patient: the table, and where.
         job_table: what its columns mean.
     """
 
-    patient: Patient
     job_table: JobTable
 
     @property

@@ -32,6 +32,7 @@ from atomic_claim.job_table import JobTable
 from atomic_claim.outcomes import failures
 from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 
+from .catalog import finding
 from .findings import Finding, Level, Patient, Reading, age, count
 
 NULLS = "NULL in a state"
@@ -45,18 +46,15 @@ def nulls(reading: Reading) -> Iterator[Finding]:
     conditions = {f"never {column.name}": condition for column, condition in never.items()}
     conditions |= {f"always {column.name}": condition for column, condition in always.items()}
     counted = counts(reading, conditions)
-    trapped = False
-    for column in never:
-        if number := counted[f"never {column.name}"]:
-            trapped = True
-            yield _never_claimed(reading, column, number)
-    for column in always:
-        if number := counted[f"always {column.name}"]:
-            trapped = True
-            yield _always_claimed(reading, column, number)
-    if not trapped:
-        names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
-        yield Finding(NULLS, Level.FINE, f"none in {names}" if names else "no state can be NULL")
+    found = [
+        _trapped(reading, column, number, taken=columns is always)
+        for columns, word in ((never, "never"), (always, "always"))
+        for column in columns
+        if (number := counted[f"{word} {column.name}"])
+    ]
+    names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
+    fine = Finding(NULLS, Level.FINE, f"none in {names}" if names else "no state can be NULL")
+    yield from found or [fine]
 
 
 def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
@@ -107,37 +105,23 @@ def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
     return {column: and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
 
 
-def _never_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
-    patient, job_table = reading.patient, reading.job_table
-    name = patient.quoted(column.name)
-    fix = f"say what NULL in {column.name} means with JobTable(free=...)"
+def _trapped(reading: Reading, column: Column[Any], number: int, *, taken: bool) -> Finding:
+    """Report the rows that a NULL hides from every claim, or from other loops than claims."""
+    job_table, name = reading.job_table, column.name
+    values = _unset(job_table)
     sql: tuple[str, ...] = ()
-    if (free := _unset(job_table).get(column)) is not None:
+    if column in values:
+        where = f"{reading.quoted(name)} IS NULL"
+        sql = (update_text(reading, {column: values[column]}, where),)
+    words = {"rows": count(number), "column": name}
+    if taken:
+        return finding("null_taken", sql, **words)
+    others = any(column is each for each in (job_table.attempts, job_table.due))
+    condition = and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
+    fix = f"say what NULL in {name} means with JobTable(free=...)"
+    if sql:
         fix = "if they wait, say so in the rows; or say it with JobTable(null_is_free=True)"
-        sql = (update_text(patient, {column: free}, f"{name} IS NULL"),)
-    return Finding(
-        NULLS,
-        Level.PROBLEM,
-        f"{count(number)} whose {column.name} is NULL: no claim ever takes them",
-        f"a condition on NULL is neither true nor false: {patient.text(_taken(job_table, column))}",
-        fix,
-        sql,
-    )
-
-
-def _always_claimed(reading: Reading, column: Column[Any], number: int) -> Finding:
-    patient = reading.patient
-    name = patient.quoted(column.name)
-    value = _unset(reading.job_table)[column]
-    return Finding(
-        NULLS,
-        Level.NOTE,
-        f"{count(number)} whose {column.name} is NULL: the claim takes them",
-        f"a loop that asks for {column.name} != true passes them over, so it and the claim do "
-        "different jobs",
-        "write what the claim reads",
-        (update_text(patient, {column: value}, f"{name} IS NULL"),),
-    )
+    return finding("null_passed_over", sql, **words, condition=reading.text(condition), fix=fix)
 
 
 def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
@@ -153,11 +137,6 @@ def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
     if job_table.due is not None:
         found[job_table.due] = job_table.now(job_table.due)
     return {**found, **job_table.released}
-
-
-def _taken(job_table: JobTable, column: Column[Any]) -> ColumnElement[bool]:
-    others = any(column is each for each in (job_table.attempts, job_table.due))
-    return and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
 
 
 def _opposite(value: Any) -> ColumnElement[Any]:
@@ -192,7 +171,7 @@ def stuck(reading: Reading) -> Iterator[Finding]:
     if job_table.lease is not None:
         running = and_(running, job_table.lease.is_(None))
     since, certain = _since(job_table)
-    seconds = reading.patient.stuck_after.total_seconds()
+    seconds = reading.stuck_after.total_seconds()
     groups = {"old": running}
     if since is not None:
         limit = job_table.now(since, literal(-seconds, Float()))
@@ -209,7 +188,7 @@ def stuck(reading: Reading) -> Iterator[Finding]:
 def spent(reading: Reading) -> Iterator[Finding]:
     """Count the rows without attempts left, and those whose lease ended long ago."""
     job_table = reading.job_table
-    seconds = reading.patient.stuck_after.total_seconds()
+    seconds = reading.stuck_after.total_seconds()
     lease, groups = job_table.lease, {}
     unowned = [predicates.is_free(job_table)]
     if lease is not None:
@@ -222,15 +201,10 @@ def spent(reading: Reading) -> Iterator[Finding]:
     counted = counts(reading, groups)
     if number := counted.get("spent"):
         values = failures(job_table, retry=False, error="all attempts are spent")[0].values
-        sql = update_text(reading.patient, values, reading.patient.text(groups["spent"]))
-        why = "no claim takes them any more, and nothing says that they have failed"
-        fix = "call sweep_jobs(engine, table) from time to time; for now:"
-        yield Finding("attempts", Level.NOTE, f"{count(number)} spent", why, fix, (sql,))
+        sql = update_text(reading, values, reading.text(groups["spent"]))
+        yield finding("spent", (sql,), rows=count(number))
     if number := counted.get("overdue"):
-        found = f"{count(number)} whose lease ended more than {age(seconds)} ago"
-        why = "any claim would take them, so that no worker seems to ask"
-        fix = "see whether the workers run, and whether they ask for these rows (where=...)"
-        yield Finding("leases", Level.NOTE, found, why, fix)
+        yield finding("overdue", rows=count(number), age=age(seconds))
 
 
 def is_marked(job_table: JobTable) -> ColumnElement[bool]:
@@ -250,12 +224,14 @@ def claimed_at(job_table: JobTable) -> Column[Any] | None:
 
 def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
     """Return the column closest to a row's claim time, and whether it is exactly that time."""
-    if (written := claimed_at(job_table)) is not None:
-        return written, True
-    for term in (*job_table.order, job_table.due):
-        if isinstance(term, Column) and is_clock(job_table, term):
-            return term, False
-    return None, False
+    written = claimed_at(job_table)
+    return (dated_by(job_table), False) if written is None else (written, True)
+
+
+def dated_by(job_table: JobTable) -> Column[Any] | None:
+    """Return the column that tells how long a job has been there, if there is one."""
+    terms = (*job_table.order, job_table.due)
+    return next((each for each in terms if is_clock(job_table, each)), None)
 
 
 def is_clock(job_table: JobTable, column: Any) -> bool:
@@ -275,24 +251,18 @@ def _stuck(
     *,
     certain: bool,
 ) -> Finding:
-    job_table = reading.job_table
-    found = f"{count(number)} {'runs' if number == 1 else 'run'} without a lease"
-    if since is not None:
-        oldest = age_of_oldest(reading, since, running)
-        what = "claimed" if certain else f"from {oldest} ago by {since.name}"
-        found += f", the oldest {what}" + (f" {oldest} ago" if certain else "")
-    if not certain:
-        found += "; no column says when they were claimed"
-    cure = f"atomic-claim jobs --table {reading.patient.spec} --release-stuck gives them back"
-    if not certain:
-        cure = "only their workers can tell whether they still run"
+    job_table, more = reading.job_table, ""
     if job_table.lease is None:
-        cure += "; with leases they come back by themselves: atomic-claim migration --add "
-        cure += ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
+        lacking = ",".join(r for r in ("lease", "token") if getattr(job_table, r) is None)
+        more = "; with leases they come back by themselves: atomic-claim migration --add " + lacking
     elif certain:
-        cure += "; JobTable(unleased=...) has them come back by themselves"
-    why = "a worker that dies leaves its row claimed, and no claim takes it again"
-    return Finding(STUCK, Level.PROBLEM if certain else Level.NOTE, found, why, cure)
+        more = "; JobTable(unleased=...) has them come back by themselves"
+    rows = f"{count(number)} {'runs' if number == 1 else 'run'} without a lease"
+    oldest = "" if since is None else age(seconds_since_oldest(reading, since, running) or 0)
+    if certain:
+        return finding("stuck", rows=rows, oldest=oldest, table=reading.spec, more=more)
+    oldest = oldest and f", the oldest from {oldest} ago by {getattr(since, 'name', '')}"
+    return finding("undated", rows=rows, oldest=oldest, more=more)
 
 
 def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> dict[str, int]:
@@ -301,16 +271,8 @@ def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> d
         return {}
     sums = [func.sum(case((each, 1), else_=0)) for each in conditions.values()]
     statement = select(*sums).select_from(reading.job_table.table)
-    row = reading.patient.connection.execute(statement).one()
+    row = reading.connection.execute(statement).one()
     return {name: int(value or 0) for name, value in zip(conditions, row, strict=True)}
-
-
-def age_of_oldest(
-    reading: Reading, since: Column[Any], condition: ColumnElement[bool]
-) -> str | None:
-    """Return the age of the earliest of some rows' times, by the database's clock."""
-    seconds = seconds_since_oldest(reading, since, condition)
-    return None if seconds is None else age(seconds)
 
 
 def seconds_since_oldest(
@@ -320,7 +282,7 @@ def seconds_since_oldest(
     job_table = reading.job_table
     oldest = func.min(since, type_=since.type)
     statement = select(oldest, job_table.now(since)).select_from(job_table.table).where(condition)
-    first, now = map(_as_time, reading.patient.connection.execute(statement).one())
+    first, now = map(_as_time, reading.connection.execute(statement).one())
     if first is None or now is None:
         return None
     return (now - first).total_seconds()
