@@ -133,7 +133,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     from atomic_claim.cli import main  # noqa: PLC0415 - the library's own tests need no command
 
     for name in (*VARIABLES, "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
-        monkeypatch.delenv(name, raising=False)
+        # Set first, so that it is undone if the command itself sets it.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: str) -> Ended:
