@@ -274,6 +274,8 @@ class Backend(ABC):
     """Whether an UPDATE returns rows."""
     commits_singly: ClassVar[bool] = False
     """Whether a claim of one statement saves round trips in AUTOCOMMIT."""
+    has_lateral: ClassVar[bool] = False
+    """Whether a recursive CTE can join a LATERAL subquery."""
     walks_keys: ClassVar[bool] = True
     """Whether the planner walks the keys of an index by a recursive CTE."""
     key_locks: ClassVar[KeyLocks] = KeyLocks()

@@ -277,9 +277,9 @@ class KeySearch:
 
     def _running(self, rows: FromClause) -> ColumnElement[int]:
         """Count the running rows that have the key of a row."""
-        job_table = self.plan.job_table
+        job_table, key = self.plan.job_table, rows.columns[KEY]
         running = select(func.count()).select_from(job_table.table)
-        running = running.where(self._column == rows.columns[KEY], predicates.is_held(job_table))
+        running = running.where(self._column == key, predicates.is_held(job_table))
         return running.correlate(rows).scalar_subquery()
 
     def _with_room(self, found: Select[Any]) -> Select[Any]:

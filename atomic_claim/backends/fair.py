@@ -35,6 +35,7 @@ from sqlalchemy import (
     bindparam,
     literal_column,
     select,
+    true,
 )
 
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
@@ -44,6 +45,7 @@ from .base import Backend, Candidate, Transaction
 from .reading import Key
 
 T = TypeVar("T")
+Condition = Callable[[Any], ColumnElement[bool]]
 
 KEY = "atomic_claim_key"
 FAIR = "atomic_claim_fair"
@@ -86,12 +88,12 @@ class FairSearch:
     @cached_property
     def behind(self) -> Select[Any]:
         """The first rows behind a key, by key and claim order."""
-        return self._rows(lambda key: key > self._after)
+        return self._rows(lambda key: key > self._after, walks=True)
 
     @cached_property
     def smallest(self) -> Select[Any]:
         """The first rows that have a key."""
-        return self._rows(lambda key: key.is_not(None))
+        return self._rows(lambda key: key.is_not(None), walks=True)
 
     @cached_property
     def of_null(self) -> Select[Any]:
@@ -127,7 +129,7 @@ class FairSearch:
         newest = () if self.newest is None else self.newest[1:]
         return (*newest, self.behind, self.smallest, self.of_null, self.of_key)
 
-    def _rows(self, condition: Callable[[Any], ColumnElement[bool]]) -> Select[Any]:
+    def _rows(self, condition: Condition, *, walks: bool = False) -> Select[Any]:
         """Select the first rows whose key meets a condition, by key and claim order."""
         plan, most = self.plan, bindparam(ROWS, 1, Integer(), literal_execute=True)
         columns = [self._column.label(FAIR)]
@@ -135,7 +137,11 @@ class FairSearch:
             columns.append(plan.job_table.exclusive_by.label(KEY))
         free, *expired = (branch.add_columns(*columns) for branch in plan.candidates.branches)
         order = (self._column, *plan.order, *tie_breakers(plan))
-        found = free.where(condition(self._column)).order_by(None).order_by(*order).limit(most)
+        free = free.order_by(None).order_by(*order)
+        found = free.where(condition(self._column))
+        if walks and self.backend.has_lateral:
+            found = self._walked(free, found)
+        found = found.limit(most)
         if expired:
             # The first ones of all keys.
             rows = plan.candidates.together(found, *expired).subquery("claim_rows")
@@ -143,6 +149,14 @@ class FairSearch:
             terms = [key, *plan.candidates.terms(rows)]
             found = select(*rows.columns).where(condition(key)).order_by(*terms).limit(most)
         return found if self.with_room is None else self.with_room(found)
+
+    def _walked(self, free: Select[Any], first: Select[Any]) -> Select[Any]:
+        """Select the first of these rows, and of each key behind its own the first one."""
+        one: ColumnElement[int] = literal_column("1", Integer())
+        turn = first.limit(one).cte("claim_turn", recursive=True)
+        behind = free.where(self._column > turn.columns[FAIR]).limit(one).lateral("claim_behind")
+        following = select(*behind.columns).select_from(turn.join(behind, true()))
+        return select(*turn.union_all(following).columns)
 
     @property
     def _column(self) -> Any:
@@ -268,7 +282,8 @@ class Turn:
         parts = [(search.smallest, None), (search.of_null, None)]
         if position is not None and position.key is not None:
             parts = [(search.behind, position.key), *reversed(parts)]
-        ahead = min(self.limit, AHEAD)
+        walks = search.backend.has_lateral
+        ahead = self.limit if walks else min(self.limit, AHEAD)
         for statement, key in parts:
             rows = self._read(statement, key, ahead)
             while rows:
@@ -277,7 +292,7 @@ class Turn:
                     if (name := repr(search.key_of(each[0]))) in self.known:
                         return
                     self.known[name] = each
-                    if each is last and len(rows) == ahead:
+                    if walks or (each is last and len(rows) == ahead):
                         self.cut.add(name)
                     yield each[0]
                 if len(rows) < ahead or statement is search.of_null:

@@ -22,6 +22,7 @@ FIGURES = {
     "growth": "one claim in tables of thousands and of millions of rows",
     "churn": "the last minute of a busy queue against the first",
     "features": "what a lease, a token, a heartbeat and an exclusive key cost",
+    "fair": "claims that take turns by a key, with 1,000 and with 100,000 keys",
     "ends": "complete_jobs of 100,000 jobs against 10,000",
     "producers": "producers on MySQL and MariaDB beside many workers",
     "import": "the time of importing atomic_claim",
@@ -91,6 +92,7 @@ def _own(figure: str, options: argparse.Namespace) -> dict[str, Any]:
         "growth": {"sizes": options.rows, "calls": options.calls},
         "churn": {"minutes": options.minutes},
         "features": {"limits": options.limits},
+        "fair": {"limits": options.limits},
         "producers": {"seconds": options.seconds},
         "ends": {},
     }

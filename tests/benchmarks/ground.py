@@ -132,7 +132,7 @@ def job_table(
     Args:
         name: the table's name.
         lease: adds the columns for a lease, a token among them.
-        keys: adds a column of exclusive keys.
+        keys: adds a column of exclusive keys, ``customer_id``.
         token: adds a token column without a lease.
         rich: adds a JSON and an Enum column, and gives the times a zone where there is one.
     """
@@ -302,7 +302,7 @@ def _values(
     if "kind" in jobs.table.c:
         found["payload"] = sa.literal({"to": "someone@example.org", "tries": [1, 2]}, sa.JSON)
         found["kind"] = sa.literal(Kind.report, jobs.table.c.kind.type)
-    if jobs.exclusive_by is not None:
+    if "customer_id" in jobs.table.c:
         found["customer_id"] = sa.case((found["processing"], 10 * place), else_=place) % rows.keys
     if jobs.lease is None:
         return found

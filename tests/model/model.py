@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 from tests.model.kinds import INNODB, KINDS, SPENT
@@ -31,6 +32,7 @@ class Job:
         error: the text of its last failure.
         aged: whether it was last changed longer ago than `unleased`.
         group: its exclusive key.
+        tenant: its fair key.
         sound: whether the job can be read, and marked without a trigger in the way.
     """
 
@@ -46,18 +48,25 @@ class Job:
     error: str | None = None
     aged: bool = False
     group: int | None = None
+    tenant: int | None = None
     sound: bool = True
     claimed_note: bool = False
 
 
 @dataclass
 class Model:
-    """The jobs, as they are committed and as each actor has changed them."""
+    """The jobs, as they are committed and as each actor has changed them.
+
+    Attributes:
+        turns: the fair key that an actor's claims with a `where` have served last, if it is known.
+    """
 
     scenario: Scenario
     database: str
     committed: dict[int, Job] = field(default_factory=dict)
     changed: dict[Actor, dict[int, Job]] = field(default_factory=lambda: {"a": {}, "b": {}})
+    turns: dict[tuple[Actor, int | None], int | None] = field(default_factory=dict)
+    lost_turns: set[Actor] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         for place, row in enumerate(self.scenario.rows):
@@ -89,6 +98,7 @@ class Model:
             and not (said.done and all(self._bears(row, end) for end in said.done)),
             aged=row.aged,
             group=None if said.label("exclusive_by") is None else row.group,
+            tenant=None if said.label("fair_by") is None else row.tenant,
             sound=not (row.bad or row.hooked or row.identity == "ghost"),
         )
 
@@ -202,9 +212,12 @@ class Model:
                 locked = " (locked by the other actor)" if self.is_locked(actor, ident) else ""
                 problems.append(f"handed out, and not claimable{locked}: {job}")
         places = [self.place(possible[ident], step) for ident in idents if ident in possible]
-        if places != sorted(places):
+        if self.scenario.declaration.label("fair_by") is not None:
+            handed = [possible[ident] for ident in idents if ident in possible]
+            problems += self._turn(actor, step, handed, exact=exact)
+        elif places != sorted(places):
             problems.append(f"not in order: {idents}, {places}")
-        if exact:
+        elif exact:
             wanted = self._in_one_claim(self._with_room(actor, possible.values()), step)
             first = [self.place(job, step) for job in wanted]
             if places != first:
@@ -217,6 +230,38 @@ class Model:
             if ident in possible:
                 self._put(actor, self._claimed(possible[ident], step, number))
         return problems
+
+    def _turn(self, actor: Actor, step: Claim, handed: list[Job], *, exact: bool) -> list[str]:
+        """Return what is wrong with jobs that were handed out in a turn."""
+        name = (actor, step.where)
+        known = exact and actor not in self.lost_turns
+        said = self.scenario.declaration
+        # By the times of claims, a turn begins behind one that the model does not know.
+        known = known and self.scenario.table.state.kind != "time state"
+        starts = [self.turns.get(name)] if known else [0, 1, 2, None]
+        if not exact:
+            self.lost_turns.add(actor)
+        elif handed:
+            self.lost_turns.discard(actor)
+            self.turns[name] = handed[-1].tenant
+        if not exact or said.label("exclusive_by") is not None:
+            return []
+        jobs = self.claimable(actor, step)
+        found = [(job.tenant, self.place(job, step)) for job in handed]
+        turns = [self._in_one_claim(self._in_turn(jobs, start), step) for start in starts]
+        possible = [[(job.tenant, self.place(job, step)) for job in turn] for turn in turns]
+        return [] if found in possible else [f"not a turn: {found} in place of {possible}"]
+
+    def _in_turn(self, jobs: list[Job], start: int | None) -> list[Job]:
+        """Put jobs in the order of a turn that begins behind a key, or with the smallest one."""
+        first = -1 if start is None else start
+        tenants = {job.tenant for job in jobs}
+        behind = sorted(key for key in tenants if key is not None and key > first)
+        before = sorted(key for key in tenants if key is not None and key <= first)
+        order = [*behind, *({None} & tenants), *before]
+        by_key = [[job for job in jobs if job.tenant == key] for key in order]
+        rounds = zip_longest(*by_key)
+        return [job for each in rounds for job in each if job is not None]
 
     def _in_one_claim(self, jobs: list[Job], step: Claim) -> list[Job]:
         """Return the first of the jobs that one claim may have together."""

@@ -208,6 +208,12 @@ BUGS: Final = (
         "running.where(self._column == rows.columns[KEY], predicates.is_free(job_table))",
     ),
     Planted(
+        "a turn always begins at the first key",
+        "backends/fair.py",
+        "if position is not None and position.key is not None:",
+        "if position is not None and self.limit == 0:",
+    ),
+    Planted(
         "a lost COMMIT is taken for rolled back",
         "execution.py",
         "self.lost, self.unknown = True, self.unknown or self.committing",

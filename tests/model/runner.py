@@ -442,6 +442,7 @@ class Run:
             lacks = step.lease and None in {said.label("lease"), said.label("token")}
             lacks = lacks or (step.worker and said.label("worker") is None)
             self._judge_error(step.actor, "claim", error, role=lacks)
+            self.model.lost_turns.add(step.actor)
             return
         handed: adapter.Handed = future.result()
         self.log.append(f"    -> {handed.idents}")

@@ -160,6 +160,7 @@ class Row(Printed):
         hooked: whether the trigger acts on it.
         aged: whether it was last changed long ago.
         group: its exclusive key; None is NULL.
+        tenant: its fair key; None is NULL.
     """
 
     state: str = "free"
@@ -173,6 +174,7 @@ class Row(Printed):
     hooked: bool = False
     aged: bool = False
     group: int | None = None
+    tenant: int | None = None
 
 
 @dataclass(frozen=True, repr=False)

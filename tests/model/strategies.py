@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from hypothesis import strategies as st
@@ -69,7 +70,9 @@ ERRORS: Final = (
     "\U0001f4a5" * 20_000,
     NO_MESSAGE,
 )
+TENANTS: Final = ("integer", "long string", "uuid", "date")
 GROUPS: Final = ("integer", "long string", "uuid", "boolean", "date")
+NO_KEYS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
 SPOILS: Final = ("role", "role", "same", "free", "claimed", "done", "failed", "attempts")
 ROLES: Final = ("due", "lease", "worker", "token", "attempts", "error")
 
@@ -85,8 +88,16 @@ def chosen(draw: Any, names: Any, database: str) -> str:
 
 
 @st.composite
-def tables(draw: Any, database: str, *, exclusive: bool = False) -> tuple[Table, Declaration]:
-    """Return a table, and the declaration that fits it."""
+def tables(
+    draw: Any, database: str, shared: Mapping[str, tuple[str, tuple[str, ...]]] = NO_KEYS
+) -> tuple[Table, Declaration]:
+    """Return a table, and the declaration that fits it.
+
+    Args:
+        draw: draws values.
+        database: the kind of database.
+        shared: the label and the kinds of the column of each role whose values rows share.
+    """
     state_kind = chosen(draw, STATES, database)
     in_key = state_kind in {"status", "char", "number", "flag"} and sometimes(draw, 12)
     keys = tuple(
@@ -134,9 +145,9 @@ def tables(draw: Any, database: str, *, exclusive: bool = False) -> tuple[Table,
     if unleased := leases and {"lease", "token"} <= roles.keys() and sometimes(draw, 3):
         others.append(Column("stamp", "instant", nullable=False))
         roles["stamps"] = "stamp"
-    if exclusive:
-        others.append(Column("group", draw(st.sampled_from(GROUPS))))
-        roles["exclusive_by"] = "group"
+    for role, (label, kinds) in shared.items():
+        others.append(Column(label, draw(st.sampled_from(kinds))))
+        roles[role] = label
     fits = dict.fromkeys(roles.values(), True)
     schema = database != "sqlite" and sometimes(draw, 8)
     table = Table(
@@ -160,10 +171,10 @@ def tables(draw: Any, database: str, *, exclusive: bool = False) -> tuple[Table,
         order=order,
         max_attempts=draw(st.sampled_from([None, 2, 3])) if "attempts" in fits else None,
         unleased=unleased,
-        max_per_key=draw(st.sampled_from([1, 1, 2])) if exclusive else 1,
+        max_per_key=draw(st.sampled_from([1, 1, 2])) if "exclusive_by" in shared else 1,
         coherent=all(
             _kind(table, label) in (*FITTING.get(role, ()), state_kind)
-            or role in {"stamps", "exclusive_by"}
+            or role in {"stamps", *shared}
             for role, label in roles.items()
         ),
     )
@@ -298,6 +309,7 @@ def rows(
         hooked=table.trigger is not None and sometimes(draw, 3),
         aged=said.unleased and draw(st.booleans()),
         group=draw(st.sampled_from([0, 0, 0, 1, None])) if said.label("exclusive_by") else None,
+        tenant=draw(st.sampled_from([0, 0, 0, 1, 2, None])) if said.label("fair_by") else None,
     )
 
 
@@ -453,7 +465,9 @@ def scenarios(draw: Any, database: str) -> Scenario:
         table, said = draw(inferred(database))
     else:
         exclusive = sometimes(draw)
-        table, said = draw(tables(database, exclusive=exclusive))
+        shared = {"exclusive_by": ("group", GROUPS)} if exclusive else {}
+        shared |= {"fair_by": ("tenant", TENANTS)} if sometimes(draw, 4) else {}
+        table, said = draw(tables(database, shared))
         if sometimes(draw, 6):
             said = draw(spoiled(table, said))
     mapping: tuple[str, ...] = (
@@ -505,5 +519,59 @@ def incoherent(draw: Any, database: str) -> Scenario:
             End("a", draw(ends), only_first=draw(st.booleans())),
             Claim("b", 30),
         ),
+        mapping=mapping,
+    )
+
+
+@st.composite
+def turns(draw: Any, database: str) -> Scenario:
+    """Return a scenario of claims that take turns, mostly of a few rows each.
+
+    Nothing else is in their way, so that the model knows where each turn begins.
+    """
+    roles = {"state": "state", "fair_by": "tenant"}
+    others = [Column("tenant", draw(st.sampled_from(TENANTS)))]
+    if exclusive := sometimes(draw):
+        roles["exclusive_by"] = "group"
+        others.append(Column("group", draw(st.sampled_from(GROUPS))))
+    if draw(st.booleans()):
+        roles |= {role: role for role in ("lease", "token", "attempts")}
+        others += [Column("lease", "naive"), Column("token", "long string")]
+        others.append(Column("attempts", "integer"))
+    state = draw(st.sampled_from(["status", "status", "time state"]))
+    table = Table(
+        keys=(Column("key0", chosen(draw, KEYS, database), nullable=False),),
+        state=Column("state", state, nullable=state == "time state"),
+        others=(*others, Column("order", "integer"), Column("done_at", "naive")),
+    )
+    said = Declaration(
+        roles=tuple(roles.items()),
+        done=("done_at",),
+        order=draw(st.sampled_from([(), (("order", False), ("ident", True))])),
+        max_attempts=2 if "attempts" in roles and draw(st.booleans()) else None,
+    )
+    mapping = (draw(st.sampled_from(["table", "class", "joined"])),)
+    bind = binds(database, mapped=mapping[0] != "table", own=exclusive)
+    bind = bind.filter(lambda each: each.isolation != "AUTOCOMMIT")
+    actors = st.sampled_from([*"aaa", "b"])
+    claims = st.builds(
+        Claim,
+        actor=actors,
+        limit=st.sampled_from([1, 1, 1, 2, 3, 30]),
+        where=st.sampled_from([None, None, None, 2]),
+        lease=st.booleans() if "lease" in roles else st.just(False),
+    )
+    ends = st.builds(End, actor=actors, how=st.sampled_from(["release", "complete"]))
+    outside = st.builds(Outside, st.just("expire"), st.integers(0, 3))
+    finish = st.builds(Finish, actor=actors, commits=st.booleans())
+    some = st.lists(rows(table, said, mapping, database), min_size=5, max_size=8)
+    steps = st.lists(claims | claims | ends | outside | finish, max_size=5)
+    few = Claim("a", limit=draw(st.sampled_from([1, 1, 2])))
+    return Scenario(
+        table=table,
+        declaration=said,
+        rows=tuple(draw(some)),
+        steps=(few, *draw(steps), few, few),
+        binds=(draw(bind), draw(bind)),
         mapping=mapping,
     )

@@ -16,13 +16,14 @@ from tests.databases import NAMES
 from tests.model.known import KNOWN, known_fault
 from tests.model.runner import Violation, run
 from tests.model.scenario import Column, Declaration, Outside, Row, Scenario, Sweep, Table
-from tests.model.strategies import incoherent, scenarios
+from tests.model.strategies import incoherent, scenarios, turns
 from tests.model.world import Places
 
 # It draws on the newer SQLAlchemy; what it finds becomes a test that runs on both.
 pytestmark = pytest.mark.once
 
 EXAMPLES: Final = {"sqlite": 90, "postgresql": 90, "mysql": 60, "mariadb": 60}
+TURNS: Final = dict.fromkeys(NAMES, 40)
 INCOHERENT: Final = dict.fromkeys(NAMES, 20)
 
 
@@ -56,6 +57,12 @@ def test_the_model_holds(shared: dict[str, Places], name: str) -> None:
 def test_incoherent_declarations(shared: dict[str, Places], name: str) -> None:
     """Each is refused, or hands out nothing twice, and nothing that has ended."""
     check(incoherent(name), shared[name], INCOHERENT[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_turns(shared: dict[str, Places], name: str) -> None:
+    """Each claim takes the first rows of a turn that goes on where the last one ended."""
+    check(turns(name), shared[name], TURNS[name])
 
 
 def spent(*rows: Row, trigger: str | None = None) -> Scenario:

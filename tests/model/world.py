@@ -337,6 +337,8 @@ class Schema:
             return moment(column.kind, -2 * HOUR if row.aged else -HOUR / 60)
         if label == "group":
             return None if row.group is None else kind.value(row.group)
+        if label == "tenant":
+            return None if row.tenant is None else kind.value(row.tenant)
         if label == "order":
             return None if row.rank is None and column.nullable else kind.value(row.rank or 0)
         if label == "attempts" and column.kind in {"integer", "small", "bigint"}:
