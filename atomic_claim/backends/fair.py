@@ -17,11 +17,11 @@ fractions of the second, or if there is no such column.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, groupby, islice
+from itertools import chain, count, groupby, islice, zip_longest
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -166,21 +166,6 @@ class FairSearch:
     def _after(self) -> ColumnElement[Any]:
         return bindparam(AFTER, None, self._column.type)
 
-    # Their rows.
-
-    @cached_property
-    def key_of(self) -> Callable[[Sequence[Any]], Any]:
-        """Return the fair key of a row."""
-        return itemgetter(len(self.plan.candidates.branches[0].selected_columns))
-
-    def candidate(self, row: Sequence[Any]) -> Candidate:
-        """Make a candidate of a row."""
-        width = len(self.plan.job_table.key)
-        alone = row[width] if self.plan.candidates.tells_alone else 0
-        key, lock, has_room = row[-3:] if self.with_room else (None, None, True)
-        fair = (self.key_of(row),)
-        return Candidate(tuple(row[:width]), key, lock, alone, fair, bool(has_room))
-
     # The position of the turn.
 
     def position(self, tx: Transaction) -> Position | None:
@@ -213,106 +198,75 @@ class FairSearch:
 
         Values may be other ones at each call, such as times.
         """
-        job_table, dialect = self.plan.job_table, tx.connection.dialect
-        if (said := self._texts.get(dialect.name)) is None:
-            compiled = and_(*self.plan.conditions).compile(dialect=dialect)
-            said = self._texts[dialect.name] = str(compiled), repr(compiled.params)
-        schema = tx.connection.schema_for_object(job_table.table)
-        turn = (schema, job_table.table.name, self._column.name, job_table.entity, said[0])
-        return (*turn, said[1]), turn
+        table = self.plan.job_table.table
+        text, values = self._said
+        turn = (tx.connection.schema_for_object(table), table.name, self._column.name, text)
+        return (*turn, values), turn
 
     @cached_property
-    def _texts(self) -> dict[str, tuple[str, str]]:
-        return {}
+    def _said(self) -> tuple[str, str]:
+        compiled = and_(*self.plan.conditions).compile()
+        return f"{self.plan.job_table.entity} {compiled}", repr(compiled.params)
 
+    # The turn.
 
-@dataclass
-class Turn:
-    """The rows of one turn, read as far as they are asked for.
+    def turn(self, tx: Transaction, limit: int) -> Iterator[Candidate]:
+        """Yield the rows of a turn: the first of each key, then the second, and so on.
 
-    Attributes:
-        search: its statements.
-        tx: where they run.
-        limit: how many rows the claim wants.
-        rows: what was asked for, by primary key, in the order of the turn.
-        known: the first rows of each key, as far as they were read.
-        cut: the keys that may have more rows than are known.
-    """
+        They are read as they are asked for.
+        """
+        width, seen = len(self.plan.job_table.key), set[Key]()
+        for row in self._in_rounds(tx, limit):
+            if (key := tuple(row[:width])) in seen:
+                continue
+            seen.add(key)
+            alone = row[width] if self.plan.candidates.tells_alone else 0
+            exclusive, lock, has_room = row[-3:] if self.with_room else (None, None, True)
+            fair = (self._key_of(row),)
+            yield Candidate(key, exclusive, lock, alone, fair, bool(has_room))
 
-    search: FairSearch
-    tx: Transaction
-    limit: int
-    rows: dict[Key, Candidate] = field(default_factory=dict)
-    known: dict[str, list[Any]] = field(default_factory=dict)
-    cut: set[str] = field(default_factory=set)
-
-    def first(self, number: int) -> list[Candidate]:
-        """Return the first rows of the turn, fewer if there are no more."""
-        deque(islice(self.following, max(0, number - len(self.rows))), 0)
-        return list(self.rows.values())[:number]
-
-    @cached_property
-    def following(self) -> Iterator[Candidate]:
-        """The rows that were not asked for yet."""
-        return self._each_once()
-
-    def _each_once(self) -> Iterator[Candidate]:
-        for candidate in map(self.search.candidate, self._in_rounds()):
-            if candidate.row not in self.rows:
-                self.rows[candidate.row] = candidate
-                yield candidate
-
-    def _in_rounds(self) -> Iterator[Any]:
-        """Yield the first row of each key, then the second, and so on."""
-        yield from self._heads()
-        for place in count(1):
-            is_over = True
-            for name, rows in self.known.items():
-                if place == len(rows) and name in self.cut:
-                    self._read_on(name, rows)
-                if place < len(rows):
-                    is_over = False
-                    yield rows[place]
-            if is_over:
+    def _in_rounds(self, tx: Transaction, limit: int) -> Iterator[Any]:
+        keys: dict[str, Any] = {}
+        for row in self._heads(tx, limit):
+            key = self._key_of(row)
+            if repr(key) in keys:
+                break
+            keys[repr(key)] = key
+            yield row
+        step = -(-limit // max(1, len(keys)))
+        for place in count(1, step):
+            rounds = [self._of_key(tx, key, place + step)[place:] for key in keys.values()]
+            if not any(rounds):
                 return
+            yield from filter(None, chain.from_iterable(zip_longest(*rounds)))
 
-    def _heads(self) -> Iterator[Any]:
-        """Yield the first row of each key, from the position all around."""
-        search, position = self.search, self.search.position(self.tx)
-        parts = [(search.smallest, None), (search.of_null, None)]
+    def _heads(self, tx: Transaction, limit: int) -> Iterator[Any]:
+        """Yield the first row of each key, from the position on, until a key comes again."""
+        position = self.position(tx)
+        parts = [(self.smallest, None), (self.of_null, None)]
         if position is not None and position.key is not None:
-            parts = [(search.behind, position.key), *reversed(parts)]
-        walks = search.backend.has_lateral
-        ahead = self.limit if walks else min(self.limit, AHEAD)
+            parts = [(self.behind, position.key), *reversed(parts)]
+        ahead = limit if self.backend.has_lateral else min(limit, AHEAD)
         for statement, key in parts:
-            rows = self._read(statement, key, ahead)
+            rows = self._read(tx, statement, key, ahead)
             while rows:
-                *whole, last = (list(each) for _, each in groupby(rows, search.key_of))
-                for each in (*whole, last):
-                    if (name := repr(search.key_of(each[0]))) in self.known:
-                        return
-                    self.known[name] = each
-                    if walks or (each is last and len(rows) == ahead):
-                        self.cut.add(name)
-                    yield each[0]
-                if len(rows) < ahead or statement is search.of_null:
+                yield from (next(each) for _, each in groupby(rows, self._key_of))
+                if len(rows) < ahead or statement is self.of_null:
                     break
-                rows = self._read(search.behind, search.key_of(last[0]), ahead)
+                rows = self._read(tx, self.behind, self._key_of(rows[-1]), ahead)
 
-    def _read_on(self, name: str, rows: list[Any]) -> None:
-        """Read more rows of a key."""
-        key, number = self.search.key_of(rows[0]), 4 * len(rows) + AHEAD
-        statement = self.search.of_null if key is None else self.search.of_key
-        found = self._read(statement, key, number)
-        width = len(self.search.plan.job_table.key)
-        ids = {row[:width] for row in rows}
-        rows += (row for row in found if row[:width] not in ids)
-        if len(found) < number:
-            self.cut.discard(name)
+    def _of_key(self, tx: Transaction, key: Any, number: int) -> Sequence[Any]:
+        return self._read(tx, self.of_null if key is None else self.of_key, key, number)
 
-    def _read(self, statement: Select[Any], key: Any, number: int) -> Sequence[Any]:
-        given = {AFTER: key, ROWS: number, SCAN_LIMIT: self.limit + MARGIN}
-        return self.tx.tuples(statement, given)
+    def _read(
+        self, tx: Transaction, statement: Select[Any], key: Any, number: int
+    ) -> Sequence[Any]:
+        return tx.tuples(statement, {AFTER: key, ROWS: number, SCAN_LIMIT: number + MARGIN})
+
+    @cached_property
+    def _key_of(self) -> Callable[[Sequence[Any]], Any]:
+        """Return the fair key of a row."""
+        return itemgetter(len(self.plan.candidates.branches[0].selected_columns))
 
 
 def lock_in_turn(
@@ -324,25 +278,20 @@ def lock_in_turn(
         tx: where it runs.
         search: the statements of the turn.
         limit: how many rows at most.
-        locking: locks those of some rows that are free and not locked; None if nothing can be
-            locked by others.
+        locking: locks those of some rows that are free and not locked; None if no other
+            transaction can lock any.
     """
-    turn, tried = Turn(search, tx, limit), 0
-    found: list[Candidate] = []
-    while len(found) < limit and not (found and found[0].alone):
-        fresh = turn.first(tried + limit - len(found))[tried:]
-        if not fresh:
-            break
-        tried += len(fresh)
+    turn, found = search.turn(tx, limit), list[Candidate]()
+    while fresh := list(islice(turn, limit - len(found))):
         for batch in in_one_claim(fresh, attrgetter("alone")):
             if found and (batch[0].alone or found[0].alone):
                 continue
+            rows: Any = [each.row for each in batch]
             if locking is not None:
-                rows = [each.row for each in batch]
-                held = {tuple(row) for _, result in tx.by_key(locking, rows) for row in result}
-                found += (each for each in batch if each.row in held)
-            else:
-                found += batch
+                rows = {tuple(row) for _, held in tx.by_key(locking, rows) for row in held}
+            found += (each for each in batch if locking is None or each.row in rows)
+        if found and found[0].alone:
+            break
     search.remember(tx, found)
     return [each.row for each in found]
 
@@ -354,7 +303,7 @@ def first_with_room(search: FairSearch, limit: int, tx: Transaction) -> list[Can
     """
     found: list[Candidate] = []
     counts: Counter[str] = Counter()
-    for each in islice(Turn(search, tx, limit).following, limit + MARGIN):
+    for each in islice(search.turn(tx, limit), limit + MARGIN):
         if each.key is not None:
             counts[repr(each.key)] += 1
         if each.has_room and counts[repr(each.key)] <= search.plan.job_table.max_per_key:

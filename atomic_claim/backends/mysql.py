@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import filterfalse
+from itertools import filterfalse, islice
 from operator import itemgetter
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ from atomic_claim.statement import ClaimStatement
 
 from .base import (
     Backend,
+    Candidate,
     Find,
     KeyLocks,
     Transaction,
@@ -48,7 +49,7 @@ from .base import (
 )
 from .by_key import refuse_view, statements_of
 from .drivers import code_of
-from .fair import FairSearch, Turn, in_one_claim
+from .fair import FairSearch, in_one_claim
 from .innodb import HINTS, NAMES, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Key
@@ -140,12 +141,12 @@ class MySQL(Backend):
         alone: set[Key] = set()
         tried: set[Key] = set()
         # A few more than are wanted, since others may hold the first ones.
-        scan_limit, turn = limit + WINDOW, None
+        scan_limit, turn, read = limit + WINDOW, None, list[Candidate]()
         if plan.job_table.fair_by is not None:
-            # A row of its costs a probe.
-            scan_limit, turn = limit, Turn(plan.prepare(FairSearch, self), tx, limit)
+            # A row costs a probe.
+            scan_limit, turn = limit, plan.prepare(FairSearch, self).turn(tx, limit)
         while True:
-            rows, level = self._candidates(search, plan, scan_limit, turn)
+            rows, level = self._candidates(search, plan, scan_limit, read, turn)
             seen = list(map(key_of, rows))
             if statements.width > width:
                 alone.update(key_of(row) for row in rows if row[width])
@@ -169,13 +170,19 @@ class MySQL(Backend):
         # Rows that were only locked are still free in this transaction's own reads.
         found = list(filter(search.taken.__contains__, seen))
         if turn is not None:
-            turn.search.remember(tx, [turn.rows[key] for key in found])
+            taken = [each for each in read if each.row in search.taken]
+            plan.prepare(FairSearch, self).remember(tx, taken)
         if search.is_stale and not is_full:
             found += search.lock_latest()[: limit - len(found)]
         return found
 
     def _candidates(
-        self, search: Search, plan: ClaimPlan, scan_limit: int, turn: Turn | None
+        self,
+        search: Search,
+        plan: ClaimPlan,
+        scan_limit: int,
+        read: list[Candidate],
+        turn: Iterator[Candidate] | None,
     ) -> tuple[Sequence[Any], str | None]:
         """Read the first keys in claim order, and the isolation level if that matters.
 
@@ -188,8 +195,8 @@ class MySQL(Backend):
                 asked = ClaimRequest(scan_limit).parameters()
                 rows: Sequence[Any] = tx.execute(statements.candidates, asked).all()
             else:
-                found = turn.first(scan_limit)
-                rows = [(*each.row, each.alone)[: statements.width] for each in found]
+                read += islice(turn, scan_limit - len(read))
+                rows = [(*each.row, each.alone)[: statements.width] for each in read]
         except DBAPIError as error:
             if not self.is_conflict(error):
                 raise

@@ -64,10 +64,11 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
         return watching(patch, found, tables, partial(LockWatch, limit=limit))
 
     def keyed_by_row(given: Any) -> JobTable:
-        if isinstance(given, JobTable) and given.exclusive_by is not None:
+        if isinstance(given, JobTable) and given.has_keys:
             raise PatchError(
                 f"{given!r} does not go with lock_reads: a lock on a row says nothing of the "
-                "other rows with its exclusive key; claim before the work with claim_reads()"
+                "other rows with its exclusive or fair key; claim before the work with "
+                "claim_reads()"
             )
         return keyed(given)
 

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import date, timedelta
 from typing import Any
+from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
 
-from atomic_claim import JobTable, claim_jobs
-from atomic_claim.cli.indexes import needed_indexes
+from atomic_claim import (
+    ClaimError,
+    JobTable,
+    PatchError,
+    aio,
+    claim_jobs,
+    claim_statement,
+    complete_jobs,
+    lock_reads,
+)
+from atomic_claim.claim import dequeue_jobs
+from atomic_claim.cli.indexes import NeededIndex, needed_indexes
+from atomic_claim.cli.plans import unserved
+from atomic_claim.cli.texts import fresh_plan
+from atomic_claim.plan import ClaimRequest
 from tests.databases import Database
-from tests.jobs import ids
+from tests.exclusive.test_exclusive import DRIVERS
+from tests.jobs import ids, mapped
 
+INNODB = ("mysql", "mariadb")
+# SQLite has one writer: nobody claims beside an open claim.
+SERVERS = pytest.mark.databases("postgresql", "mysql", "mariadb")
 LEASE = timedelta(minutes=5)
 FLOOD = 100_000
 PRECISE = mysql.DATETIME(fsp=6)
@@ -203,3 +224,205 @@ def test_each_filter_has_its_turn(database: Database, timed: bool) -> None:
         *(tenants_of(claim_jobs(engine, jobs, 1, where=jobs.table.c.id > -n)) for n in range(4))
     ]
     assert sorted(moving) == [[1], [2], [3], [4]]
+
+
+def test_one_row_at_a_time_of_each_tenant(database: Database) -> None:
+    """With the same column for both, a turn passes over the tenants that have a running row."""
+    jobs, engine = fair_table(exclusive_by="tenant_id"), database.engine()
+    filled(engine, jobs, [1] * 300 + [2, 3, 2, None, None])
+    assert tenants_of(claim_jobs(engine, jobs, 2)) == [1, 2]
+    first = claim_jobs(engine, jobs, 10)
+    assert ids(first) == [302, 304, 305]
+    assert ids(claim_jobs(engine, jobs, 10)) == []
+    complete_jobs(engine, first)
+    assert ids(claim_jobs(engine, jobs, 10)) == []
+
+
+def test_one_row_at_a_time_of_each_customer(database: Database) -> None:
+    """A turn takes rows whose customers have room, though hundreds of a busy one come first."""
+    jobs, engine = fair_table(exclusive_by="customer_id"), database.engine()
+    filled(engine, jobs, [1] * 300 + [1, 2, 2, 1, 3])
+    with engine.begin() as connection:
+        table = jobs.table
+        connection.execute(sa.update(table).where(table.c.id <= 300).values(customer_id=1))
+        connection.execute(sa.update(table).where(table.c.id == 303).values(customer_id=1))
+    assert ids(claim_jobs(engine, jobs, 3)) == [1, 302, 305]
+    assert sorted(ids(claim_jobs(engine, jobs, 10))) == [301, 304]
+    assert ids(claim_jobs(engine, jobs, 10)) == []
+
+
+def test_a_lease_that_is_over(database: Database) -> None:
+    """A row whose worker has died has its place in the turn, and a last attempt is alone."""
+    jobs = fair_table(attempts="attempts", max_attempts=2)
+    engine = database.engine()
+    filled(engine, jobs, [1, 2, 2, 3, 3])
+    assert ids(claim_jobs(engine, jobs, 3, lease=LEASE)) == [1, 2, 4]
+    expire(engine, jobs, 2)
+    assert ids(claim_jobs(engine, jobs, 1, lease=LEASE)) == [2]
+    assert ids(claim_jobs(engine, jobs, 1, lease=LEASE)) == [5]
+    expire(engine, jobs, 1)
+    alone = claim_jobs(engine, jobs, 10, lease=LEASE)
+    assert ids(alone) in ([1], [3])
+    assert ids(claim_jobs(engine, jobs, 10, lease=LEASE)) == [4 - alone[0].id]
+
+
+def expire(engine: sa.Engine, jobs: JobTable, number: int) -> None:
+    """Let a row's lease run out."""
+    past = jobs.now(jobs.lease, sa.literal(-60.0, sa.Float()))
+    with engine.begin() as connection:
+        connection.execute(
+            sa.update(jobs.table).where(jobs.table.c.id == number).values(lease_until=past)
+        )
+
+
+def test_due_rows_filters_and_another_order(database: Database) -> None:
+    """A turn takes what is due and asked for, in the order of the call within each tenant."""
+    jobs, engine = fair_table(), database.engine()
+    filled(engine, jobs, [1, 1, 1, 2, 2, 3])
+    with engine.begin() as connection:
+        later = jobs.now(jobs.due, sa.literal(600.0, sa.Float()))
+        connection.execute(sa.update(jobs.table).where(jobs.table.c.id == 1).values(due_at=later))
+    descending = jobs.table.c.id.desc()
+    assert ids(claim_jobs(engine, jobs, 2, where=jobs.table.c.id != 6)) == [2, 4]
+    assert ids(claim_jobs(engine, jobs, 9, order_by=descending)) == [6, 3, 5]
+    assert ids(claim_jobs(engine, jobs, 9)) == []
+
+
+def test_in_a_session(database: Database) -> None:
+    """Entities come in the order of the turn; a rollback frees them, and the turn goes on."""
+    job_table = fair_table()
+    mapped_class = mapped(job_table.table)
+    jobs, engine = fair_table_of(mapped_class), database.engine()
+    filled(engine, job_table, [1, 1, 2, 3])
+    with Session(engine) as session:
+        assert ids(claim_jobs(session, jobs, 2)) == [1, 3]
+        session.rollback()
+        assert ids(claim_jobs(session, jobs, 2)) == [4, 1]
+        session.commit()
+    with Session(engine) as session:
+        assert ids(dequeue_jobs(session, jobs, 5)) == [3, 2]
+        session.commit()
+    assert ids(claim_jobs(sessionmaker(engine), jobs, 5)) == []
+
+
+def fair_table_of(entity: Any) -> JobTable:
+    """Declare turns for a mapped class."""
+    claimed = {"state": "running", "claimed_at": sa.func.now()}
+    return JobTable(
+        entity,
+        state="state",
+        free="waiting",
+        claimed=claimed,
+        token="token",
+        naive_times="utc",
+        fair_by="tenant_id",
+    )
+
+
+@SERVERS
+def test_beside_an_open_claim(database: Database) -> None:
+    """Rows that another transaction has locked are passed over, key by key and round by round."""
+    jobs, engine = fair_table(), database.engine()
+    filled(engine, jobs, [1] * 30 + [2] * 3 + [3])
+    with engine.connect() as mine:
+        assert ids(claim_jobs(mine, jobs, 3)) == [1, 31, 34]
+        assert ids(claim_jobs(engine, jobs, 3)) == [2, 32, 3]
+        assert len(claim_jobs(engine, jobs, 50)) == 28
+        mine.rollback()
+    assert sorted(ids(claim_jobs(engine, jobs, 50))) == [1, 31, 34]
+
+
+def test_asyncio(database: Database) -> None:
+    """The asynchronous twin takes turns, too."""
+    jobs = fair_table()
+    filled(database.engine(), jobs, [1, 1, 1, 2])
+
+    async def claim() -> list[list[int]]:
+        engine = create_async_engine(database.url.set(drivername=DRIVERS[database.name]))
+        found = [ids(await aio.claim_jobs(engine, jobs, 1)) for _ in range(3)]
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(claim()) == [[1], [4], [2]]
+
+
+KINDS: dict[str, tuple[Any, list[Any]]] = {
+    "case": (sa.String(20), ["a", "b", "c"]),
+    "uuid": (sa.Uuid(), [UUID(int=n * 2**100) for n in (1, 2, 3)]),
+    "date": (sa.Date(), [date(2024, 1, n) for n in (1, 2, 3)]),
+    "bytes": (sa.LargeBinary(16).with_variant(sa.VARBINARY(16), *INNODB), [b"a", b"\xff", b"b"]),
+    "boolean": (sa.Boolean(), [False, True, None]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_keys(database: Database, kind: str) -> None:
+    """Each tenant has its row before any has a second one, whatever tells them apart."""
+    type_, values = KINDS[kind]
+    jobs, engine = fair_table(sa.Column("k", type_), fair_by="k"), database.engine()
+    filled(engine, jobs, [None] * 9)
+    with engine.begin() as connection:
+        for number in range(1, 10):
+            same = jobs.table.c.id == number
+            connection.execute(sa.update(jobs.table).where(same).values(k=values[number % 3]))
+    found = [ids(claim_jobs(engine, jobs, 1))[0] for _ in range(4)] + ids(
+        claim_jobs(engine, jobs, 9)
+    )
+    assert [sorted(n % 3 for n in found[at : at + 3]) for at in (0, 3, 6)] == [[0, 1, 2]] * 3
+
+
+def test_each_database_has_its_turn(database: Database) -> None:
+    """Two engines in one process do not share a position without a claim time."""
+    jobs = fair_table(timed=False)
+    filled(database.engine(), jobs, [1, 2, 3, 1, 2, 3])
+    one, other = database.engine(), database.engine()
+    found = [ids(claim_jobs(engine, jobs, 1))[0] for _ in range(3) for engine in (one, other)]
+    assert found == [1, 4, 2, 5, 3, 6]
+
+
+def test_the_doctor_names_the_indexes_that_lack(database: Database) -> None:
+    """With the migration's indexes it has nothing to say; without them it names both."""
+    jobs, engine = fair_table(), database.engine()
+    filled(engine, jobs, [1, 2])
+    needed = {each.reason: each for each in needed_indexes(jobs)}
+    assert sorted(needed) == ["claimed", "expired", "fair"]
+    with engine.connect() as connection:
+        ask = ClaimRequest(10)
+        assert unserved(connection, fresh_plan(jobs, ask), ask) == []
+        for reason in ("fair", "claimed"):
+            connection.exec_driver_sql(drop_index(needed[reason], database))
+        connection.commit()
+        found = unserved(connection, fresh_plan(jobs, ask), ask)
+        assert sorted(each.needed.reason for each in found) == ["claimed", "fair"]
+
+
+def drop_index(needed: NeededIndex, database: Database) -> str:
+    """Return the statement that drops an index within a transaction."""
+    on = f" ON {needed.table.name}" if database.name in INNODB else ""
+    return f"DROP INDEX {needed.name}{on}"
+
+
+def test_what_cannot_take_turns_refuses() -> None:
+    """Each says what was found, and what to do."""
+    with pytest.raises(ClaimError, match="takes a statement for each turn: use claim_jobs"):
+        claim_statement(fair_table())
+    with pytest.raises(ClaimError, match="order is that of its comparisons"):
+        fair_table(sa.Column("k", sa.Enum("a", "b", name="k")), fair_by="k")
+    with pytest.raises(PatchError, match="claim_reads"):
+        lock_reads(f"{__name__}:ids", fair_table())
+    with pytest.raises(ClaimError, match="state and fair_by are one column"):
+        fair_table(fair_by="state")
+
+
+def test_inference_takes_it_as_an_override() -> None:
+    """Names alone declare no turns."""
+    table = sa.Table(
+        "jobs",
+        sa.MetaData(),
+        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("processing", sa.Boolean, nullable=False),
+        sa.Column("created_at", sa.DateTime, nullable=False),
+        sa.Column("tenant_id", sa.Integer),
+    )
+    assert JobTable.infer(table).fair_by is None
+    assert JobTable.infer(table, fair_by="tenant_id").fair_by is table.c.tenant_id
