@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import pytest
 import sqlalchemy as sa
 
 from atomic_claim import claim_jobs, complete_jobs, keep_claims
+from tests.commands import Command, address
 from tests.databases import Database
-from tests.guides import PATHS, blocks
+from tests.guides import GUIDES, PATHS, blocks
 from tests.jobs import fill, ids, job_table
 from tests.pgbouncer import pgbouncer
 from tests.processes import Workspace
@@ -122,9 +124,10 @@ def test_flask(database: Database, tmp_path: Path) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
 
-    def run(*command: str) -> str:
+    def run(command: str) -> str:
+        assert command in GUIDES["flask"]
         done = subprocess.run(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *command.replace("atomic-claim", "atomic_claim").split()],
             cwd=tmp_path,
             env=environment,
             check=False,
@@ -134,11 +137,11 @@ def test_flask(database: Database, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("flask", "db", "init")
-    run("flask", "db", "migrate")
-    run("flask", "db", "upgrade")
-    run("atomic_claim", "migration", "--write")
-    run("flask", "db", "upgrade")
+    run("flask db init")
+    run("flask db migrate")
+    run("flask db upgrade")
+    run("atomic-claim migration --write")
+    run("flask db upgrade")
     engine = database.engine()
     mails = sa.Table("mail", sa.MetaData(), autoload_with=engine)
     assert "mail_claim_free" in {index.name for index in mails.indexes}
@@ -146,17 +149,15 @@ def test_flask(database: Database, tmp_path: Path) -> None:
     with engine.begin() as connection:
         new = {"status": "new", "created_at": sa.func.now()}
         connection.execute(mails.insert().values(new), [{"recipient": name} for name in names])
-    run("atomic_claim", "doctor")
-    assert run("atomic_claim", "run", "--", "flask", "send") == "".join(
-        f"mail to {name}\n" for name in names
-    )
+    run("atomic-claim doctor")
+    assert run("atomic-claim run -- flask send") == "".join(f"mail to {name}\n" for name in names)
     with engine.connect() as connection:
         assert set(connection.scalars(sa.select(mails.c.status))) == {"sent"}
 
 
 @pytest.mark.databases("postgresql")
-def test_production(database: Database, workspace: Workspace) -> None:
-    """The guide's engine and SQL are valid, and claims work through PgBouncer by transaction."""
+def test_production(database: Database, workspace: Workspace, command: Command) -> None:
+    """The guide's code and commands run, and claims work through PgBouncer by transaction."""
     (example,) = blocks("production", "python")
     found: dict[str, Any] = {}
     exec(example, found)  # noqa: S102 - the guides are ours
@@ -180,3 +181,9 @@ def test_production(database: Database, workspace: Workspace) -> None:
             assert complete_jobs(connection, claim) == 2
         assert ids(claim) == [1, 2]
         engine.dispose()
+    (commands,) = blocks("production", "console")
+    for line in re.findall(r"^\$ atomic-claim (.*)$", commands, re.MULTILINE):
+        arguments = line.replace("app_models:jobs", "jobs").split()
+        ended = command(*arguments, "--url", address(database))
+        assert ended.code in {0, 1}
+        assert ended.err == ""
