@@ -1,4 +1,4 @@
-"""Leases that are kept while the work goes on."""
+"""Extend leases while the work goes on."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Keeper:
     def lost(self) -> tuple[Key, ...]:
         """The keys of the rows that are no longer the claim's, a tuple each.
 
-        All of them are once none could be extended for as long as the lease.
+        All of them, if none could be extended for the length of the lease.
         """
         gone = self.ended.lost.union(self.remaining if self.is_over else ())
         return tuple(key for key in self.owned.keys if key in gone and key not in self.ended)
@@ -89,11 +89,11 @@ def keep_claims(
 ) -> Iterator[Keeper]:
     """Extend the leases of a claim from a thread while the block runs.
 
-    Rows that the block itself has locked (by a completion that is not yet committed) are passed
-    over, and never waited for; those that it has ended are let go. If the leases cannot be
+    Rows that the block itself has locked (by a completion that is not yet committed) are skipped
+    without waiting, and rows that it has ended are not extended any more. If the leases cannot be
     extended, because the database cannot be reached or, on SQLite, while the block itself is
-    writing, it is tried again, the reason is logged once, and when the lease is over the rows count
-    as lost.
+    writing, this is tried again and the reason is logged once. When the lease is over, the rows
+    count as lost.
 
     Args:
         bind: an ``Engine`` or ``sessionmaker``, since the thread needs a connection of its own.
@@ -146,7 +146,7 @@ class Beat(Keeper):
         self.crash: Exception | None = None
 
     def stop(self) -> None:
-        """Keep what is known now: what becomes of the rows later is not the block's affair."""
+        """Keep the present result: later changes of the rows do not concern the block."""
         self.stopped = time.monotonic()
 
     @contextmanager
@@ -161,7 +161,7 @@ class Beat(Keeper):
                 self.give_up()
 
     def raise_crash(self) -> None:
-        """Raise what has ended the beats before the block did."""
+        """Raise the exception that ended the beats before the block did."""
         if self.crash is not None:
             raise self.crash
 

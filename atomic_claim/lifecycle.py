@@ -93,7 +93,7 @@ ended_here: WeakValueDictionary[str, Ended] = WeakValueDictionary()
 def complete_jobs(
     bind: Bind, claim: Claim[Any], jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
-    """Mark claimed jobs as done, those that this claim still owns.
+    """Mark as done the claimed jobs that this claim still owns.
 
     A row keeps its attempts. Where it then is free for the next step of a workflow, let the mark
     reset them, or each step spends the next one's: ``done={"stage": "parsed", "attempts": 0}``.
@@ -103,8 +103,8 @@ def complete_jobs(
         claim: what ``claim_jobs`` or :meth:`Claim.from_ticket` returned, or a slice of it.
         jobs: a list of some of the claim's jobs, as entities, rows or keys; all of them if left
             out.
-        unfenced: agree to a table without a token column, where a row that was freed and claimed
-            again by another worker passes for this claim's own, and is marked done for both.
+        unfenced: allow a table without a token column, where a row that another worker has claimed
+            again cannot be told from this claim's own, and is marked as done all the same.
 
     Returns:
         How many rows were changed: all of them.
@@ -161,7 +161,7 @@ def fail_jobs(
 def release_jobs(
     bind: Bind, claim: Claim[Any], jobs: Iterable[Any] | None = None, *, unfenced: bool = False
 ) -> int:
-    """Give claimed jobs back as if they had not been claimed; the attempt does not count.
+    """Free claimed jobs as if they had not been claimed; the attempt is not counted.
 
     Args:
         bind: as for :func:`complete_jobs`.
@@ -182,7 +182,7 @@ def release_jobs(
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
     """Free the rows of a claim that still run, and skip those that are locked elsewhere.
 
-    For the end of a loop that has ended its jobs in its own way: what it has not got to is freed.
+    For the end of a loop that ends its jobs in its own way: jobs that it has not started are freed.
 
     Returns:
         How many rows were freed.
@@ -210,9 +210,9 @@ def extend_jobs(
     *,
     lease: timedelta | None = None,
 ) -> int:
-    """Prolong the leases of claimed jobs, counted from now by the database's clock.
+    """Extend the leases of claimed jobs, counted from now by the database's clock.
 
-    A lease that is over can be prolonged until another worker claims the row; but not where the
+    A lease that is over can be extended until another worker claims the row, but not where the
     table has exclusive keys, since the row's key may be another's by now.
 
     Args:

@@ -41,7 +41,7 @@ def instrument_opentelemetry(
     tracer_provider: TracerProvider | None = None,
     tables: Mapping[Engine, Iterable[Any]] | None = None,
 ) -> Callable[[], object]:
-    """Send the events of this process to OpenTelemetry. Call it once a process.
+    """Send the events of this process to OpenTelemetry. Call it once in each process.
 
     Args:
         meter_provider: where metrics go; the global one if left out.

@@ -47,7 +47,7 @@ def atomic_claim(
         Flag("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Atomic claims on the job tables that are already there.
+    """Atomic claims of rows of existing job tables.
 
     A job that is free is handed to exactly one worker, on PostgreSQL, MySQL, MariaDB and SQLite.
     """

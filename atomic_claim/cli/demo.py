@@ -39,14 +39,13 @@ NAMES = (
     "claims per second",
 )
 
-LimitOption = Annotated[int, typer.Option(min=1, help="How many jobs a worker takes at a time.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="The limit of a claim.")]
 FilesOption = Annotated[
     bool,
     Flag(
         "--files",
-        help="Compare on a directory queue, a file a job, in place of a table: a legacy "
-        "read-write-unlink loop and claim_files. No database is asked, whatever the "
-        "environment says.",
+        help="Compare on a directory queue, with a file for each job: a legacy "
+        "read-write-unlink loop and claim_files. No database is used.",
     ),
 ]
 

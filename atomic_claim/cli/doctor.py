@@ -52,31 +52,33 @@ TryOption = Annotated[
     Flag(
         "--try",
         help="Claim and end one job in a transaction that is rolled back, to find constraints "
-        "and triggers that refuse it. Triggers run, and the row is locked so long.",
+        "and triggers that refuse it. Triggers run, and the row is locked meanwhile.",
     ),
 ]
 GuardedOption = Annotated[
     bool, Flag("--guarded", help="Check that the guard's triggers are there.")
 ]
-AllOption = Annotated[bool, Flag("--all", help="Show what was found to be in order, too.")]
+AllOption = Annotated[bool, Flag("--all", help="Show the checks that passed, too.")]
 WatchOption = Annotated[
     bool,
     Flag(
         "--watch",
-        help="Show again and again, in place of the checks, how many jobs wait and run, how "
+        help="Show repeatedly, in place of the checks, how many jobs wait and run, how "
         "long the oldest has waited, and the claims per second, until Ctrl-C.",
     ),
 ]
 IntervalOption = Annotated[
     float,
-    typer.Option("--interval", min=0, metavar="SECONDS", help="With --watch: between two looks."),
+    typer.Option(
+        "--interval", min=0, metavar="SECONDS", help="With --watch: the time between two lines."
+    ),
 ]
 CountOption = Annotated[
     int | None,
-    typer.Option("--count", min=1, metavar="N", help="With --watch: end after N looks."),
+    typer.Option("--count", min=1, metavar="N", help="With --watch: end after N lines."),
 ]
 FoundJsonOption = Annotated[
-    bool, Flag("--json", help="Print what was found as JSON; with --watch a line for each look.")
+    bool, Flag("--json", help="Print the findings as JSON; with --watch one object a line.")
 ]
 
 
@@ -94,7 +96,7 @@ def doctor(
     looks: CountOption = None,
     as_json: FoundJsonOption = False,
 ) -> None:
-    """Look for what keeps a job table from being claimed from at all, or quickly.
+    """Check whether jobs can be claimed from a table, and quickly.
 
     It only reads, and prints nothing if all is well. It explains the claim's own statement. Each
     finding has the reason why it matters and what to do, with the SQL to run: a problem (✗) should

@@ -42,28 +42,28 @@ CONVERT: Mapping[type, Callable[[str], Any]] = {
 Change = Callable[[Engine, JobTable, ColumnElement[bool]], int]
 """Frees the jobs that meet a condition, and returns how many."""
 
-FailedOption = Annotated[bool, Flag("--failed", help="Those that have failed.")]
+FailedOption = Annotated[bool, Flag("--failed", help="Jobs that have failed.")]
 StuckOption = Annotated[
     bool,
     Flag(
         "--stuck",
-        help="Those whose lease has run out, or that run without one for --stuck-after.",
+        help="Jobs whose lease has ended, or that run without one for --stuck-after.",
     ),
 ]
-RunningOption = Annotated[bool, Flag("--running", help="Those that are claimed.")]
-WaitingOption = Annotated[bool, Flag("--waiting", help="Those that a claim would take now.")]
+RunningOption = Annotated[bool, Flag("--running", help="Jobs that are claimed.")]
+WaitingOption = Annotated[bool, Flag("--waiting", help="Jobs that a claim would take now.")]
 WhereOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--where", metavar="COLUMN=VALUE", help="Only those; may be given again. NULL is NULL."
+        "--where", metavar="COLUMN=VALUE", help="Only jobs with this value; can be repeated."
     ),
 ]
-LimitOption = Annotated[int, typer.Option(min=1, help="How many are shown.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="The most jobs that are shown.")]
 RequeueOption = Annotated[
     bool,
     Flag(
         "--requeue",
-        help="Free the failed ones, however many are shown, with all their attempts; the error "
+        help="Free all failed jobs, also those not shown, and reset their attempts; the error "
         "stays.",
     ),
 ]
@@ -71,7 +71,7 @@ ReleaseOption = Annotated[
     bool,
     Flag(
         "--release-stuck",
-        help="Free the stuck ones, however many are shown; the attempt stays counted.",
+        help="Free all stuck jobs, also those not shown; the attempt stays counted.",
     ),
 ]
 YesOption = Annotated[bool, Flag("--yes", help="Do not ask.")]

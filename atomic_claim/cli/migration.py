@@ -57,8 +57,8 @@ WriteOption = Annotated[
     bool,
     Flag(
         "--write",
-        help="Create the revision in the Alembic project of the current directory, by its own "
-        "template and behind its head, in place of printing it.",
+        help="Create the revision after the head of the Alembic project in the current "
+        "directory, with its template, in place of printing it.",
     ),
 ]
 ConfigOption = Annotated[

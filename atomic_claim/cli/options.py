@@ -52,15 +52,15 @@ UrlOption = Annotated[
 JsonOption = Annotated[
     bool, Flag("--json", help="Print the figures as JSON in place of the table.")
 ]
-WorkersOption = Annotated[int, typer.Option(min=1, help="How many worker processes run at once.")]
-JobsOption = Annotated[int, typer.Option(min=1, help="How many jobs there are.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="The number of worker processes.")]
+JobsOption = Annotated[int, typer.Option(min=1, help="The number of jobs.")]
 StuckAfterOption = Annotated[
     float,
     typer.Option(
         "--stuck-after",
         min=0,
         metavar="SECONDS",
-        help="How long a job may run without a lease before it looks stuck.",
+        help="For how long a job may run without a lease.",
     ),
 ]
 

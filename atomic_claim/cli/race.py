@@ -52,15 +52,15 @@ LimitOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many jobs one call may hand out; a target that takes a limit is given it "
-        "(10 if left out).",
+        help="The most jobs that one call may hand out; passed to a target that takes a limit "
+        "(default: 10).",
     ),
 ]
 FactoryOption = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:FUNCTION",
-        help="Gives rows where the table's constraints ask for more than can be read of them: "
+        help="Makes rows where the table's constraints need more than its types say: "
         "called with a row's number, it returns a dictionary of columns or a mapped object.",
     ),
 ]
@@ -68,8 +68,8 @@ CallOption = Annotated[
     str | None,
     typer.Option(
         metavar="MODULE:FUNCTION",
-        help="Called in place of TARGET, which it is given as its parameter 'target': for "
-        "targets whose arguments or results cannot be told.",
+        help="Called in place of TARGET, which is passed as its parameter 'target': for "
+        "targets whose arguments or results are not understood.",
     ),
 ]
 PatchesOption = Annotated[
@@ -89,26 +89,26 @@ CompareOption = Annotated[
 ]
 KillOption = Annotated[
     bool,
-    Flag("--kill", help="Kill half of the workers once they have jobs, and look who gets those."),
+    Flag("--kill", help="Kill half of the workers once they have jobs, and see who gets those."),
 ]
 PatienceOption = Annotated[
     float,
     typer.Option(
         min=0,
         metavar="SECONDS",
-        help="With --kill, how long the others go on asking; longer than the lease.",
+        help="With --kill: for how long the others go on asking; more than the lease.",
     ),
 ]
 ExistingOption = Annotated[
     bool,
     Flag(
         "--use-existing-table",
-        help="Use tables that are there. The rows that were made are deleted again, but the "
-        "target may claim others.",
+        help="Use existing tables. The rows of the race are deleted again, but the "
+        "target may also claim other rows.",
     ),
 ]
 TimeoutOption = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", help="How long one target may take.")
+    float, typer.Option(min=0.1, metavar="SECONDS", help="The most time for one target.")
 ]
 
 

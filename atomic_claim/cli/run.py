@@ -29,8 +29,8 @@ def run(
             "--patches",
             metavar="FILE",
             envvar=FILE,
-            help="The TOML file with the patches. Left out, the nearest pyproject.toml with "
-            "[tool.atomic_claim.patches], from here upwards.",
+            help="The TOML file with the patches. Default: the nearest pyproject.toml with "
+            "[tool.atomic_claim.patches], in this folder or above.",
         ),
     ] = None,
 ) -> None:

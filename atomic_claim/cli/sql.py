@@ -34,8 +34,8 @@ DialectsOption = Annotated[
     typer.Option(
         "--dialect",
         metavar="NAME",
-        help=f"For which database: {', '.join(DIALECTS)}; may be given again. Left out, that of "
-        "--url, or else all.",
+        help=f"The database: {', '.join(DIALECTS)}; can be repeated. Default: that of --url, or "
+        "else all.",
     ),
 ]
 
@@ -74,7 +74,7 @@ def sql(
     *,
     table: TableOption = None,
     dialect: DialectsOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many jobs the claim takes.")] = 10,
+    limit: Annotated[int, typer.Option(min=1, help="The limit of the claim.")] = 10,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -20,8 +20,8 @@ TableOption = Annotated[
         "--table",
         metavar="MODULE:NAME|NAME",
         help="The job table: a Table, a mapped class or a JobTable of a module, which may lie in "
-        "the current directory; or its name in the database of --url, with a dot behind its "
-        "schema. Left out, the one that the patches of the nearest pyproject.toml name.",
+        "the current directory; or its name in the database of --url, as SCHEMA.NAME if "
+        "it has a schema. Default: the one in the patches of the nearest pyproject.toml.",
     ),
 ]
 
