@@ -169,7 +169,8 @@ def read_table(
     ends = [reading.arguments.get(role) for role in ("done", "failed") if role not in given]
     held = {c: v for e in ends if isinstance(e, Mapping) and len(e) > 1 for c, v in e.items()}
     held.pop(reading.arguments.get("state"), None)
-    reading.arguments["withdrawn"] = {**held, **reading.arguments.get("withdrawn", {})}
+    if held:
+        reading.arguments["withdrawn"] = {**held, **reading.arguments.get("withdrawn", {})}
     return reading
 
 
