@@ -174,14 +174,14 @@ def test_unknown_dialects_are_refused(url: str, kind: str) -> None:
     engine = sa.create_engine(url, module=AbsentDriver())
     with bound(engine, kind) as bind, pytest.raises(UnsupportedDialect) as raised:
         claim_jobs(bind, job_table(), 1)
-    assert f"not known for {engine.dialect.name!r}" in str(raised.value)
+    assert f"no backend claims rows on {engine.dialect.name!r}" in str(raised.value)
     assert "PostgreSQL" in str(raised.value)
 
 
 @pytest.mark.parametrize("dialect", [mssql.dialect(), oracle.dialect()], ids=lambda d: d.name)
 def test_unknown_dialects_do_not_compile(dialect: sa.Dialect) -> None:
     """The construct raises SQLAlchemy's own `CompileError`, which is a `ClaimError` too."""
-    with pytest.raises(CompileError, match=f"not known for '{dialect.name}'") as raised:
+    with pytest.raises(CompileError, match=f"no backend claims rows on '{dialect.name}'") as raised:
         claim_statement(job_table(), 1).compile(dialect=dialect)
     assert isinstance(raised.value, ClaimError)
 
