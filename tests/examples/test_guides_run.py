@@ -23,7 +23,6 @@ pytest.importorskip("typer", reason="the extra 'cli' is not installed")
 ELSEWHERE: Final = {
     "README": "test_guides.py, tools/test_demo.py",
     "asyncio_fastapi": "test_guide_applications.py",
-    "exclusive_keys": "exclusive/test_exclusive.py",
     "flask": "test_guide_applications.py",
     "guard": "guarding/test_guard.py",
     "legacy_app": "test_guide_applications.py, test_legacy_app.py",
