@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, Table, func
 from sqlalchemy.schema import DefaultClause
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
@@ -23,15 +23,7 @@ from .columns import clause, listed, names_of
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
-
-class Now:
-    """The sign for the database's clock in a mapping of columns to values."""
-
-    def __repr__(self) -> str:
-        return "NOW"
-
-
-NOW = Now()
+NOW = func.now()
 TOKEN_LENGTH = 32
 
 

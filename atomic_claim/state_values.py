@@ -17,7 +17,7 @@ from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecor
 
 from .columns import clause
 from .errors import AmbiguousTable, ClaimError
-from .inference import HELD, NOW, Now, default_text, is_flag, members_of, plain_type
+from .inference import HELD, NOW, default_text, is_flag, members_of, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -193,7 +193,7 @@ def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[A
         ClaimError: the column cannot hold it.
     """
     value, type_ = clause(value), column.type
-    if isinstance(value, (Now, functions.now, functions.current_timestamp)):
+    if isinstance(value, (functions.now, functions.current_timestamp)):
         return now(column)
     if value is None and not column.nullable:
         raise ClaimError(
@@ -252,7 +252,7 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
         return (None if free is UNSET else free), (NOW if claimed is UNSET else claimed)
     given, type_ = {"free": free, "claimed": claimed}, plain_type(state.type)
     missing = " and ".join(f"{role}=..." for role, value in given.items() if value is UNSET)
-    one_of = f" (one of {', '.join(members)})" if (members := members_of(type_)) else ""
+    one_of = f" (one of {', '.join(type_.enums)})" if isinstance(type_, Enum) else ""
     raise AmbiguousTable(
         f"{state} is {type_!r}, whose values are not declared: give {missing} as they stand in the "
         f"column{one_of}"
