@@ -349,7 +349,7 @@ class Claiming:
         ``one_by_one`` is for after a failure: pass over the rows that cause it.
         """
         plan, params, passed = self.plan, self.params, Passed()
-        mark = None
+        found, gives_up, mark = KeyedRows(), False, None
         if one_by_one:
             mark = partial(mark_one_by_one, passed=passed, complete=self._complete)
         if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
