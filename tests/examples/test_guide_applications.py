@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
 
 from atomic_claim import claim_jobs, complete_jobs, keep_claims
 from tests.commands import Command, address
@@ -187,3 +188,20 @@ def test_production(database: Database, workspace: Workspace, command: Command) 
         ended = command(*arguments, "--url", address(database))
         assert ended.code in {0, 1}
         assert ended.err == ""
+
+
+@pytest.mark.databases("postgresql")
+def test_guard(database: Database) -> None:
+    """The guide's triggers refuse a second claim with the message that the guide shows."""
+    engine = database.engine()
+    jobs = job_table(sa.Column("completed_at", sa.DateTime))
+    fill(engine, jobs, 1)
+    (block,) = blocks("guard", "python")
+    exec(block, {"engine": engine, "jobs": jobs})  # noqa: S102 - the guides are ours
+    claim = sa.update(jobs).where(jobs.c.id == 1).values(processing=True)
+    with engine.begin() as connection:
+        connection.execute(claim)
+    with pytest.raises(IntegrityError) as refused, engine.begin() as connection:
+        connection.execute(claim)
+    (shown,) = blocks("guard", "text")
+    assert str(refused.value.orig).startswith(shown)

@@ -24,7 +24,7 @@ ELSEWHERE: Final = {
     "README": "test_guides.py, tools/test_demo.py",
     "asyncio_fastapi": "test_guide_applications.py",
     "flask": "test_guide_applications.py",
-    "guard": "guarding/test_guard.py",
+    "guard": "test_guide_applications.py",
     "legacy_app": "test_guide_applications.py, test_legacy_app.py",
     "patching": "patch/test_examples.py",
     "production": "test_guide_applications.py",
