@@ -182,7 +182,7 @@ def plain_sql(steps: Sequence[Step], name: str) -> str:
 def _ended(statement: str, name: str) -> str:
     """Terminate a statement as the database's command-line client expects it in a file."""
     if name in INNODB and ";" in statement:
-        # That client ends a statement at any semicolon, unless it is told of another end.
+        # That client ends a statement at any semicolon, unless DELIMITER says otherwise.
         return f"DELIMITER //\n{statement}//\nDELIMITER ;"
     return f"{statement};"
 

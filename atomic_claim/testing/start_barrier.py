@@ -25,8 +25,8 @@ STARTING, AT_WORK, IN_STATEMENT, AT_MEETING, PAST = range(5)
 TO_BE_KILLED, KILLED = 2, 1
 # A statement that takes longer than this waits for a lock, as far as the meeting is concerned.
 BLOCKED = 0.3
-# Nor is anybody waited for who is so long in a call without a statement: a lock outside of the
-# database may be what keeps it there.
+# A worker that is in a call for this long without a statement is not waited for: it may wait for a
+# lock outside of the database.
 ABSENT = 2.0
 # SQLite's busy handler sleeps for a millisecond at the least.
 LEAST_WAIT = 0.001
