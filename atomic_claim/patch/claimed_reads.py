@@ -30,6 +30,7 @@ from . import filters
 from .calls import Options
 from .patches import Patch, Run, make_patch
 from .reads import Watch, unwatched, watching
+from .replacing import ALL
 from .selects import (
     adapted,
     baked,
@@ -47,7 +48,6 @@ R = TypeVar("R")
 
 LEASE = timedelta(minutes=5)
 """The lease where the table can hold one and none was asked for; kept while the loop runs."""
-ALL = 2**31 - 1
 logger = logging.getLogger("atomic_claim")
 UNMARKED = (
     "%s was handed claimed rows, and changed none of them: they are free again. If its caller "
@@ -147,11 +147,7 @@ class ClaimWatch(Watch):
     """A running call whose finds are claims."""
 
     def __init__(
-        self,
-        *watched: Any,
-        lease: timedelta | None,
-        worker: str | None,
-        limit: int | None,
+        self, *watched: Any, lease: timedelta | None, worker: str | None, limit: int | None
     ) -> None:
         super().__init__(*watched, limit=limit)
         self._asked = lease
@@ -242,14 +238,12 @@ class ClaimWatch(Watch):
         self._marks += 1
         if statement is None or not self._claims:
             return None
-        table = self.job_table.table
-        # It may be another object for the same table.
-        place: Any = table if statement.table == table else statement.table
+        place: Any = statement.table
         own, others = filters.parted(conjuncts(statement), place, self.job_table)
         if not own:
             return None
         ours = or_(*(self._is_claimed(place, claim) for _, claim in self._claims))
-        running = adapted(predicates.is_running(self.job_table), table, place)
+        running = adapted(predicates.is_running(self.job_table), self.job_table.table, place)
         return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
 
     def flushing(self, entities: Iterable[Any]) -> None:

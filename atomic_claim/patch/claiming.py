@@ -19,7 +19,7 @@ from atomic_claim.lifecycle import release_jobs
 from . import filters
 from .calls import Call, Reading
 from .events import listened, listening
-from .options import ClaimOptions, check_files, checked
+from .options import ClaimOptions, check_files, check_names
 from .patches import Patch, Run, guarded, make_patch
 from .replacing import Replacing
 from .sessions import Opened, Sessions, unlocking
@@ -110,7 +110,7 @@ def patch_claims(target: Any, table: Any = None, **options: Unpack[ClaimOptions]
         TypeError: there is no such option.
         AmbiguousTable: the table's columns cannot be read with certainty.
     """
-    checked(options)
+    check_names(options)
     return make_patch(target, partial(prepared, table, options))
 
 
@@ -119,7 +119,7 @@ def claims(table: Any = None, **options: Unpack[ClaimOptions]) -> Callable[[F], 
 
     The function's ``patch`` is the :class:`Patch`, with its counts.
     """
-    checked(options)
+    check_names(options)
 
     def decorate(function: F) -> F:
         target = loaded(function)

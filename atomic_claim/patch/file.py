@@ -144,15 +144,12 @@ def _entry(path: Path, target: str, given: Any) -> Entry:
         raise PatchError(f"{where}: by={by!r}; expected one of {', '.join(MAKERS)}")
     options = {name: value for name, value in given.items() if name != "by"}
     _check_names(where, options, MAKERS[by][1])
-    if "table" not in options:
-        if by == "patch_claims" and "directory" in options:
-            return Entry(by, target, options)
-        raise PatchError(f'{where} has no table: write table = "package.models:Job"')
-    table = options["table"]
+    table = options.get("table")
     if isinstance(table, dict):
         _check_names(f"table of {where}", table, TABLE_OPTIONS)
         table = table.get("table")
-    if not isinstance(table, str) or not TABLE.fullmatch(table):
+    of_files = by == "patch_claims" and "directory" in options and "table" not in options
+    if not (of_files or (isinstance(table, str) and TABLE.fullmatch(table))):
         raise PatchError(
             f"{where}: table is {table!r}; expected 'package.models:Job', or a path from a "
             "parameter, or a name in the database"

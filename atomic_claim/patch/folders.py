@@ -46,10 +46,8 @@ class FileClaiming(Replacing):
     @asynccontextmanager
     async def claimed(self, call: Call, limit: int) -> AsyncIterator[tuple[list[ClaimedFile], Any]]:
         """Claim files, beside the event loop if there is one, and yield them."""
-        if self.is_coroutine:
-            yield await asyncio.to_thread(self._claim, call, limit), None
-        else:
-            yield self._claim(call, limit), None
+        claim = partial(self._claim, call, limit)
+        yield (await asyncio.to_thread(claim) if self.is_coroutine else claim()), None
 
     def _claim(self, call: Call, limit: int) -> list[ClaimedFile]:
         if limit == 0:

@@ -69,10 +69,8 @@ class Getter:
 
     def put(self, value: Any) -> None:
         """Replace the property's getter."""
-        found = self.original
-        if value is not found.fget:
-            found = found.getter(value)
-        setattr(self.owner, self.name, found)
+        made = self.original if value is self.original.fget else self.original.getter(value)
+        setattr(self.owner, self.name, made)
 
 
 Place = Attribute | Cell | Getter

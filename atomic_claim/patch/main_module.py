@@ -65,13 +65,9 @@ def main_name() -> str:
     if first == "-c":
         return os.environ.get(VARIABLE, "")
     if first == "-m":
-        given = sys.orig_argv
-        for place, word in enumerate(given[1:], 1):
-            if word == "-m":
-                return given[place + 1] if place + 1 < len(given) else ""
-            if word.startswith("-m"):
-                return word.removeprefix("-m")
-        return ""
+        words = iter(sys.orig_argv[1:])
+        given = next((word for word in words if word.startswith("-m")), "")
+        return given.removeprefix("-m") or next(words, "")
     main = sys.modules.get("__main__")
     if (spec := getattr(main, "__spec__", None)) is not None:
         return str(spec.name)

@@ -40,13 +40,12 @@ class ClaimOptions(TypedDict, total=False):
 NAMES = frozenset(ClaimOptions.__annotations__)
 
 
-def checked(options: ClaimOptions) -> ClaimOptions:
+def check_names(options: ClaimOptions) -> None:
     """Refuse keywords that are no options, as a signature would."""
     if unknown := sorted(set(options) - NAMES):
         raise TypeError(
             f"{', '.join(unknown)}: no such option; expected {', '.join(sorted(NAMES))}"
         )
-    return options
 
 
 def check_files(options: ClaimOptions, target: str) -> None:

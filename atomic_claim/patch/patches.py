@@ -19,7 +19,6 @@ from .main_module import check_module, is_main, loaded_module, when_defined
 from .targets import (
     PatchWrapper,
     Target,
-    is_defined,
     named_target,
     object_target,
     parts_of,
@@ -149,7 +148,7 @@ def make_patch(given: Any, prepare: Prepare) -> Patch:
             raise
 
     def install_in_main(module: ModuleType, is_over: bool) -> bool:
-        if is_over or is_defined(module, path):
+        if is_over or hasattr(module, path.partition(".")[0]):
             install(module, is_over=False)
             return True
         return not patch.is_active

@@ -105,8 +105,7 @@ class Watch(ABC):
         """
         with unwatched():
             self.job_table = self._table_from(connection)
-        counts = self.reads > 0
-        find = find_of(self.job_table, statement, params, self.patch.target, counts=counts)
+        find = find_of(self.job_table, statement, params, self.patch.target, counts=self.reads > 0)
         most = self._limit
         if find is None or most is None or (find.limit is not None and find.limit <= most):
             return find

@@ -63,13 +63,16 @@ class Replacing(ABC):
         self.single = self.is_generator or limit is ONE or (limit == 1 and limit is not True)
         every = None if self.is_generator else 1
         self.limit = self._reading("limit", every if limit is ONE else limit)
-        self.worker = self._reading("worker", options.get("worker"), is_text)
+        self.worker = self._reading(
+            "worker", options.get("worker"), lambda given: isinstance(given, str)
+        )
         self.empty = self._reading("empty", options.get("empty"), _is_answer)
         self.when = self._when(options.get("when"))
         self.returns, takes = self._adapter(options.get("returns"))
         self.returns_bind = takes is None or "bind" in takes
         self._adapts_call = takes is None or "call" in takes
-        if not (self.limit.given is None or not self.limit.constant or _is_count(self.limit.given)):
+        most = self.limit.given
+        if self.limit.constant and not (most is None or (type(most) is int and most >= 1)):
             raise PatchError(
                 f"limit={self.limit.given!r} of {target.name}: expected an int of at least 1, "
                 "None for all, or the name of a parameter"
@@ -237,15 +240,6 @@ def _answered(empty: Any) -> Any:
     if isinstance(empty, BaseException):
         raise copy.copy(empty)
     return copy.copy(empty)
-
-
-def is_text(given: Any) -> bool:
-    """Check whether the option is a literal string."""
-    return isinstance(given, str)
-
-
-def _is_count(given: Any) -> bool:
-    return isinstance(given, int) and not isinstance(given, bool) and given >= 1
 
 
 def _is_answer(given: Any) -> bool:

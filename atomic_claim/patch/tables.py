@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from atomic_claim.errors import AmbiguousTable, PatchError
 from atomic_claim.inference import read_columns
-from atomic_claim.job_table import JobTable
+from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.references import reflected
 from atomic_claim.state_values import UNSET
 
@@ -30,10 +30,8 @@ def stateless(table: Any) -> JobTable:
     Raises:
         AmbiguousTable: a column could be a state, and cannot be read with certainty.
     """
-    if isinstance(table, JobTable):
-        return table
     try:
-        return JobTable.infer(table)
+        return job_table_of(table)
     except AmbiguousTable:
         reading = read_columns(_table_of(table), ordered=True)
         if len(reading.problems) > 1 or "state" in reading.arguments:

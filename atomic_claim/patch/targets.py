@@ -99,11 +99,6 @@ def named_target(module: ModuleType, path: str) -> Target:
     return _target(name, owner, last)
 
 
-def is_defined(module: ModuleType, path: str) -> bool:
-    """Check whether a module that is being loaded already has the function, or its class."""
-    return hasattr(module, path.partition(".")[0])
-
-
 def object_target(given: Any) -> Target:
     """Return the target for a function or method.
 

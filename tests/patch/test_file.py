@@ -327,7 +327,7 @@ token = "claim_token", naive_times = "utc" }
         ("[patches]\n'm:f' = 3", "expected a table of options"),
         ("[patches.'m.f']\ntable = 'm:T'", "is not a target"),
         ("[patches.'m:f']\nby = 'magic'", "expected one of patch_claims, lock_reads, claim_reads"),
-        ("[patches.'m:f']\nlimit = 3", "has no table"),
+        ("[patches.'m:f']\nlimit = 3", "table is None; expected 'package.models:Job'"),
         ("[patches.'m:f']\ntable = 'a b'", "expected 'package.models:Job', or a path"),
         ("[patches.'m:f']\ntable = { table = 'm:T', colour = 1 }", "has 'colour'"),
     ],
