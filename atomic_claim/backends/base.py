@@ -310,7 +310,8 @@ class Backend(ABC):
     def compile_time(self, element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
         """Render the database's clock."""
         raise UnsupportedDialect(
-            f"the clock of {compiler.dialect.name!r} is not known to atomic_claim"
+            f"no backend reads the clock of {compiler.dialect.name!r}; expected PostgreSQL, MySQL, "
+            "MariaDB or SQLite"
         )
 
     def is_single(self, plan: ClaimPlan) -> bool:

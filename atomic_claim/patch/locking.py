@@ -57,7 +57,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise PatchError(
                 f"{found.name} is a generator, and a commit of its consumer, between two "
-                "rows, would let go of its locks: patch the function that consumes it, or use "
+                "rows, would end its locks: patch the function that consumes it, or use "
                 "claim_reads()"
             )
         tables = Tables(table, Options(found), keyed_by_row)
@@ -119,8 +119,7 @@ class LockWatch(Watch):
             raise PatchError(
                 f"{self.patch.target} changes {self.table.fullname!r} in another "
                 "transaction than the one it found the rows in, whose end (a commit between two "
-                "rows) let go of them: other workers may have them too. lock_reads cannot protect "
-                "that; claim_reads() can"
+                "rows) ended their locks: other workers may have them. Use claim_reads() instead"
             )
 
     def marked(self, rows: int) -> None:

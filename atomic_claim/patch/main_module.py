@@ -44,8 +44,8 @@ def check_module(name: str) -> None:
         found = next((spec for find in finds if find and (spec := find(part, path))), None)
         if found is None:
             raise MissingModule(
-                f"there is no module {name!r} on this Python's path, so nothing of it can ever be "
-                "patched"
+                f"there is no module {name!r} on this Python's path, so it cannot be patched: "
+                "install it, or correct its name"
             )
         above = found.submodule_search_locations or ()
 

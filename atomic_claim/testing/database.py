@@ -197,7 +197,7 @@ def _check_name(url: URL) -> None:
             "name a file, sqlite:///jobs.db"
         )
     if not name.startswith("file:") and not Path(name).is_file():
-        raise CommandError(f"there is no SQLite database {name!r}")
+        raise CommandError(f"there is no SQLite database {name!r}: check the path in the URL")
 
 
 def complaint(what: str, error: BaseException, url: URL) -> CommandError:

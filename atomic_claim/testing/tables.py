@@ -232,8 +232,8 @@ def _insert(
     new = [row for row in found if _key(table, row) not in before]
     if len(new) != len(rows):
         raise CommandError(
-            f"{table.fullname} has {len(new)} new rows, expected {len(rows)}: does anything else "
-            "write to it?"
+            f"{table.fullname} has {len(new)} new rows, expected {len(rows)}: stop what else "
+            "writes to it"
         )
     return new
 

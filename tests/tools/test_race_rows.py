@@ -124,7 +124,7 @@ def test_rows_of_another_program(database: Database) -> None:
                 connection.execute(table.insert().values(id=100, size=7))
 
     with (
-        pytest.raises(RaceError, match="has 4 new rows, expected 3: does anything else write"),
+        pytest.raises(RaceError, match="has 4 new rows, expected 3: stop what else writes"),
         made(engine, table, existing=True),
     ):
         pass
