@@ -240,7 +240,7 @@ def test_a_refused_row_does_not_stop_a_sweep(
 ) -> None:
     """The others are marked and reported, and the error names the row."""
     engine, jobs = stuck
-    said = r"(?s)of 1 of 5 jobs of 'jobs', their keys: \[\(8,\)\].* as they were; the other 4 were"
+    said = r"(?s)of 1 of 5 jobs of 'jobs', their keys: \[\(8,\)\].* as they were, and the other 4"
     with bound(engine, kind) as bind, pytest.raises(ClaimError, match=said) as raised:
         sweep_jobs(bind, jobs)
     assert isinstance(raised.value.__cause__, sa.exc.DBAPIError)
@@ -256,7 +256,7 @@ def test_a_refused_row_does_not_stop_a_requeue(
 ) -> None:
     """It counts for the limit, which the parts do not exceed together."""
     engine, jobs = stuck
-    said = r"(?s)of 1 of 4 jobs of 'jobs', their keys: \[\(3,\)\].* as they were; the other 3 were"
+    said = r"(?s)of 1 of 4 jobs of 'jobs', their keys: \[\(3,\)\].* as they were, and the other 3"
     with bound(engine, kind) as bind, pytest.raises(ClaimError, match=said):
         requeue_jobs(bind, jobs, limit=4)
     assert failed(engine, jobs) == [3, 5]

@@ -233,7 +233,7 @@ def test_a_commit_between_read_and_mark_is_refused(engine: sa.Engine) -> None:
     with (
         lock_reads(f"{HERE}:commits_in_between", Event),
         Session(engine) as session,
-        pytest.raises(PatchError, match=r"claim_reads\(\) can"),
+        pytest.raises(PatchError, match=r"Use claim_reads\(\)"),
     ):
         commits_in_between(session)
     with Session(engine) as session:
