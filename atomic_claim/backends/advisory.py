@@ -39,15 +39,6 @@ TIMEOUT = "idle_in_transaction_session_timeout"
 LONGEST_IDLE = "5s"
 
 
-def lock_number(key: ColumnElement[Any]) -> ColumnElement[int]:
-    """Return the number of a key's lock.
-
-    Keys that the database compares as equal share a number, as some others do by chance: while
-    one of them is locked, the other is passed over, which costs a claim some rows and nothing else.
-    """
-    return case((key.is_not(None), func.hash_array(array([key]), type_=Integer())))
-
-
 def table_number(connection: Connection, table: Table) -> ColumnElement[int]:
     """Return the number of the table in the locks of its keys: a partition has its root's.
 
@@ -79,8 +70,14 @@ def require_locks(dialect: Dialect) -> None:
 class AdvisoryLocks(KeyLocks):
     """An advisory lock for each key."""
 
-    def number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
-        return lock_number(key)
+    def number(self, key: ColumnElement[Any]) -> ColumnElement[Any]:
+        """Return the number of a key's lock.
+
+        Keys that the database compares as equal share a number, as some others do by chance: while
+        one of them is locked, the other is passed over, which costs a claim some rows and nothing
+        else.
+        """
+        return case((key.is_not(None), func.hash_array(array([key]), type_=Integer())))
 
     def lock(
         self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
@@ -110,7 +107,7 @@ class AdvisoryLocks(KeyLocks):
     def held(self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> Iterator[None]:
         """Lock them in an order of their own, before the UPDATE reads the clock at its start."""
         column = job_table.exclusive_by
-        number = lock_number(column).label("claim_lock")
+        number = self.number(column).label("claim_lock")
         of_keys = select(number).where(column.is_not(None)).distinct()
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:

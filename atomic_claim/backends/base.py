@@ -163,15 +163,7 @@ Within = Callable[[Callable[[Transaction], Any]], Any]
 
 
 class Unreadable(Exception):
-    """Raised if at least one of the marked rows cannot be read.
-
-    Attributes:
-        keys: their primary keys, in claim order.
-    """
-
-    def __init__(self, keys: Sequence[Key]) -> None:
-        super().__init__(f"the rows {keys!r} are marked, and cannot all be read")
-        self.keys = keys
+    """Raised with the keys of marked rows, if at least one of them cannot be read."""
 
 
 Mark = Callable[[Transaction, ClaimPlan, Sequence[Key], Mapping[str, Any]], KeyedRows]
@@ -227,7 +219,7 @@ class KeyLocks:
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
 
-    def number(self, job_table: JobTable, key: ColumnElement[Any]) -> ColumnElement[Any]:
+    def number(self, key: ColumnElement[Any]) -> ColumnElement[Any]:
         """Return the number of a key's lock, where keys are locked one by one, or NULL."""
         return null()
 

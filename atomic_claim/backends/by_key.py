@@ -286,7 +286,7 @@ class KeySearch:
         """Add the number of the exclusive key's lock, and whether it has room."""
         rows = found.subquery(self._name("turn"))
         key = rows.columns[KEY]
-        number = self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")
+        number = self.backend.key_locks.number(key).label("claim_lock")
         has_room = or_(key.is_(None), self._running(rows) < self._most).label("has_room")
         order = [rows.columns[FAIR], *self.plan.candidates.terms(rows)]
         return select(*rows.columns, number, has_room).order_by(*order)
@@ -302,7 +302,7 @@ class KeySearch:
     def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
         """Return the parts of a :class:`Candidate`, its branch, and whether its key has room."""
         key = found.columns[KEY]
-        told = [key, self.backend.key_locks.number(self.plan.job_table, key).label("claim_lock")]
+        told = [key, self.backend.key_locks.number(key).label("claim_lock")]
         told += [found.columns[ALONE]] if ALONE in found.columns else []
         return [*self._ids(found), *told, found.columns[BRANCH], has_room.label("has_room")]
 

@@ -13,16 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, literal_column, select, update
+from sqlalchemy import Connection, and_, case, literal_column, select, true
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
-from atomic_claim.sql_elements import ByKey, key_in
 
-from .base import Backend, Transaction, Unreadable, hinted, mark_and_load, read_back
+from .base import Backend, Transaction, Unreadable, mark_and_load, read_back
 from .drivers import code_of
 from .reading import Key, KeyedRows
 
@@ -189,21 +188,15 @@ def _undo(
 
     In a transaction the rows are locked; in AUTOCOMMIT they must bear the claim's token still.
     """
-    job_table, hints = plan.job_table, tx.backend.hints
+    job_table = plan.job_table
     try:
         if isinstance(cause, ClaimConflict):
             raise cause
-        changing = hinted(update(job_table.table), job_table.table, hints)
-        changing = changing.values(freeing(job_table))
-        if TOKEN in params:
-            changing = changing.where(job_table.token == params[TOKEN])
-        asking = select(*job_table.key).where(predicates.is_free(job_table))
-        asking = hinted(asking, job_table.table, hints)
-        freed = ByKey(job_table.key, asking.with_for_update().where)
-        for chunk, _ in tx.by_key(ByKey(job_table.key, changing.where), keys):
-            free = tx.tuples(*freed.of(chunk))
-            if len(free) < len(chunk) and not tx.autocommit:
-                raise ClaimError(f"{len(chunk) - len(free)} rows could not be freed again")
+        is_ours = job_table.token == params[TOKEN] if TOKEN in params else true()
+        tx.backend.change(tx, keys, tx.backend.changes(job_table, is_ours, freeing(job_table)))
+        free = tx.backend.unlocked(tx, job_table, keys, predicates.is_free(job_table))
+        if len(free) < len(keys) and not tx.autocommit:
+            raise ClaimError(f"{len(keys) - len(free)} rows could not be freed again")
     except (SQLAlchemyError, ClaimError) as error:
         # A transaction that has failed on the server cannot be committed in any case.
         if not isinstance(cause, DBAPIError):
@@ -218,8 +211,7 @@ def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
     job_table = plan.job_table
     if job_table.attempts is not None:
         counted = {job_table.attempts: plan.values[job_table.attempts]}
-        statement = update(job_table.table).where(key_in(job_table.key, [key])).values(counted)
-        tx.execute(hinted(statement, job_table.table, tx.backend.hints))
+        tx.backend.change(tx, [key], tx.backend.changes(job_table, true(), counted))
 
 
 def _pass_over(plan: ClaimPlan, key: Key, what: str, error: BaseException, passed: Passed) -> None:

@@ -372,7 +372,7 @@ def test_rows_whose_mark_is_refused(database: Database, kind: str, roles: dict[s
     with bound(engine, kind) as bind:
         for limit in (1, 5):
             with pytest.raises(
-                ClaimError, match=r"of 3 .* handed out: \(1,\) .* marked: "
+                ClaimError, match=r"of 3 .* handed out: \(1,\) .* marked "
             ) as raised:
                 claim_jobs(bind, jobs, limit)
             assert isinstance(raised.value.__cause__, sa.exc.DBAPIError)
