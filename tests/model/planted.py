@@ -204,8 +204,8 @@ BUGS: Final = (
     Planted(
         "the look counts no running rows",
         "backends/by_key.py",
-        "running.where(self._column == rows.columns[KEY], predicates.is_held(job_table))",
-        "running.where(self._column == rows.columns[KEY], predicates.is_free(job_table))",
+        "running.where(self._column == key, predicates.is_held(job_table))",
+        "running.where(self._column == key, predicates.is_free(job_table))",
     ),
     Planted(
         "a turn always begins at the first key",
