@@ -171,7 +171,7 @@ def blocked(engine: sa.Engine) -> None:
         threading.Event().wait()
 
 
-def hanging_loop(*_: Any) -> None:
+def hanging(engine: sa.Engine, limit: int) -> None:  # noqa: ARG001 - as claims are given
     """Never end; record the process ids."""
     _record_processes()
     threading.Event().wait()

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from importlib.metadata import Distribution
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from . import demo, doctor, jobs, migration, race, run, sql
 from .options import Flag
 
+
+class PlainHelp:
+    """A command whose option --help is shown without a type, as the other flags are."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option, which typer would show with ``<bool>``."""
+        option: Any = super().get_help_option(ctx)  # type: ignore[misc]
+        option.metavar = ""
+        return option
+
+
+class PlainCommand(PlainHelp, TyperCommand):
+    """A command."""
+
+
+class PlainGroup(PlainHelp, TyperGroup):
+    """The program."""
+
+
 app = typer.Typer(
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     # Paragraphs are filled to the terminal's width.
@@ -18,25 +39,26 @@ app = typer.Typer(
     # Typer's own tracebacks could show the values of variables, a URL with its password included.
     pretty_exceptions_enable=False,
 )
-app.command("demo")(demo.demo)
 # What follows the command's name is the command's, options included.
-app.command("run", context_settings={"allow_interspersed_args": False})(run.run)
-app.command("race")(race.race)
-app.command("doctor")(doctor.doctor)
-app.command("jobs")(jobs.jobs)
-app.command("sql")(sql.sql)
-app.command("migration")(migration.migration)
+RUN = {"allow_interspersed_args": False}
+for command in (
+    demo.demo,
+    run.run,
+    race.race,
+    doctor.doctor,
+    jobs.jobs,
+    sql.sql,
+    migration.migration,
+):
+    settings = RUN if command is run.run else None
+    app.command(command.__name__, cls=PlainCommand, context_settings=settings)(command)
 
 
 def _show_version(wanted: bool) -> None:
-    if not wanted:
-        return
-    try:
-        found = version("atomic-claim")
-    except PackageNotFoundError:
-        found = "(not installed)"
-    typer.echo(f"atomic-claim {found}")
-    raise typer.Exit
+    if wanted:
+        found = next(iter(Distribution.discover(name="atomic-claim")), None)
+        typer.echo(f"atomic-claim {'(not installed)' if found is None else found.version}")
+        raise typer.Exit
 
 
 @app.callback()

@@ -143,13 +143,12 @@ def _show(screen: Console, found: Examination) -> None:
     numbers = [(found.number(Level.PROBLEM), "problem"), (found.number(Level.NOTE), "note")]
     said = ", ".join(count(number, noun) for number, noun in numbers if number) or "all is well"
     shown = Table(
+        *("", "check", "found"),
         box=box.SIMPLE_HEAD,
         title=f"{found.server}: {found.table}: {said}",
         title_justify="left",
         title_style="bold",
     )
-    for heading in ("", "check", "found"):
-        shown.add_column(heading, justify="left", vertical="top")
     for finding in found.findings:
         shown.add_row(_mark(finding.level), Text(finding.check), Text(finding.found))
     screen.print(shown)

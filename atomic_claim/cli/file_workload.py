@@ -107,9 +107,6 @@ def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
     def receive(_: int, call: Call) -> bool:
         calls.append(call)
         done.update(call.keys)
-        return False
-
-    def tick() -> bool:
         progress(len(done))
         return False
 
@@ -119,7 +116,7 @@ def run_file_half(name: str, workload: Workload, progress: Progress) -> Counted:
             workload.workers,
             seconds=TIMEOUT + workload.jobs,
             receive=receive,
-            tick=tick,
+            tick=lambda: False,
         )
     return Counted(
         name=name,

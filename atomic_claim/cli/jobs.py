@@ -26,7 +26,7 @@ from atomic_claim.testing.database import CommandError
 
 from .checks.findings import count
 from .checks.rows import claimed_at, is_marked
-from .options import Flag, StuckAfterOption, UrlOption, console, plain_ending, server
+from .options import Flag, JsonOption, StuckAfterOption, UrlOption, console, plain_ending, server
 from .targets import TableOption, load_job_table
 
 ROLES = ("state", "due", "worker", "lease", "attempts", "error")
@@ -75,7 +75,6 @@ ReleaseOption = Annotated[
     ),
 ]
 YesOption = Annotated[bool, Flag("--yes", help="Do not ask.")]
-JobsJsonOption = Annotated[bool, Flag("--json", help="Print JSON.")]
 
 
 def jobs(
@@ -92,7 +91,7 @@ def jobs(
     release_stuck: ReleaseOption = False,
     yes: YesOption = False,
     url: UrlOption = None,
-    as_json: JobsJsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the jobs of a table, and free those of dead workers and those that have failed.
 

@@ -116,14 +116,19 @@ def migration(
             command = _command(table, wanted, names, flags)
             found |= _revision(job_table, steps, names, command, config=config, write=write)
             found["model"] = model_lines(given, name_of(chosen(table)), steps)
-        if as_json:
-            typer.echo(json.dumps(found, indent=2))
-        elif as_sql:
-            show_sql(console(), "\n\n".join(found["sql"].values()))
-        else:
-            typer.echo(found["path"] or found["text"].rstrip())
-            if found["model"]:
-                typer.echo("\n".join([FOR_THE_MODEL, *found["model"]]), err=not write)
+        _print(found, as_json=as_json)
+
+
+def _print(found: dict[str, Any], *, as_json: bool) -> None:
+    """Print the SQL, or the revision or its path, and beside it the lines for the model."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    elif "sql" in found:
+        show_sql(console(), "\n\n".join(found["sql"].values()))
+    else:
+        typer.echo(found["path"] or found["text"].rstrip())
+        if found["model"]:
+            typer.echo("\n".join([FOR_THE_MODEL, *found["model"]]), err=not found["path"])
 
 
 def _command(table: str | None, wanted: Sequence[str], names: Sequence[str], flags: str) -> str:

@@ -49,9 +49,7 @@ UrlOption = Annotated[
         help="The database, as an SQLAlchemy URL such as postgresql://user@host/database.",
     ),
 ]
-JsonOption = Annotated[
-    bool, Flag("--json", help="Print the figures as JSON in place of the table.")
-]
+JsonOption = Annotated[bool, Flag("--json", help="Print JSON in place of text.")]
 WorkersOption = Annotated[int, typer.Option(min=1, help="The number of worker processes.")]
 JobsOption = Annotated[int, typer.Option(min=1, help="The number of jobs.")]
 StuckAfterOption = Annotated[

@@ -149,9 +149,8 @@ def race(
     """
     with plain_ending():
         check_picture(svg)
-        if url is not None and typed(context, "url"):
-            # For what the user's modules do when they are imported.
-            os.environ["DATABASE_URL"] = url
+        # For what the user's modules do when they are imported.
+        os.environ |= {"DATABASE_URL": str(url)} if typed(context, "url") else {}
         hold = partial(
             held,
             table=chosen(table),
@@ -168,8 +167,7 @@ def race(
         )
         races = _held_each([target, *([compare] if compare else [])], hold, patches, jobs)
         figures = _figures(races) if as_json else None
-        verdicts = map(_verdict, races)
-        report(races[0].database, races, NAMES, verdicts, figures=figures, svg=svg)
+        report(races[0].database, races, NAMES, map(_verdict, races), figures=figures, svg=svg)
         end(is_well=all(each.exact for each in races))
 
 

@@ -298,8 +298,8 @@ def gone(pid: int) -> bool:
 HANGING_DEMO = """
 from atomic_claim.__main__ import main
 from atomic_claim.cli.workload import HALVES
-from tests.racers import hanging_loop
-HALVES["legacy loop"] = hanging_loop
+from tests.racers import hanging
+HALVES["legacy loop"] = hanging
 main()
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,9 @@ from atomic_claim.backends.postgresql import UTC_NAMES
 from atomic_claim.cli.indexes import needed_indexes
 
 from .findings import Finding, Level, Patient, Reading
+
+# The parameters of checks that are made only if the columns are understood.
+OF_COLUMNS = ("written", "kept", "needed", "naive")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,6 @@ class CatalogCheck:
     level: str = Level.PROBLEM
     needs: str = ""
     fine: str = ""
-
-    @property
-    def parameters(self) -> Set[str]:
-        """The names of the query's parameters."""
-        return frozenset(text(f"{self.query}; {self.fine}").compile().params)
 
     def findings(self, patient: Patient, known: Mapping[str, Any]) -> Iterator[Finding]:
         """Yield a finding for each row, or one that all is well."""
@@ -95,12 +93,6 @@ def query(name: str, product: str) -> TextClause:
     return text(_table()["queries"][name][product])
 
 
-@cache
-def all_checks() -> list[CatalogCheck]:
-    """Return the checks in their order."""
-    return [CatalogCheck(**entry) for entry in _table()["check"]]
-
-
 def of_database(patient: Patient) -> Iterator[Finding]:
     """Make the checks of this database that need nothing to be known of the columns."""
     return _findings(patient, {})
@@ -126,7 +118,8 @@ def _findings(patient: Patient, of_columns: Mapping[str, str]) -> Iterator[Findi
     table = patient.table
     known: dict[str, Any] = {"name": table.name, "schema": table.schema, "table": patient.name}
     known |= {"age": patient.transaction_after.total_seconds(), **of_columns}
-    for check in all_checks():
-        about_columns = not check.parameters.isdisjoint(("written", "kept", "needed", "naive"))
+    for check in (CatalogCheck(**entry) for entry in _table()["check"]):
+        names = text(f"{check.query}; {check.fine}").compile().params.keys()
+        about_columns = not names.isdisjoint(OF_COLUMNS)
         if patient.product in check.databases and about_columns == bool(of_columns):
             yield from check.findings(patient, known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import chain, count
 from typing import Any
 
@@ -80,29 +80,29 @@ def read(given: Any) -> tuple[JobTable | None, Finding]:
     except ClaimError as error:
         found, fix = advice(error)
         return None, finding("doubt", found=found, fix=fix)
-    said = [f"{role}: {names}" for role, names in _roles(job_table).items()]
-    if unread := _unread(job_table):
-        said.append(f"not understood: {', '.join(unread)}")
-    return job_table, Finding("meaning of the columns", Level.FINE, "; ".join(said))
+    roles = _roles(job_table)
+    said = {role: ", ".join(dict.fromkeys(c.name for c in each)) for role, each in roles.items()}
+    said["order"] = ", ".join(_term(term) for term in job_table.order or job_table.key)
+    used = {c.name for each in (*roles.values(), job_table.key) for c in each}
+    unread = ", ".join(c.name for c in job_table.table.columns if c.name not in used)
+    said |= {"not understood": unread} if unread else {}
+    found = "; ".join(f"{role}: {names}" for role, names in said.items())
+    return job_table, Finding("meaning of the columns", Level.FINE, found)
 
 
-def _roles(job_table: JobTable) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
-    if job_table.state is not None:
-        found["state"] = [job_table.state.name]
-    else:
-        found["free"] = sorted({c.name for c in _columns_in(job_table.free)})
+def _roles(job_table: JobTable) -> dict[str, list[Column[Any]]]:
+    """Return the columns that have a meaning for claims, by role."""
+    state = job_table.state
+    found = {"state": [] if state is None else [state]}
+    found["free"] = [column for column in _columns_in(job_table.free) if column is not state]
     for role in ("claimed", "done", "failed", "withdrawn"):
-        marks: Mapping[Column[Any], Any] = getattr(job_table, role)
-        if names := [c.name for c in marks if c is not job_table.state]:
-            found[role] = names
-    found["order"] = [_term(term) for term in job_table.order or job_table.key]
-    for role in COLUMNS[1:]:
-        if (column := getattr(job_table, role)) is not None:
-            found[role] = [column.name]
-    if job_table.stamps:
-        found["stamps"] = [column.name for column in job_table.stamps]
-    return {role: ", ".join(names) for role, names in found.items()}
+        found[role] = [column for column in getattr(job_table, role) if column is not state]
+    found["order"] = [c for term in job_table.order or job_table.key for c in _columns_in(term)]
+    for role in (*COLUMNS[1:], "max_attempts"):
+        column = getattr(job_table, role)
+        found[role] = [column] if isinstance(column, Column) else []
+    found["stamps"] = [*job_table.stamps]
+    return {role: each for role, each in found.items() if each}
 
 
 def _term(given: Any) -> str:
@@ -112,14 +112,3 @@ def _term(given: Any) -> str:
 
 def _columns_in(clause: Any) -> Iterator[Column[Any]]:
     yield from (part for part in visitors.iterate(clause) if isinstance(part, Column))
-
-
-def _unread(job_table: JobTable) -> list[str]:
-    """Return the columns without a meaning for claims."""
-    marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
-    used = {column.name for mark in marks for column in mark}
-    used |= {c.name for term in (job_table.free, *job_table.order) for c in _columns_in(term)}
-    own = (getattr(job_table, role) for role in (*COLUMNS, "max_attempts"))
-    used |= {column.name for column in own if isinstance(column, Column)}
-    used |= {column.name for column in (*job_table.stamps, *job_table.key)}
-    return [column.name for column in job_table.table.columns if column.name not in used]
