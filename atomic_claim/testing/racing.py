@@ -145,9 +145,7 @@ def _run(task: RaceTask, record: Record, timeout: float, shown: str | None) -> R
         )
     except Overdue:
         said = record.standing(timeout)
-        raise CommandError(
-            f"the race was not over after {timeout:g} seconds: {said}"
-        ) from None
+        raise CommandError(f"the race was not over after {timeout:g} seconds: {said}") from None
     return Race(
         name=task.target if task.patches is None else f"{task.target} (patched)",
         target=task.target,
