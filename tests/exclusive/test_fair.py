@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
+from itertools import cycle
 from typing import Any
 from uuid import UUID
 
@@ -30,7 +31,8 @@ from atomic_claim import (
 from atomic_claim.claim import dequeue_jobs
 from atomic_claim.cli.indexes import NeededIndex, needed_indexes
 from atomic_claim.cli.plans import unserved
-from atomic_claim.cli.texts import fresh_plan
+from atomic_claim.cli.sql import sequences
+from atomic_claim.cli.texts import dialect_of, fresh_plan
 from atomic_claim.plan import ClaimRequest
 from tests.databases import Database
 from tests.exclusive.test_exclusive import DRIVERS
@@ -101,7 +103,10 @@ def tenants_of(claim: Any) -> list[int | None]:
 
 @TIMED
 def test_a_new_row_behind_a_flood(database: Database, timed: bool) -> None:
-    """One row behind 100,000 of another tenant: claimed within a round, or in the next batch."""
+    """One row behind 100,000 of another tenant: claimed within a round, or in the next batch.
+
+    Each of eight claimers may have one more claim under way.
+    """
     jobs, engine = fair_table(timed=timed), database.engine()
     filled(engine, jobs, [1] * FLOOD)
     assert tenants_of(claim_jobs(engine, jobs, 10)) == [1] * 10
@@ -110,12 +115,40 @@ def test_a_new_row_behind_a_flood(database: Database, timed: bool) -> None:
     assert ids(claim_jobs(engine, jobs, 1)) + ids(claim_jobs(engine, jobs, 1)) == [FLOOD + 1, 12]
     filled(engine, jobs, [2], first=FLOOD + 2)
     assert ids(claim_jobs(engine, jobs, 10)) == [FLOOD + 2, *range(13, 22)]
+    engines = [database.engine() for _ in range(8)]
+    found = beside(engines, jobs, 10, 200)
+    filled(engine, jobs, [2], first=FLOOD + 3)
+    one = beside(engines, jobs, 1, 20)
+    assert FLOOD + 3 in one[:17]
+    filled(engine, jobs, [2], first=FLOOD + 4)
+    ten = beside(engines, jobs, 10, 200)
+    assert FLOOD + 4 in ten[:81]
+    found += one + ten
+    assert len(set(found)) == len(found)
 
 
-def in_turn(engine: sa.Engine, jobs: JobTable, rows: int, limit: int = 1) -> list[int | None]:
-    """Claim this number of rows, and return their tenants."""
+def beside(engines: Sequence[sa.Engine], jobs: JobTable, limit: int, rows: int) -> list[int]:
+    """Claim this number of rows by all engines at once; return them in the order of the claims."""
+    found: list[int] = []
+    lock, start = threading.Lock(), threading.Barrier(len(engines))
+
+    def work(engine: sa.Engine) -> None:
+        start.wait()
+        while len(found) < rows:
+            claim = claim_jobs(engine, jobs, limit)
+            with lock:
+                found.extend(ids(claim))
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        list(pool.map(work, engines))
+    return found
+
+
+def in_turn(jobs: JobTable, rows: int, limit: int = 1, *engines: sa.Engine) -> list[int | None]:
+    """Claim this number of rows by the engines in alternation, and return their tenants."""
     found: list[int | None] = []
-    while len(found) < rows and (claim := claim_jobs(engine, jobs, limit)):
+    each = cycle(engines)
+    while len(found) < rows and (claim := claim_jobs(next(each), jobs, limit)):
         found += tenants_of(claim)
     return found
 
@@ -125,7 +158,7 @@ def test_the_turn_goes_on(database: Database, timed: bool) -> None:
     """Each claim begins behind the last key, wraps around, and NULL is a key of its own."""
     jobs, engine = fair_table(timed=timed), database.engine()
     filled(engine, jobs, [3, 3, 3, 1, 1, None, None, 2, 2, 2, 2])
-    assert in_turn(engine, jobs, 11) == [1, 2, 3, None, 1, 2, 3, None, 2, 3, 2]
+    assert in_turn(jobs, 11, 1, engine) == [1, 2, 3, None, 1, 2, 3, None, 2, 3, 2]
     filled(engine, jobs, [3, 3, 3, 1, 1, None, None, 2, 2, 2, 2], first=12)
     assert tenants_of(claim_jobs(engine, jobs, 3)) == [3, None, 1]
     assert tenants_of(claim_jobs(engine, jobs, 20)) == [2, 3, None, 1, 2, 3, 2, 2]
@@ -140,54 +173,30 @@ def shares(found: list[int | None], tenants: int) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize(("timed", "limit"), [(True, 1), (False, 10)])
 def test_a_thousand_uneven_tenants(database: Database, timed: bool, limit: int) -> None:
-    """In any 1,000 consecutive claimed rows each of 1,000 tenants has one, or two at most."""
+    """In any 1,000 consecutive claimed rows each of 1,000 tenants has one.
+
+    By the claim time, so do several processes whose claims follow each other.
+    """
     jobs, engine = fair_table(timed=timed), database.engine()
     rows: list[int | None] = [n for n in range(1000) for _ in range(3 if n % 200 else 1000)]
     filled(engine, jobs, rows)
-    found = in_turn(engine, jobs, 1200 * limit if limit == 1 else 2500, limit)
+    engines = [database.engine() for _ in range(3)] if timed else [engine]
+    found = in_turn(jobs, 1200 * limit if limit == 1 else 2500, limit, *engines)
     assert set(shares(found, 1000)) == {(1, 1)}
-
-
-def beside(claimers: int, engine: sa.Engine, jobs: JobTable, limit: int, rows: int) -> list[Any]:
-    """Let several claimers take this number of rows; return them in the order of the claims."""
-    found: list[tuple[float, Any]] = []
-    lock, start = threading.Lock(), threading.Barrier(claimers)
-
-    def work() -> None:
-        start.wait()
-        while len(found) < rows:
-            claim = claim_jobs(engine, jobs, limit)
-            with lock:
-                found.extend(claim)
-
-    with ThreadPoolExecutor(claimers) as pool:
-        for each in [pool.submit(work) for _ in range(claimers)]:
-            each.result()
-    return found
-
-
-@TIMED
-def test_eight_claimers(database: Database, timed: bool) -> None:
-    """A new row behind a flood is claimed soon by one of eight claimers, and no row twice."""
-    jobs, engine = fair_table(timed=timed), database.engine(pool_size=8)
-    filled(engine, jobs, [1] * 5000)
-    first = ids(beside(8, engine, jobs, 10, 200))
-    filled(engine, jobs, [2], first=5001)
-    # Each claimer may have one row more under way.
-    found = ids(beside(8, engine, jobs, 1, 20))
-    assert 5001 in found[:17]
-    filled(engine, jobs, [2], first=5002)
-    batches = ids(beside(8, engine, jobs, 10, 200))
-    assert 5002 in batches[:81]
-    every = first + found + batches
-    assert len(set(every)) == len(every)
 
 
 def test_one_claim_in_each_process(database: Database) -> None:
     """Where a claim writes its time, a process that makes one claim goes on behind the others."""
     jobs = fair_table()
     filled(database.engine(), jobs, [1, 1, 1, 2, 2, 3])
-    assert [in_turn(database.engine(), jobs, 1) for _ in range(6)] == [[1], [2], [3], [1], [2], [1]]
+    assert [in_turn(jobs, 1, 1, database.engine()) for _ in range(6)] == [
+        [1],
+        [2],
+        [3],
+        [1],
+        [2],
+        [1],
+    ]
 
 
 @TIMED
@@ -400,6 +409,19 @@ def drop_index(needed: NeededIndex, database: Database) -> str:
     """Return the statement that drops an index within a transaction."""
     on = f" ON {needed.table.name}" if database.name in INNODB else ""
     return f"DROP INDEX {needed.name}{on}"
+
+
+@pytest.mark.parametrize("dialect", ["postgresql", "mysql", "mariadb", "sqlite"])
+@pytest.mark.parametrize("keys", [{}, {"exclusive_by": "customer_id"}])
+def test_the_statements_to_read(dialect: str, keys: dict[str, str]) -> None:
+    """The command sql shows the probes of a turn before the mark."""
+    jobs = fair_table(**keys)
+    shown = next(sequences(jobs, dialect_of(dialect), 10))
+    texts = [step.sql for step in shown.steps]
+    (behind,) = [text for text in texts if "tenant_id > :after" in text]
+    assert ("LATERAL" in behind) is (dialect == "postgresql")
+    assert any("claimed_at >" in text for text in texts)
+    assert shown.transaction
 
 
 def test_what_cannot_take_turns_refuses() -> None:
