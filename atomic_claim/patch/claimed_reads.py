@@ -36,7 +36,6 @@ from .selects import (
     baked,
     conjuncts,
     is_table,
-    order_terms,
     speaks_only_of,
     with_conditions,
     with_criteria,
@@ -122,8 +121,7 @@ def _leased(job_table: JobTable, lease: timedelta | None, at_most_once: bool) ->
     """Return the table to claim with, or raise if a crash would lose jobs unnoticed."""
     name = job_table.table.fullname
     only_state = not job_table.done and not job_table.failed
-    columns = {"lease": job_table.lease, "token": job_table.token}
-    missing = [role for role, column in columns.items() if column is None]
+    missing = [role for role in ("lease", "token") if getattr(job_table, role) is None]
     if not missing and only_state and job_table.state is not job_table.lease:
         return leased_only(job_table)
     if missing and (lease is not None or (only_state and not at_most_once)):
@@ -152,8 +150,7 @@ class ClaimWatch(Watch):
         super().__init__(*watched, limit=limit)
         self._asked = lease
         self._worker = worker
-        self._claims: list[tuple[Engine, Claim[Any]]] = []
-        self._beats: list[tuple[Engine, Beat]] = []
+        self._claims: list[tuple[Engine, Claim[Any], Beat | None]] = []
         self._next_beat = float("inf")
         self._done: dict[Any, set[Any]] = {}
         self._marks = 0
@@ -175,7 +172,6 @@ class ClaimWatch(Watch):
         self.patch.count(claimed=len(claim))
         if not claim:
             return with_conditions(find.statement, false())
-        self._claims.append((engine, claim))
         return with_conditions(find.statement, *search.others, self._is_claimed(find.place, claim))
 
     @property
@@ -193,11 +189,13 @@ class ClaimWatch(Watch):
             worker=self._worker,
             lease=self._lease,
         )
+        beat = None
         if claim and self._lease is not None:
             beat = Beat(engine, owned_rows(claim, None, unfenced=False), self._lease / 3)
             beat.reached = time.monotonic()
-            self._beats.append((engine, beat))
             self._next_beat = min(self._next_beat, time.monotonic() + beat.every)
+        if claim:
+            self._claims.append((engine, claim, beat))
         return claim
 
     def _is_claimed(self, place: FromClause, claim: Claim[Any]) -> Any:
@@ -216,14 +214,17 @@ class ClaimWatch(Watch):
         """Extend the leases, since the loop itself does not while it works."""
         if time.monotonic() < self._next_beat:
             return
-        self._next_beat = time.monotonic() + min(beat.every for _, beat in self._beats)
-        for engine, beat in self._beats:
+        beats = [(engine, beat) for engine, _, beat in self._claims if beat is not None]
+        self._next_beat = time.monotonic() + min((b.every for _, b in beats), default=float("inf"))
+        for engine, beat in beats:
             if lost := self._ours(engine, beat.once):
                 raise ClaimLost(
                     f"{self.patch.target} stood still for longer than the lease of {self._lease}, "
                     f"and {len(lost)} of its jobs are other workers', their keys: {list(lost)!r}",
                     keys=lost,
                 )
+        # A call may go on for as long as its program runs.
+        self._claims = [each for each in self._claims if each[2] is None or each[2].remaining]
 
     def mark(
         self,
@@ -242,7 +243,7 @@ class ClaimWatch(Watch):
         own, others = filters.parted(conjuncts(statement), place, self.job_table)
         if not own:
             return None
-        ours = or_(*(self._is_claimed(place, claim) for _, claim in self._claims))
+        ours = or_(*(self._is_claimed(place, claim) for _, claim, _ in self._claims))
         running = adapted(predicates.is_running(self.job_table), self.job_table.table, place)
         return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
 
@@ -260,11 +261,11 @@ class ClaimWatch(Watch):
 
     def close(self) -> None:
         """Free what is still marked as claimed; what cannot be reached is left to its lease."""
-        has_marks = bool(self._marks or self._done)
-        if not has_marks and not self.failed and any(c.token for _, c in self._claims):
+        is_marked = self._marks or self._done or self.failed
+        if not is_marked and any(claim.token for _, claim, _ in self._claims):
             logger.warning(UNMARKED, self.patch.target)
         while self._claims:
-            engine, claim = self._claims.pop()
+            engine, claim, _ = self._claims.pop()
             with suppress(ClaimConflict, SQLAlchemyError):
                 if claim.token is not None:
                     self._ours(engine, partial(release_left, engine, claim))
@@ -320,7 +321,8 @@ class _Search:
 
     def order(self) -> list[Any] | None:
         """Return the SELECT's order if it uses only the table's own columns, else None."""
-        find, terms = self.find, order_terms(self.find.statement)
+        find = self.find
+        terms = find.statement._order_by_clauses  # noqa: SLF001 - there is no public name for it
         if not terms or not all(speaks_only_of(term, find.place) for term in terms):
             return None
         return [adapted(term, find.place, find.job_table.table) for term in terms]

@@ -243,11 +243,6 @@ def conjuncts(statement: Select[Any] | Update | Delete) -> tuple[Any, ...]:
     return statement._where_criteria
 
 
-def order_terms(statement: Select[Any]) -> tuple[Any, ...]:
-    """Return the ORDER BY terms of a SELECT."""
-    return tuple(statement._order_by_clauses)
-
-
 def with_criteria(statement: Update | Delete, *conditions: Any) -> Update | Delete:
     """Return the UPDATE or DELETE with other conditions."""
     found = statement.where()

@@ -27,8 +27,7 @@ from .calls import Call, Options, Reading, Reference
 from .sources import commit_note
 from .targets import Target
 
-ENGINE = "engine"
-SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection", "conn", ENGINE)
+SESSIONS = ("session", "db_session", "async_session", "db", "sess", "connection", "conn", "engine")
 MAKERS = (Engine, sessionmaker)
 BINDS = (Session, scoped_session, Connection, *MAKERS)
 
@@ -108,7 +107,7 @@ class Sessions:
         owner = self._target.places[0].owner if self._target.places else None  # type: ignore[union-attr]
         member = inspect.getattr_static(owner, rest[0], None) if len(rest) == 1 else None
         last = given.rpartition(".")[2]
-        return last in SESSIONS and last != ENGINE and not inspect.isroutine(member)
+        return last in SESSIONS and last != "engine" and not inspect.isroutine(member)
 
     def _unsaid(self) -> PatchError:
         return PatchError(

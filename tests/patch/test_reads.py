@@ -448,3 +448,33 @@ def test_claimed_reads_by_an_alias_and_a_join(database: Database) -> None:
         given = query.params(least=4)
         with claim_reads(f"{HERE}:Reader.execute", mails), Session(engine) as session:
             assert [row[0].id for row in Reader().execute(session, given)] == expected
+
+
+def send_one_by_one(session: Session, times: int) -> None:
+    """Look for one mail after another, as a worker does that never ends."""
+    for _ in range(times):
+        query = sa.select(Mail).where(Mail.sent.is_(False)).order_by(Mail.id).limit(1)
+        if (mail := session.scalars(query).first()) is not None:
+            Loop.row(mail.id)
+            mail.sent = True
+            session.commit()
+
+
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_loop_that_never_ends_keeps_only_what_runs(database: Database) -> None:
+    """Claims whose rows are done are forgotten when the leases of the others are extended."""
+    engine = database.engine()
+    fill(engine, Mail, 6)
+    kept: list[int] = []
+
+    def beat(_: int) -> None:
+        (watch,) = watches()
+        # As if a third of the lease had passed.
+        watch._next_beat = 0
+        kept.append(len(watch._claims))
+
+    Loop.row = staticmethod(beat)
+    with claim_reads(f"{HERE}:send_one_by_one", mails) as patch, Session(engine) as session:
+        send_one_by_one(session, 8)
+    assert kept == [1, 2, 2, 2, 2, 2]
+    assert patch.claimed == 6
