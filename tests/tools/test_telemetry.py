@@ -31,6 +31,7 @@ from atomic_claim import (
 )
 from atomic_claim.claim import dequeue_jobs
 from atomic_claim.execution import Operation
+from atomic_claim.heartbeat import Beat
 from atomic_claim.opentelemetry import instrument_opentelemetry
 from atomic_claim.telemetry import (
     Claimed,
@@ -302,7 +303,8 @@ def test_a_row_is_lost_once(database: Database, events: list[Event]) -> None:
         with engine.begin() as connection:
             taken = jobs.table.update().where(jobs.table.c.id == 1)
             connection.execute(taken.values(claim_token="another's"))
-        assert keeper._beat.once() == ((1,),)
+        assert isinstance(keeper, Beat)
+        assert keeper.once() == ((1,),)
         with pytest.raises(ClaimLost):
             complete_jobs(engine, claim)
     assert [each.keys for each in events if isinstance(each, Lost)] == [((1,),)]
