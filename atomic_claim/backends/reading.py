@@ -11,6 +11,7 @@ from sqlalchemy import Result, Row
 from sqlalchemy.engine import result_tuple
 
 from atomic_claim.plan import ClaimPlan
+from atomic_claim.sql_elements import ByKey
 
 Key = tuple[Any, ...]
 KeyedRows = list[tuple[Key, Any]]
@@ -42,7 +43,9 @@ class Reading:
         """
         plan = self.plan
         items: Sequence[Any]
-        items = rows = result.unique().all() if plan.entities else result.all()
+        # A SELECT of entities may join what it loads for them.
+        joins = plan.entities and isinstance(self.statement, ByKey)
+        items = rows = result.unique().all() if joins else result.all()
         if not rows:
             return []
         width = plan.width
