@@ -21,8 +21,6 @@ from .findings import Finding, Level, Patient, Reading, count, listed
 from .rows import update_text
 
 INNODB = ("mysql", "mariadb")
-TYPES = "types of the columns"
-STATES = "values of the state"
 # What is compared of a type is its values' type in Python, if it is one of these.
 COMPARED = {int, bool, str, datetime, date, UUID}
 # Where two of them are stored and compared alike.
@@ -47,7 +45,7 @@ def types(reading: Reading) -> Iterator[Finding]:
         if (real := stored.columns.get(column.name)) is not None
         and (finding := _compared(reading, column, real)) is not None
     ]
-    yield from found or [Finding(TYPES, Level.FINE, "as they are declared")]
+    yield from found or [Finding("types of the columns", Level.FINE, "as they are declared")]
 
 
 def _compared(reading: Reading, column: Column[Any], real: Column[Any]) -> Finding | None:
@@ -158,7 +156,7 @@ def states(reading: Reading) -> Iterator[Finding]:
     said = ", ".join(f"{value}: {number:,}" for value, number, *_ in rows)
     strange = [(str(value), number) for value, number, is_known, _ in rows if not is_known]
     if not strange:
-        yield Finding(STATES, Level.FINE, said or "no rows")
+        yield Finding("values of the state", Level.FINE, said or "no rows")
         return
     waiting = any(is_free for *_, is_free in rows)
     for value, number in strange:

@@ -23,7 +23,6 @@ from atomic_claim.sql_elements import OrderTerm
 from .catalog import finding, reason
 from .findings import Finding, Level, Reading, listed
 
-CHECK = "plan of the claim"
 # The limit of the claim that is explained.
 LIMIT = 10
 ANALYZE = {"mysql": "ANALYZE TABLE", "mariadb": "ANALYZE TABLE"}
@@ -67,7 +66,7 @@ def plan(reading: Reading) -> Iterator[Finding]:
         for name, index in known.items()
         if fits(needed, index, connection)
     ]
-    yield Finding(CHECK, Level.FINE, "; ".join(dict.fromkeys(how_served)))
+    yield Finding("plan of the claim", Level.FINE, "; ".join(dict.fromkeys(how_served)))
 
 
 def _telling(now: Sequence[Access]) -> Sequence[Access]:

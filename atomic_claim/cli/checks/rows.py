@@ -35,7 +35,6 @@ from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 from .catalog import finding
 from .findings import Finding, Level, Patient, Reading, age, count
 
-NULLS = "NULL in a state"
 STUCK = "stuck rows"
 
 
@@ -53,8 +52,8 @@ def nulls(reading: Reading) -> Iterator[Finding]:
         if (number := counted[f"{word} {column.name}"])
     ]
     names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
-    fine = Finding(NULLS, Level.FINE, f"none in {names}" if names else "no state can be NULL")
-    yield from found or [fine]
+    fine = f"none in {names}" if names else "no state can be NULL"
+    yield from found or [Finding("NULL in a state", Level.FINE, fine)]
 
 
 def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
