@@ -83,5 +83,6 @@ def _grown(job_table: JobTable, columns: Sequence[AddedColumn], dialect: Dialect
         return given
 
     names = [each.name for each in fields(job_table) if each.init and each.name != "table"]
-    said = {name: moved(getattr(job_table, name)) for name in names}
-    return JobTable(table, **said | {column.role: column.name for column in columns})
+    said: dict[str, Any] = {name: moved(getattr(job_table, name)) for name in names}
+    said |= {column.role: column.name for column in columns}
+    return JobTable(table, **said)
