@@ -182,7 +182,7 @@ def test_an_asynchronous_function_races(database: Database, command: Command) ->
         ("nonsuch:claim", (), "there is no module 'nonsuch'"),
         ("tests.racers", (), "expected MODULE:NAME"),
         ("tests.racers:nonsuch", (), "has no 'nonsuch'"),
-        ("tests.racers:Letter.id", (), "cannot be called"),
+        ("tests.racers:Letter.id", (), "expected a function"),
         ("tests.racers:cured", ("--table", "jobs"), "is a name in a database: give --url"),
         ("tests.racers:cured", ("--table", "tests.racers:only_elsewhere"), "with --url"),
         ("tests.racers:strange", (), "takes tenant: str"),
