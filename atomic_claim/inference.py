@@ -322,7 +322,7 @@ def _doubt(reading: Reading, column: Column[Any], kind: Kind) -> None:
         kind.role,
         EXPRESSION,
         # No value of another type means "at some time", or "until now".
-        **{"free" if kind.fits is is_time else kind.role: "..."},
+        **{"free" if kind.fits is is_time and "free" not in reading.given else kind.role: "..."},
     )
 
 

@@ -548,6 +548,15 @@ def test_a_column_that_could_hold_a_row_back_is_in_doubt(column: Column[Any], sa
     assert said in message
 
 
+def test_a_doubt_of_a_time_keeps_the_free_value() -> None:
+    """A proposed call keeps the value of a free row that the caller gave."""
+    table = table_of(
+        Column("status", String(10)), Column("completed_at", DateTime, default=sa.func.now())
+    )
+    with pytest.raises(AmbiguousTable, match=r"write: .*free='new', claimed='busy'.*done=\.\.\."):
+        JobTable.infer(table, free="new", claimed="busy")
+
+
 @pytest.mark.parametrize("type_", [Boolean, DateTime, Integer], ids=lambda type_: type_.__name__)
 def test_names_that_hold_a_row_back(type_: Any) -> None:
     """Beside a state each of these is in doubt, whatever its type, until something is said."""
