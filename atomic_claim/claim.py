@@ -257,11 +257,12 @@ def claim_jobs(
         lease: for how long the claim holds; needs a lease and a token column.
 
     Returns:
-        A :class:`Claim` in claim order, empty if nothing is free and due. A mapped class gives
-        entities: attached to the ``Session``, or, by ``sessionmaker``, detached with every column
-        loaded. A ``Table``, and anything by ``Connection`` or ``Engine``, gives rows. In a
-        transaction of the caller's at MySQL's or MariaDB's REPEATABLE READ the order is best
-        effort, since the transaction reads from a snapshot that may be old.
+        A :class:`Claim` in claim order, or in that of the turn where the ``JobTable`` has
+        ``fair_by``; empty if nothing is free and due. A mapped class gives entities: attached to
+        the ``Session``, or, by ``sessionmaker``, detached with every column loaded. A ``Table``,
+        and anything by ``Connection`` or ``Engine``, gives rows. In a transaction of the caller's
+        at MySQL's or MariaDB's REPEATABLE READ the order is best effort, since the transaction
+        reads from a snapshot that may be old.
 
     Raises:
         ClaimConflict: another transaction was in the way; roll back and claim again. Own

@@ -6,8 +6,8 @@ largest, and goes round again while rows are wanted. NULL is a key of its own, a
 A row whose lease is over takes part if it is one of the first of those.
 
 The rows are found through an index of (key, order), by a probe for each key: "the first rows
-behind this key". So the cost grows with the number of rows that are wanted, not with the number of
-keys or of waiting rows.
+behind this key". PostgreSQL makes the probes of a round in one statement. So the cost grows with
+the number of rows that are wanted, not with the number of keys or of waiting rows.
 
 Where a claim writes its time, the row that was claimed last is found by an index on that time, so
 that all workers share one turn. Each process also remembers the last row of its own. It goes on

@@ -24,7 +24,7 @@ def measure(ground: Ground, *, rounds: int, limits: Sequence[int] = LIMITS) -> I
     """Measure the p50 of a claim by turns in tables of few and of many tenants, side by side."""
     for name in ground.kinds():
         engine = ground.engine(name)
-        ways: dict[str, Callable[[], object]] = {}
+        ways: dict[str, Callable[..., object]] = {}
         made = []
         for keys in (FEW, MANY):
             plain, fair, timed = _declared(f"bench_fair_{keys}")
@@ -60,8 +60,8 @@ def _declared(name: str) -> tuple[JobTable, JobTable, JobTable]:
         "done": {"completed_at": sa.func.now()},
         "naive_times": "utc",
     }
-    time = {"claimed": {"processing": True, "claimed_at": sa.func.now()}}
-    by_turns = {"fair_by": "customer_id"}
+    time: dict[str, Any] = {"claimed": {"processing": True, "claimed_at": sa.func.now()}}
+    by_turns: dict[str, Any] = {"fair_by": "customer_id"}
     return (
         JobTable(table, **roles),
         JobTable(table, **roles | by_turns),
