@@ -23,7 +23,6 @@ from sqlalchemy import (
     case,
     func,
     literal_column,
-    not_,
     select,
     true,
     type_coerce,
@@ -33,19 +32,21 @@ from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import Float
 
 from .arguments import check_lease, check_tables, check_worker, checked_values, conditions_of
+from .candidates import Candidates, Waiting, alone_if
 from .errors import ClaimError
 from .job_table import JobTable
-from .predicates import any_of, claimable, claimable_branches, is_last_chance
+from .predicates import (
+    any_of,
+    claimable,
+    claimable_branches,
+    is_free,
+    is_last_chance,
+    is_ripe,
+    is_unspent,
+)
 from .predicates import marks as declared_marks
 from .roles import highest
-from .sql_elements import (
-    Candidates,
-    InlineLiteral,
-    Preparing,
-    alone_if,
-    key_in,
-    labelled_terms,
-)
+from .sql_elements import InlineLiteral, Preparing, key_in, labelled_terms
 
 LIMIT = "atomic_claim_limit"
 SCAN_LIMIT = "atomic_claim_reach"
@@ -137,10 +138,7 @@ class ClaimPlan(Preparing):
 
     def passing_over(self, keys: Sequence[tuple[Any, ...]]) -> ClaimPlan:
         """Return the plan of a claim of the same rows without those with these keys."""
-        others = not_(key_in(self.key_attributes, keys))
-        found = self.candidates
-        branches = tuple(branch.where(others) for branch in found.branches)
-        found = replace(found, branches=branches, rows=found.rows.where(others))
+        found = self.candidates.without(key_in(self.key_attributes, keys))
         return replace(self, candidates=found)
 
     @cached_property
@@ -329,9 +327,15 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         for place, branch in enumerate(claimable_branches(job_table))
     ]
     rows = _source(job_table, *key).where(claimable(job_table), *where)
+    waiting = None
+    if (due := job_table.due) is not None:
+        free = source.where(is_free(job_table), *where).order_by(*order)
+        unspent = and_(true(), *is_unspent(job_table))
+        ripe, nullable = is_ripe(job_table), bool(due.nullable)
+        waiting = Waiting(free, order, limit, scan_limit, due, ripe, unspent, nullable)
     return ClaimPlan(
         job_table=job_table,
-        candidates=Candidates(tuple(branches), order, limit, scan_limit, rows),
+        candidates=Candidates(tuple(branches), order, limit, scan_limit, rows, waiting),
         conditions=(claimable(job_table), *where),
         order=order,
         values=values,

@@ -16,11 +16,13 @@ from sqlalchemy.types import DateTime, Float, Integer
 
 from .inference import ORDER, plain_type
 from .job_table import JobTable
-from .sql_elements import DatabaseTime, InlineLiteral
+from .sql_elements import DatabaseTime, InlineLiteral, NullOr
 from .state_values import is_same
 
 T = TypeVar("T")
 Conditions = tuple[ColumnElement[bool], ...]
+# PostgreSQL's; other databases do not compare a NULL.
+LEAST_TIME = "-infinity"
 
 
 class Branch(NamedTuple):
@@ -183,7 +185,14 @@ def is_due(job_table: JobTable) -> Conditions:
     due = job_table.due
     if due is None:
         return is_unspent(job_table)
-    return (_null_or(due, due <= job_table.now(due)), *is_unspent(job_table))
+    return (_least_or(due, is_ripe(job_table), LEAST_TIME), *is_unspent(job_table))
+
+
+def is_ripe(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that the time in the due column, which is not NULL, has come."""
+    due: ColumnElement[Any] | None = job_table.due
+    assert due is not None
+    return due <= job_table.now(job_table.due)
 
 
 @_once
@@ -193,7 +202,7 @@ def is_unspent(job_table: JobTable) -> Conditions:
     if attempts is None or most is None:
         return ()
     if isinstance(most, int):
-        return (_null_or(attempts, attempts < InlineLiteral(most, Integer())),)
+        return (_least_or(attempts, attempts < InlineLiteral(most, Integer()), 0),)
     return (_null_or(most, _null_or(attempts, attempts < most)),)
 
 
@@ -225,6 +234,10 @@ def _is_old(job_table: JobTable) -> ColumnElement[bool]:
 
 def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnElement[bool]:
     return or_(column.is_(None), condition) if column.nullable else condition
+
+
+def _least_or(column: Column[Any], condition: Any, least: Any) -> ColumnElement[bool]:
+    return NullOr(condition, least) if column.nullable else condition
 
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:

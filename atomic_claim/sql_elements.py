@@ -11,31 +11,26 @@ from typing import Any, TypeVar, cast
 
 from sqlalchemy import (
     ColumnElement,
-    CompoundSelect,
-    Integer,
-    Select,
     and_,
     bindparam,
-    case,
     func,
-    literal_column,
     or_,
-    select,
-    union_all,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import BindParameter, ClauseElement, UnaryExpression
-from sqlalchemy.sql.selectable import FromClause
+from sqlalchemy.sql.elements import (
+    BinaryExpression,
+    BindParameter,
+    UnaryExpression,
+)
 from sqlalchemy.sql.visitors import InternalTraversal
-from sqlalchemy.types import Float, TypeEngine
+from sqlalchemy.types import Boolean, Float, String, TypeEngine
 
 T = TypeVar("T")
 
 KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
-ALONE = "claim_alone"
 
 
 class InlineLiteral(ColumnElement[Any]):
@@ -109,6 +104,45 @@ class DatabaseTime(ColumnElement[datetime]):
         self.form = form
         value = offset.value if isinstance(offset, BindParameter) else None
         self.later = value is None or value >= 0
+
+
+class NullOr(ColumnElement[bool]):
+    """True where a column is NULL, or where a comparison with it is true.
+
+    PostgreSQL passes rows over within an index for a comparison, and for an OR it reads them. There
+    the column's NULLs are compared as the value ``least``, for which the comparison is true.
+
+    Attributes:
+        either: the condition as an OR.
+        compared: the condition as one comparison.
+    """
+
+    _traverse_internals = [  # noqa: RUF012
+        ("either", InternalTraversal.dp_clauseelement),
+        ("compared", InternalTraversal.dp_clauseelement),
+    ]
+    type = Boolean()
+
+    def __init__(self, condition: BinaryExpression[bool], least: object) -> None:
+        column: Any = condition.left
+        self.either = or_(column.is_(None), condition)
+        value = InlineLiteral(least, String() if isinstance(least, str) else column.type)
+        compared = func.coalesce(column, value, type_=column.type)
+        self.compared = cast("Any", condition.operator)(compared, condition.right)
+
+    def self_group(self, against: Any = None) -> NullOr:  # noqa: ARG002 - it has parentheses
+        """Return the condition as it is; else it would be compared with 1 where that is true."""
+        return self
+
+
+@compiles(NullOr)
+def _either(element: NullOr, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"({compiler.process(element.either, **kw)})"
+
+
+@compiles(NullOr, "postgresql", "cockroachdb", "yugabytedb")
+def _compared(element: NullOr, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"({compiler.process(element.compared, **kw)})"
 
 
 class RandomFraction(ColumnElement[float]):
@@ -218,126 +252,12 @@ class OrderTerm:
         return (" DESC" if self.descending else "") + nulls
 
 
-@dataclass(eq=False, repr=False)
-class Candidates(ClauseElement):
-    """The keys of the rows to claim, ordered and limited.
-
-    A row can be claimable for several reasons (it is free; its lease is over). Each reason is a
-    SELECT of its own, since no index serves their OR in order. Free rows come in the claim's
-    order; the others as their index has them, with a margin from which the claim's order is made.
-
-    A row for which :func:`~atomic_claim.predicates.is_last_chance` is claimed alone: the rows
-    behind it wait for the next claim, and it waits for the rows before it.
-
-    Attributes:
-        branches: SELECTs of the key, of whether the row is claimed alone (if any may be) and of
-            the terms of the order; each ordered and limited.
-        order: the terms of the order.
-        limit: the parameter that limits the first of them, and all together.
-        scan_limit: the parameter that limits the others.
-        rows: the keys of all rows that may be claimed, in no order.
-    """
-
-    _traverse_internals = [  # noqa: RUF012
-        ("branches", InternalTraversal.dp_clauseelement_tuple),
-        ("order", InternalTraversal.dp_clauseelement_tuple),
-        ("limit", InternalTraversal.dp_clauseelement),
-        ("scan_limit", InternalTraversal.dp_clauseelement),
-        ("rows", InternalTraversal.dp_clauseelement),
-    ]
-
-    branches: tuple[Select[Any], ...]
-    order: tuple[ColumnElement[Any], ...]
-    limit: ColumnElement[Any]
-    scan_limit: ColumnElement[Any]
-    rows: Select[Any]
-
-    def select(
-        self,
-        *,
-        terms: bool = False,
-        # A copy: compiling a SELECT of entities writes into it, which would change the cache key.
-        lock: Callable[[Select[Any]], Select[Any]] = lambda branch: branch.where(),
-    ) -> Select[Any]:
-        """One SELECT of the keys, and of the order's terms (``claim_order_1`` ...) if asked for.
-
-        ``lock`` makes each branch lock what it returns.
-        """
-        if len(self.branches) == 1:
-            return lock(self.branches[0] if terms else self.only_keys(self.branches[0]))
-        found = self.in_one_claim(self._first(lock)).limit(self.limit)
-        return found if terms else self.only_keys(found)
-
-    def select_with_alone(self) -> Select[Any]:
-        """One SELECT of the keys and, if any row may be claimed alone, of whether it is."""
-        if not self.tells_alone:
-            return self.select()
-        found = self._first(lambda branch: branch).limit(self.limit)
-        return self.only_keys(found, and_alone=True)
-
-    @property
-    def tells_alone(self) -> bool:
-        """Return True if the branches say for each row whether it is claimed alone."""
-        return ALONE in self.branches[0].selected_columns
-
-    @property
-    def shared_branches(self) -> list[Select[Any]]:
-        """The branches without the rows that are claimed alone."""
-        if not self.tells_alone:
-            return list(self.branches)
-        flags = [cast("Any", branch.selected_columns[ALONE]).element for branch in self.branches]
-        return [b.where(flag == _ZERO) for b, flag in zip(self.branches, flags, strict=True)]
-
-    def _first(self, lock: Callable[[Select[Any]], Select[Any]]) -> Select[Any]:
-        together = self.together(*map(lock, self.branches)).subquery("branches")
-        return self.ordered(together)
-
-    def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
-        """All that several SELECTs find."""
-        numbered = enumerate(branches, 1)
-        return union_all(*(select(each.subquery(f"branch_{place}")) for place, each in numbered))
-
-    def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
-        """Order what has been found as the claim does."""
-        terms = enumerate(self.order, 1)
-        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
-
-    def ordered(self, found: FromClause) -> Select[Any]:
-        """All columns, in claim order."""
-        return select(*found.columns).order_by(*self.terms(found))
-
-    def in_one_claim(self, found: Select[Any]) -> Select[Any]:
-        """Remove the rows that may not be claimed together with the first one."""
-        if ALONE not in found.selected_columns:
-            return found
-        rows = found.subquery("found")
-        order = self.terms(rows)
-        place = func.row_number().over(order_by=order).label("place")
-        leader = func.first_value(rows.columns[ALONE]).over(order_by=order).label("leader")
-        placed = select(*rows.columns, place, leader).subquery("placed")
-        is_shared = and_(placed.columns.leader == _ZERO, placed.columns[ALONE] == _ZERO)
-        left = self.ordered(placed).where(or_(placed.columns.place == _ONE, is_shared))
-        columns = list(placed.columns)[: len(rows.columns)]
-        return cast("Select[Any]", left.with_only_columns(*columns))
-
-    def only_keys(self, branch: Select[Any], *, and_alone: bool = False) -> Select[Any]:
-        """Keep the columns of the key, and the one that tells whether a row is claimed alone."""
-        width = len(self.rows.selected_columns) + and_alone
-        return branch.with_only_columns(*list(branch.selected_columns)[:width])
-
-
-def alone_if(condition: ColumnElement[bool]) -> ColumnElement[int]:
-    """Return the column that tells whether a candidate is claimed alone."""
-    return case((condition, _ONE), else_=_ZERO).label(ALONE)
-
-
 def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
     """Return what the terms of an order compare, as columns named ``claim_order_1`` and so on."""
     terms = enumerate(order, 1)
     return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]
 
 
-_ZERO, _ONE = literal_column("0", Integer()), literal_column("1", Integer())
 _MODIFIERS = (
     operators.asc_op,
     operators.desc_op,

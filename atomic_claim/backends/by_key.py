@@ -49,9 +49,10 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
 from atomic_claim import predicates
+from atomic_claim.candidates import ALONE
 from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ALONE, ByKey, labelled_terms
+from atomic_claim.sql_elements import ByKey, labelled_terms
 
 from .base import (
     CHUNK,
@@ -371,11 +372,11 @@ def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
 
 
 def statements_of(
-    backend: Backend, plan: ClaimPlan, *locking: Executable | ByKey
+    backend: Backend, plan: ClaimPlan, finding: Select[Any], *locking: Executable | ByKey
 ) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim in steps, but for the locks of exclusive keys."""
     job_table = plan.job_table
-    found: Sequence[Executable | ByKey] = (plan.candidates.select(), *locking)
+    found: Sequence[Executable | ByKey] = (finding, *locking)
     if job_table.exclusive_by is not None:
         search = key_search(backend, plan)
         turn = () if search.turns is None else search.turns.statements

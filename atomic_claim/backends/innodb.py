@@ -48,8 +48,8 @@ class InnoDBStatements:
     """The statements of a search for rows to claim, built once per plan.
 
     Attributes:
-        candidates: reads keys in claim order, whether a row is claimed alone (if any may be), and
-            what has to be known of the session.
+        candidates: each reads keys in claim order, whether a row is claimed alone (if any may be),
+            and what has to be known of the session; the last one finds all rows.
         width: how many columns stand before those.
         session: reads the latter alone.
         asks_zone: whether that includes the session's time zone.
@@ -79,7 +79,9 @@ class InnoDBStatements:
         if self.asks_zone:
             session.append(SKEW)
         self.session = select(*session)
-        self.candidates = plan.candidates.select_with_alone().add_columns(*session)
+        self.candidates = [
+            step.select_with_alone().add_columns(*session) for step in plan.candidates.steps()
+        ]
         self.width = len(key) + plan.candidates.tells_alone
 
         free = source.where(*plan.conditions)
@@ -110,6 +112,7 @@ class Search:
         tx: where it runs.
         statements: its statements.
         limit: how many rows are wanted.
+        step: which of the statements finds the candidates.
         taken: the keys of the rows that are locked and free.
         may_fail: whether a lock that fails leaves the transaction as it was.
         patience: how many more locks may fail before rows are put aside.
@@ -120,11 +123,18 @@ class Search:
     tx: Transaction
     statements: InnoDBStatements
     limit: int
+    step: int = 0
     taken: set[Key] = field(default_factory=set)
     may_fail: bool = False
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
     is_stale: bool = False
+
+    def goes_farther(self) -> bool:
+        """Turn to the statement that finds more, and return False if there is none."""
+        is_last = self.step + 1 == len(self.statements.candidates)
+        self.step += not is_last
+        return not is_last
 
     def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
         """Lock the first of the candidates, and return how many were tried.

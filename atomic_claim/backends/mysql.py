@@ -25,13 +25,13 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import TIMESTAMP, DateTime, Integer
 
+from atomic_claim.candidates import Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import (
     ByKey,
-    Candidates,
     DatabaseTime,
     key_equals,
     key_in,
@@ -161,10 +161,12 @@ class MySQL(Backend):
                 while part and len(search.taken) < limit:
                     del part[: lock(part, width == 1 and isinstance(part[0][0], int))]
             is_full = len(search.taken) == limit or bool(search.taken & alone)
-            if is_full or len(rows) < scan_limit:
+            is_cut = len(rows) == scan_limit
+            if is_full or not (is_cut or (turn is None and search.goes_farther())):
                 break
             # Others hold the head of the queue; all that is read again is keys.
-            scan_limit += limit if turn is not None else 3 * scan_limit + WINDOW
+            if is_cut:
+                scan_limit += limit if turn is not None else 3 * scan_limit + WINDOW
         if search.aside:
             search.lock_aside()
         # Rows that were only locked are still free in this transaction's own reads.
@@ -193,7 +195,7 @@ class MySQL(Backend):
         try:
             if turn is None:
                 asked = ClaimRequest(scan_limit).parameters()
-                rows: Sequence[Any] = tx.execute(statements.candidates, asked).all()
+                rows: Sequence[Any] = tx.execute(statements.candidates[search.step], asked).all()
             else:
                 read += islice(turn, scan_limit - len(read))
                 rows = [(*each.row, each.alone)[: statements.width] for each in read]
@@ -246,7 +248,8 @@ class MySQL(Backend):
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
-        return statements_of(self, plan, plan.prepare(InnoDBStatements, self, False).lock)
+        lock = plan.prepare(InnoDBStatements, self, False).lock
+        return statements_of(self, plan, plan.candidates.steps()[0].select(), lock)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]

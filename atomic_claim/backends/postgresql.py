@@ -25,14 +25,13 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
+from atomic_claim.candidates import ALONE, Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.plan import LIMIT, ClaimPlan
 from atomic_claim.sql_elements import (
-    ALONE,
     ORDER,
     ByKey,
-    Candidates,
     DatabaseTime,
     OrderTerm,
     key_equals,
@@ -148,7 +147,8 @@ class PostgreSQL(Backend):
         if self.is_single(plan):
             return (claiming(plan),)
         if plan.job_table.has_keys:
-            return statements_of(self, plan, plan.prepare(_locking_by_key, False))
+            lock = plan.prepare(_locking_by_key, False)
+            return statements_of(self, plan, plan.candidates.select(), lock)
         return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:

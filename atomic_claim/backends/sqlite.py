@@ -120,7 +120,7 @@ class SQLite(Backend):
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):
             return (plan.prepare(_claiming), plan.prepare(_reading).statement)
-        return (_lock(plan.job_table), *statements_of(self, plan))
+        return (_lock(plan.job_table), *statements_of(self, plan, plan.prepare(_candidates)))
 
     def lock(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
@@ -164,7 +164,7 @@ class SQLite(Backend):
             )
         key = tuple(element.table.primary_key)
         target = key[0] if len(key) == 1 else tuple_(*key)
-        candidates = element.candidates.select().correlate(None).prefix_with(MARK)
+        candidates = element.candidates.gated().select().correlate(None).prefix_with(MARK)
         sql = compiler.visit_update(element.where(target.in_(candidates)), **kw)
         # A WITH of the user's goes into the subquery, so that sqlite3 sees an UPDATE and begins.
         ctes = ", \n".join((compiler.ctes or {}).values())
@@ -200,7 +200,7 @@ def _lock(job_table: JobTable) -> Update:
 
 
 def _candidates(plan: ClaimPlan) -> Select[Any]:
-    return plan.candidates.select()
+    return plan.candidates.gated().select()
 
 
 def _has_cte(*clauses: Any) -> bool:

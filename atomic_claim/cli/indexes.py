@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ class NeededIndex:
     """An index by which a claim finds rows that are free for one reason.
 
     Attributes:
-        reason: ``free``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive keys;
-            ``fair`` or ``claimed`` for claims that take turns.
+        reason: ``free``, ``due``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive
+            keys; ``fair`` or ``claimed`` for claims that take turns.
         table: the job table.
         conditions: what is the same at every claim, and what an index can hold of it.
         leading: the columns that equal what a call passes as a parameter.
@@ -110,6 +110,14 @@ class NeededIndex:
         """True if PostgreSQL has the table in partitions, where it refuses CONCURRENTLY."""
         return bool(self.table.dialect_options["postgresql"].get("partition_by"))
 
+    def is_read(self, dialect: Dialect) -> bool:
+        """Return False if claims on this database find the same rows by another index.
+
+        PostgreSQL passes rows that are not due over within an index, in a few milliseconds for
+        200,000 of them.
+        """
+        return self.reason != "due" or dialect.name != "postgresql"
+
     def refusal(self, dialect: Dialect) -> str | None:
         """Return why this database cannot have such an index, or None."""
         terms = [OrderTerm.of(term) for term in self.order]
@@ -144,23 +152,24 @@ class NeededIndex:
         elif self.conditions:
             where = literal_text(and_(*self.conditions), dialect)
         order = [OrderTerm.of(term) for term in self.order]
-        ahead = {getattr(part, "name", None) for part in (*before, *(t.element for t in order))}
+        ahead = {part.name for part in (*before, *(t.element for t in order)) if _is_column(part)}
         found = [Term.of(part, "", dialect) for part in before]
         for term in order:
             descending = " DESC" if term.descending else ""
             suffix = term.suffix if dialect.name == "postgresql" else descending
             found.append(Term.of(term.element, suffix, dialect))
-        found += [Term.of(part, "", dialect) for part in behind if part.name not in ahead]
+        behind = [part for part in behind if not (_is_column(part) and part.name in ahead)]
+        found += [Term.of(part, "", dialect) for part in behind]
         return list({(term.text, term.suffix): term for term in found}.values()), where
 
-    def _behind(self, dialect: Dialect) -> list[ColumnClause[Any]]:
-        """Return the trailing columns that filter rows in the index without reading the table."""
-        passing = self.passing
+    def _behind(self, dialect: Dialect) -> list[Any]:
+        """Return the trailing terms that filter rows in the index without reading the table."""
+        found: Sequence[Any] = _columns_of(self.passing)
         if dialect.name == "postgresql":
             # It compares in the index, and reads the row for any other condition, as an OR.
-            passing = tuple(each for each in passing if isinstance(each, BinaryExpression))
-        found = _columns_of(passing)
-        return [c for c in found if dialect.name == "sqlite" or not _is_wide(c)]
+            compared = (getattr(each, "compared", each) for each in self.passing)
+            found = [each.left for each in compared if isinstance(each, BinaryExpression)]
+        return [each for each in found if dialect.name == "sqlite" or not _is_wide(each)]
 
     def create(self, dialect: Dialect) -> str:
         """Render the statement that creates the index without blocking writes."""
@@ -213,6 +222,9 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     found = []
     if fair is None or job_table.exclusive_by is not None:
         found.append(_needed("free", table, free, order, is_due))
+        due, first = job_table.due, OrderTerm.of(order[0]).element
+        if due is not None and first is not due and job_table.exclusive_by is None:
+            found.append(_needed("due", table, free, (due, *order), is_unspent))
     if named is not None:
         found.append(
             _needed("expired", table, predicates.is_running(job_table), (named,), is_unspent)

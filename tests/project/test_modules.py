@@ -33,6 +33,7 @@ ROOMS = [
     "predicates",
     "outcomes",
     "arguments",
+    "candidates",
     "plan",
     "statement",
     "backends",
