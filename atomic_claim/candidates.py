@@ -81,18 +81,18 @@ class Waiting(ClauseElement):
 
     @property
     def near(self) -> Select[Any]:
-        """Those of the first rows that are due."""
+        """Select the rows that are due among the first ones."""
         return self._chosen(self._first.subquery("claim_near")).limit(self.limit)
 
     @property
     def farther(self) -> tuple[Select[Any], ...]:
-        """All rows that are due, for a planner that compares what its indexes cost."""
+        """Select all rows that are due, for a planner that compares what its indexes cost."""
         ripe = self.rows.where(self.ripe, self.unspent).limit(self.limit)
         return (self._timeless(self.limit), ripe) if self.nullable else (ripe,)
 
     @property
     def gated(self) -> tuple[Select[Any], ...]:
-        """:attr:`near` and, if too few are found, the others: a limit of 0 reads no row."""
+        """Select as :attr:`near` or, if that finds too few, all: a limit of 0 reads no row."""
         near = self._first.cte("claim_near")
         ripe = self.rows.where(self.ripe, self.unspent).order_by(None).order_by(self.time)
         counted = ripe.limit(RIPE).subquery("claim_counted")

@@ -68,8 +68,8 @@ class NeededIndex:
     """An index by which a claim finds rows that are free for one reason.
 
     Attributes:
-        reason: ``free``, ``due``, ``expired`` or ``unleased``; ``keys`` or ``running`` for exclusive
-            keys; ``fair`` or ``claimed`` for claims that take turns.
+        reason: ``free``, ``due``, ``expired`` or ``unleased``; ``keys`` or ``running`` for
+            exclusive keys; ``fair`` or ``claimed`` for claims that take turns.
         table: the job table.
         conditions: what is the same at every claim, and what an index can hold of it.
         leading: the columns that equal what a call passes as a parameter.

@@ -15,6 +15,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
 from atomic_claim.backends import backend_for
+from atomic_claim.job_table import JobTable
 from atomic_claim.plan import ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import InlineLiteral, OrderTerm
 from atomic_claim.statement import ClaimStatement
@@ -257,10 +258,26 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
     return [
         needed
         for needed in needed_indexes(job_table)
-        if not any(_serves(needed, access, known, connection, optional) for access in found)
+        if needed.reason != "due"
+        and not any(_serves(needed, access, known, connection, optional) for access in found)
         and not (is_small and any(fits(needed, index, connection) for index in known.values()))
         and not (needed.reason in BY_KEY and any(_leads(needed, i) for i in known.values()))
     ]
+
+
+def passes_slowly(connection: Connection, job_table: JobTable) -> NeededIndex | None:
+    """Return the index that a claim lacks to pass over many rows that are not due, if any."""
+    dialect = dialect_of(product_of(connection.dialect))
+    reason = "free" if dialect.name == "postgresql" else "due"
+    known = known_indexes(connection, job_table.table).values()
+    for needed in needed_indexes(job_table):
+        if needed.reason != reason or job_table.due is None or needed.refusal(dialect):
+            continue
+        # What stands behind the order counts on PostgreSQL alone.
+        width = len(needed.parts(dialect)[0]) if reason == "free" else 0
+        if not any(fits(needed, i, connection) and len(i.columns) >= width for i in known):
+            return needed
+    return None
 
 
 def _leads(needed: NeededIndex, index: Known) -> bool:

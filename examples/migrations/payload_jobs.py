@@ -1,6 +1,6 @@
 """Make payload_jobs fit for its claims.
 
-Revision ID: ef6251493747
+Revision ID: 46033c9b2b9f
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
 
 from alembic import op
 
-revision = "ef6251493747"
+revision = "46033c9b2b9f"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -22,8 +22,9 @@ def upgrade() -> None:
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
         with op.get_context().autocommit_block():
             op.execute(
-                "CREATE INDEX CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at) "
-                "WHERE processing = false AND completed_at IS NULL AND has_error IS NOT true"
+                "CREATE INDEX CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at, "
+                "(coalesce(wait_until, '-infinity'))) WHERE processing = false AND completed_at IS "
+                "NULL AND has_error IS NOT true"
             )
     elif dialect in {"mysql", "mariadb"}:
         # Serves the search for free rows, in the order of the claim.
@@ -31,11 +32,22 @@ def upgrade() -> None:
             "ALTER TABLE payload_jobs ADD INDEX payload_jobs_claim_free (processing, completed_at, "
             "created_at, wait_until), ALGORITHM=INPLACE, LOCK=NONE"
         )
+        # Serves the search for rows that are due, where many come first that are not.
+        op.execute(
+            "ALTER TABLE payload_jobs ADD INDEX payload_jobs_claim_due (processing, completed_at, "
+            "wait_until, created_at), ALGORITHM=INPLACE, LOCK=NONE"
+        )
     elif dialect == "sqlite":
         # Serves the search for free rows, in the order of the claim.
         op.execute(
             "CREATE INDEX payload_jobs_claim_free ON payload_jobs (processing, completed_at, "
             "created_at, wait_until) WHERE processing = 0 AND completed_at IS NULL AND has_error "
+            "IS NOT 1"
+        )
+        # Serves the search for rows that are due, where many come first that are not.
+        op.execute(
+            "CREATE INDEX payload_jobs_claim_due ON payload_jobs (processing, completed_at, "
+            "wait_until, created_at) WHERE processing = 0 AND completed_at IS NULL AND has_error "
             "IS NOT 1"
         )
 
@@ -49,11 +61,18 @@ def downgrade() -> None:
         with op.get_context().autocommit_block():
             op.execute("DROP INDEX CONCURRENTLY payload_jobs_claim_free")
     elif dialect in {"mysql", "mariadb"}:
+        # Undo: serves the search for rows that are due, where many come first that are not.
+        op.execute(
+            "ALTER TABLE payload_jobs DROP INDEX payload_jobs_claim_due, ALGORITHM=INPLACE, "
+            "LOCK=NONE"
+        )
         # Undo: serves the search for free rows, in the order of the claim.
         op.execute(
             "ALTER TABLE payload_jobs DROP INDEX payload_jobs_claim_free, ALGORITHM=INPLACE, "
             "LOCK=NONE"
         )
     elif dialect == "sqlite":
+        # Undo: serves the search for rows that are due, where many come first that are not.
+        op.execute("DROP INDEX payload_jobs_claim_due")
         # Undo: serves the search for free rows, in the order of the claim.
         op.execute("DROP INDEX payload_jobs_claim_free")

@@ -56,7 +56,7 @@ def declared(*, nullable: bool, order: str) -> JobTable:
 
 
 def fill(engine: sa.Engine, jobs: JobTable) -> None:
-    """Make the table anew: rows that are not due, and behind them rows that are."""
+    """Create the table again: rows that are not due, and behind them rows that are."""
     jobs.table.drop(engine, checkfirst=True)
     jobs.table.create(engine)
     nullable = jobs.table.c.run_at.nullable
