@@ -42,6 +42,10 @@ from .rows import (
     tables_of,
 )
 
+CURE = (
+    "; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and unique "
+    "constraints: give others with factory="
+)
 Added = dict[Table, list[RowMapping]]
 """The rows that were inserted, by table, parents first: their keys, and the referenced columns."""
 
@@ -86,8 +90,8 @@ def filled(
     try:
         with deferred():
             _make(engine, new)
-        needed = _rows_needed(jobs, rows)
-        added = _fill(engine, needed, job_columns(given), is_given=factory is not None)
+        cure = CURE if factory is None else ""
+        added = _fill(engine, _rows_needed(jobs, rows), job_columns(given), cure)
         yield frozenset(tuple(map(str, _key(jobs[0], row))) for row in added[jobs[0]])
     finally:
         with deferred():
@@ -191,7 +195,7 @@ def _rows_needed(jobs: Sequence[Table], given: Sequence[Row]) -> dict[Table, Seq
 
 
 def _fill(
-    engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns, *, is_given: bool
+    engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns, cure: str
 ) -> Added:
     """Insert rows in each table; return their primary keys and the columns that others refer to."""
     added: Added = {}
@@ -208,7 +212,7 @@ def _fill(
             try:
                 added[table] = _insert(connection, maker, given, read)
             except (SQLAlchemyError, TypeError, ValueError) as error:
-                raise _complaint(table, error, engine.url, is_given=is_given) from None
+                raise CommandError(f"{_complaint(table, error, engine.url)}{cure}") from None
     return added
 
 
@@ -238,19 +242,11 @@ def _insert(
     return new
 
 
-def _complaint(table: Table, error: Exception, url: URL, *, is_given: bool) -> CommandError:
+def _complaint(table: Table, error: Exception, url: URL) -> CommandError:
     checks = [
         str(each.sqltext)
         for each in [*table.constraints, *(c for col in table.columns for c in col.constraints)]
         if isinstance(each, CheckConstraint) and not getattr(each, "_type_bound", False)
     ]
     said = f", which has the CHECK {'; '.join(checks)}" if checks else ""
-    found = complaint(f"cannot fill {table.fullname}{said}", error, url)
-    return (
-        found
-        if is_given
-        else CommandError(
-            f"{found}; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and "
-            "unique constraints: give others with factory="
-        )
-    )
+    return complaint(f"cannot fill {table.fullname}{said}", error, url)
