@@ -201,7 +201,7 @@ class Candidates(ClauseElement):
             self,
             branches=tuple(branch.where(others) for branch in self.branches),
             rows=self.rows.where(others),
-            waiting=waiting and replace(waiting, rows=waiting.rows.where(others)),
+            waiting=None if waiting is None else replace(waiting, rows=waiting.rows.where(others)),
         )
 
     def select(

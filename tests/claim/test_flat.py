@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Integer, String
 
 from atomic_claim import JobTable, claim_jobs
+from atomic_claim.plan import ClaimRequest, build_plan
 from tests.benchmarks.ground import add_indexes
 from tests.conftest import fresh_database
 from tests.counting import PRECISE
@@ -99,3 +100,12 @@ def test_rows_that_are_not_due_are_not_read(
     for limit in (1, 50):
         plan = plan_of(engine, limit, lambda bind, limit=limit: claim_jobs(bind, jobs, limit))
         assert plan.effort < MOST + 500 * limit
+
+
+@pytest.mark.once
+def test_a_search_without_some_rows_keeps_its_steps() -> None:
+    """Rows that a claim passes over are left out of every step of the search."""
+    jobs = declared(nullable=True, order="creation")
+    plan = build_plan(jobs, ClaimRequest(1), entities=False).passing_over([(7,)])
+    for step in plan.candidates.steps():
+        assert "NOT IN" in str(step.select())
