@@ -81,15 +81,12 @@ def demo(
         run = run_file_half if files else partial(run_half, url=url)
         names = list(FILE_HALVES if files else HALVES)
         halves = with_progress(names, jobs, lambda place, told: run(names[place], workload, told))
-        title, shown = _source(halves[0])
+        first = halves[0]
+        # A folder has no address.
+        title, shown = (first.database, first.url) if isinstance(first, Race) else (FILES, None)
         figures = _figures(title, shown, halves) if as_json else None
         report(title, halves, NAMES, map(_verdict, halves), figures=figures, svg=svg)
         end(is_well=halves[-1].exact)
-
-
-def _source(half: Counted) -> tuple[str, str | None]:
-    """Return the title of the jobs' store, and its masked URL if it was given."""
-    return (half.database, half.url) if isinstance(half, Race) else (FILES, None)
 
 
 def _verdict(half: Counted) -> str:

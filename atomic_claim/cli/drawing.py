@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from atomic_claim.testing.database import CommandError
-from atomic_claim.testing.results import Counted
 
 PICTURES = (".svg", ".png")
 
@@ -40,11 +38,3 @@ def check_picture(path: Path | None) -> None:
     is_file = path.is_file() and os.access(path, os.W_OK)
     if not (is_file if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
         raise CommandError(f"--svg {path}: cannot be written")
-
-
-def draw_picture(path: Path, title: str, results: Sequence[Counted]) -> None:
-    """Draw the results into the file."""
-    # Matplotlib takes half a second to import, and is an extra.
-    from .picture import draw  # noqa: PLC0415
-
-    draw(path, title, results)

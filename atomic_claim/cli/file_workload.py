@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 from atomic_claim.files import claim_files, complete_files
 from atomic_claim.testing.database import CommandError
@@ -22,20 +21,8 @@ from atomic_claim.testing.results import Call, Counted, Key
 
 from .workload import Progress, Workload, do_work
 
-
-class FileJob(NamedTuple):
-    """A job as its file has it.
-
-    Attributes:
-        id: the number in the file's name.
-        subject: the file's content.
-    """
-
-    id: int
-    subject: str
-
-
-RunJob = Callable[[FileJob], None]
+RunJob = Callable[[str, str], None]
+"""Runs a job, given by its file's name and content."""
 Loop = Callable[[Path, Path, int, RunJob], None]
 
 
@@ -55,7 +42,7 @@ def legacy_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) -
             (processing / name).write_text(subject, encoding="utf-8")
             (waiting / name).unlink(missing_ok=True)
             found.append(name)
-            run(FileJob(int(name), subject))
+            run(name, subject)
         for name in found:
             (processing / name).unlink(missing_ok=True)
 
@@ -64,7 +51,7 @@ def claim_file_loop(waiting: Path, processing: Path, limit: int, run: RunJob) ->
     """Claim waiting files until there are none."""
     while files := claim_files(limit, waiting=waiting, processing=processing):
         for file in files:
-            run(FileJob(int(file.name), file.read_text()))
+            run(file.name, file.read_text())
         complete_files(files)
 
 
@@ -76,10 +63,10 @@ def _begun(loop: Loop, base: Path, limit: int, worker: int) -> Iterator[Work]:
     """Yield the function that runs a loop, in which every run of a job is recorded."""
 
     def work(send: Send) -> None:
-        def run(job: FileJob) -> None:
+        def run(name: str, subject: str) -> None:
             begin = time.perf_counter()
-            do_work(job.subject)
-            send(Call(worker, begin, time.perf_counter(), ((str(job.id),),)))
+            do_work(subject)
+            send(Call(worker, begin, time.perf_counter(), ((str(int(name)),),)))
 
         try:
             loop(base / "waiting", base / "processing", limit, run)

@@ -245,13 +245,9 @@ def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return Operation(engine, job_table, run).execute()
 
 
-def _requeue(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
-    return requeue_jobs(engine, job_table, where=condition)
-
-
 # What is done, to which jobs, and how.
 CHANGES: Mapping[str, tuple[str, Change]] = {
-    "requeued": ("failed", _requeue),
+    "requeued": ("failed", lambda engine, table, where: requeue_jobs(engine, table, where=where)),
     "released": ("stuck", _release),
 }
 

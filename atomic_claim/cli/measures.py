@@ -14,7 +14,6 @@ from rich.table import Table
 
 from atomic_claim.testing.results import Counted
 
-from .drawing import draw_picture
 from .options import console
 
 MILLISECONDS = 1000
@@ -67,7 +66,10 @@ def report(
         svg: the file of the picture.
     """
     if svg is not None:
-        draw_picture(svg, title, runs)
+        # Matplotlib takes half a second to import, and is an extra.
+        from .picture import draw  # noqa: PLC0415
+
+        draw(svg, title, runs)
     if figures is not None:
         typer.echo(json.dumps(figures, indent=2))
         return

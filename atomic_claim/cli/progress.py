@@ -7,14 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 
 T = TypeVar("T")
 
@@ -23,13 +16,10 @@ def with_progress(
     names: Sequence[str], total: int, run: Callable[[int, Callable[[int], None]], T]
 ) -> list[T]:
     """Run each task with a bar of its progress, and return their results."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     # Asked of the file itself: the environment can make Rich take anything for a terminal.
     shown, console = sys.stderr.isatty(), Console(stderr=True)
     found = []
-    with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not shown
-    ) as progress:
+    with Progress(console=console, transient=True, disable=not shown) as progress:
         tasks = [progress.add_task(name, total=total, start=False) for name in names]
         for place, task in enumerate(tasks):
 

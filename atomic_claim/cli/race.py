@@ -165,22 +165,16 @@ def race(
             use_existing_table=use_existing_table,
             timeout=timeout,
         )
-        races = _held_each([target, *([compare] if compare else [])], hold, patches, jobs)
+        targets = [target] if compare is None else [target, compare]
+
+        def run(place: int, told: Callable[[int], None]) -> Race:
+            own = patches if place == len(targets) - 1 else None
+            return hold(targets[place], patches=own, progress=told)
+
+        races = with_progress(targets, jobs, run)
         figures = _figures(races) if as_json else None
         report(races[0].database, races, NAMES, map(_verdict, races), figures=figures, svg=svg)
         end(is_well=all(each.exact for each in races))
-
-
-def _held_each(
-    targets: Sequence[str], hold: Callable[..., Race], patches: Path | None, jobs: int
-) -> list[Race]:
-    """Race each target, the last one with the patches."""
-
-    def run(place: int, told: Callable[[int], None]) -> Race:
-        own = patches if place == len(targets) - 1 else None
-        return hold(targets[place], patches=own, progress=told)
-
-    return with_progress(targets, jobs, run)
 
 
 def _verdict(race: Race) -> str:

@@ -12,20 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import (
-    Boolean,
-    Column,
-    DateTime,
-    Engine,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    false,
-    select,
-    update,
-)
+import sqlalchemy as sa
 
 from atomic_claim.claim import claim_jobs
 from atomic_claim.testing.racing import TIMEOUT, race
@@ -35,14 +22,14 @@ from atomic_claim.testing.results import Race
 ROUNDS = 500
 # A name of its own for each demo, which its workers have of its environment.
 NAME = os.environ.setdefault("ATOMIC_CLAIM_DEMO", f"atomic_claim_demo_{secrets.token_hex(6)}")
-table = Table(
+table = sa.Table(
     NAME,
-    MetaData(),
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("subject", String(100), nullable=False),
-    Column("processing", Boolean, nullable=False),
-    Column("created_at", DateTime, nullable=False),
-    Index(f"{NAME}_free", "processing", "created_at"),
+    sa.MetaData(),
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("subject", sa.String(100), nullable=False),
+    sa.Column("processing", sa.Boolean, nullable=False),
+    sa.Column("created_at", sa.DateTime, nullable=False),
+    sa.Index(f"{NAME}_free", "processing", "created_at"),
 )
 Progress = Callable[[int], None]
 
@@ -61,23 +48,23 @@ def do_work(subject: str) -> None:
     hashlib.pbkdf2_hmac("sha256", subject.encode(), b"atomic_claim", ROUNDS)
 
 
-def find_then_update(engine: Engine, limit: int) -> Sequence[Any]:
+def find_then_update(engine: sa.Engine, limit: int) -> Sequence[Any]:
     """Find free jobs, then mark them one by one, as job queues are often written.
 
     Like ``updateJobs`` of Payload CMS 3.80 (packages/drizzle/src/updateJobs.ts): between the
     SELECT and the UPDATE, and until that is committed, every other worker finds the same jobs.
     """
-    free = select(table).where(table.c.processing == false())
+    free = sa.select(table).where(table.c.processing == sa.false())
     with engine.connect() as connection:
         found = connection.execute(free.order_by(table.c.created_at).limit(limit)).all()
     with engine.begin() as connection:
         for job in found:
-            mark = update(table).where(table.c.id == job.id)
+            mark = sa.update(table).where(table.c.id == job.id)
             connection.execute(mark.values(processing=True))
     return _run(found)
 
 
-def claim(engine: Engine, limit: int) -> Sequence[Any]:
+def claim(engine: sa.Engine, limit: int) -> Sequence[Any]:
     """Claim free jobs."""
     return _run(claim_jobs(engine, table, limit))
 
@@ -89,7 +76,7 @@ def _run(jobs: Iterable[Any]) -> Sequence[Any]:
     return found
 
 
-HALVES: dict[str, Callable[[Engine, int], Sequence[Any]]] = {
+HALVES: dict[str, Callable[[sa.Engine, int], Sequence[Any]]] = {
     "legacy loop": find_then_update,
     "claim_jobs": claim,
 }

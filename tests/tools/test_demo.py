@@ -244,7 +244,7 @@ def test_progress_goes_to_the_terminal(tmp_path: Path) -> None:
     assert json.loads(out)["exact"] is True
     assert "legacy loop" in shown
     assert "claim_jobs" in shown
-    assert "50/50" in shown
+    assert "100%" in shown
 
 
 def test_the_table_is_dropped_on_ctrl_c(database: Database) -> None:

@@ -6,23 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    DateTime,
-    Float,
-    Integer,
-    and_,
-    case,
-    false,
-    func,
-    literal,
-    not_,
-    null,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
 
@@ -56,25 +40,25 @@ def nulls(reading: Reading) -> Iterator[Finding]:
     yield from found or [Finding("NULL in a state", Level.FINE, fine)]
 
 
-def _never(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
+def _never(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[bool]]:
     """Return, by column, the rows that are neither free nor running nor ended, as it is NULL.
 
     Whatever is declared: of a NOT NULL that the database has not, a condition is NULL too.
     """
-    found: dict[Column[Any], ColumnElement[bool]] = {}
-    idle = not_(func.coalesce(predicates.is_running(job_table), false()))
-    open_ = [func.coalesce(each, true()) for each in predicates.not_ended(job_table)]
+    found: dict[sa.Column[Any], sa.ColumnElement[bool]] = {}
+    idle = sa.not_(sa.func.coalesce(predicates.is_running(job_table), sa.false()))
+    open_ = [sa.func.coalesce(each, sa.true()) for each in predicates.not_ended(job_table)]
     for part in visitors.iterate(predicates.is_free(job_table)):
-        if isinstance(part, Column) and not _means_null(job_table, part):
-            lost = not_(func.coalesce(predicates.is_free(job_table), false()))
-            found[part] = and_(part.is_(None), lost, idle, *open_)
+        if isinstance(part, sa.Column) and not _means_null(job_table, part):
+            lost = sa.not_(sa.func.coalesce(predicates.is_free(job_table), sa.false()))
+            found[part] = sa.and_(part.is_(None), lost, idle, *open_)
     for part in (job_table.attempts, job_table.due):
         if part is not None and not part.nullable:
-            found[part] = and_(part.is_(None), predicates.is_free(job_table))
+            found[part] = sa.and_(part.is_(None), predicates.is_free(job_table))
     return found
 
 
-def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
+def _means_null(job_table: JobTable, column: sa.Column[Any]) -> bool:
     """Check whether the declaration assigns NULL in the column a meaning."""
     marks = (job_table.released, job_table.done, job_table.failed, job_table.withdrawn)
     if any(mark.get(column, ...) is None for mark in marks):
@@ -88,7 +72,7 @@ def _means_null(job_table: JobTable, column: Column[Any]) -> bool:
     )
 
 
-def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
+def _always(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[bool]]:
     """Return, by flag of an end, the free rows with NULL there, which is read as not ended."""
     marks = (job_table.failed, job_table.done, job_table.withdrawn)
     flags = {
@@ -101,10 +85,10 @@ def _always(job_table: JobTable) -> dict[Column[Any], ColumnElement[bool]]:
         and isinstance(value, (True_, False_, InlineLiteral))
     }
     ordered = [column for column in job_table.table.columns if column in flags]
-    return {column: and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
+    return {column: sa.and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
 
 
-def _trapped(reading: Reading, column: Column[Any], number: int, *, taken: bool) -> Finding:
+def _trapped(reading: Reading, column: sa.Column[Any], number: int, *, taken: bool) -> Finding:
     """Report the rows that a NULL hides from every claim, or from other loops than claims."""
     job_table, name = reading.job_table, column.name
     values = _unset(job_table)
@@ -116,14 +100,14 @@ def _trapped(reading: Reading, column: Column[Any], number: int, *, taken: bool)
     if taken:
         return finding("null_taken", sql, **words)
     others = any(column is each for each in (job_table.attempts, job_table.due))
-    condition = and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
+    condition = sa.and_(*predicates.is_due(job_table)) if others else predicates.is_free(job_table)
     fix = f"say what NULL in {name} means with JobTable(free=...)"
     if sql:
         fix = "if they wait, say so in the rows; or say it with JobTable(null_is_free=True)"
     return finding("null_passed_over", sql, **words, condition=reading.text(condition), fix=fix)
 
 
-def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
+def _unset(job_table: JobTable) -> dict[sa.Column[Any], Any]:
     """Return the values of a free row, as far as they can be told."""
     ends = {**job_table.failed, **job_table.done, **job_table.withdrawn}
     found = {
@@ -132,20 +116,20 @@ def _unset(job_table: JobTable) -> dict[Column[Any], Any]:
         if is_flag(column) and isinstance(value, (True_, False_, InlineLiteral))
     }
     if job_table.attempts is not None:
-        found[job_table.attempts] = InlineLiteral(0, Integer())
+        found[job_table.attempts] = InlineLiteral(0, sa.Integer())
     if job_table.due is not None:
         found[job_table.due] = job_table.now(job_table.due)
     return {**found, **job_table.released}
 
 
-def _opposite(value: Any) -> ColumnElement[Any]:
+def _opposite(value: Any) -> sa.ColumnElement[Any]:
     if isinstance(value, InlineLiteral):
         return InlineLiteral(int(not value.value), value.type)
-    opposite: ColumnElement[Any] = ~value
+    opposite: sa.ColumnElement[Any] = ~value
     return opposite
 
 
-def update_text(patient: Patient, values: Mapping[Column[Any], Any], where: str) -> str:
+def update_text(patient: Patient, values: Mapping[sa.Column[Any], Any], where: str) -> str:
     """Render an UPDATE with literal values."""
     changes = ", ".join(
         f"{patient.quoted(column.name)} = {patient.text(_clause(column, value))}"
@@ -154,10 +138,10 @@ def update_text(patient: Patient, values: Mapping[Column[Any], Any], where: str)
     return f"UPDATE {patient.name} SET {changes} WHERE {where}"  # noqa: S608 - to be read
 
 
-def _clause(column: Column[Any], value: Any) -> ColumnElement[Any]:
+def _clause(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
     if value is None:
-        return null()
-    return value if isinstance(value, ColumnElement) else literal(value, column.type)
+        return sa.null()
+    return value if isinstance(value, sa.ColumnElement) else sa.literal(value, column.type)
 
 
 def stuck(reading: Reading) -> Iterator[Finding]:
@@ -168,13 +152,16 @@ def stuck(reading: Reading) -> Iterator[Finding]:
         return
     running = is_marked(job_table)
     if job_table.lease is not None:
-        running = and_(running, job_table.lease.is_(None))
+        running = sa.and_(running, job_table.lease.is_(None))
     since, certain = _since(job_table)
     seconds = reading.stuck_after.total_seconds()
     groups = {"old": running}
     if since is not None:
-        limit = job_table.now(since, literal(-seconds, Float()))
-        groups = {"old": and_(running, since <= limit), "undated": and_(running, since.is_(None))}
+        limit = job_table.now(since, sa.literal(-seconds, sa.Float()))
+        groups = {
+            "old": sa.and_(running, since <= limit),
+            "undated": sa.and_(running, since.is_(None)),
+        }
     counted = counts(reading, groups)
     if counted["old"]:
         yield _stuck(reading, counted["old"], groups["old"], since, certain=certain)
@@ -191,12 +178,14 @@ def spent(reading: Reading) -> Iterator[Finding]:
     lease, groups = job_table.lease, {}
     unowned = [predicates.is_free(job_table)]
     if lease is not None:
-        expired = and_(predicates.is_running(job_table), lease <= job_table.now(lease))
+        expired = sa.and_(predicates.is_running(job_table), lease <= job_table.now(lease))
         unowned.append(expired)
-        long_ago = lease <= job_table.now(lease, literal(-seconds, Float()))
-        groups["overdue"] = and_(expired, long_ago, *predicates.is_unspent(job_table))
+        long_ago = lease <= job_table.now(lease, sa.literal(-seconds, sa.Float()))
+        groups["overdue"] = sa.and_(expired, long_ago, *predicates.is_unspent(job_table))
     if predicates.is_unspent(job_table) and job_table.failed:
-        groups["spent"] = and_(not_(and_(*predicates.is_unspent(job_table))), or_(*unowned))
+        groups["spent"] = sa.and_(
+            sa.not_(sa.and_(*predicates.is_unspent(job_table))), sa.or_(*unowned)
+        )
     counted = counts(reading, groups)
     if number := counted.get("spent"):
         values = failures(job_table, retry=False, error="all attempts are spent")[0].values
@@ -206,28 +195,28 @@ def spent(reading: Reading) -> Iterator[Finding]:
         yield finding("overdue", rows=count(number), age=age(seconds))
 
 
-def is_marked(job_table: JobTable) -> ColumnElement[bool]:
+def is_marked(job_table: JobTable) -> sa.ColumnElement[bool]:
     """Build the condition that a row's state is claimed, ignoring the claim's other columns."""
     state = job_table.state
     if state is None:
         return predicates.is_running(job_table)
     value = job_table.claimed[state]
     is_claimed = state.is_not(None) if isinstance(value, DatabaseTime) else state == value
-    return and_(is_claimed, *predicates.not_ended(job_table))
+    return sa.and_(is_claimed, *predicates.not_ended(job_table))
 
 
-def claimed_at(job_table: JobTable) -> Column[Any] | None:
+def claimed_at(job_table: JobTable) -> sa.Column[Any] | None:
     """Return the column that holds the time of a row's claim, if there is one."""
     return next(iter(predicates.running_since(job_table)), None)
 
 
-def _since(job_table: JobTable) -> tuple[Column[Any] | None, bool]:
+def _since(job_table: JobTable) -> tuple[sa.Column[Any] | None, bool]:
     """Return the column closest to a row's claim time, and whether it is exactly that time."""
     written = claimed_at(job_table)
     return (dated_by(job_table), False) if written is None else (written, True)
 
 
-def dated_by(job_table: JobTable) -> Column[Any] | None:
+def dated_by(job_table: JobTable) -> sa.Column[Any] | None:
     """Return the column that tells how long a job has been there, if there is one."""
     terms = (*job_table.order, job_table.due)
     return next((each for each in terms if is_clock(job_table, each)), None)
@@ -235,18 +224,18 @@ def dated_by(job_table: JobTable) -> Column[Any] | None:
 
 def is_clock(job_table: JobTable, column: Any) -> bool:
     """Check whether a column's times can be compared with the database's clock."""
-    if not isinstance(column, Column):
+    if not isinstance(column, sa.Column):
         return False
     if is_text(column):
         return job_table.text_times is not None and column.name in (*ORDER, *DUE)
-    return isinstance(plain_type(column.type), DateTime)
+    return isinstance(plain_type(column.type), sa.DateTime)
 
 
 def _stuck(
     reading: Reading,
     number: int,
-    running: ColumnElement[bool],
-    since: Column[Any] | None,
+    running: sa.ColumnElement[bool],
+    since: sa.Column[Any] | None,
     *,
     certain: bool,
 ) -> Finding:
@@ -264,23 +253,25 @@ def _stuck(
     return finding("undated", rows=rows, oldest=oldest, more=more)
 
 
-def counts(reading: Reading, conditions: Mapping[str, ColumnElement[bool]]) -> dict[str, int]:
+def counts(reading: Reading, conditions: Mapping[str, sa.ColumnElement[bool]]) -> dict[str, int]:
     """Count the rows that meet each condition, by one read of the table."""
     if not conditions:
         return {}
-    sums = [func.sum(case((each, 1), else_=0)) for each in conditions.values()]
-    statement = select(*sums).select_from(reading.job_table.table)
+    sums = [sa.func.sum(sa.case((each, 1), else_=0)) for each in conditions.values()]
+    statement = sa.select(*sums).select_from(reading.job_table.table)
     row = reading.connection.execute(statement).one()
     return {name: int(value or 0) for name, value in zip(conditions, row, strict=True)}
 
 
 def seconds_since_oldest(
-    reading: Reading, since: Column[Any], condition: ColumnElement[bool]
+    reading: Reading, since: sa.Column[Any], condition: sa.ColumnElement[bool]
 ) -> float | None:
     """Return the age of the earliest time in seconds, or None if no row matches."""
     job_table = reading.job_table
-    oldest = func.min(since, type_=since.type)
-    statement = select(oldest, job_table.now(since)).select_from(job_table.table).where(condition)
+    oldest = sa.func.min(since, type_=since.type)
+    statement = (
+        sa.select(oldest, job_table.now(since)).select_from(job_table.table).where(condition)
+    )
     first, now = map(_as_time, reading.connection.execute(statement).one())
     if first is None or now is None:
         return None
