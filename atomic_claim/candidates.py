@@ -31,6 +31,7 @@ ALONE = "claim_alone"
 RIPE = 1000
 _STEPS = [literal_column(str(step), Integer()) for step in range(3)]
 DUE = "claim_due"
+FREE = "claim_free"
 
 
 @dataclass(eq=False, repr=False)
@@ -181,10 +182,21 @@ class Candidates(ClauseElement):
         return replace(self, branches=(*free, *self.branches[1:]))
 
     def steps(self) -> tuple[Candidates, ...]:
-        """Return what to find candidates by in turn, until there are enough."""
+        """Return what to find candidates by in turn, until there are enough.
+
+        The first step may miss free rows that come before rows whose lease is over, so the
+        branches say which rows are free.
+        """
         if self.waiting is None or not self.waiting.nullable:
             return (self,)
-        return self.finding(self.waiting.near), self.finding(*self.waiting.farther)
+        near, farther = (self.waiting.near,), self.waiting.farther
+        if len(self.branches) == 1:
+            return self.finding(*near), self.finding(*farther)
+        others = tuple(branch.add_columns(_ZERO.label(FREE)) for branch in self.branches[1:])
+        return tuple(
+            replace(self, branches=(*(b.add_columns(_ONE.label(FREE)) for b in free), *others))
+            for free in (near, farther)
+        )
 
     def gated(self) -> Candidates:
         """Return the candidates that find the rows that are due in steps of one statement."""
@@ -220,12 +232,21 @@ class Candidates(ClauseElement):
         found = self.in_one_claim(self._first(lock)).limit(self.limit)
         return found if terms else self.only_keys(found)
 
-    def select_with_alone(self) -> Select[Any]:
-        """One SELECT of the keys and, if any row may be claimed alone, of whether it is."""
-        if not self.tells_alone:
+    def select_with_flags(self) -> Select[Any]:
+        """One SELECT of the keys, of whether a row is claimed alone, and of whether it is free.
+
+        Each of the two only if the branches say it.
+        """
+        if not (self.tells_alone or self.tells_free):
             return self.select()
         found = self._first(lambda branch: branch).limit(self.limit)
-        return self.only_keys(found, and_alone=True)
+        only = self.only_keys(found, and_alone=self.tells_alone)
+        return only.add_columns(found.selected_columns[FREE]) if self.tells_free else only
+
+    @property
+    def tells_free(self) -> bool:
+        """Return True if the branches say for each row whether it is free."""
+        return FREE in self.branches[0].selected_columns
 
     @property
     def tells_alone(self) -> bool:

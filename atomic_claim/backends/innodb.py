@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,9 +48,11 @@ class InnoDBStatements:
     """The statements of a search for rows to claim, built once per plan.
 
     Attributes:
-        candidates: each reads keys in claim order, whether a row is claimed alone (if any may be),
-            and what has to be known of the session; the last one finds all rows.
+        candidates: each reads keys in claim order, what
+            :meth:`~atomic_claim.candidates.Candidates.select_with_flags` tells of a row, and what
+            has to be known of the session; the last one finds all rows.
         width: how many columns stand before those.
+        tells_free: whether the last of these columns tells whether a row is free.
         session: reads the latter alone.
         asks_zone: whether that includes the session's time zone.
         lock: locks those of the rows that are free and not locked.
@@ -79,10 +81,10 @@ class InnoDBStatements:
         if self.asks_zone:
             session.append(SKEW)
         self.session = select(*session)
-        self.candidates = [
-            step.select_with_alone().add_columns(*session) for step in plan.candidates.steps()
-        ]
-        self.width = len(key) + plan.candidates.tells_alone
+        steps = plan.candidates.steps()
+        self.candidates = [step.select_with_flags().add_columns(*session) for step in steps]
+        self.tells_free = steps[0].tells_free
+        self.width = len(key) + plan.candidates.tells_alone + self.tells_free
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
@@ -129,6 +131,16 @@ class Search:
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
     is_stale: bool = False
+
+    def certain(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Return the first of the candidates, before which there can be no others.
+
+        A step that does not find all rows finds all that come before the last free one of them.
+        """
+        statements, at = self.statements, self.statements.width - 1
+        if not statements.tells_free or self.step + 1 == len(statements.candidates):
+            return rows
+        return rows[: max((n for n, row in enumerate(rows, 1) if row[at]), default=0)]
 
     def goes_farther(self) -> bool:
         """Turn to the statement that finds more, and return False if there is none."""

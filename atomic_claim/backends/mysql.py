@@ -148,7 +148,7 @@ class MySQL(Backend):
         while True:
             rows, level = self._candidates(search, plan, scan_limit, read, turn)
             seen = list(map(key_of, rows))
-            if statements.width > width:
+            if plan.candidates.tells_alone:
                 alone.update(key_of(row) for row in rows if row[width])
             fresh = list(filterfalse(tried.__contains__, seen))
             tried.update(fresh)
@@ -195,7 +195,8 @@ class MySQL(Backend):
         try:
             if turn is None:
                 asked = ClaimRequest(scan_limit).parameters()
-                rows: Sequence[Any] = tx.execute(statements.candidates[search.step], asked).all()
+                found = tx.execute(statements.candidates[search.step], asked).all()
+                rows: Sequence[Any] = search.certain(found)
             else:
                 read += islice(turn, scan_limit - len(read))
                 rows = [(*each.row, each.alone)[: statements.width] for each in read]

@@ -1,5 +1,6 @@
 """Rows that are not due cost a claim next to nothing, however many of them come first."""
 
+import datetime as dt
 import re
 from collections.abc import Iterator
 
@@ -8,11 +9,11 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Integer, String
 
 from atomic_claim import JobTable, claim_jobs
-from atomic_claim.plan import ClaimRequest, build_plan
+from atomic_claim.plan import MARGIN, ClaimRequest, build_plan
 from tests.benchmarks.ground import add_indexes
 from tests.conftest import fresh_database
 from tests.counting import PRECISE
-from tests.databases import NAMES
+from tests.databases import NAMES, Database
 from tests.traps.test_09_or import DEPTHS, NUMBERS, plan_of
 
 NOT_DUE, RIPE, BEHIND = 40_000, 100, 2_000
@@ -109,3 +110,25 @@ def test_a_search_without_some_rows_keeps_its_steps() -> None:
     plan = build_plan(jobs, ClaimRequest(1), entities=False).passing_over([(7,)])
     for step in plan.candidates.steps():
         assert "NOT IN" in str(step.select())
+
+
+def test_free_rows_behind_the_first_look_come_before_expired_ones(database: Database) -> None:
+    """The order holds, however many rows that are not due come first."""
+    jobs, engine = declared(nullable=True, order="creation"), database.engine()
+    jobs.table.create(engine)
+    never, past = dt.datetime(2999, 1, 1), dt.datetime(2024, 1, 1)  # noqa: DTZ001 - as stored
+    base = {"state": "waiting", "priority": 0, "run_at": None, "attempts": 0}
+    base |= {"claim_token": None, "lease_until": None}
+    rows = [base | {"id": n, "place": n, "run_at": never} for n in range(1, 3 * MARGIN)]
+    first = len(rows) + 1
+    rows.append(base | {"id": first, "place": first, "run_at": past})
+    rows.append(base | {"id": first + 1, "place": first + 1})
+    over = {"state": "running", "claim_token": "gone", "lease_until": past, "attempts": 1}
+    rows.append(base | over | {"id": first + 2, "place": first + 2})
+    rows.append(base | over | {"id": first + 3, "place": 0})
+    with engine.begin() as connection:
+        connection.execute(jobs.table.insert(), rows)
+    hour = dt.timedelta(hours=1)
+    assert [job.id for job in claim_jobs(engine, jobs, 2, lease=hour)] == [first + 3, first]
+    assert [job.id for job in claim_jobs(engine, jobs, 2, lease=hour)] == [first + 1, first + 2]
+    assert list(claim_jobs(engine, jobs, 2, lease=hour)) == []
