@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -50,8 +52,25 @@ def run(scenario: Scenario, places: Places) -> None:
     Raises:
         Violation: a step did something else.
     """
-    with World(scenario, places) as world:
+    with narrow(scenario), World(scenario, places) as world:
         Run(world).all_steps()
+
+
+@contextmanager
+def narrow(scenario: Scenario) -> Iterator[None]:
+    """Let searches look at few rows first, so that small tables have rows behind those.
+
+    Rows whose lease is over come in claim order only as far as the margin reaches.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atomic_claim.candidates.RIPE", 2)
+        patch.setattr("atomic_claim.backends.fair.AHEAD", 2)
+        for module in ("mysql", "innodb"):
+            patch.setattr(f"atomic_claim.backends.{module}.WINDOW", 1)
+        if "lease" not in dict(scenario.declaration.roles):
+            for module in ("plan", "backends.by_key", "backends.fair"):
+                patch.setattr(f"atomic_claim.{module}.MARGIN", 0)
+        yield
 
 
 def excuse(scenario: Scenario, database: str) -> str | None:
@@ -75,6 +94,9 @@ def excuse(scenario: Scenario, database: str) -> str | None:
         "AUTOCOMMIT": any(bind.isolation == "AUTOCOMMIT" for bind in scenario.binds),
         "SERIALIZABLE": database in INNODB
         and any(bind.isolation == "SERIALIZABLE" for bind in scenario.binds),
+        "a snapshot beside exclusive keys": database == "postgresql"
+        and "exclusive_by" in by_role
+        and any(bind.isolation in SNAPSHOTS for bind in scenario.binds),
         "an order that may be NULL": said.inferred and not said.order,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
