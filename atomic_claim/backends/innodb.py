@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,9 @@ class InnoDBStatements:
             :meth:`~atomic_claim.candidates.Candidates.select_with_flags` tells of a row, and what
             has to be known of the session; the last one finds all rows.
         width: how many columns stand before those.
-        tells_free: whether the last of these columns tells whether a row is free.
+        tells_alone: whether the one behind the key tells whether a row is claimed alone.
+        free_at: by statement, the place of the column that tells whether a row is free, where
+            rows that come before others that are not may be missing.
         session: reads the latter alone.
         asks_zone: whether that includes the session's time zone.
         lock: locks those of the rows that are free and not locked.
@@ -83,8 +85,9 @@ class InnoDBStatements:
         self.session = select(*session)
         steps = plan.candidates.steps()
         self.candidates = [step.select_with_flags().add_columns(*session) for step in steps]
-        self.tells_free = steps[0].tells_free
-        self.width = len(key) + plan.candidates.tells_alone + self.tells_free
+        self.tells_alone = plan.candidates.tells_alone
+        self.width = len(key) + self.tells_alone + steps[0].tells_free
+        self.free_at = [self.width - 1 if step.tells_free else None for step in steps[:-1]] + [None]
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
@@ -131,16 +134,6 @@ class Search:
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
     is_stale: bool = False
-
-    def certain(self, rows: Sequence[Any]) -> Sequence[Any]:
-        """Return the first of the candidates, before which there can be no others.
-
-        A step that does not find all rows finds all that come before the last free one of them.
-        """
-        statements, at = self.statements, self.statements.width - 1
-        if not statements.tells_free or self.step + 1 == len(statements.candidates):
-            return rows
-        return rows[: max((n for n, row in enumerate(rows, 1) if row[at]), default=0)]
 
     def goes_farther(self) -> bool:
         """Turn to the statement that finds more, and return False if there is none."""

@@ -138,8 +138,7 @@ class MySQL(Backend):
         search = Search(tx, statements, limit)
         width = len(plan.job_table.key)
         key_of = itemgetter(slice(width))
-        alone: set[Key] = set()
-        tried: set[Key] = set()
+        alone, tried = set[Key](), set[Key]()
         # A few more than are wanted, since others may hold the first ones.
         scan_limit, turn, read = limit + WINDOW, None, list[Candidate]()
         if plan.job_table.fair_by is not None:
@@ -148,7 +147,7 @@ class MySQL(Backend):
         while True:
             rows, level = self._candidates(search, plan, scan_limit, read, turn)
             seen = list(map(key_of, rows))
-            if plan.candidates.tells_alone:
+            if statements.tells_alone:
                 alone.update(key_of(row) for row in rows if row[width])
             fresh = list(filterfalse(tried.__contains__, seen))
             tried.update(fresh)
@@ -195,8 +194,11 @@ class MySQL(Backend):
         try:
             if turn is None:
                 asked = ClaimRequest(scan_limit).parameters()
-                found = tx.execute(statements.candidates[search.step], asked).all()
-                rows: Sequence[Any] = search.certain(found)
+                step = search.step
+                rows: Sequence[Any] = tx.execute(statements.candidates[step], asked).all()
+                if (at := statements.free_at[step]) is not None:
+                    # Before rows behind the last free one there may be others.
+                    rows = rows[: max((n for n, row in enumerate(rows, 1) if row[at]), default=0)]
             else:
                 read += islice(turn, scan_limit - len(read))
                 rows = [(*each.row, each.alone)[: statements.width] for each in read]
