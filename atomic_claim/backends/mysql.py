@@ -252,7 +252,7 @@ class MySQL(Backend):
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         """Return the claim's statements, with no session variables in the candidates' SELECT."""
         lock = plan.prepare(InnoDBStatements, self, False).lock
-        return statements_of(self, plan, plan.candidates.steps()[0].select(), lock)
+        return statements_of(self, plan, plan.candidates.steps()[0].select_with_flags(), lock)
 
     def changes(
         self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
