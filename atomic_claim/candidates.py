@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -109,7 +109,7 @@ class Waiting(ClauseElement):
         by_time = ripe.limit(at(1, RIPE)).subquery("claim_ripe")
         found = [
             self._chosen(near).limit(at(0)),
-            select(*by_time.columns).order_by(*self._terms(by_time)).limit(self.limit),
+            select(*by_time.columns).order_by(*_terms(self.order, by_time)).limit(self.limit),
             self.rows.where(self._is_due).limit(at(2)),
         ]
         if self.nullable:
@@ -133,11 +133,7 @@ class Waiting(ClauseElement):
 
     def _chosen(self, found: FromClause) -> Select[Any]:
         columns = [column for column in found.columns if column.key != DUE]
-        return select(*columns).where(found.columns[DUE]).order_by(*self._terms(found))
-
-    def _terms(self, found: FromClause) -> list[ColumnElement[Any]]:
-        terms = enumerate(self.order, 1)
-        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
+        return select(*columns).where(found.columns[DUE]).order_by(*_terms(self.order, found))
 
 
 @dataclass(eq=False, repr=False)
@@ -272,8 +268,7 @@ class Candidates(ClauseElement):
 
     def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
         """Order what has been found as the claim does."""
-        terms = enumerate(self.order, 1)
-        return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
+        return _terms(self.order, found)
 
     def ordered(self, found: FromClause) -> Select[Any]:
         """All columns, in claim order."""
@@ -297,6 +292,11 @@ class Candidates(ClauseElement):
         """Keep the columns of the key, and the one that tells whether a row is claimed alone."""
         width = len(self.rows.selected_columns) + and_alone
         return branch.with_only_columns(*list(branch.selected_columns)[:width])
+
+
+def _terms(order: Sequence[ColumnElement[Any]], found: FromClause) -> list[ColumnElement[Any]]:
+    terms = enumerate(order, 1)
+    return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
 
 
 def alone_if(condition: ColumnElement[bool]) -> ColumnElement[int]:

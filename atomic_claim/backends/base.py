@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -17,8 +16,6 @@ from sqlalchemy import (
     Dialect,
     Result,
     Select,
-    Table,
-    Update,
     bindparam,
     null,
     select,
@@ -39,12 +36,12 @@ from atomic_claim.statement import ClaimStatement
 
 from .drivers import code_of, in_transaction
 from .reading import Key, KeyedRows, Reading
+from .tables import hinted
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
-Statement = TypeVar("Statement", bound=Select[Any] | Update)
 # A chain of ORs nests as deep as it is long, and SQLite allows a depth of 1,000.
 CHUNK = 500
 # Behind some servers' own version stands what they tell old clients: 5.5.5-10.11.6.
@@ -196,21 +193,6 @@ class Find:
     def key(self) -> tuple[ColumnElement[Any], ...]:
         """The primary key's columns, as the SELECT has them."""
         return tuple(self.place.columns[column.key] for column in self.job_table.key)
-
-
-checked: WeakKeyDictionary[Dialect, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""The checks of tables that were passed, by the dialect of their database."""
-
-
-def check_once(
-    connection: Connection, table: Table, check: Callable[[Connection, Table, str | None], None]
-) -> None:
-    """Check a table with its schema, once for each dialect object of SQLAlchemy's."""
-    schema = connection.schema_for_object(table)
-    known = checked.setdefault(connection.dialect, set())
-    if (passed := (check, schema, table.name)) not in known:
-        check(connection, table, schema)
-        known.add(passed)
 
 
 class KeyLocks:
@@ -432,14 +414,6 @@ class Backend(ABC):
             'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
             'JobTable(naive_times="server")'
         )
-
-
-def hinted(statement: Statement, table: Any, hints: Mapping[str, str]) -> Statement:
-    """Add a hint for each dialect to the statement; other dialects do not render it."""
-    for dialect_name, hint in hints.items():
-        with_hint = statement.with_hint(selectable=table, text=hint, dialect_name=dialect_name)
-        statement = cast("Statement", with_hint)
-    return statement
 
 
 def mark_and_load(

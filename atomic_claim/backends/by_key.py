@@ -31,7 +31,6 @@ from sqlalchemy import (
     CTE,
     Column,
     ColumnElement,
-    Connection,
     FromClause,
     Integer,
     Select,
@@ -39,7 +38,6 @@ from sqlalchemy import (
     and_,
     bindparam,
     func,
-    inspect,
     literal_column,
     or_,
     select,
@@ -50,7 +48,6 @@ from sqlalchemy.sql.elements import Label
 
 from atomic_claim import predicates
 from atomic_claim.candidates import ALONE
-from atomic_claim.errors import ClaimError
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, labelled_terms
 
@@ -61,21 +58,17 @@ from .base import (
     Mark,
     Transaction,
     Within,
-    hinted,
     marked_by_key,
 )
 from .fair import FAIR, KEY, FairSearch, first_with_room, in_one_claim, tie_breakers
 from .reading import Key, KeyedRows
+from .tables import hinted
 
 PLACE = "atomic_claim_place"
 BRANCH = "atomic_claim_branch"
 FOUND = "atomic_claim_found"
 # Rows of one key that its heads find at most.
 MOST_HEADS = 10
-VIEW = (
-    "{!r} is a view, and exclusive keys are locked in the name of a table: declare the table that "
-    "the view reads"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -452,9 +445,3 @@ def _locked(
     # A row may have been given another key since the search.
     ours = {row[:-1] for row in held if row[-1] == keys[row[:-1]]}
     return [row for row in chosen if row in ours], rest
-
-
-def refuse_view(connection: Connection, table: Table, schema: str | None) -> None:
-    """Refuse a view, whose keys would be locked by another name than its table's."""
-    if table.name in inspect(connection).get_view_names(schema):
-        raise ClaimError(VIEW.format(table.fullname))

@@ -23,9 +23,10 @@ from sqlalchemy.types import Integer, String
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey
 
-from .base import CHUNK, Backend, Transaction, hinted
+from .base import CHUNK, Backend, Transaction
 from .drivers import code_of
 from .reading import Key
+from .tables import hinted
 
 NAMES = ("mysql", "mariadb")
 # A hint for "mysql" renders nothing for mariadb://, so both names are said.

@@ -44,15 +44,14 @@ from .base import (
     Find,
     KeyLocks,
     Transaction,
-    check_once,
-    hinted,
 )
-from .by_key import refuse_view, statements_of
+from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim
 from .innodb import HINTS, NAMES, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Key
+from .tables import check_once, hinted, refuse_view
 
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.

@@ -39,11 +39,12 @@ from atomic_claim.sql_elements import (
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import AdvisoryLocks, require_locks
-from .base import Backend, Find, Mark, Transaction, check_once, mark_and_load, marked_by_key
-from .by_key import claim_by_key, refuse_view, statements_of
+from .base import Backend, Find, Mark, Transaction, mark_and_load, marked_by_key
+from .by_key import claim_by_key, statements_of
 from .drivers import is_stale
 from .fair import FairSearch, lock_in_turn
 from .reading import Key, KeyedRows, Reading
+from .tables import check_once, refuse_view
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")

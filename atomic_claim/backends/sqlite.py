@@ -38,13 +38,13 @@ from .base import (
     Find,
     Mark,
     Transaction,
-    check_once,
     instant,
     mark_and_load,
 )
-from .by_key import claim_by_key, refuse_view, statements_of
+from .by_key import claim_by_key, statements_of
 from .fair import FairSearch, lock_in_turn
 from .reading import Key, KeyedRows, Reading
+from .tables import check_once, refuse_view
 
 MARK = "/* claimable */"
 TRIGGERS = text("SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1")

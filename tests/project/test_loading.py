@@ -137,6 +137,7 @@ def test_only_what_every_claim_needs_is_loaded() -> None:
         "backends.fair",
         "backends.reading",
         "backends.recovery",
+        "backends.tables",
         "candidates",
         "claim",
         "columns",
