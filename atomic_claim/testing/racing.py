@@ -105,7 +105,7 @@ def race(
         # Each statement of its sees the server's present state.
         seeing = engine.execution_options(isolation_level="AUTOCOMMIT")
         with seeing.connect() as watch, made as keys:
-            record = Record(task, keys, patience, watch, progress)
+            record = Record(task, keys, patience, watch, progress or (lambda _: None))
             found = _run(task, record, timeout, None if url is None else masked(address))
     _check_result(found, existing=use_existing_table)
     return found

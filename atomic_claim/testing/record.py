@@ -40,7 +40,7 @@ class Record:
     keys: frozenset[Key]
     patience: float
     watch: Connection
-    progress: Callable[[int], None] | None
+    progress: Callable[[int], None]
     calls: list[Call] = field(default_factory=list)
     held: set[Key] = field(default_factory=set)
     killed: int = 0
@@ -71,8 +71,7 @@ class Record:
         elif self.task.board.met.value and self.watch.dialect.name != "sqlite":
             self._waits = Waits(self.watch)
         self._close_if_over()
-        if self.progress is not None:
-            self.progress(len(self._handed))
+        self.progress(len(self._handed))
         workers = len(self.task.board.idle)
         self.endless = self._claimed > REPETITIONS * len(self.keys) * workers + SLACK
         return self.endless
