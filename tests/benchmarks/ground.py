@@ -25,6 +25,13 @@ THOUSAND: Final = 1000
 START: Final = datetime(2024, 1, 1)  # noqa: DTZ001 - the columns are without a zone
 PRECISE: Final = sa.DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
 MOST_ATTEMPTS: Final = 5
+ORDERS: Final = {
+    "creation": ["created_at"],
+    "priority": ["priority", "created_at"],
+    "time": ["run_at", "created_at"],
+}
+# So many rows of successive places have one priority.
+PER_PRIORITY: Final = 100
 
 
 class ShippedPostgreSQL(PostgreSQL):
@@ -126,6 +133,8 @@ def job_table(
     keys: bool = False,
     token: bool = False,
     rich: bool = False,
+    order: str = "creation",
+    nullable: bool = True,
 ) -> JobTable:
     """Build a job table.
 
@@ -135,11 +144,13 @@ def job_table(
         keys: adds a column of exclusive keys, ``customer_id``.
         token: adds a token column without a lease.
         rich: adds a JSON and an Enum column, and gives the times a zone where there is one.
+        order: one of :data:`ORDERS`; ``time`` needs a lease.
+        nullable: whether the due column of a table with a lease may be NULL.
     """
     time = sa.DateTime(timezone=True).with_variant(mysql.DATETIME(fsp=6), "mysql", "mariadb")
     time = time if rich else PRECISE
     more = [
-        Column("run_at", PRECISE),
+        Column("run_at", PRECISE, nullable=nullable),
         Column("worker", sa.String(40)),
         Column("claim_token", sa.String(32)),
         Column("lease_until", PRECISE),
@@ -156,9 +167,10 @@ def job_table(
         *([Column("kind", sa.Enum(Kind, name=f"{name}_kind"))] if rich else []),
         *([Column("claim_token", sa.String(32))] if token else []),
         *([Column("customer_id", sa.Integer)] if keys else []),
+        *([Column("priority", sa.Integer, nullable=False)] if order == "priority" else []),
         *(more if lease else []),
     )
-    roles: dict[str, Any] = {"state": "processing", "order": "created_at"}
+    roles: dict[str, Any] = {"state": "processing", "order": ORDERS[order]}
     if lease:
         roles |= {
             "due": "run_at",
@@ -195,24 +207,29 @@ class Rows:
     Attributes:
         count: the number of rows that are free or done.
         free: the percentage of them that are free; the others are done.
+        timed: the number of them, the first ones, that have a time, which has come, if it may
+            be NULL.
         not_due: the number of further rows that come first and are not due for a year.
         running: the number of further rows that run.
         spent: the number of further rows that have had all their attempts.
+        done: the number of further rows that are done.
         keys: the number of customers, to which the rows belong in turn. Of the running rows one
             belongs to every tenth of them, from the first on.
     """
 
     count: int
     free: int = 100
+    timed: int = 0
     not_due: int = 0
     running: int = 0
     spent: int = 0
+    done: int = 0
     keys: int = 1
 
     @property
     def all(self) -> int:
         """How many rows there are altogether."""
-        return self.count + self.not_due + self.running + self.spent
+        return self.count + self.not_due + self.running + self.spent + self.done
 
 
 def fill(engine: sa.Engine, jobs: JobTable, rows: Rows) -> None:
@@ -290,8 +307,9 @@ def _values(
     place = first + thousands.c.n * THOUSAND + ones.c.n
     due, running = rows.not_due, rows.not_due + rows.running
     spent = running + rows.spent
+    ahead = spent + rows.done
     # Of each hundred, the free ones are spread over all.
-    is_done = (place >= spent) & ((place * 37) % 100 >= rows.free)
+    is_done = (place >= spent) & ((place < ahead) | ((place * 37) % 100 >= rows.free))
     found = {
         "id": place + 1,
         "processing": (place >= due) & (place < running),
@@ -302,14 +320,22 @@ def _values(
     if "kind" in jobs.table.c:
         found["payload"] = sa.literal({"to": "someone@example.org", "tries": [1, 2]}, sa.JSON)
         found["kind"] = sa.literal(Kind.report, jobs.table.c.kind.type)
+    if "priority" in jobs.table.c:
+        # The same in the first row behind, however many come before it.
+        found["priority"] = sa.func.floor((place - ahead) / sa.literal(float(PER_PRIORITY)))
     if "customer_id" in jobs.table.c:
         found["customer_id"] = sa.case((found["processing"], 10 * place), else_=place) % rows.keys
     if jobs.lease is None:
         return found
     year = datetime.now(UTC).replace(tzinfo=None) + timedelta(days=365)
     never, runs = sa.literal(year, PRECISE), found["processing"]
+    times = [(place < due, never)]
+    if not jobs.table.c.run_at.nullable:
+        times.append((sa.true(), found["created_at"]))
+    elif rows.timed:
+        times.append(((place >= ahead) & (place < ahead + rows.timed), found["created_at"]))
     return found | {
-        "run_at": sa.case((place < due, never), else_=sa.null()),
+        "run_at": sa.case(*times, else_=sa.null()),
         "lease_until": sa.case((runs, never), else_=sa.null()),
         "claim_token": sa.case((runs, "0" * 32), else_=sa.null()),
         "attempts": sa.case(

@@ -1,4 +1,4 @@
-"""One claim in a small table and in a large one, with and without a lease, and beside others."""
+"""One claim in small and in large tables, behind rows that it passes over, and beside others."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -10,28 +10,28 @@ from typing import Any
 import sqlalchemy as sa
 
 from atomic_claim import JobTable, claim_jobs
-from tests.benchmarks.ground import Ground, Rows, fill, job_table
-from tests.benchmarks.measuring import Line, in_turns, percentile
+from tests.benchmarks.ground import ORDERS, Ground, Rows, fill, job_table
+from tests.benchmarks.measuring import Line, alternating, in_turns, percentile
 
 FIGURE = "growth"
 SIZES = (10_000, 1_000_000, 10_000_000)
 # So many rows of a hundred wait, the others are done.
 FREE = 10
-AHEAD = {
-    "not yet due": {"not_due": 200_000},
-    "running": {"running": 50_000},
-    "with spent attempts": {"spent": 10_000},
-}
-HOLDERS = (0, 4, 16, 64)
+AHEAD = 200_000
+KINDS = {"not due": "not_due", "running": "running", "with spent attempts": "spent", "done": "done"}
+# Behind them: rows without a time where it may be NULL, and some whose time has come; at most as
+# many as a claim sorts (RIPE in candidates.py).
+BEHIND = {True: Rows(10_000, timed=100), False: Rows(800)}
+HOLDERS = (0, 64)
 LEASE = timedelta(minutes=5)
-MOST = 1.3
+MOST_BY_SIZE, MOST_BEHIND, MOST_BESIDE = 1.3, 3.0, 2.5
 
 
 def measure(
     ground: Ground, *, rounds: int, sizes: Sequence[int] = SIZES, calls: int = 100
 ) -> Iterator[list[Line]]:
-    """Measure the p50 and p99 of one claim by table size, with all tables side by side."""
-    if min(sizes) * FREE // 100 < (wanted := rounds * (calls + 2) + max(HOLDERS)):
+    """Measure the p50 and p99 of one claim beside another, call by call in turn."""
+    if min(sizes) * FREE // 100 < (wanted := rounds * (calls + 1) + 1):
         raise ValueError(
             f"--rows {min(sizes)}: {FREE} % of them are free, and {wanted} are claimed from; "
             "ask for more rows, or fewer --calls"
@@ -40,44 +40,60 @@ def measure(
         engine = ground.engine(name, pool_size=1, max_overflow=max(HOLDERS))
         for lease in (False, True):
             what = f"{name}, {'with' if lease else 'without'} a lease"
-            tables = {f"{size:,} rows": (Rows(size, FREE), lease) for size in sizes}
-            yield _compared(engine, what, tables, rounds=rounds, calls=calls, most=MOST)
-        middle = sorted(sizes)[len(sizes) // 2]
-        ahead = {"none ahead": (Rows(middle, FREE), True)} | {
-            f"{max(more.values()):,} rows {kind} ahead": (Rows(middle, FREE, **more), True)
-            for kind, more in AHEAD.items()
-        }
-        yield _compared(engine, f"{name}, {middle:,} rows", ahead, rounds=rounds, calls=calls)
-        if name != "sqlite":
-            yield _beside_holders(engine, name, middle, rounds, calls)
+            made = partial(job_table, lease=lease)
+            tables = {f"{size:,} rows": (made, Rows(size, FREE)) for size in sizes}
+            yield _compared(engine, what, tables, rounds=rounds, calls=calls, most=MOST_BY_SIZE)
+        for order in ORDERS:
+            for nullable in BEHIND:
+                what = f"{name}, by {order}, due {'' if nullable else 'NOT '}NULL"
+                yield _behind(
+                    engine, what, order=order, nullable=nullable, rounds=rounds, calls=calls
+                )
+        yield _beside_holders(engine, name, rounds, calls)
+
+
+def _behind(
+    engine: sa.Engine, what: str, *, order: str, nullable: bool, rounds: int, calls: int
+) -> list[Line]:
+    """Time claims behind many rows of each kind that they pass over."""
+    behind = BEHIND[nullable]
+    made = partial(job_table, lease=True, order=order, nullable=nullable)
+    rows = {"none ahead": behind} | {
+        f"{AHEAD:,} rows {kind} ahead": Rows(behind.count, timed=behind.timed, **{field: AHEAD})
+        for kind, field in KINDS.items()
+    }
+    tables = {label: (made, each) for label, each in rows.items()}
+    # Rows for all of them.
+    calls = min(calls, behind.count // (rounds + 1))
+    return _compared(engine, what, tables, rounds=rounds, calls=calls, most=MOST_BEHIND)
 
 
 def _compared(
     engine: sa.Engine,
     what: str,
-    tables: dict[str, tuple[Rows, bool]],
+    tables: dict[str, tuple[Any, Rows]],
     *,
     rounds: int,
     calls: int,
-    most: float | None = None,
+    most: float,
 ) -> list[Line]:
-    """Time claims from these tables in turns, and compare each table with the first one."""
+    """Time claims from these tables call by call, and compare each table with the first one."""
     made = {}
-    for place, (label, (rows, lease)) in enumerate(tables.items()):
-        made[label] = job_table(f"bench_growth_{place}", lease=lease)
+    for place, (label, (declare, rows)) in enumerate(tables.items()):
+        made[label] = declare(f"bench_growth_{place}")
         fill(engine, made[label], rows)
     ways = {label: partial(_claim, engine, jobs) for label, jobs in made.items()}
-    found = in_turns(ways, rounds=rounds, calls=calls)
+    found = alternating(ways, rounds=rounds, calls=calls, before=lambda: None)
     for jobs in made.values():
         jobs.table.drop(engine)
     return _lines(found, what, most)
 
 
-def _lines(found: dict[str, list[list[float]]], what: str, most: float | None) -> list[Line]:
+def _lines(found: dict[str, list[list[float]]], what: str, most: float) -> list[Line]:
     first, *others = found
     base = [statistics.median(times) for times in found[first]]
     lines = []
-    for label in others or [first]:
+    for label in others:
         turns = found[label]
         times = [time for turn in turns for time in turn]
         medians = [statistics.median(turn) for turn in turns]
@@ -96,10 +112,13 @@ def _lines(found: dict[str, list[list[float]]], what: str, most: float | None) -
     return lines
 
 
-def _beside_holders(engine: sa.Engine, name: str, size: int, rounds: int, calls: int) -> list[Line]:
-    """Time a claim while other workers hold one claim each in open transactions."""
+def _beside_holders(engine: sa.Engine, name: str, rounds: int, calls: int) -> list[Line]:
+    """Time a claim while other workers hold one claim each.
+
+    They hold it in open transactions; on SQLite, where one of these keeps all others out, by lease.
+    """
     jobs = job_table("bench_growth_0", lease=True)
-    fill(engine, jobs, Rows(size, FREE))
+    fill(engine, jobs, Rows(1_000_000, FREE))
     with ExitStack() as stack:
         held: list[sa.Connection] = []
 
@@ -110,11 +129,13 @@ def _beside_holders(engine: sa.Engine, name: str, size: int, rounds: int, calls:
             while len(held) < wanted:
                 held.append(stack.enter_context(engine.connect()))
                 assert len(claim_jobs(held[-1], jobs, lease=LEASE)) == 1
+                if name == "sqlite":
+                    held[-1].commit()
 
         ways = {f"{count} holding a claim": partial(_claim, engine, jobs) for count in HOLDERS}
         found = in_turns(ways, rounds=rounds, calls=calls, before=hold)
     jobs.table.drop(engine)
-    return _lines(found, f"{name}, {size:,} rows", None)
+    return _lines(found, f"{name}, 1,000,000 rows", MOST_BESIDE)
 
 
 def _claim(engine: sa.Engine, jobs: JobTable) -> None:
