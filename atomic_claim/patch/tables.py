@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from sqlalchemy import table as sql_table
 from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.orm import Session, sessionmaker
 
-from atomic_claim.errors import AmbiguousTable, PatchError
+from atomic_claim.errors import AmbiguousTable, ClaimError, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.references import reflected
@@ -64,11 +63,12 @@ def leased_only(job_table: JobTable) -> JobTable:
 
 def check_role(job_table: JobTable, role: str, option: str, given: Any) -> None:
     """Raise if an option is given that needs a column which the table does not have."""
-    if given is not None and getattr(job_table, role) is None:
-        raise PatchError(
-            f"{option}={given!r} needs a {role} column, and {job_table.table.fullname!r} has none "
-            f"that is known: name it with JobTable({role}=...)"
-        )
+    if given is None:
+        return
+    try:
+        job_table.needed(role, f"{option}={given!r}")
+    except ClaimError as error:
+        raise PatchError(str(error)) from None
 
 
 def _table_of(table: Any) -> Table:
@@ -148,7 +148,6 @@ class Tables:
         self.reading = options.reading("table", given, lambda each: isinstance(each, type))
         self._make = make
         self._made: dict[Any, JobTable] = {}
-        self._lock = threading.RLock()
         if isinstance(given, Reference):
             found = options.found(given)
             if isinstance(found, type) or not (found is None or callable(found)):
@@ -170,7 +169,6 @@ class Tables:
         given = self._read(call)
         if not _is_name(given) or given.fullname in self._made:
             return self._of(given)
-        # Not under the lock: a thread that waits for it may have the last connection of a pool.
         return self._of(given, _reflected(given, bind))
 
     def _read(self, call: Call) -> Any:
@@ -185,11 +183,11 @@ class Tables:
 
     def _of(self, given: Any, table: Any = None) -> JobTable:
         key = given.fullname if _is_name(given) else given
-        with self._lock:
-            if key not in self._made:
-                found = given if table is None else table
-                self._made[key] = self._make(declared(found, self._arguments))
-            return self._made[key]
+        if key not in self._made:
+            made = self._make(declared(given if table is None else table, self._arguments))
+            # Another thread may have been faster: all get the same one.
+            self._made.setdefault(key, made)
+        return self._made[key]
 
 
 def _clocks(value: Any) -> Any:
