@@ -82,7 +82,7 @@ def find_of(
 
     Args:
         job_table: the table of the jobs.
-        statement: the SELECT.
+        statement: the SELECT, which mentions the table.
         params: what is passed with it.
         target: the function that executes it, for messages.
         counts: whether an aggregate may pass, since the function has found its rows already.
@@ -91,18 +91,17 @@ def find_of(
         PatchError: it speaks of the table, and cannot be locked.
     """
     table = job_table.table
-    if not mentions(statement, table):
-        return None
     refuse = partial(_refusal, target, table)
-    if counts and isinstance(statement, Select) and _aggregate(statement):
-        return None
     if not isinstance(statement, Select):
         raise refuse("a UNION" if isinstance(statement, CompoundSelect) else "raw SQL")
+    aggregate = _aggregate(statement)
+    if aggregate and counts:
+        return None
     if any(isinstance(element, TextualSelect) for element in visitors.iterate(statement)):
         raise refuse("raw SQL")
     if statement._distinct:
         raise refuse("DISTINCT")
-    if aggregate := _aggregate(statement):
+    if aggregate:
         raise refuse(aggregate)
     for column in statement.inner_columns:
         if any(isinstance(each, (Over, WithinGroup)) for each in visitors.iterate(column)):
