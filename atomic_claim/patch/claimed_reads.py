@@ -105,8 +105,8 @@ def claim_reads(
 
     def prepare(patch: Patch, found: Target) -> Run:
         tables = Tables(table, Options(found), claimable)
-        watch = partial(ClaimWatch, lease=asked, worker=worker, limit=limit)
-        return watching(patch, found, tables, watch)
+        watch = partial(ClaimWatch, patch, tables, lease=asked, worker=worker, limit=limit)
+        return watching(patch, found.function, watch)
 
     def claimable(given: Any) -> JobTable:
         job_table = _leased(job_table_of(given), asked, at_most_once)

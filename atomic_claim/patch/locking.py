@@ -61,7 +61,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
                 "claim_reads()"
             )
         tables = Tables(table, Options(found), keyed_by_row)
-        return watching(patch, found, tables, partial(LockWatch, limit=limit))
+        return watching(patch, function, partial(LockWatch, patch, tables, limit=limit))
 
     def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.has_keys:

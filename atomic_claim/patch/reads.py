@@ -51,7 +51,6 @@ from .calls import Call
 from .patches import Patch, Run
 from .selects import find_of, is_read, is_table, mentions, names
 from .tables import Tables
-from .targets import Target
 
 LOADS = "atomic_claim_loads"
 logger = logging.getLogger("atomic_claim")
@@ -161,14 +160,11 @@ def unwatched() -> Iterator[None]:
         watches.reset(token)
 
 
-def watching(
-    patch: Patch, target: Target, tables: Tables, watch: Callable[[Patch, Tables, Call], Watch]
-) -> Run:
+def watching(patch: Patch, function: Callable[..., Any], make: Callable[[Call], Watch]) -> Run:
     """Return a function that runs the patched function and watches its reads."""
     _listen(patch, on=True)
     patch.at_undo(lambda: _listen(patch, on=False))
     patch.at_undo(lambda: _warn_if_unseen(patch))
-    function, make = target.function, partial(watch, patch, tables)
 
     def run(call: Call, original: Callable[[], Any]) -> Any:
         watch = make(call)
