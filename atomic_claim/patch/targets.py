@@ -157,9 +157,7 @@ def _title(given: Any) -> str:
 def _lookup(owner: Any, name: str) -> Any:
     """Return the attribute stored under a name without binding it."""
     if isinstance(owner, type):
-        for each in owner.__mro__:
-            if name in vars(each):
-                return vars(each)[name]
+        return inspect.getattr_static(owner, name)
     return getattr(owner, name)
 
 
