@@ -58,10 +58,14 @@ class Listing:
     entries: list[Entry]
     expires: float
 
-    def pop(self) -> str | None:
-        """Remove and return the next name, or return None if none is left."""
-        with _lock:
-            return heapq.heappop(self.entries)[1] if self.entries else None
+    def pop_all(self) -> Iterator[str]:
+        """Remove and yield one name after the other until none is left."""
+        while True:
+            with _lock:
+                if not self.entries:
+                    return
+                _, name = heapq.heappop(self.entries)
+            yield name
 
     def push(self, entry: Entry) -> None:
         """Put a name in its place."""
@@ -80,15 +84,9 @@ def names(query: Query) -> Iterator[str]:
         ClaimError: the folder cannot be read.
     """
     listing = _known.get(query)
-    fresh = listing is None or time.monotonic() > listing.expires
-    if listing is None or fresh:
-        listing = _read(query)
-    while True:
-        while (name := listing.pop()) is not None:
-            yield name
-        if fresh:
-            return
-        listing, fresh = _read(query), True
+    if listing is not None and time.monotonic() <= listing.expires:
+        yield from listing.pop_all()
+    yield from _read(query).pop_all()
 
 
 def note(waiting: str, name: str) -> None:
