@@ -18,20 +18,15 @@ TRIES = 10
 
 
 @cache
-def _token(pid: int) -> str:
-    """Return a token that tells this process from an earlier one with the same pid."""
-    return f"{pid}-{new_id()[:8]}"
-
-
-def own_name() -> str:
-    """Return a worker name unique to this process, for callers that give none."""
+def _own_name(pid: int) -> str:
+    """Return a name for a process, which tells it from an earlier one with the same pid."""
     host = socket.gethostname().replace(os.sep, "_").lstrip(".")[:64]
-    return f"{host}-{_token(os.getpid())}"
+    return f"{host}-{pid}-{new_id()[:8]}"
 
 
 def worker_name(worker: str | None) -> str:
-    """Return the worker's name, which is also its folder's name."""
-    return own_name() if worker is None else checked_name(worker, "worker")
+    """Return the worker's name, which is also its folder's name; None for this process's."""
+    return _own_name(os.getpid()) if worker is None else checked_name(worker, "worker")
 
 
 def touch_worker(processing: StrPath, worker: str | None = None) -> None:

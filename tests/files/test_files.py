@@ -1207,7 +1207,7 @@ def test_a_process_has_a_worker_of_its_own(queue: FileQueue) -> None:
         if (child := os.fork()) == 0:
             from atomic_claim.files import workers  # noqa: PLC0415
 
-            os.write(its, workers.own_name().encode())
+            os.write(its, workers.worker_name(None).encode())
             os._exit(0)
         os.waitpid(child, 0)
         theirs = os.read(ours, 300).decode()
