@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Unpack
 from sqlalchemy.util import greenlet_spawn
 
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
+from atomic_claim.columns import by_name
 from atomic_claim.errors import ClaimError, PatchError
 from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable, job_table_of
@@ -161,10 +162,10 @@ class Claiming(Replacing):
             target, self.options, options.get("session"), options.get("commit"), opens=opens
         )
         self.session, self.commit = self.sessions.session, self.sessions.commit
-        self.where = self._reading("where", options.get("where"))
-        self.order_by = self._reading("order_by", options.get("order_by"), self._is_order)
-        self.values = self._reading("values", options.get("values"))
-        self.lease = self._reading("lease", options.get("lease"))
+        self.where = self.options.reading("where", options.get("where"))
+        self.order_by = self.options.reading("order_by", options.get("order_by"), self._is_order)
+        self.values = self.options.reading("values", options.get("values"))
+        self.lease = self.options.reading("lease", options.get("lease"))
         self.tables = Tables(table, self.options, self._job_table)
         self.table = self.tables.reading
 
@@ -187,9 +188,8 @@ class Claiming(Replacing):
 
     def _warn_of_dropped(self, job_table: JobTable) -> None:
         """Warn of what the function's source and the mapper's events write beside the claim."""
-        columns = {column.key: column.name for column in job_table.table.columns}
-        if job_table.mapper is not None:
-            columns |= {key: column.name for key, column in job_table.mapper.columns.items()}
+        named = by_name(job_table.table, job_table.mapper)
+        columns = {name: column.name for name, column in named.items()}
         written = filters.written(job_table)
         values = self.values.given
         if isinstance(values, dict):

@@ -28,8 +28,8 @@ class FileClaiming(Replacing):
     def __init__(self, patch: Patch, target: Target, options: ClaimOptions) -> None:
         super().__init__(patch, target, {**options, "returns": options.get("returns") or _paths})
         directory, processing = options.get("directory"), options.get("processing")
-        self.directory = self._reading("directory", directory, _is_path)
-        self.processing = self._reading("processing", processing, _is_path)
+        self.directory = self.options.reading("directory", directory, _is_path)
+        self.processing = self.options.reading("processing", processing, _is_path)
         self.claim_files = partial(
             claim_files,
             pattern=options.get("pattern", "*"),

@@ -62,11 +62,11 @@ class Replacing(ABC):
         self.is_coroutine = is_async or inspect.iscoroutinefunction(function)
         self.single = self.is_generator or limit is ONE or (limit == 1 and limit is not True)
         every = None if self.is_generator else 1
-        self.limit = self._reading("limit", every if limit is ONE else limit)
-        self.worker = self._reading(
+        self.limit = self.options.reading("limit", every if limit is ONE else limit)
+        self.worker = self.options.reading(
             "worker", options.get("worker"), lambda given: isinstance(given, str)
         )
-        self.empty = self._reading("empty", options.get("empty"), _is_answer)
+        self.empty = self.options.reading("empty", options.get("empty"), _is_answer)
         self.when = self._when(options.get("when"))
         self.returns, takes = self._adapter(options.get("returns"))
         self.returns_bind = takes is None or "bind" in takes
@@ -80,16 +80,11 @@ class Replacing(ABC):
         for note in yield_notes(function) if self._yields else ():
             warnings.warn(f"{target.name} {note}", stacklevel=8)
 
-    def _reading(
-        self, role: str, given: Any, is_constant: Callable[[Any], bool] = lambda _: False
-    ) -> Reading:
-        return self.options.reading(role, given, is_constant)
-
     def _when(self, given: Any) -> Reading:
         if isinstance(given, str) and given.startswith("not "):
-            plain = self._reading("when", given.removeprefix("not ").strip())
+            plain = self.options.reading("when", given.removeprefix("not ").strip())
             return Reading(given, lambda call: not plain.read(call), names=plain.names)
-        return self._reading("when", True if given is None else given)
+        return self.options.reading("when", True if given is None else given)
 
     def check_dropped(self, ignore: Iterable[str]) -> None:
         """Refuse a parameter that no option reads: what it asks for would be left out.
