@@ -31,8 +31,6 @@ from .targets import Target
 
 T = TypeVar("T")
 
-ONE: Any = object()
-"""The limit of a function that claims one job and returns it, not a list."""
 ALL = 2**31 - 1
 logger = logging.getLogger("atomic_claim")
 
@@ -54,15 +52,14 @@ class Replacing(ABC):
         self.patch = patch
         self.target = target
         self.options = Options(target)
-        limit = options.get("limit", ONE)
         function = target.function
         is_async = inspect.isasyncgenfunction(function)
         self._yields = is_async or inspect.isgeneratorfunction(function)
         self.is_generator = self._yields and not target.is_context
         self.is_coroutine = is_async or inspect.iscoroutinefunction(function)
-        self.single = self.is_generator or limit is ONE or (limit == 1 and limit is not True)
-        every = None if self.is_generator else 1
-        self.limit = self.options.reading("limit", every if limit is ONE else limit)
+        limit = options.get("limit", None if self.is_generator else 1)
+        self.single = self.is_generator or (limit == 1 and limit is not True)
+        self.limit = self.options.reading("limit", limit)
         self.worker = self.options.reading(
             "worker", options.get("worker"), lambda given: isinstance(given, str)
         )
