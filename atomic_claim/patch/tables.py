@@ -93,6 +93,8 @@ def _is_name(table: Any) -> bool:
 def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
     """Return the ``JobTable`` of a table whose columns are named beside it, if any are.
 
+    ``"now()"`` is there the database's clock.
+
     Raises:
         ClaimError: the arguments do not fit the table.
     """
@@ -103,7 +105,7 @@ def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
             f"table is {table!r}; expected a Table or a mapped class where its columns are named "
             "beside it"
         )
-    return JobTable.infer(table, **arguments)
+    return JobTable.infer(table, **_clocks(arguments))
 
 
 def _reflected(clause: TableClause, bind: Any) -> Table:
@@ -141,7 +143,7 @@ class Tables:
     def __init__(self, given: Any, options: Options, make: Callable[[Any], JobTable]) -> None:
         self._arguments: dict[str, Any] = {}
         if isinstance(given, Mapping):
-            self._arguments = {role: _clocks(each) for role, each in given.items()}
+            self._arguments = dict(given)
             given = self._arguments.pop("table", None)
         if isinstance(given, str) and options.parts(given) is None:
             given = named(given)

@@ -81,7 +81,8 @@ def test_the_table_is_declared_by_a_patch(
     assert "JobTable.infer(unread, free=" in command("sql", "--table", name, *url).refused()
     entry = (
         '[tool.atomic_claim.patches."app:claim"]\n'
-        f'table = {{table = "{name}", free = "new", claimed = "busy", order = "-created_at"}}\n'
+        f'table = {{table = "{name}", free = "new", claimed = "busy", order = "-created_at", '
+        'done = {status = "done", created_at = "now()"}}\n'
     )
     tmp_path.joinpath("pyproject.toml").write_text(entry, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
