@@ -119,7 +119,7 @@ def complete_jobs(
             error is raised.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _apply(bind, owned, owned.job_table.prepare(_completing))
+    return _apply(bind, owned, owned.job_table.prepare(completion))
 
 
 def fail_jobs(
@@ -176,7 +176,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _apply(bind, owned, [Outcome(release(owned.job_table), name="released")])
+    return _apply(bind, owned, release(owned.job_table))
 
 
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
@@ -188,8 +188,7 @@ def release_left(bind: Bind, claim: Claim[Any]) -> int:
         How many rows were freed.
     """
     owned = owned_rows(claim, None, unfenced=False)
-    outcomes = [Outcome(release(owned.job_table), name="released")]
-
+    outcomes = release(owned.job_table)
     change = UnlockedChange(
         bind, owned.job_table, owned.guard(), outcomes, owned.keys, longest=LONGEST_LOOK
     )
@@ -293,7 +292,7 @@ def requeue_jobs(
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
     job_table = job_table_of(table, ordered=True)
-    outcomes = [Outcome(requeuing(job_table, keep_error=keep_error))]
+    outcomes = requeuing(job_table, keep_error=keep_error)
     # The lock and the change ask it again: another program may have changed a row that was found.
     failed = and_(
         *predicates.bears(job_table.failed),
@@ -514,11 +513,6 @@ def _raise_unchanged(owned: Owned, change: Change) -> NoReturn:
         f"results. The other {len(change.changed)} were changed",
         keys=lost,
     ) from error
-
-
-def _completing(job_table: JobTable) -> Sequence[Outcome]:
-    """Return the outcome of a completion, whose statements are prepared once."""
-    return (Outcome(completion(job_table), name="done"),)
 
 
 def _owning(job_table: JobTable, value: str | None = None) -> ColumnElement[bool]:

@@ -65,9 +65,9 @@ def freeing(job_table: JobTable) -> Values:
     return values
 
 
-def completion(job_table: JobTable) -> Values:
-    """Return the values that mark a row as done."""
-    return _ending(job_table, "done")
+def completion(job_table: JobTable) -> Sequence[Outcome]:
+    """Return the outcome that marks rows as done."""
+    return (Outcome(_ending(job_table, "done"), name="done"),)
 
 
 def failures(
@@ -105,16 +105,16 @@ def sweeping(job_table: JobTable) -> Sequence[Outcome]:
     return (Outcome(values),)
 
 
-def release(job_table: JobTable) -> Values:
-    """Return the values that free a row and do not count the attempt."""
+def release(job_table: JobTable) -> Sequence[Outcome]:
+    """Return the outcome that frees rows and does not count the attempt."""
     values = freeing(job_table)
     if (attempts := job_table.attempts) is not None:
         values[attempts] = case((attempts > 0, attempts - 1), else_=0)
-    return values
+    return (Outcome(values, name="released"),)
 
 
-def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
-    """Return the values that free a failed row, with all its attempts."""
+def requeuing(job_table: JobTable, *, keep_error: bool) -> Sequence[Outcome]:
+    """Return the outcome that frees failed rows, with all their attempts."""
     failed, values = _mark(job_table, "failed"), freeing(job_table)
     for column, value in failed.items():
         if column in job_table.released:
@@ -133,7 +133,7 @@ def requeuing(job_table: JobTable, *, keep_error: bool) -> Values:
         values[job_table.attempts] = 0
     if job_table.error is not None and not keep_error:
         values[job_table.error] = null()
-    return values
+    return (Outcome(values),)
 
 
 def extension(job_table: JobTable, lease: timedelta | None) -> Values:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.lifecycle import Owned
-from atomic_claim.outcomes import Values, completion, extension, failures, release
+from atomic_claim.outcomes import Outcome, completion, extension, failures, release
 from atomic_claim.plan import TOKEN, WORKER
 from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
@@ -140,21 +141,21 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
     steps = [_step(statement, dialect, given) for statement in statements]
     yield Sequenced(call, tuple(steps), transaction=not backend.is_single(plan))
     consent = ", unfenced=True" if job_table.token is None else ""
-    endings: dict[str, Callable[[], Values]] = {
-        f"complete_jobs(engine, claim{consent})": lambda: completion(job_table),
-        f"fail_jobs(engine, claim, error=...{consent})": lambda: (
-            failures(job_table, retry=False, error="...")[-1].values
+    endings: dict[str, Callable[[JobTable], Sequence[Outcome]]] = {
+        f"complete_jobs(engine, claim{consent})": completion,
+        f"fail_jobs(engine, claim, error=...{consent})": partial(
+            failures, retry=False, error="..."
         ),
-        f"fail_jobs(engine, claim, retry=...{consent})": lambda: (
-            failures(job_table, retry=SHOWN_PAUSE, error=None)[-1].values
+        f"fail_jobs(engine, claim, retry=...{consent})": partial(
+            failures, retry=SHOWN_PAUSE, error=None
         ),
-        f"release_jobs(engine, claim{consent})": lambda: release(job_table),
-        "extend_jobs(engine, claim)": lambda: _shown_extension(job_table),
+        f"release_jobs(engine, claim{consent})": release,
+        "extend_jobs(engine, claim)": _shown_extension,
     }
     guard = Owned(job_table, (), None if job_table.token is None else "", SHOWN_LEASE).guard()
-    for name, values_of in endings.items():
+    for name, outcomes_of in endings.items():
         try:
-            changes = backend.changes(job_table, guard, values_of())
+            changes = backend.changes(job_table, guard, outcomes_of(job_table)[-1].values)
         except ClaimError as error:
             yield Sequenced(name, refused=str(error))
         else:
@@ -162,10 +163,10 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
             yield Sequenced(name, changed, transaction=len(changed) > 1)
 
 
-def _shown_extension(job_table: JobTable) -> Values:
+def _shown_extension(job_table: JobTable) -> Sequence[Outcome]:
     if job_table.exclusive_by is not None:
         raise ClaimError("with exclusive keys it takes locks that statements alone do not show")
-    return extension(job_table, SHOWN_LEASE)
+    return (Outcome(extension(job_table, SHOWN_LEASE)),)
 
 
 def _step(statement: Any, dialect: Dialect, given: dict[str, Any]) -> Step:
