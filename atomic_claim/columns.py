@@ -42,15 +42,6 @@ def tables_of(given: Any) -> list[Table]:
     return tables
 
 
-def names_of(table: Table, mapper: Mapper[Any] | None) -> dict[Column[Any], set[str]]:
-    """Return each column's own and attribute names."""
-    names = {column: {column.name, column.key} for column in table.columns}
-    for key, column in mapper.columns.items() if mapper is not None else ():
-        if isinstance(column, Column) and column in names:
-            names[column].add(key)
-    return names
-
-
 def by_name(table: Table, mapper: Mapper[Any] | None) -> dict[str, Any]:
     """Return the columns by their keys, else by attributes, else by their own names."""
     found: dict[str, Any] = {column.name: column for column in table.columns}
@@ -63,23 +54,11 @@ def clause(given: Any) -> Any:
     return given.__clause_element__() if hasattr(given, "__clause_element__") else given
 
 
-def column_of(table: Table, mapper: Mapper[Any] | None, given: Any, role: str) -> Column[Any]:
-    """Return the table's column for a name, a column or a mapped attribute.
+def column_of(table: Table, mapper: Mapper[Any] | None, given: Any) -> Column[Any] | None:
+    """Return the table's column for a name, a column or a mapped attribute, or None.
 
     A name is a column's key, else an attribute's, else a column's own name.
-
-    Raises:
-        ClaimError: the table has no such column; the message names the ``role``.
     """
-    if (found := _found(table, mapper, given)) is None:
-        raise ClaimError(
-            f"{role}={given!s} is not a column of table {table.fullname!r}, which has: "
-            + ", ".join(column.name for column in table.columns)
-        )
-    return found
-
-
-def _found(table: Table, mapper: Mapper[Any] | None, given: Any) -> Column[Any] | None:
     named = clause(given)
     if isinstance(given, str):
         named = by_name(table, mapper).get(given)
@@ -95,7 +74,7 @@ def table_with(tables: Sequence[Table], wanted: Iterable[Any]) -> Table:
     """
     wanted = list(wanted)
     for table in tables:
-        if any(_found(table, None, each) is not None for each in wanted):
+        if any(column_of(table, None, each) is not None for each in wanted):
             return table
     raise ClaimError(
         f"none of the tables {', '.join(t.fullname for t in tables)} has the state column "

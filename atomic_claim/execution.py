@@ -19,7 +19,7 @@ from .backends import Backend, Transaction, backend_for, drivers
 from .backends.recovery import end_process, pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
-from .orm import is_maker, session_of
+from .orm import is_own, session_of
 from .plan import ClaimPlan
 from .telemetry import Retried, report
 
@@ -97,7 +97,7 @@ class Operation(Generic[R]):
             ClaimConflict: another transaction was in the way.
             ClaimError: the bind cannot be used.
         """
-        if not (isinstance(self.bind, Engine) or is_maker(self.bind)):
+        if not is_own(self.bind):
             return self._in_callers()
         for tried in range(1, self.tries + 1):
             try:
@@ -390,7 +390,7 @@ def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
 
     None where they need none, and for a caller's transaction.
     """
-    if not (isinstance(bind, Engine) or is_maker(bind)):
+    if not is_own(bind):
         return None
     backend = backend_for(_dialect_of(bind, job_table))
     return backend if backend.key_locks.needs_own else None

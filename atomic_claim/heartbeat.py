@@ -11,16 +11,15 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Float, and_, literal, or_
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from . import predicates
 from .backends import Transaction
 from .backends.recovery import logger, reason
 from .claim import Claim, Key
 from .errors import ClaimConflict, ClaimError, ClaimLost, UnsupportedDialect
-from .execution import Operation, OwnBind, outages
+from .execution import SHARED, Operation, OwnBind, outages
 from .lifecycle import Ended, Owned, ended_here, owned_rows
-from .orm import is_maker
+from .orm import is_own
 from .outcomes import extension
 from .telemetry import Lost, report
 
@@ -144,6 +143,8 @@ class Beat(Keeper):
         self.least = max(self.lease / 2, 2 * self.every)
         self.reached -= max(0, self.lease - self.least)
         self.crash: Exception | None = None
+        unreachable = outages(bind, owned.job_table)
+        self.failures: tuple[type[Exception], ...] = (ClaimConflict, SQLAlchemyError, *unreachable)
 
     def stop(self) -> None:
         """Keep the present result: later changes of the rows do not concern the block."""
@@ -216,15 +217,12 @@ class Beat(Keeper):
             return Operation(self.bind, job_table, patient, keyed, tries=1).execute()
         except UnsupportedDialect:
             raise
-        except (ClaimConflict, SQLAlchemyError) as error:
-            failed: Exception = error
-        except outages(self.bind, job_table) as error:
-            failed = error
-        if self.error is None:
-            self.error = failed
-            name, keys = job_table.table.fullname, self.remaining
-            logger.warning(LATE, len(keys), name, reason(failed), keys)
-        return None
+        except self.failures as error:
+            if self.error is None:
+                self.error = error
+                name, keys = job_table.table.fullname, self.remaining
+                logger.warning(LATE, len(keys), name, reason(error), keys)
+            return None
 
     def _extend(self, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
@@ -252,7 +250,7 @@ class Beat(Keeper):
 
 def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat:
     """Create the heartbeat of a claim, or raise if the claim has no lease to keep."""
-    if not (isinstance(bind, Engine) or is_maker(bind)):
+    if not is_own(bind):
         raise ClaimError(
             f"keep_claims needs an Engine or sessionmaker, for a connection of its own; {bind!r} "
             "is the caller's"
@@ -301,7 +299,7 @@ def _is_unclaimed(owned: Owned) -> ColumnElement[bool]:
 
 def _refuse_single(engine: Engine) -> None:
     """Refuse a pool whose connection is the block's own, or leads to another database."""
-    if isinstance(engine.pool, (StaticPool, SingletonThreadPool)):
+    if isinstance(engine.pool, SHARED):
         raise ClaimError(
             f"keep_claims needs a connection beside the block's, and the engine's "
             f"{type(engine.pool).__name__} has one connection: use another pool, and on SQLite a "

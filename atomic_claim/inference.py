@@ -18,7 +18,7 @@ from sqlalchemy.schema import DefaultClause
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
-from .columns import clause, listed, names_of
+from .columns import by_name, clause, listed
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
@@ -187,7 +187,7 @@ class Reading:
 
     Attributes:
         table: the table.
-        names: each column's own and attribute names, without those of the key.
+        columns: the columns by their own and attribute names, without those of the key.
         given: the arguments that the caller gave.
         settled: the arguments that raise no doubt.
         arguments: what is certain, the caller's included.
@@ -199,7 +199,7 @@ class Reading:
     """
 
     table: Table
-    names: Mapping[Column[Any], Collection[str]]
+    columns: Mapping[str, Column[Any]]
     given: Mapping[str, Any]
     settled: set[str]
     arguments: dict[str, Any]
@@ -227,9 +227,8 @@ class Reading:
 
     def named(self, given: Iterable[Any]) -> list[Column[Any]]:
         """Return the columns that are given, or have one of the names, in the order given."""
-        by_name = {name: column for column, known in self.names.items() for name in known}
         names = (each if isinstance(each, str) else getattr(each, "key", "") for each in given)
-        return list(dict.fromkeys(by_name[name] for name in names if name in by_name))
+        return list(dict.fromkeys(self.columns[name] for name in names if name in self.columns))
 
     def doubt_several(self, columns: Iterable[Column[Any]], role: str) -> None:
         """Add the problem that a role could be that of several columns."""
@@ -270,15 +269,20 @@ def read_columns(
     settled = {*given, *(["order"] if ordered else ())}
     if isinstance(clause(given.get("free")), ClauseElement):
         settled |= {EXPRESSION, *(["state"] if "claimed" in given else ())}
-    names = {c: names for c, names in names_of(table, mapper).items() if not c.primary_key}
-    reading = Reading(table, names, given, settled, dict(given))
+    columns = {
+        name: column
+        for name, column in by_name(table, mapper).items()
+        if table.columns.contains_column(column) and not column.primary_key
+    }
+    reading = Reading(table, columns, given, settled, dict(given))
     _find(reading)
     _read_state(reading)
     _read_ends(reading)
     _read_roles(reading)
-    unused = names.keys() - set(_columns_of(reading, reading.arguments.items()))
+    unused = set(columns.values()).difference(_columns_of(reading, reading.arguments.items()))
     _read_held(reading, unused)
-    reading.unknown = [c.name for c in names if c in unused and names[c].isdisjoint(UNDIRECTED)]
+    unknown = unused.difference(reading.named(UNDIRECTED))
+    reading.unknown = [column.name for column in table.columns if column in unknown]
     return reading
 
 

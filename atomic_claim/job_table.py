@@ -269,8 +269,17 @@ class JobTable(Preparing):
         return tuple(column for column in found if column is not None)
 
     def column(self, given: Any, role: str) -> Column[Any]:
-        """Return the table's column for a name, a column or a mapped attribute."""
-        return column_of(self.table, self.mapper, given, role)
+        """Return the table's column for a name, a column or a mapped attribute.
+
+        Raises:
+            ClaimError: the table has no such column; the message names the ``role``.
+        """
+        if (found := column_of(self.table, self.mapper, given)) is None:
+            raise ClaimError(
+                f"{role}={given!s} is not a column of table {self.table.fullname!r}, which has: "
+                + ", ".join(column.name for column in self.table.columns)
+            )
+        return found
 
     def needed(self, role: str, what: str) -> Any:
         """Return the column of a role, or raise with the ALTER TABLE that adds one."""

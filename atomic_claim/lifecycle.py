@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakValueDictionary
 
-from sqlalchemy import ColumnElement, Connection, Engine, Select, and_, bindparam, not_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, not_, select
 from sqlalchemy.exc import DBAPIError
 
 from . import predicates
@@ -26,7 +26,7 @@ from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .orm import is_maker
+from .orm import is_own
 from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
@@ -371,8 +371,7 @@ class Change:
                 return
             except (DBAPIError, UnicodeError) as error:
                 keys, refused = keys or self.keys, error
-                is_own = isinstance(self.bind, Engine) or is_maker(self.bind)
-                if is_general(error) or not is_own or not keys:
+                if is_general(error) or not is_own(self.bind) or not keys:
                     raise
         if refused is not None and len(keys) == 1:
             self.refused[keys[0]] = refused

@@ -29,9 +29,10 @@ def session_of(bind: Any) -> Session | None:
     return found if isinstance(found, sqlalchemy.orm.Session) else None
 
 
-def is_maker(given: object) -> TypeGuard[sessionmaker[Any]]:
-    """Check whether the object is a ``sessionmaker``."""
-    return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.sessionmaker)
+def is_own(bind: object) -> TypeGuard[sqlalchemy.Engine | sessionmaker[Any]]:
+    """Check whether a call by the bind has a transaction of its own."""
+    makers = (sqlalchemy.orm.sessionmaker,) if hasattr(sqlalchemy, "orm") else ()
+    return isinstance(bind, (sqlalchemy.Engine, *makers))
 
 
 def is_mapper(given: object) -> TypeGuard[Mapper[Any]]:
