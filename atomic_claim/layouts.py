@@ -31,7 +31,6 @@ class Layout:
     Attributes:
         name: the queue, with the versions whose table this is.
         columns: names of columns that together tell the table from others.
-        beside: whether the queue's own workers may run beside ours, and why.
         roles: the arguments of ``JobTable`` that differ from what the names say, or functions of
             the columns by name that return them.
         refused: why no ``JobTable`` can claim from it as it stands, or empty.
@@ -41,7 +40,6 @@ class Layout:
 
     name: str
     columns: str
-    beside: str
     roles: Mapping[str, Any] = field(default_factory=dict)
     refused: str = ""
     proposed: Mapping[str, str] = field(default_factory=lambda: {"free": "...", "claimed": "..."})
@@ -68,7 +66,6 @@ LAYOUTS = (
     Layout(
         "Payload 4",
         "task_slug completed_at has_error total_tried wait_until processing_until processing_token",
-        "yes: its UPDATE takes a job only if `processing_until` is empty or past",
         {
             "state": "processing_until",
             "free": None,
@@ -81,13 +78,11 @@ LAYOUTS = (
     Layout(
         "Payload 3",
         "task_slug completed_at has_error total_tried wait_until processing",
-        "no: it reads free jobs, then updates them without looking again",
         PAYLOAD,
     ),
     Layout(
         "django-tasks-db",
         "status run_after enqueued_at started_at finished_at task_path backend_name worker_ids",
-        "yes: it locks a task that is `READY` with `SKIP LOCKED` and takes no other",
         {
             "state": "status",
             "free": _is_ready,
@@ -103,24 +98,20 @@ LAYOUTS = (
     Layout(
         "BeanQueue",
         "state channel module func_name kwargs scheduled_at error_message worker_id",
-        "yes: it locks a task that is `PENDING` with `SKIP LOCKED`, and frees those of its workers",
     ),
     Layout(
         "delayed_job",
         "handler priority attempts run_at locked_at locked_by failed_at last_error",
-        "yes, for jobs shorter than its `max_run_time` (4 hours): then it takes them again",
         {"order": ("priority", "run_at"), "naive_times": "utc"},
     ),
     Layout(
         "pgmq",
         "msg_id read_ct enqueued_at vt message",
-        "no: a worker that overruns `vt` deletes the message that another has by then",
         refused="no column for a token tells whose a message is: use pgmq.read() and pgmq.delete()",
     ),
     Layout(
         "Laravel",
         "queue payload attempts reserved_at available_at created_at",
-        "no: it takes a job again `retry_after` seconds (90) after `reserved_at`",
         refused="its times are integers, where epoch is the present one: func.unix_timestamp() on "
         "MySQL and MariaDB, elsewhere cast(extract('epoch', func.now()), Integer)",
         proposed={
@@ -134,7 +125,6 @@ LAYOUTS = (
     Layout(
         "Odoo queue_job",
         "uuid state eta channel model_name method_name date_enqueued date_started max_retries",
-        "no: its runner sets running jobs without a row in `queue_job_lock` back to `pending`",
         refused="Odoo's runner keeps the capacity of channels and wakes the jobs that wait for it",
     ),
 )
