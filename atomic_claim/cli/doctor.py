@@ -21,6 +21,7 @@ from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
 from .options import (
     Flag,
+    Seconds,
     StuckAfterOption,
     UrlOption,
     console,
@@ -40,12 +41,7 @@ MARKS = {
 
 TransactionAfterOption = Annotated[
     float,
-    typer.Option(
-        "--transaction-after",
-        min=0,
-        metavar="SECONDS",
-        help="How long a transaction may be open before it is called old (all but SQLite).",
-    ),
+    Seconds(help="How long a transaction may be open before it is called old (all but SQLite)."),
 ]
 TryOption = Annotated[
     bool,
@@ -67,12 +63,7 @@ WatchOption = Annotated[
         "long the oldest has waited, and the claims per second, until Ctrl-C.",
     ),
 ]
-IntervalOption = Annotated[
-    float,
-    typer.Option(
-        "--interval", min=0, metavar="SECONDS", help="With --watch: the time between two lines."
-    ),
-]
+IntervalOption = Annotated[float, Seconds(help="With --watch: the time between two lines.")]
 CountOption = Annotated[
     int | None,
     typer.Option("--count", min=1, metavar="N", help="With --watch: end after N lines."),

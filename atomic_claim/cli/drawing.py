@@ -16,7 +16,6 @@ PICTURES = (".svg", ".png")
 SvgOption = Annotated[
     Path | None,
     typer.Option(
-        "--svg",
         metavar="FILE",
         help="Draw both runs as a timeline into this file, .svg or .png (needs the extra 'plot').",
     ),

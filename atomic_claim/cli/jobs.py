@@ -54,9 +54,7 @@ RunningOption = Annotated[bool, Flag("--running", help="Jobs that are claimed.")
 WaitingOption = Annotated[bool, Flag("--waiting", help="Jobs that a claim would take now.")]
 WhereOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--where", metavar="COLUMN=VALUE", help="Only jobs with this value; can be repeated."
-    ),
+    typer.Option(metavar="COLUMN=VALUE", help="Only jobs with this value; can be repeated."),
 ]
 LimitOption = Annotated[int, typer.Option(min=1, help="The most jobs that are shown.")]
 RequeueOption = Annotated[

@@ -33,7 +33,6 @@ FOR_THE_MODEL = "# For the model, so that Alembic's next autogenerate finds no d
 AddOption = Annotated[
     str,
     typer.Option(
-        "--add",
         metavar="COLUMNS",
         help=f"Columns to add, separated by commas: {', '.join(ROLES)}.",
     ),
@@ -64,7 +63,6 @@ WriteOption = Annotated[
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
-        "--config",
         metavar="FILE",
         help="With --write: Alembic's configuration. Left out, alembic.ini, pyproject.toml "
         "with [tool.alembic], or migrations/alembic.ini (Flask-Migrate's).",

@@ -38,10 +38,10 @@ INTERRUPTED = 128 + signal.SIGINT
 
 # An option without a value; recent versions of Typer show "<bool>" behind it.
 Flag = partial(typer.Option, metavar="")
+Seconds = partial(typer.Option, min=0, metavar="SECONDS")
 UrlOption = Annotated[
     str | None,
     typer.Option(
-        "--url",
         metavar="URL",
         envvar=["ATOMIC_CLAIM_URL", "DATABASE_URL"],
         # The variable's value may hold a password.
@@ -52,15 +52,7 @@ UrlOption = Annotated[
 JsonOption = Annotated[bool, Flag("--json", help="Print JSON in place of text.")]
 WorkersOption = Annotated[int, typer.Option(min=1, help="The number of worker processes.")]
 JobsOption = Annotated[int, typer.Option(min=1, help="The number of jobs.")]
-StuckAfterOption = Annotated[
-    float,
-    typer.Option(
-        "--stuck-after",
-        min=0,
-        metavar="SECONDS",
-        help="For how long a job may run without a lease.",
-    ),
-]
+StuckAfterOption = Annotated[float, Seconds(help="For how long a job may run without a lease.")]
 
 
 class Trimmed:

@@ -20,6 +20,7 @@ from .options import (
     Flag,
     JobsOption,
     JsonOption,
+    Seconds,
     UrlOption,
     WorkersOption,
     end,
@@ -93,11 +94,7 @@ KillOption = Annotated[
 ]
 PatienceOption = Annotated[
     float,
-    typer.Option(
-        min=0,
-        metavar="SECONDS",
-        help="With --kill: for how long the others go on asking; more than the lease.",
-    ),
+    Seconds(help="With --kill: for how long the others go on asking; more than the lease."),
 ]
 ExistingOption = Annotated[
     bool,
@@ -107,9 +104,7 @@ ExistingOption = Annotated[
         "target may also claim other rows.",
     ),
 ]
-TimeoutOption = Annotated[
-    float, typer.Option(min=0.1, metavar="SECONDS", help="The most time for one target.")
-]
+TimeoutOption = Annotated[float, Seconds(min=0.1, help="The most time for one target.")]
 
 
 def race(

@@ -26,7 +26,6 @@ def run(
     patches: Annotated[
         Path | None,
         typer.Option(
-            "--patches",
             metavar="FILE",
             envvar=FILE,
             help="The TOML file with the patches. Default: the nearest pyproject.toml with "

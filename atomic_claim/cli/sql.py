@@ -33,7 +33,6 @@ SHOWN_PAUSE = timedelta(minutes=1)
 DialectsOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--dialect",
         metavar="NAME",
         help=f"The database: {', '.join(DIALECTS)}; can be repeated. Default: that of --url, or "
         "else all.",

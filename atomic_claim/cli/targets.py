@@ -17,7 +17,6 @@ from atomic_claim.testing.names import TableName, load_table
 TableOption = Annotated[
     str | None,
     typer.Option(
-        "--table",
         metavar="MODULE:NAME|NAME",
         help="The job table: a Table, a mapped class or a JobTable of a module, which may lie in "
         "the current directory; or its name in the database of --url, as SCHEMA.NAME if "
