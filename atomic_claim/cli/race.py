@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,25 +145,26 @@ def race(
         check_picture(svg)
         # For what the user's modules do when they are imported.
         os.environ |= {"DATABASE_URL": str(url)} if typed(context, "url") else {}
-        hold = partial(
-            held,
-            table=chosen(table),
-            url=url,
-            workers=workers,
-            jobs=jobs,
-            limit=limit,
-            factory=factory,
-            call=call,
-            kill=kill,
-            patience=patience,
-            use_existing_table=use_existing_table,
-            timeout=timeout,
-        )
+        spec = chosen(table)
         targets = [target] if compare is None else [target, compare]
 
         def run(place: int, told: Callable[[int], None]) -> Race:
-            own = patches if place == len(targets) - 1 else None
-            return hold(targets[place], patches=own, progress=told)
+            return held(
+                targets[place],
+                table=spec,
+                url=url,
+                workers=workers,
+                jobs=jobs,
+                limit=limit,
+                factory=factory,
+                call=call,
+                patches=patches if place == len(targets) - 1 else None,
+                kill=kill,
+                patience=patience,
+                use_existing_table=use_existing_table,
+                timeout=timeout,
+                progress=told,
+            )
 
         races = with_progress(targets, jobs, run)
         figures = _figures(races) if as_json else None
