@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
-TOKENS = re.compile(r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|[()]|\s+|[^\s'"`()]+""")
+# A word, and the white space before it.
+TOKENS = re.compile(r"""(\s*)('(?:[^']|'')*'|"[^"]*"|`[^`]*`|[()]|[^\s'"`()]+)""")
 CLAUSES = frozenset(
     ["SELECT", "FROM", "WHERE", "SET", "ORDER", "LIMIT", "FOR", "RETURNING", "UNION"]
 )
@@ -20,9 +20,7 @@ def laid_out(sql: str) -> str:
     if "\\" in sql:
         return sql
     tokens = TOKENS.findall(sql)
-    words = [word for word in tokens if not word.isspace()]
-    # Whether white space stands before each of them.
-    gaps = [ahead.isspace() for ahead, word in pairwise(["", *tokens]) if not word.isspace()]
+    words = [word for _, word in tokens]
     lines: list[str] = [""]
     blocks: list[bool] = []
 
@@ -31,8 +29,8 @@ def laid_out(sql: str) -> str:
             lines.append("")
         lines[-1] = "    " * sum(blocks)
 
-    around = zip(["", *words], words, gaps, [*words[1:], ""], strict=False)
-    for before, word, gap, following in around:
+    around = zip(["", *words], tokens, [*words[1:], ""], strict=False)
+    for before, (gap, word), following in around:
         ends_block = word == ")" and bool(blocks) and blocks.pop()
         begins_clause = _begins_clause(before.upper(), word.upper(), following.upper())
         if ends_block or (begins_clause and (not blocks or blocks[-1])):
