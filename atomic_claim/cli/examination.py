@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Table, inspect
 from sqlalchemy.exc import DBAPIError, SAWarning
-from sqlalchemy.orm import Mapper
 
+from atomic_claim.columns import mapper_of
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
 from atomic_claim.testing.database import CommandError, one_line, server_title
@@ -163,7 +163,9 @@ def target(connection: Connection, spec: TableName) -> tuple[Any, Table]:
         given = load_table(spec, connection)
     except ClaimError as error:
         raise CommandError(f"--table {name}: {'; '.join(advice(error))}") from None
-    found = _table_of(given)
+    mapper = mapper_of(given)
+    found = given.table if isinstance(given, JobTable) else given
+    found = found if mapper is None else mapper.local_table
     if not isinstance(found, Table):
         raise CommandError(
             f"--table {name} is {given!r}; expected a Table, a mapped class or a JobTable"
@@ -171,10 +173,3 @@ def target(connection: Connection, spec: TableName) -> tuple[Any, Table]:
     if not inspect(connection).has_table(found.name, schema=found.schema):
         raise CommandError(f"--table {name}: the database has no table {found.fullname!r}")
     return given, found
-
-
-def _table_of(given: Any) -> Any:
-    if isinstance(given, JobTable):
-        return given.table
-    mapper = inspect(given, raiseerr=False) if isinstance(given, type) else None
-    return mapper.local_table if isinstance(mapper, Mapper) else given
