@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import date, datetime
 from typing import Any
 from uuid import UUID
@@ -13,7 +13,6 @@ from sqlalchemy.sql import visitors
 from sqlalchemy.types import Enum
 
 from atomic_claim.inference import is_flag, is_text, plain_type
-from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import InlineLiteral
 
 from .catalog import finding
@@ -135,10 +134,8 @@ def _altered(
 
 def states(reading: Reading) -> Iterator[Finding]:
     """Count the rows of each state, and name the values that have no meaning."""
-    own = reading.job_table
-    state = own.state
-    known = _known(reading, own)
-    if state is None or not known or is_flag(state):
+    own, state = reading.job_table, reading.job_table.state
+    if state is None or is_flag(state) or not (known := _known(reading, state)):
         return
     meant = or_(*(state == value for value in known.values()))
     statement = (
@@ -170,18 +167,12 @@ def states(reading: Reading) -> Iterator[Finding]:
             yield finding("strange_state" if waiting else "no_free_state", **words)
 
 
-def _known(patient: Patient, job_table: JobTable) -> dict[str, InlineLiteral]:
+def _known(reading: Reading, state: Column[Any]) -> dict[str, InlineLiteral]:
     """Return the values of the state that the declaration names, by the text that is stored."""
-    state = job_table.state
-    if state is None:
-        return {}
-    marks: Sequence[Any] = [
-        mark.get(state)
-        for mark in (job_table.claimed, job_table.done, job_table.failed, job_table.released)
-    ]
-    found = [*marks, *visitors.iterate(job_table.free)]
+    own = reading.job_table
+    marks = [mark.get(state) for mark in (own.claimed, own.done, own.failed, own.released)]
     return {
-        patient.text(each).strip("'").replace("''", "'"): each
-        for each in found
+        reading.text(each).strip("'").replace("''", "'"): each
+        for each in (*marks, *visitors.iterate(own.free))
         if isinstance(each, InlineLiteral) and each.type is state.type
     }
