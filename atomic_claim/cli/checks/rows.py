@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.sql import operators, visitors
@@ -19,6 +19,7 @@ from atomic_claim.sql_elements import DatabaseTime, InlineLiteral
 from .catalog import finding
 from .findings import Finding, Level, Patient, Reading, age, count
 
+K = TypeVar("K")
 STUCK = "stuck rows"
 
 
@@ -26,14 +27,12 @@ def nulls(reading: Reading) -> Iterator[Finding]:
     """Count the rows that a condition takes, or passes over, because a column is NULL there."""
     job_table = reading.job_table
     never, always = _never(job_table), _always(job_table)
-    conditions = {f"never {column.name}": condition for column, condition in never.items()}
-    conditions |= {f"always {column.name}": condition for column, condition in always.items()}
-    counted = counts(reading, conditions)
+    groups = {(column, False): condition for column, condition in never.items()}
+    groups |= {(column, True): condition for column, condition in always.items()}
     found = [
-        _trapped(reading, column, number, taken=columns is always)
-        for columns, word in ((never, "never"), (always, "always"))
-        for column in columns
-        if (number := counted[f"{word} {column.name}"])
+        _trapped(reading, column, number, taken=taken)
+        for (column, taken), number in counts(reading, groups).items()
+        if number
     ]
     names = ", ".join(dict.fromkeys(column.name for column in (*never, *always)))
     fine = f"none in {names}" if names else "no state can be NULL"
@@ -74,18 +73,22 @@ def _means_null(job_table: JobTable, column: sa.Column[Any]) -> bool:
 
 def _always(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[bool]]:
     """Return, by flag of an end, the free rows with NULL there, which is read as not ended."""
-    marks = (job_table.failed, job_table.done, job_table.withdrawn)
-    flags = {
-        column
-        for mark in marks
-        for column, value in mark.items()
-        if column is not job_table.state
-        and column.nullable
-        and is_flag(column)
-        and isinstance(value, (True_, False_, InlineLiteral))
+    flags = _flags_of_ends(job_table)
+    return {
+        column: sa.and_(column.is_(None), predicates.is_free(job_table))
+        for column in job_table.table.columns
+        if column in flags and column.nullable and column is not job_table.state
     }
-    ordered = [column for column in job_table.table.columns if column in flags]
-    return {column: sa.and_(column.is_(None), predicates.is_free(job_table)) for column in ordered}
+
+
+def _flags_of_ends(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[Any]]:
+    """Return the flags that mark an ended row, with their values there."""
+    ends = {**job_table.failed, **job_table.done, **job_table.withdrawn}
+    return {
+        column: value
+        for column, value in ends.items()
+        if is_flag(column) and isinstance(value, (True_, False_, InlineLiteral))
+    }
 
 
 def _trapped(reading: Reading, column: sa.Column[Any], number: int, *, taken: bool) -> Finding:
@@ -109,12 +112,7 @@ def _trapped(reading: Reading, column: sa.Column[Any], number: int, *, taken: bo
 
 def _unset(job_table: JobTable) -> dict[sa.Column[Any], Any]:
     """Return the values of a free row, as far as they can be told."""
-    ends = {**job_table.failed, **job_table.done, **job_table.withdrawn}
-    found = {
-        column: _opposite(value)
-        for column, value in ends.items()
-        if is_flag(column) and isinstance(value, (True_, False_, InlineLiteral))
-    }
+    found = {column: _opposite(value) for column, value in _flags_of_ends(job_table).items()}
     if job_table.attempts is not None:
         found[job_table.attempts] = InlineLiteral(0, sa.Integer())
     if job_table.due is not None:
@@ -122,11 +120,10 @@ def _unset(job_table: JobTable) -> dict[sa.Column[Any], Any]:
     return {**found, **job_table.released}
 
 
-def _opposite(value: Any) -> sa.ColumnElement[Any]:
+def _opposite(value: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
     if isinstance(value, InlineLiteral):
         return InlineLiteral(int(not value.value), value.type)
-    opposite: sa.ColumnElement[Any] = ~value
-    return opposite
+    return sa.not_(value)
 
 
 def update_text(patient: Patient, values: Mapping[sa.Column[Any], Any], where: str) -> str:
@@ -153,7 +150,8 @@ def stuck(reading: Reading) -> Iterator[Finding]:
     running = is_marked(job_table)
     if job_table.lease is not None:
         running = sa.and_(running, job_table.lease.is_(None))
-    since, certain = _since(job_table)
+    claimed = claimed_at(job_table)
+    since = dated_by(job_table) if claimed is None else claimed
     seconds = reading.stuck_after.total_seconds()
     groups = {"old": running}
     if since is not None:
@@ -164,6 +162,7 @@ def stuck(reading: Reading) -> Iterator[Finding]:
         }
     counted = counts(reading, groups)
     if counted["old"]:
+        certain = claimed is not None
         yield _stuck(reading, counted["old"], groups["old"], since, certain=certain)
     if counted.get("undated"):
         yield _stuck(reading, counted["undated"], groups["undated"], None, certain=False)
@@ -210,12 +209,6 @@ def claimed_at(job_table: JobTable) -> sa.Column[Any] | None:
     return next(iter(predicates.running_since(job_table)), None)
 
 
-def _since(job_table: JobTable) -> tuple[sa.Column[Any] | None, bool]:
-    """Return the column closest to a row's claim time, and whether it is exactly that time."""
-    written = claimed_at(job_table)
-    return (dated_by(job_table), False) if written is None else (written, True)
-
-
 def dated_by(job_table: JobTable) -> sa.Column[Any] | None:
     """Return the column that tells how long a job has been there, if there is one."""
     terms = (*job_table.order, job_table.due)
@@ -253,7 +246,7 @@ def _stuck(
     return finding("undated", rows=rows, oldest=oldest, more=more)
 
 
-def counts(reading: Reading, conditions: Mapping[str, sa.ColumnElement[bool]]) -> dict[str, int]:
+def counts(reading: Reading, conditions: Mapping[K, sa.ColumnElement[bool]]) -> dict[K, int]:
     """Count the rows that meet each condition, by one read of the table."""
     if not conditions:
         return {}
