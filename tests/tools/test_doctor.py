@@ -18,7 +18,7 @@ from sqlalchemy import Boolean, Column, DateTime, Integer, String, Table
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from atomic_claim import JobTable, claim_jobs, complete_jobs
+from atomic_claim import JobTable, claim_jobs, complete_jobs, sweep_jobs
 from atomic_claim.cli.checks.findings import Reading
 from atomic_claim.cli.examination import examine, reading
 from atomic_claim.cli.indexes import needed_indexes
@@ -106,6 +106,23 @@ leased = JobTable(
     order=awkward.c.created_at,
     lease="lease_until",
     token="claim_token",
+)
+unleased_jobs = flags(
+    *(Column(name, DateTime) for name in ("lease_until", "updated_at")),
+    Column("claim_token", String(32)),
+    Column("attempts", Integer),
+)
+unleased = JobTable(
+    unleased_jobs,
+    state="processing",
+    failed={"has_error": True},
+    attempts="attempts",
+    max_attempts=5,
+    lease="lease_until",
+    token="claim_token",
+    stamps="updated_at",
+    naive_times="utc",
+    unleased=timedelta(hours=1),
 )
 no_table = object()
 
@@ -441,6 +458,16 @@ def test_rows_that_run_since_nobody_knows(database: Database, command: Command) 
         "no column says when they were claimed",
         finding["found"],
     )
+
+
+@pytest.mark.databases("sqlite", "mysql")
+def test_spent_rows_that_run_without_a_lease(database: Database, command: Command) -> None:
+    """The rows called spent are those that `sweep_jobs` marks as failed."""
+    old = {"processing": True, "updated_at": START}
+    engine = healthy(database, unleased, 3, attempts=5, **old)
+    finding = ails(command, database, table="tests.tools.test_doctor:unleased")["attempts"]
+    assert finding["found"] == "3 rows spent"
+    assert sweep_jobs(engine, unleased) == 3
 
 
 def test_foreign_keys_onto_the_table(database: Database, command: Command) -> None:

@@ -174,17 +174,13 @@ def spent(reading: Reading) -> Iterator[Finding]:
     """Count the rows without attempts left, and those whose lease ended long ago."""
     job_table = reading.job_table
     seconds = reading.stuck_after.total_seconds()
+    unspent = predicates.is_unspent(job_table)
     lease, groups = job_table.lease, {}
-    unowned = [predicates.is_free(job_table)]
     if lease is not None:
-        expired = sa.and_(predicates.is_running(job_table), lease <= job_table.now(lease))
-        unowned.append(expired)
         long_ago = lease <= job_table.now(lease, sa.literal(-seconds, sa.Float()))
-        groups["overdue"] = sa.and_(expired, long_ago, *predicates.is_unspent(job_table))
-    if predicates.is_unspent(job_table) and job_table.failed:
-        groups["spent"] = sa.and_(
-            sa.not_(sa.and_(*predicates.is_unspent(job_table))), sa.or_(*unowned)
-        )
+        groups["overdue"] = sa.and_(predicates.is_running(job_table), long_ago, *unspent)
+    if unspent and job_table.failed:
+        groups["spent"] = sa.and_(*map(sa.not_, unspent), predicates.is_unowned(job_table))
     counted = counts(reading, groups)
     if number := counted.get("spent"):
         values = failures(job_table, retry=False, error="all attempts are spent")[0].values
