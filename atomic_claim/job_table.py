@@ -166,10 +166,7 @@ class JobTable(Preparing):
         marks = {role: dict(getattr(self, role)) for role in MARKS}
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
-        free = self.free_values
-        if free and self.null_is_free and self.state is not None and self.state.nullable:
-            free = (*free, None)
-        state_values.check_marks(marks, self.state, free)
+        state_values.check_marks(marks, self.state, self.free_values)
         written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         others = {c: value for c, value in self.withdrawn.items() if c is not self.state}
@@ -354,9 +351,10 @@ class JobTable(Preparing):
         elif not isinstance(free, ClauseElement):
             state, values = self._state_of(free, "free"), state_values.free_values(free)
             found = [state_values.declared(state, each, "free", self.now) for each in values]
-            self._set("free_values", tuple(found))
             first_free = found[0]
-            free = state_values.is_one_of(state, found, null_is_free=self.null_is_free)
+            found += [None] if self.null_is_free and state.nullable else []
+            self._set("free_values", tuple(found))
+            free = state_values.is_one_of(state, found)
         mapping = self._mapping(claimed, "claimed")
         if not mapping:
             raise ClaimError(

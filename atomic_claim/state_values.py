@@ -259,15 +259,13 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
     )
 
 
-def is_one_of(
-    state: Column[Any], values: Sequence[Any], *, null_is_free: bool
-) -> ColumnElement[bool]:
+def is_one_of(state: Column[Any], values: Sequence[Any]) -> ColumnElement[bool]:
     """Build the condition that the state holds one of the values."""
     held = [value for value in values if value is not None]
     if not held:
         return state.is_(None)
     found = state == held[0] if len(held) == 1 else state.in_(held)
-    if len(held) == len(values) and not (null_is_free and state.nullable):
+    if len(held) == len(values):
         return found
     if len(held) == 1 and isinstance(held[0], (True_, False_)):
         return state.is_not(true() if isinstance(held[0], False_) else false())

@@ -77,6 +77,16 @@ def test_a_null_state_of_strings(database: Database, free: Any) -> None:
     assert drained(engine, rest) == [1, 4]
 
 
+def test_a_null_state_that_is_free_and_done(database: Database) -> None:
+    """Where NULL is free, a mark of the end that writes NULL is told by its other columns."""
+    engine, table = filled(database, "state", String(5), [None, "w", None])
+    done = {"state": None, "note": "over"}
+    jobs = JobTable(table, state="state", free="w", claimed="r", done=done, null_is_free=True)
+    with engine.begin() as connection:
+        connection.execute(table.update().where(table.c.id == 3).values(note="over"))
+    assert drained(engine, jobs) == [1, 2]
+
+
 def test_an_inverted_state(database: Database) -> None:
     """A flag that is true where the job is free is asked for in the same way."""
     engine, table = filled(database, "visible")
