@@ -140,8 +140,6 @@ class Beat(Keeper):
         self.bind = bind
         self.every = every.total_seconds()
         self.values = extension(owned.job_table, owned.lease)
-        self.least = max(self.lease / 2, 2 * self.every)
-        self.reached -= max(0, self.lease - self.least)
         self.crash: Exception | None = None
         unreachable = outages(bind, owned.job_table)
         self.failures: tuple[type[Exception], ...] = (ClaimConflict, SQLAlchemyError, *unreachable)
@@ -187,12 +185,6 @@ class Beat(Keeper):
     def give_up(self) -> tuple[Key, ...]:
         """Count all that is left as lost, but not what the block has ended."""
         return self._keep(set(self.ended))
-
-    def outlasts(self) -> ColumnElement[bool]:
-        """Build the condition that a row's lease does not need extension before the first beat."""
-        job_table, seconds = self.owned.job_table, literal(self.least, Float())
-        condition: ColumnElement[bool] = job_table.lease > job_table.now(job_table.lease, seconds)
-        return condition
 
     def _keep(self, ours: set[Key]) -> tuple[Key, ...]:
         gone = [key for key in self.remaining if key not in ours]
@@ -262,16 +254,20 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
     if not timedelta(0) < every < owned.lease:
         raise ClaimError(f"every is {every!r}; expected less than the lease, {owned.lease!r}")
 
-    beat = Beat(bind, owned, every)
+    beat, job_table = Beat(bind, owned, every), owned.job_table
+    # A row whose lease lasts as long needs no extension before the first beat.
+    least = max(beat.lease / 2, 2 * beat.every)
+    beat.reached -= max(0, beat.lease - least)
+    lasts = job_table.lease > job_table.now(job_table.lease, literal(least, Float()))
 
     def look(tx: Transaction) -> tuple[list[Key], set[Key], list[Key]]:
         _refuse_single(tx.connection.engine)
         seen = set(owned.visible(tx, owned.keys, owned.lasting()))
-        safe = set(owned.visible(tx, owned.keys, owned.lasting(), beat.outlasts()))
+        safe = set(owned.visible(tx, owned.keys, owned.lasting(), lasts))
         missing = [key for key in owned.keys if key not in seen]
         return missing, seen - safe, owned.visible(tx, missing, _is_unclaimed(owned))
 
-    missing, urgent, uncommitted = Operation(bind, owned.job_table, look).execute()
+    missing, urgent, uncommitted = Operation(bind, job_table, look).execute()
     if uncommitted:
         raise ClaimError(
             f"the claim of {uncommitted!r} is not visible to other connections: commit it before "

@@ -192,7 +192,6 @@ class ClaimWatch(Watch):
         beat = None
         if claim and self._lease is not None:
             beat = Beat(engine, owned_rows(claim, None, unfenced=False), self._lease / 3)
-            beat.reached = time.monotonic()
             self._next_beat = min(self._next_beat, time.monotonic() + beat.every)
         if claim:
             self._claims.append((engine, claim, beat))
