@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import (
     async_scoped_session,
     async_sessionmaker,
 )
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from . import claim as _claim
 from . import lifecycle as _lifecycle
@@ -102,13 +102,11 @@ async def keep_claims(
     beat: Beat = await greenlet_spawn(patiently, prepared_beat, _checked(bind), claim, every)
     stopped = asyncio.get_running_loop().create_future()
 
-    async def run() -> None:
-        with beat.beating():
-            while not (await asyncio.wait([stopped], timeout=beat.pause()))[0]:
-                if (lost := await greenlet_spawn(beat.once)) and on_lost is not None:
-                    on_lost(lost)
+    def wait(seconds: float) -> bool:
+        return bool(await_only(asyncio.wait([stopped], timeout=seconds))[0])
 
-    task = asyncio.create_task(run(), name="atomic_claim.keep_claims")
+    run = greenlet_spawn(beat.keep, wait, on_lost)
+    task = asyncio.create_task(run, name="atomic_claim.keep_claims")
     try:
         yield beat
     finally:

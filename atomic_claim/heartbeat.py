@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Float, and_, literal, or_
@@ -114,13 +115,7 @@ def keep_claims(
     """
     beat = prepared_beat(bind, claim, every)
     stopped = threading.Event()
-
-    def run() -> None:
-        with beat.beating():
-            while not stopped.wait(beat.pause()):
-                if (lost := beat.once()) and on_lost is not None:
-                    on_lost(lost)
-
+    run = partial(beat.keep, stopped.wait, on_lost)
     thread = threading.Thread(target=run, name="atomic_claim.keep_claims", daemon=True)
     thread.start()
     try:
@@ -148,11 +143,17 @@ class Beat(Keeper):
         """Keep the present result: later changes of the rows do not concern the block."""
         self.stopped = time.monotonic()
 
-    @contextmanager
-    def beating(self) -> Iterator[None]:
-        """Keep an exception for the block, and count all rows as lost."""
+    def keep(self, wait: Callable[[float], bool], on_lost: OnLost | None) -> None:
+        """Beat until the block ends; keep an exception for it, and count all rows as lost.
+
+        Args:
+            wait: waits for a number of seconds, and returns True if the block has ended.
+            on_lost: as for :func:`keep_claims`.
+        """
         try:
-            yield
+            while not wait(self.pause()):
+                if (lost := self.once()) and on_lost is not None:
+                    on_lost(lost)
         except Exception as error:  # noqa: BLE001 - of on_lost, and raised by the block
             self.error = self.crash = error
         finally:
