@@ -13,7 +13,7 @@ from typing import Any
 from atomic_claim.errors import PatchError
 from atomic_claim.files import ClaimedFile, claim_files
 
-from .calls import Call
+from .calls import Call, Reference
 from .options import ClaimOptions
 from .patches import Patch
 from .replacing import Replacing
@@ -37,7 +37,8 @@ class FileClaiming(Replacing):
             layout=options.get("layout", "plain"),
         )
         for name, given in (("directory", directory), ("processing", processing)):
-            if given is not None and not (_is_path(given) or callable(given)):
+            is_read = callable(given) or isinstance(given, Reference)
+            if not (given is None or is_read or _is_path(given)):
                 raise PatchError(
                     f"{name}={given!r} of {target.name}: expected a path, the name of a parameter "
                     "or a callable"

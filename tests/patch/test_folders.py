@@ -1,6 +1,7 @@
 """Legacy functions that take files from a folder, patched."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,20 @@ def test_from_a_file_of_patches(waiting: Path, tmp_path: Path) -> None:
     (patch,) = load_patches(path)
     with patch:
         assert [path.name for path in Inbox(waiting).take(2)] == ["a", "b"]
+
+
+def test_a_folder_that_a_module_names(
+    waiting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of patches names the folder as it names any object, by its module."""
+    monkeypatch.setattr(sys.modules[__name__], "SPOOL", waiting, raising=False)
+    path = tmp_path / "patches.toml"
+    path.write_text(
+        f'[patches."{HERE}:Inbox.take"]\ndirectory = "{HERE}:SPOOL"\nlimit = "count"\n',
+        encoding="ascii",
+    )
+    with load_patches(path)[0]:
+        assert [path.name for path in Inbox(tmp_path / "elsewhere").take(2)] == ["a", "b"]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
