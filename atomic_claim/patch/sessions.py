@@ -139,7 +139,7 @@ class Sessions:
                     "only a coroutine can use: give a synchronous one"
                 )
             opened = self._opened(call, bind, newest, is_entered=is_entered)
-            if opened.own and not (is_entered or opened.is_maker):
+            if opened.own and not is_entered:
                 if isinstance(bind, async_types()):
                     stack.push_async_callback(bind.close)
                 else:
@@ -164,8 +164,9 @@ class Sessions:
         # The session of a registry is the caller's, even if this is its first use.
         is_scoped = is_bind(bind) and hasattr(bind, "registry")
         sync = sync_bind(bind.registry() if is_scoped else bind)
-        if isinstance(sync, MAKERS) or not isinstance(sync, (Session, Connection)):
-            return Opened(bind, sync, own=True, commits=False, began=True)
+        if not isinstance(sync, (Session, Connection)):
+            # An engine or a factory; the claim itself refuses what is no bind.
+            return Opened(bind, sync, own=False, commits=False, began=True)
         is_new = not is_scoped and isinstance(sync, Session) and sync.hash_key > newest
         is_made = isinstance(sync, Connection) and _makes(self.session)
         own = is_entered or is_new or is_made

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Table, TableClause, func, true
-from sqlalchemy import inspect as sa_inspect
 from sqlalchemy import table as sql_table
 from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.orm import Session, sessionmaker
 
+from atomic_claim.columns import mapper_of, tables_of
 from atomic_claim.errors import AmbiguousTable, ClaimError, PatchError
 from atomic_claim.inference import read_columns
 from atomic_claim.job_table import JobTable, job_table_of
@@ -72,7 +72,8 @@ def check_role(job_table: JobTable, role: str, option: str, given: Any) -> None:
 
 
 def _table_of(table: Any) -> Table:
-    found: Any = table if isinstance(table, Table) else sa_inspect(table).local_table
+    mapper = mapper_of(table)
+    found = tables_of(table)[0] if mapper is None else mapper.local_table
     assert isinstance(found, Table)
     return found
 

@@ -18,6 +18,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from atomic_claim import (
+    ClaimError,
     JobTable,
     Patch,
     PatchError,
@@ -270,6 +271,17 @@ def test_what_does_not_fit_is_refused_at_once(name: str) -> None:
     with pytest.raises(PatchError, match=message):
         make()
     assert everything() == before
+
+
+def test_what_is_no_table_or_session_is_refused_by_name() -> None:
+    """Neither a table nor a session can be anything else, and the error says what it is."""
+    with pytest.raises(ClaimError, match="5 is not a table"):
+        lock_reads(f"{HERE}:claim_next", 5)
+    with (
+        patch_claims(f"{HERE}:claim_next", jobs, commit=True),
+        pytest.raises(ClaimError, match="None is not a bind"),
+    ):
+        legacy.claim_next(None)  # type: ignore[arg-type]
 
 
 def test_patching_twice_is_refused() -> None:
