@@ -7,8 +7,8 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, or_
-from sqlalchemy.sql import visitors
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.elements import BooleanClauseList, ClauseElement, ColumnClause
 from sqlalchemy.sql.selectable import FromClause
 
 from atomic_claim import predicates
@@ -117,8 +117,8 @@ def parted(
 def conjuncts_of(given: Iterable[ColumnElement[bool]]) -> Iterator[ColumnElement[bool]]:
     """Yield the conditions with every AND split into its parts."""
     for condition in given:
-        if getattr(getattr(condition, "operator", None), "__name__", "") == "and_":
-            yield from conjuncts_of(condition.get_children())  # type: ignore[arg-type]
+        if isinstance(condition, BooleanClauseList) and condition.operator is operators.and_:
+            yield from conjuncts_of(condition.clauses)
         else:
             yield condition
 
