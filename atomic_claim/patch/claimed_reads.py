@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, not_, or_, select
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
 from sqlalchemy.sql.selectable import FromClause
 
@@ -24,6 +25,7 @@ from atomic_claim.execution import patiently
 from atomic_claim.heartbeat import Beat
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.lifecycle import owned_rows, release_jobs, release_left
+from atomic_claim.roles import ADDED
 from atomic_claim.sql_elements import key_in
 
 from . import filters
@@ -105,7 +107,7 @@ def claim_reads(
 
     def prepare(patch: Patch, found: Target) -> Run:
         tables = Tables(table, Options(found), claimable)
-        watch = partial(ClaimWatch, patch, tables, lease=asked, worker=worker, limit=limit)
+        watch = partial(ClaimWatch, patch, tables, limit, lease=asked, worker=worker)
         return watching(patch, found.function, watch)
 
     def claimable(given: Any) -> JobTable:
@@ -131,12 +133,12 @@ def _leased(job_table: JobTable, lease: timedelta | None, at_most_once: bool) ->
             else "its only state is the final one, so a row claimed by a worker that dies would "
             "never be done"
         )
+        named = ", ".join(f"{role}=..." for role in missing)
+        cures = [f"ALTER TABLE {name} ADD COLUMN {ADDED[role]} NULL" for role in missing]
+        cures += [] if lease is not None else ["or agree to that with at_most_once=True"]
         raise PatchError(
             f"{name!r} has no {' and no '.join(missing)} column that is known, and {why}: name "
-            "them with JobTable(lease=..., token=...), or add them: "
-            f"ALTER TABLE {name} ADD COLUMN lease_until TIMESTAMP NULL; "
-            f"ALTER TABLE {name} ADD COLUMN claim_token VARCHAR(32) NULL"
-            + ("" if lease is not None else "; or agree to that with at_most_once=True")
+            f"what it has with JobTable({named}), or add it: {'; '.join(cures)}"
         )
     return job_table
 
@@ -144,10 +146,8 @@ def _leased(job_table: JobTable, lease: timedelta | None, at_most_once: bool) ->
 class ClaimWatch(Watch):
     """A running call whose finds are claims."""
 
-    def __init__(
-        self, *watched: Any, lease: timedelta | None, worker: str | None, limit: int | None
-    ) -> None:
-        super().__init__(*watched, limit=limit)
+    def __init__(self, *watched: Any, lease: timedelta | None, worker: str | None) -> None:
+        super().__init__(*watched)
         self._asked = lease
         self._worker = worker
         self._claims: list[tuple[Engine, Claim[Any], Beat | None]] = []
@@ -334,7 +334,7 @@ def _looks_up(find: Find) -> bool:
         for each in filters.conjuncts_of(conjuncts(find.statement))
         if isinstance(each, BinaryExpression)
         and isinstance(each.left, ColumnClause)
-        and getattr(each.operator, "__name__", "") in {"eq", "in_op"}
+        and each.operator in {operators.eq, operators.in_op}
         and speaks_only_of(each.left, find.place)
         and not isinstance(each.right, ColumnClause)
     }

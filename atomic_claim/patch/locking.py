@@ -61,7 +61,7 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
                 "claim_reads()"
             )
         tables = Tables(table, Options(found), keyed_by_row)
-        return watching(patch, function, partial(LockWatch, patch, tables, limit=limit))
+        return watching(patch, function, partial(LockWatch, patch, tables, limit))
 
     def keyed_by_row(given: Any) -> JobTable:
         if isinstance(given, JobTable) and given.has_keys:
@@ -78,8 +78,8 @@ def lock_reads(target: Any, table: Any, *, limit: int | None = None) -> Patch:
 class LockWatch(Watch):
     """A running call whose finds are locked."""
 
-    def __init__(self, *watched: Any, limit: int | None) -> None:
-        super().__init__(*watched, limit=limit)
+    def __init__(self, *watched: Any) -> None:
+        super().__init__(*watched)
         self._locked: WeakSet[Connection] = WeakSet()
 
     def read(

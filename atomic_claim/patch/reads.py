@@ -75,7 +75,7 @@ class Watch(ABC):
 
     job_table: JobTable
 
-    def __init__(self, patch: Patch, tables: Tables, call: Call, *, limit: int | None) -> None:
+    def __init__(self, patch: Patch, tables: Tables, limit: int | None, call: Call) -> None:
         self.patch = patch
         self._limit = limit
         self.table = tables.named(call)
