@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from sqlalchemy import (
+    Column,
     ColumnElement,
     CompoundSelect,
     Integer,
     Select,
     and_,
     case,
+    false,
     func,
     literal_column,
     not_,
@@ -24,34 +26,35 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal
 
+from .predicates import Classes
 from .sql_elements import ORDER, OrderTerm
 
 ALONE = "claim_alone"
-# Rows whose time has come that are sorted at most; where there are more, the claim's order is read.
+# Rows that are sorted at most; where there are more, the claim's order is read.
 RIPE = 1000
-_STEPS = [literal_column(str(step), Integer()) for step in range(3)]
 DUE = "claim_due"
 FREE = "claim_free"
+_FALSE = false()
 
 
 @dataclass(eq=False, repr=False)
 class Waiting(ClauseElement):
-    """The free rows of a table with a due column, whether they are due or not.
+    """The free rows of a table, where some may not be due, or may have spent their attempts.
 
-    No index serves both a range of times and an order. So the first rows in claim order are looked
-    at, and only where too few of them are due, the others are found by an index of (due column,
-    order): rows without a time, which it has in claim order, and those whose time has come, which
-    are sorted.
+    No index serves both a range of values and an order. So the first rows in claim order are looked
+    at, and only where too few of them can be claimed, the others are found by an index of their
+    own: those that it has in claim order, such as rows without a time, and the rest, such as those
+    whose time has come, which are sorted unless there are too many.
 
     Attributes:
         rows: their keys and what the order compares, in claim order.
         order: the terms of the order.
         limit: the parameter that limits the rows to claim.
         scan_limit: the parameter that limits the first rows to look at.
-        time: the due column.
+        due: the due column, if there is one.
         ripe: the condition that the time in it has come.
         unspent: the condition that attempts are left.
-        nullable: whether rows without a time are due.
+        by_value: the same where no index can leave out other rows.
     """
 
     _traverse_internals = [  # noqa: RUF012
@@ -59,77 +62,109 @@ class Waiting(ClauseElement):
         ("order", InternalTraversal.dp_clauseelement_tuple),
         ("limit", InternalTraversal.dp_clauseelement),
         ("scan_limit", InternalTraversal.dp_clauseelement),
-        ("time", InternalTraversal.dp_clauseelement),
+        ("due", InternalTraversal.dp_clauseelement),
         ("ripe", InternalTraversal.dp_clauseelement),
         ("unspent", InternalTraversal.dp_clauseelement),
-        ("nullable", InternalTraversal.dp_boolean),
     ]
 
     rows: Select[Any]
     order: tuple[ColumnElement[Any], ...]
     limit: ColumnElement[Any]
     scan_limit: ColumnElement[Any]
-    time: ColumnElement[Any]
+    due: Column[Any] | None
     ripe: ColumnElement[bool]
     unspent: ColumnElement[bool]
-    nullable: bool
+    by_value: Classes
 
     @property
     def is_sorted(self) -> bool:
-        """Return True if the rows that are due come first in claim order."""
-        first = OrderTerm.of(self.order[0])
-        return first.element is self.time and not (first.descending or self.nullable)
+        """Return True if an index that leaves out spent rows has the rows in claim order."""
+        first, due = OrderTerm.of(self.order[0]), self.due
+        return due is None or (first.element is due and not (first.descending or due.nullable))
 
     @property
-    def near(self) -> Select[Any]:
-        """Select the rows that are due among the first ones."""
-        return self._chosen(self._first.subquery("claim_near")).limit(self.limit)
+    def partial(self) -> Classes:
+        """The rows that have attempts left, for an index of no others."""
+        due = self.due
+        times = () if due is None else (due.nulls_first() if due.nullable else due,)
+        return Classes((self.unspent,), None, times)
 
-    @property
-    def farther(self) -> tuple[Select[Any], ...]:
-        """Select all rows that are due, for a planner that compares what its indexes cost."""
-        ripe = self.rows.where(self.ripe, self.unspent).limit(self.limit)
-        return (self._timeless(self.limit), ripe) if self.nullable else (ripe,)
+    def steps(self) -> Iterator[tuple[tuple[Select[Any], ...], ColumnElement[bool]]]:
+        """Yield what finds the first rows, all unless too many would be sorted, and all.
 
-    @property
-    def gated(self) -> tuple[Select[Any], ...]:
-        """Select as :attr:`near` or, if that finds too few, all: a limit of 0 reads no row."""
+        Each with the condition that it would sort too many.
+        """
+        classes = self.by_value
+        yield (self._chosen(self._first.subquery("claim_near")).limit(self.limit),), false()
+        yield tuple(self._found(classes, self.limit, RIPE)), self._is_much(classes)
+        yield (self.rows.where(self._is_claimable).limit(self.limit),), false()
+
+    def gated(self, limit: ColumnElement[Any]) -> tuple[list[Select[Any]], ColumnElement[bool]]:
+        """Select by the same steps in one statement, where a limit of 0 reads no row.
+
+        Returns:
+            the SELECTs, and the condition that there may be rows behind what they find.
+        """
         near = self._first.cte("claim_near")
-        ripe = self.rows.where(self.ripe, self.unspent).order_by(None).order_by(self.time)
-        counted = ripe.limit(RIPE).subquery("claim_counted")
-        is_many = select(func.count() == RIPE).select_from(counted).scalar_subquery()
-        is_all = or_(func.count() < self.scan_limit, func.total(near.columns[DUE]) >= self.limit)
-        step = case((is_all, _STEPS[0]), (not_(is_many), _STEPS[1]), else_=_STEPS[2])
-        steps = select(step.label("step")).select_from(near).cte("claim_step")
+        is_cut = func.count() >= self.scan_limit
+        enough = func.count(case((near.columns[DUE], _ONE))) >= self.limit
+        is_near = or_(not_(is_cut), enough)
+        step = case((is_near, _ZERO), (self._is_much(self.partial), _TWO), else_=_ONE)
+        steps = select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
         now = select(steps.columns.step).scalar_subquery()
 
-        def at(step: int, limit: Any = self.limit) -> ColumnElement[int]:
-            return case((now == _STEPS[step], limit), else_=_STEPS[0])
+        def at(step: ColumnElement[int], limit: Any) -> ColumnElement[int]:
+            return case((now == step, limit), else_=_ZERO)
 
-        by_time = ripe.limit(at(1, RIPE)).subquery("claim_ripe")
         found = [
-            self._chosen(near).limit(at(0)),
-            select(*by_time.columns).order_by(*_terms(self.order, by_time)).limit(self.limit),
-            self.rows.where(self._is_due).limit(at(2)),
+            self._chosen(near).limit(at(_ZERO, limit)),
+            *self._found(self.partial, at(_ONE, limit), at(_ONE, RIPE)),
+            self.rows.where(self._is_claimable).limit(at(_TWO, limit)),
         ]
-        if self.nullable:
-            found.append(self._timeless(at(1)))
-        return tuple(found)
+        return found, and_(now == _ZERO, select(steps.columns.cut).scalar_subquery())
 
     @property
-    def _is_due(self) -> ColumnElement[bool]:
-        is_ripe = self.time.is_(None) | self.ripe if self.nullable else self.ripe
+    def _is_claimable(self) -> ColumnElement[bool]:
+        due = self.due
+        is_ripe = self.ripe if due is None or not due.nullable else or_(due.is_(None), self.ripe)
         return and_(is_ripe, self.unspent)
 
     @property
     def _first(self) -> Select[Any]:
-        return self.rows.add_columns(self._is_due.label(DUE)).limit(self.scan_limit)
+        return self.rows.add_columns(self._is_claimable.label(DUE)).limit(self.scan_limit)
 
-    def _timeless(self, limit: ColumnElement[Any]) -> Select[Any]:
-        """Return the rows without a time; NULLs come first, and the order has only one index."""
-        rows = self.rows.where(self.unspent).order_by(None).order_by(self.time, *self.order)
-        found = rows.add_columns(self.time.is_(None).label(DUE)).limit(limit)
-        return self._chosen(found.subquery("claim_timeless"))
+    def _found(self, classes: Classes, limit: Any, most: Any) -> Iterator[Select[Any]]:
+        """Yield the rows in claim order, and the first ``most`` of the rest, which are sorted."""
+        for fresh in classes.fresh:
+            rows, due = self.rows.where(fresh), self.due
+            if due is None:
+                yield rows.limit(limit)
+            elif due.nullable:
+                # NULLs come first, and the order has only one index.
+                terms = (term for term in self.order if OrderTerm.of(term).element is not due)
+                timeless = rows.order_by(None).order_by(*classes.order[-1:], *terms)
+                found = timeless.add_columns(due.is_(None).label(DUE)).limit(limit)
+                yield self._chosen(found.subquery("claim_timeless"))
+        if (rest := self._rest(classes, most)) is not None:
+            by_order = _terms(self.order, rest)
+            yield select(*rest.columns).order_by(*by_order).limit(self.scan_limit)
+
+    def _rest(self, classes: Classes, most: Any) -> FromClause | None:
+        due, rest = self.due, classes.tried
+        if due is not None:
+            others = [] if rest is None else [rest]
+            ripe = and_(or_(*classes.fresh, *others), self.ripe)
+            timeless = [and_(each, due.is_(None)) for each in others if due.nullable]
+            rest = or_(ripe, *timeless)
+        elif rest is None:
+            return None
+        found = self.rows.where(rest).order_by(None).order_by(*classes.order).limit(most)
+        return found.subquery("claim_rest")
+
+    def _is_much(self, classes: Classes) -> ColumnElement[bool]:
+        if (rest := self._rest(classes, RIPE)) is None:
+            return false()
+        return select(func.count() == RIPE).select_from(rest).scalar_subquery()
 
     def _chosen(self, found: FromClause) -> Select[Any]:
         columns = [column for column in found.columns if column.key != DUE]
@@ -154,7 +189,8 @@ class Candidates(ClauseElement):
         limit: the parameter that limits the first of them, and all together.
         scan_limit: the parameter that limits the others.
         rows: the keys of all rows that may be claimed, in no order.
-        waiting: the free rows, where they have a due column.
+        waiting: the free rows, where some may not be due, or have spent their attempts.
+        much: the condition that too many rows would be sorted, so that some are missing.
     """
 
     _traverse_internals = [  # noqa: RUF012
@@ -164,6 +200,7 @@ class Candidates(ClauseElement):
         ("scan_limit", InternalTraversal.dp_clauseelement),
         ("rows", InternalTraversal.dp_clauseelement),
         ("waiting", InternalTraversal.dp_clauseelement),
+        ("much", InternalTraversal.dp_clauseelement),
     ]
 
     branches: tuple[Select[Any], ...]
@@ -172,10 +209,12 @@ class Candidates(ClauseElement):
     scan_limit: ColumnElement[Any]
     rows: Select[Any]
     waiting: Waiting | None = None
+    much: ColumnElement[bool] = _FALSE
 
-    def finding(self, *free: Select[Any]) -> Candidates:
-        """Return the candidates with other SELECTs of the free rows."""
-        return replace(self, branches=(*free, *self.branches[1:]))
+    @property
+    def is_plain(self) -> bool:
+        """Return True if one ordered SELECT finds all of them."""
+        return len(self.branches) == 1 and (self.waiting is None or self.waiting.is_sorted)
 
     def steps(self) -> tuple[Candidates, ...]:
         """Return what to find candidates by in turn, until there are enough.
@@ -183,23 +222,22 @@ class Candidates(ClauseElement):
         The first step may miss free rows that come before rows whose lease is over, so the
         branches say which rows are free.
         """
-        if self.waiting is None or not self.waiting.nullable:
+        waiting = self.waiting
+        if waiting is None or (waiting.is_sorted and waiting.by_value.tried is None):
             return (self,)
-        near, farther = (self.waiting.near,), self.waiting.farther
-        if len(self.branches) == 1:
-            return self.finding(*near), self.finding(*farther)
-        others = tuple(branch.add_columns(_ZERO.label(FREE)) for branch in self.branches[1:])
+        others = [branch.add_columns(_ZERO.label(FREE)) for branch in self.branches[1:]]
+        free = [_ONE.label(FREE)] if others else []
         return tuple(
-            replace(self, branches=(*(b.add_columns(_ONE.label(FREE)) for b in free), *others))
-            for free in (near, farther)
+            replace(self, branches=(*(b.add_columns(*free) for b in found), *others), much=much)
+            for found, much in waiting.steps()
         )
 
     def gated(self) -> Candidates:
-        """Return the candidates that find the rows that are due in steps of one statement."""
+        """Return the candidates that find what can be claimed in steps of one statement."""
         waiting = self.waiting
         if waiting is None or waiting.is_sorted:
             return self
-        return self.finding(*waiting.gated)
+        return replace(self, branches=(*waiting.gated(self.limit)[0], *self.branches[1:]))
 
     def without(self, condition: ColumnElement[bool]) -> Candidates:
         """Return the candidates that do not meet the condition."""
@@ -231,13 +269,14 @@ class Candidates(ClauseElement):
     def select_with_flags(self) -> Select[Any]:
         """One SELECT of the keys, of whether a row is claimed alone, and of whether it is free.
 
-        Each of the two only if the branches say it.
+        Each of the two only if the branches say it. Behind them stands :attr:`much`.
         """
         if not (self.tells_alone or self.tells_free):
-            return self.select()
+            return self.select().add_columns(self.much)
         found = self._first(lambda branch: branch).limit(self.limit)
         only = self.only_keys(found, and_alone=self.tells_alone)
-        return only.add_columns(found.selected_columns[FREE]) if self.tells_free else only
+        flags = [found.selected_columns[FREE]] if self.tells_free else []
+        return only.add_columns(*flags, self.much)
 
     @property
     def tells_free(self) -> bool:
@@ -304,4 +343,4 @@ def alone_if(condition: ColumnElement[bool]) -> ColumnElement[int]:
     return case((condition, _ONE), else_=_ZERO).label(ALONE)
 
 
-_ZERO, _ONE = literal_column("0", Integer()), literal_column("1", Integer())
+_ZERO, _ONE, _TWO = (literal_column(number, Integer()) for number in "012")

@@ -97,7 +97,8 @@ class Operation(Generic[R]):
             ClaimConflict: another transaction was in the way.
             ClaimError: the bind cannot be used.
         """
-        if not is_own(self.bind):
+        # An Engine is told without a look at sqlalchemy.orm.
+        if not (isinstance(self.bind, Engine) or is_own(self.bind)):
             return self._in_callers()
         for tried in range(1, self.tries + 1):
             try:

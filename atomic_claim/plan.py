@@ -39,6 +39,8 @@ from .predicates import (
     any_of,
     claimable,
     claimable_branches,
+    classes_by_value,
+    is_due,
     is_free,
     is_last_chance,
     is_ripe,
@@ -328,11 +330,12 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     ]
     rows = _source(job_table, *key).where(claimable(job_table), *where)
     waiting = None
-    if (due := job_table.due) is not None:
+    if is_due(job_table):
         free = source.where(is_free(job_table), *where).order_by(*order)
-        unspent = and_(true(), *is_unspent(job_table))
-        ripe, nullable = is_ripe(job_table), bool(due.nullable)
-        waiting = Waiting(free, order, limit, scan_limit, due, ripe, unspent, nullable)
+        unspent, due = and_(true(), *is_unspent(job_table)), job_table.due
+        ripe = true() if due is None else is_ripe(job_table)
+        classes = classes_by_value(job_table)
+        waiting = Waiting(free, order, limit, scan_limit, due, ripe, unspent, classes)
     return ClaimPlan(
         job_table=job_table,
         candidates=Candidates(tuple(branches), order, limit, scan_limit, rows, waiting),

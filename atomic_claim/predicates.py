@@ -10,19 +10,33 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
-from sqlalchemy import Column, ColumnElement, and_, func, literal, not_, or_
+from sqlalchemy import Column, ColumnElement, and_, func, literal, not_, or_, true
 from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
 from sqlalchemy.types import DateTime, Float, Integer
 
 from .inference import ORDER, plain_type
 from .job_table import JobTable
-from .sql_elements import DatabaseTime, InlineLiteral, NullOr
+from .sql_elements import DatabaseTime, InlineLiteral
 from .state_values import is_same
 
 T = TypeVar("T")
 Conditions = tuple[ColumnElement[bool], ...]
-# PostgreSQL's; other databases do not compare a NULL.
-LEAST_TIME = "-infinity"
+# Attempts that a claim reads one by one at most, where no index can leave out the others.
+MOST_VALUES = 100
+
+
+class Classes(NamedTuple):
+    """Conditions for rows that have attempts left.
+
+    Attributes:
+        fresh: for rows that an index reads in one order, each.
+        tried: for the others, if there are any.
+        order: what such an index has before that order.
+    """
+
+    fresh: tuple[ColumnElement[bool], ...]
+    tried: ColumnElement[bool] | None
+    order: tuple[ColumnElement[Any], ...]
 
 
 class Branch(NamedTuple):
@@ -185,7 +199,7 @@ def is_due(job_table: JobTable) -> Conditions:
     due = job_table.due
     if due is None:
         return is_unspent(job_table)
-    return (_least_or(due, is_ripe(job_table), LEAST_TIME), *is_unspent(job_table))
+    return (_null_or(due, is_ripe(job_table)), *is_unspent(job_table))
 
 
 def is_ripe(job_table: JobTable) -> ColumnElement[bool]:
@@ -202,8 +216,20 @@ def is_unspent(job_table: JobTable) -> Conditions:
     if attempts is None or most is None:
         return ()
     if isinstance(most, int):
-        return (_least_or(attempts, attempts < InlineLiteral(most, Integer()), 0),)
+        return (_null_or(attempts, attempts < InlineLiteral(most, Integer())),)
     return (_null_or(most, _null_or(attempts, attempts < most)),)
+
+
+@_once
+def classes_by_value(job_table: JobTable) -> Classes:
+    """Return the conditions that a row has attempts left, by their number if the limit is known."""
+    attempts, most, due = job_table.attempts, job_table.max_attempts, job_table.due
+    times = () if due is None else (due,)
+    if attempts is None or not isinstance(most, int) or most > MOST_VALUES:
+        return Classes((and_(true(), *is_unspent(job_table)),), None, times)
+    zero, *others = (InlineLiteral(number, Integer()) for number in range(most))
+    fresh = ([attempts.is_(None)] if attempts.nullable else []) + [attempts == zero]
+    return Classes(tuple(fresh), attempts.in_(others) if others else None, (attempts, *times))
 
 
 def running_since(job_table: JobTable) -> tuple[Column[Any], ...]:
@@ -234,10 +260,6 @@ def _is_old(job_table: JobTable) -> ColumnElement[bool]:
 
 def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnElement[bool]:
     return or_(column.is_(None), condition) if column.nullable else condition
-
-
-def _least_or(column: Column[Any], condition: Any, least: Any) -> ColumnElement[bool]:
-    return NullOr(condition, least) if column.nullable else condition
 
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:

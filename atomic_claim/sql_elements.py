@@ -7,25 +7,23 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     ColumnElement,
     and_,
     bindparam,
-    func,
     or_,
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import (
-    BinaryExpression,
     BindParameter,
     UnaryExpression,
 )
 from sqlalchemy.sql.visitors import InternalTraversal
-from sqlalchemy.types import Boolean, Float, String, TypeEngine
+from sqlalchemy.types import Float, TypeEngine
 
 T = TypeVar("T")
 
@@ -104,45 +102,6 @@ class DatabaseTime(ColumnElement[datetime]):
         self.form = form
         value = offset.value if isinstance(offset, BindParameter) else None
         self.later = value is None or value >= 0
-
-
-class NullOr(ColumnElement[bool]):
-    """True where a column is NULL, or where a comparison with it is true.
-
-    PostgreSQL passes rows over within an index for a comparison, and for an OR it reads them. There
-    the column's NULLs are compared as the value ``least``, for which the comparison is true.
-
-    Attributes:
-        either: the condition as an OR.
-        compared: the condition as one comparison.
-    """
-
-    _traverse_internals = [  # noqa: RUF012
-        ("either", InternalTraversal.dp_clauseelement),
-        ("compared", InternalTraversal.dp_clauseelement),
-    ]
-    type = Boolean()
-
-    def __init__(self, condition: BinaryExpression[bool], least: object) -> None:
-        column: Any = condition.left
-        self.either = or_(column.is_(None), condition)
-        value = InlineLiteral(least, String() if isinstance(least, str) else column.type)
-        compared = func.coalesce(column, value, type_=column.type)
-        self.compared = cast("Any", condition.operator)(compared, condition.right)
-
-    def self_group(self, against: Any = None) -> NullOr:  # noqa: ARG002 - it has parentheses
-        """Return the condition as it is; else it would be compared with 1 where that is true."""
-        return self
-
-
-@compiles(NullOr)
-def _either(element: NullOr, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"({compiler.process(element.either, **kw)})"
-
-
-@compiles(NullOr, "postgresql", "cockroachdb", "yugabytedb")
-def _compared(element: NullOr, compiler: SQLCompiler, **kw: Any) -> str:
-    return f"({compiler.process(element.compared, **kw)})"
 
 
 class RandomFraction(ColumnElement[float]):

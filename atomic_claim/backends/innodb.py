@@ -52,10 +52,10 @@ class InnoDBStatements:
         candidates: each reads keys in claim order, what
             :meth:`~atomic_claim.candidates.Candidates.select_with_flags` tells of a row, and what
             has to be known of the session; the last one finds all rows.
-        width: how many columns stand before those.
+        width: how many columns stand before what has to be known of the session.
         tells_alone: whether the one behind the key tells whether a row is claimed alone.
-        free_at: by statement, the place of the column that tells whether a row is free, where
-            rows that come before others that are not may be missing.
+        free_at: the place of the column that tells whether a row is free, if rows may be missing
+            that come before others that are not.
         session: reads the latter alone.
         asks_zone: whether that includes the session's time zone.
         lock: locks those of the rows that are free and not locked.
@@ -87,8 +87,9 @@ class InnoDBStatements:
         steps = plan.candidates.steps()
         self.candidates = [step.select_with_flags().add_columns(*session) for step in steps]
         self.tells_alone = plan.candidates.tells_alone
-        self.width = len(key) + self.tells_alone + steps[0].tells_free
-        self.free_at = [self.width - 1 if step.tells_free else None for step in steps[:-1]] + [None]
+        self.width = len(key) + self.tells_alone + steps[0].tells_free + 1
+        # All but the first step find all free rows.
+        self.free_at = self.width - 2 if steps[0].tells_free else None
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
@@ -137,10 +138,10 @@ class Search:
     is_stale: bool = False
 
     def goes_farther(self) -> bool:
-        """Turn to the statement that finds more, and return False if there is none."""
-        is_last = self.step + 1 == len(self.statements.candidates)
-        self.step += not is_last
-        return not is_last
+        """Turn to the statement that finds more than the first rows; return False if it has run."""
+        is_first = self.step == 0 and len(self.statements.candidates) > 1
+        self.step += is_first
+        return is_first
 
     def lock_free(self, fresh: list[Key], are_numbers: bool) -> int:
         """Lock the first of the candidates, and return how many were tried.

@@ -190,12 +190,16 @@ class MySQL(Backend):
             ClaimError: the session's settings do not allow a claim.
         """
         tx, statements = search.tx, search.statements
+        rows: Sequence[Any]
         try:
             if turn is None:
                 asked = ClaimRequest(scan_limit).parameters()
-                step = search.step
-                rows: Sequence[Any] = tx.execute(statements.candidates[step], asked).all()
-                if (at := statements.free_at[step]) is not None:
+                rows = tx.execute(statements.candidates[search.step], asked).all()
+                if rows and rows[0][statements.width - 1]:
+                    # They would be too many to sort.
+                    search.step += 1
+                    rows = tx.execute(statements.candidates[search.step], asked).all()
+                elif search.step == 0 and (at := statements.free_at) is not None:
                     # Before rows behind the last free one there may be others.
                     rows = rows[: max((n for n, row in enumerate(rows, 1) if row[at]), default=0)]
             else:

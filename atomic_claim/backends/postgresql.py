@@ -11,8 +11,10 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
+    false,
     func,
     literal_column,
+    or_,
     select,
     text,
     true,
@@ -286,7 +288,7 @@ def _locking_by_key(plan: ClaimPlan, deletes: bool) -> ByKey:
 
 def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
     lock, found = _lock_of(plan, deletes), plan.candidates
-    if len(found.branches) == 1:
+    if found.is_plain:
         return found.select(lock=lock)
     return found.only_keys(found.ordered(_claimable(found, lock).subquery()))
 
@@ -294,11 +296,15 @@ def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
 def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     """Build the SELECT of the candidates that locks no more rows than it returns."""
     prefix = "claim_"
-    if len(candidates.branches) == 1:
+    if candidates.is_plain:
         return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit
-    branches = [branch.limit(scan_limit) for branch in candidates.branches]
-    near = candidates.together(*branches).subquery("branches")
+    free, *expired = (branch.limit(scan_limit) for branch in candidates.branches)
+    # Other transactions hold most of the first rows, so later ones are tried.
+    found, may_miss = [free], cast("ColumnElement[bool]", false())
+    if (waiting := candidates.waiting) is not None and not waiting.is_sorted:
+        found, may_miss = waiting.gated(scan_limit)
+    near = candidates.together(*found, *expired).subquery("branches")
     nearest = candidates.ordered(near).cte(f"{prefix}nearest")
     key = list(nearest.columns)[: len(candidates.rows.selected_columns)]
 
@@ -308,8 +314,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     locked = select(*held.columns, *list(nearest.columns)[len(key) :])
     locked = locked.select_from(nearest.join(held, true()))
     taken: list[CTE] = []
-    # Other transactions hold most of the first rows, so later ones are tried.
-    is_deep = [_count(nearest) >= scan_limit]
+    is_deep = [or_(_count(nearest) >= scan_limit, may_miss)]
 
     if candidates.tells_alone:
         first = locked.limit(literal_column("1")).cte(f"{prefix}first")

@@ -75,6 +75,8 @@ class NeededIndex:
         leading: the columns that equal what a call passes as a parameter.
         order: what the rows are read in order of.
         passing: what further has to be true of a row, else it is passed over.
+        unspent: the condition that attempts are left, if the index has no other rows; where there
+            are no partial indexes, the rows stand in it by their attempts.
     """
 
     reason: str
@@ -83,6 +85,7 @@ class NeededIndex:
     leading: tuple[ColumnClause[Any], ...]
     order: tuple[ColumnElement[Any], ...]
     passing: tuple[ColumnElement[bool], ...] = ()
+    unspent: tuple[ColumnElement[bool], ...] = ()
 
     @property
     def name(self) -> str:
@@ -110,14 +113,6 @@ class NeededIndex:
         """True if PostgreSQL has the table in partitions, where it refuses CONCURRENTLY."""
         return bool(self.table.dialect_options["postgresql"].get("partition_by"))
 
-    def is_read(self, dialect: Dialect) -> bool:
-        """Return False if claims on this database find the same rows by another index.
-
-        PostgreSQL passes rows that are not due over within an index, in a few milliseconds for
-        200,000 of them.
-        """
-        return self.reason != "due" or dialect.name != "postgresql"
-
     def refusal(self, dialect: Dialect) -> str | None:
         """Return why this database cannot have such an index, or None."""
         terms = [OrderTerm.of(term) for term in self.order]
@@ -143,14 +138,14 @@ class NeededIndex:
 
     def parts(self, dialect: Dialect) -> tuple[list[Term], str]:
         """Return the index's terms and its condition."""
-        before = self.leading if dialect.name == "postgresql" else self.equal
+        before = self.before(dialect)
         behind, where = self._behind(dialect), ""
         if dialect.name in INNODB:
             # Of several values no order comes; but so the rows need not be read to be passed over.
             names = self.chosen_by if not before else ()
             behind = [*(c for c in self.table.columns if c.name in names), *behind]
-        elif self.conditions:
-            where = literal_text(and_(*self.conditions), dialect)
+        elif self.conditions or self.unspent:
+            where = literal_text(and_(*self.conditions, *self.unspent), dialect)
         order = [OrderTerm.of(term) for term in self.order]
         ahead = {part.name for part in (*before, *(t.element for t in order)) if _is_column(part)}
         found = [Term.of(part, "", dialect) for part in before]
@@ -162,13 +157,20 @@ class NeededIndex:
         found += [Term.of(part, "", dialect) for part in behind]
         return list({(term.text, term.suffix): term for term in found}.values()), where
 
+    def before(self, dialect: Dialect) -> tuple[ColumnClause[Any], ...]:
+        """Return the columns that stand before the order."""
+        if dialect.name == "postgresql":
+            return self.leading
+        by_value = _columns_of(self.unspent) if dialect.name in INNODB else []
+        return (*self.equal, *by_value) if len(by_value) == 1 else self.equal
+
     def _behind(self, dialect: Dialect) -> list[Any]:
         """Return the trailing terms that filter rows in the index without reading the table."""
         found: Sequence[Any] = _columns_of(self.passing)
         if dialect.name == "postgresql":
             # It compares in the index, and reads the row for any other condition, as an OR.
-            compared = (getattr(each, "compared", each) for each in self.passing)
-            found = [each.left for each in compared if isinstance(each, BinaryExpression)]
+            passing = () if self.unspent else self.passing
+            found = [each.left for each in passing if isinstance(each, BinaryExpression)]
         return [each for each in found if dialect.name == "sqlite" or not _is_wide(each)]
 
     def create(self, dialect: Dialect) -> str:
@@ -222,9 +224,8 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     found = []
     if fair is None or job_table.exclusive_by is not None:
         found.append(_needed("free", table, free, order, is_due))
-        due, first = job_table.due, OrderTerm.of(order[0]).element
-        if due is not None and first is not due and job_table.exclusive_by is None:
-            found.append(_needed("due", table, free, (due, *order), is_unspent))
+        if is_due and job_table.exclusive_by is None:
+            found += _for_passing(job_table, free, order, is_unspent)
     if named is not None:
         found.append(
             _needed("expired", table, predicates.is_running(job_table), (named,), is_unspent)
@@ -243,6 +244,28 @@ def needed_indexes(job_table: JobTable, *, lease: str | None = None) -> list[Nee
     if fair is not None and (times := job_table.claim_times):
         found.append(_needed("claimed", table, times[0].is_not(None), (times[0], fair)))
     return found
+
+
+def _for_passing(
+    job_table: JobTable,
+    free: ColumnElement[bool],
+    order: Sequence[ColumnElement[Any]],
+    is_unspent: tuple[ColumnElement[bool], ...],
+) -> Iterator[NeededIndex]:
+    """Yield the index of the rows that can be claimed, if the one of the free rows passes others.
+
+    See :class:`~atomic_claim.candidates.Waiting`.
+    """
+    due, first = job_table.due, OrderTerm.of(order[0])
+    is_first = due is not None and first.element is due and not first.descending
+    if due is not None and (due.nullable or not is_first):
+        # The order has the due column behind these.
+        by_time = due.nulls_first() if due.nullable else due
+        order = (by_time, *(term for term in order if OrderTerm.of(term).element is not due))
+    elif not is_unspent:
+        return
+    found = _needed("due", job_table.table, free, order, is_unspent)
+    yield replace(found, unspent=is_unspent)
 
 
 def _needed(

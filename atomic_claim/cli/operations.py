@@ -137,7 +137,7 @@ def _add_index(needed: NeededIndex, names: Sequence[str]) -> Step:
     up, down = {}, {}
     for name in names:
         dialect = dialect_of(name)
-        if needed.is_declared(dialect) or not needed.is_read(dialect):
+        if needed.is_declared(dialect):
             continue
         if (refusal := needed.refusal(dialect)) is None:
             up[name], down[name] = [needed.create(dialect)], [needed.drop(dialect)]

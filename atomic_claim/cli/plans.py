@@ -266,17 +266,12 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
 
 
 def passes_slowly(connection: Connection, job_table: JobTable) -> NeededIndex | None:
-    """Return the index that a claim lacks to pass over many rows that are not due, if any."""
+    """Return the index that a claim lacks to pass over many free rows, if any."""
     dialect = dialect_of(product_of(connection.dialect))
-    reason = "free" if dialect.name == "postgresql" else "due"
     known = known_indexes(connection, job_table.table).values()
     for needed in needed_indexes(job_table):
-        if needed.reason != reason or job_table.due is None or needed.refusal(dialect):
-            continue
-        # What stands behind the order counts on PostgreSQL alone.
-        width = len(needed.parts(dialect)[0]) if reason == "free" else 0
-        if not any(fits(needed, i, connection) and len(i.columns) >= width for i in known):
-            return needed
+        if needed.reason == "due" and not needed.refusal(dialect):
+            return None if any(fits(needed, index, connection) for index in known) else needed
     return None
 
 
@@ -299,7 +294,7 @@ def fits(needed: NeededIndex, index: Known, connection: Connection) -> bool:
     """Check whether an index begins with the needed columns, and has the needed condition."""
     dialect = dialect_of(product_of(connection.dialect))
     terms, where = replace(needed, passing=()).parts(dialect)
-    ahead = len(needed.leading if dialect.name == "postgresql" else needed.equal)
+    ahead = len(needed.before(dialect))
     wanted = [
         (t.element.name if isinstance(t.element, ColumnClause) else None, "DESC" in t.suffix)
         for t in terms[: ahead + len(needed.order)]

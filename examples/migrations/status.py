@@ -1,6 +1,6 @@
 """Make status_jobs fit for its claims.
 
-Revision ID: 99d601079096
+Revision ID: 5aff49dac758
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:status
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:status
 
 from alembic import op
 
-revision = "99d601079096"
+revision = "5aff49dac758"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -23,7 +23,14 @@ def upgrade() -> None:
         with op.get_context().autocommit_block():
             op.execute(
                 "CREATE INDEX CONCURRENTLY status_jobs_claim_free ON status_jobs (priority DESC, "
-                "created_at, (coalesce(run_at, '-infinity'))) WHERE status = 'waiting'"
+                "created_at) WHERE status = 'waiting'"
+            )
+        # Serves the search behind free rows that are not due, or have spent their attempts.
+        # CONCURRENTLY stops no writer, and cannot be part of a transaction.
+        with op.get_context().autocommit_block():
+            op.execute(
+                "CREATE INDEX CONCURRENTLY status_jobs_claim_due ON status_jobs (run_at NULLS "
+                "FIRST, priority DESC, created_at) WHERE status = 'waiting'"
             )
     elif dialect in {"mysql", "mariadb"}:
         # Serves the search for free rows, in the order of the claim.
@@ -31,7 +38,7 @@ def upgrade() -> None:
             "ALTER TABLE status_jobs ADD INDEX status_jobs_claim_free (status, priority DESC, "
             "created_at, run_at), ALGORITHM=INPLACE, LOCK=NONE"
         )
-        # Serves the search for rows that are due, where many come first that are not.
+        # Serves the search behind free rows that are not due, or have spent their attempts.
         op.execute(
             "ALTER TABLE status_jobs ADD INDEX status_jobs_claim_due (status, run_at, priority "
             "DESC, created_at), ALGORITHM=INPLACE, LOCK=NONE"
@@ -42,7 +49,7 @@ def upgrade() -> None:
             "CREATE INDEX status_jobs_claim_free ON status_jobs (status, priority DESC, "
             "created_at, run_at) WHERE status = 'waiting'"
         )
-        # Serves the search for rows that are due, where many come first that are not.
+        # Serves the search behind free rows that are not due, or have spent their attempts.
         op.execute(
             "CREATE INDEX status_jobs_claim_due ON status_jobs (status, run_at, priority DESC, "
             "created_at) WHERE status = 'waiting'"
@@ -53,12 +60,16 @@ def downgrade() -> None:
     """Take it away again."""
     dialect = op.get_context().dialect.name
     if dialect == "postgresql":
+        # Undo: serves the search behind free rows that are not due, or have spent their attempts.
+        # CONCURRENTLY stops no writer, and cannot be part of a transaction.
+        with op.get_context().autocommit_block():
+            op.execute("DROP INDEX CONCURRENTLY status_jobs_claim_due")
         # Undo: serves the search for free rows, in the order of the claim.
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
         with op.get_context().autocommit_block():
             op.execute("DROP INDEX CONCURRENTLY status_jobs_claim_free")
     elif dialect in {"mysql", "mariadb"}:
-        # Undo: serves the search for rows that are due, where many come first that are not.
+        # Undo: serves the search behind free rows that are not due, or have spent their attempts.
         op.execute(
             "ALTER TABLE status_jobs DROP INDEX status_jobs_claim_due, ALGORITHM=INPLACE, LOCK=NONE"
         )
@@ -68,7 +79,7 @@ def downgrade() -> None:
             "LOCK=NONE"
         )
     elif dialect == "sqlite":
-        # Undo: serves the search for rows that are due, where many come first that are not.
+        # Undo: serves the search behind free rows that are not due, or have spent their attempts.
         op.execute("DROP INDEX status_jobs_claim_due")
         # Undo: serves the search for free rows, in the order of the claim.
         op.execute("DROP INDEX status_jobs_claim_free")

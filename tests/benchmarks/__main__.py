@@ -19,7 +19,7 @@ FIGURES = {
     "overhead": "what the library adds to its own SQL, beside SQLAlchemy and the driver alone",
     "legacy": "against the legacy loop, a waiting lock, and the article's form",
     "peers": "against kombu, procrastinate, pgqueuer, alchemical-queues (extra bench)",
-    "growth": "one claim in tables of thousands and of millions of rows",
+    "growth": "one claim in large tables, behind rows passed over, beside holders and snapshots",
     "churn": "the last minute of a busy queue against the first",
     "features": "what a lease, a token, a heartbeat and an exclusive key cost",
     "fair": "claims that take turns by a key, with 1,000 and with 100,000 keys",
@@ -89,7 +89,11 @@ def _own(figure: str, options: argparse.Namespace) -> dict[str, Any]:
             "limits": options.limits,
             "seconds": options.seconds,
         },
-        "growth": {"sizes": options.rows, "calls": options.calls},
+        "growth": {
+            "sizes": options.rows,
+            "calls": options.calls,
+            "minutes": options.minutes,
+        },
         "churn": {"minutes": options.minutes},
         "features": {"limits": options.limits},
         "fair": {"limits": options.limits},
@@ -118,7 +122,7 @@ def _options() -> argparse.Namespace:
     add("--rows", type=_numbers, help="sizes of the tables of growth, such as 10000,1000000")
     add("--calls", type=_at_least(1), help="claims a turn, of overhead and growth")
     add("--seconds", type=float, help="of a turn of legacy, peers; of all turns of producers")
-    add("--minutes", type=float, help="of churn")
+    add("--minutes", type=float, help="of churn, and of growth beside a snapshot")
     add("--svg", type=Path, metavar="FILE", help="draw a chart (.svg or .png)")
     add("--write", type=Path, metavar="FILE", help="write the table between the marks of a guide")
     add("--json", type=Path, metavar="FILE", help="write the figures, each with its rounds")

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from atomic_claim import JobTable, claim_jobs
+from tests.benchmarks.churn import percentiles, used
 from tests.benchmarks.ground import ORDERS, Ground, Rows, fill, job_table
 from tests.benchmarks.measuring import Line, alternating, in_turns, percentile
 
@@ -23,12 +24,19 @@ KINDS = {"not due": "not_due", "running": "running", "with spent attempts": "spe
 # many as a claim sorts (RIPE in candidates.py).
 BEHIND = {True: Rows(10_000, timed=100), False: Rows(800)}
 HOLDERS = (0, 64)
+# So many jobs a second are inserted beside an old snapshot, in batches; the minutes in slices.
+PER_SECOND, BATCH, SLICES = 500, 10, 10
 LEASE = timedelta(minutes=5)
 MOST_BY_SIZE, MOST_BEHIND, MOST_BESIDE = 1.3, 3.0, 2.5
 
 
 def measure(
-    ground: Ground, *, rounds: int, sizes: Sequence[int] = SIZES, calls: int = 100
+    ground: Ground,
+    *,
+    rounds: int,
+    sizes: Sequence[int] = SIZES,
+    calls: int = 100,
+    minutes: float = 10,
 ) -> Iterator[list[Line]]:
     """Measure the p50 and p99 of one claim beside another, call by call in turn."""
     if min(sizes) * FREE // 100 < (wanted := rounds * (calls + 1) + 1):
@@ -50,6 +58,8 @@ def measure(
                     engine, what, order=order, nullable=nullable, rounds=rounds, calls=calls
                 )
         yield _beside_holders(engine, name, rounds, calls)
+        if name != "sqlite":
+            yield [_beside_a_snapshot(engine, name, minutes)]
 
 
 def _behind(
@@ -136,6 +146,38 @@ def _beside_holders(engine: sa.Engine, name: str, rounds: int, calls: int) -> li
         found = in_turns(ways, rounds=rounds, calls=calls, before=hold)
     jobs.table.drop(engine)
     return _lines(found, f"{name}, 1,000,000 rows", MOST_BESIDE)
+
+
+def _beside_a_snapshot(engine: sa.Engine, name: str, minutes: float) -> Line:
+    """Time claims and their ends beside an open transaction, for which no row version goes."""
+    jobs = job_table("bench_growth_0", lease=True)
+    fill(engine, jobs, Rows(100_000, FREE))
+    old = engine.execution_options(isolation_level="REPEATABLE READ")
+    with old.connect() as connection:
+        connection.execute(sa.select(jobs.table.c.id).limit(1)).all()
+        slices = used(
+            engine,
+            jobs.table.name,
+            minutes=minutes,
+            slice_=minutes * 60 / SLICES,
+            batch=BATCH,
+            pause=BATCH / PER_SECOND,
+        )
+    jobs.table.drop(engine)
+    medians, tails = percentiles(slices, 0.5), percentiles(slices, 0.99)
+    ended = sum(len(share.jobs) for shares in slices for share in shares[1:])
+    shown = " ".join(
+        f"{1000 * one:.1f}/{1000 * other:.0f}" for one, other in zip(medians, tails, strict=True)
+    )
+    return Line(
+        FIGURE,
+        f"{name}, claim and complete {BATCH}, the last tenth of {minutes:g} min beside a snapshot",
+        1000 * medians[-1],
+        "ms (p50)",
+        f"the first tenth: {1000 * medians[0]:.2f} ms",
+        tuple(one / medians[0] for one in medians[-2:]),
+        note=f"{ended:,} jobs; p50/p99 of each tenth in ms: {shown}",
+    )
 
 
 def _claim(engine: sa.Engine, jobs: JobTable) -> None:

@@ -1,7 +1,7 @@
 """Ways to claim from our own table, opened in a process of their own."""
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from secrets import token_hex
 from typing import Any
 
@@ -14,7 +14,7 @@ from sqlalchemy.pool import QueuePool
 from atomic_claim import claim_jobs, complete_jobs
 from atomic_claim.plan import TOKEN
 from tests.benchmarks.crew import Caller
-from tests.benchmarks.ground import START, job_table, with_class
+from tests.benchmarks.ground import job_table, with_class
 from tests.jobs import mapped
 
 # So many seconds a worker waits that found nothing.
@@ -124,12 +124,11 @@ def by_engine_and_complete(url: str, limit: int, name: str, work: float = 0) -> 
 def by_inserting(url: str, count: int, name: str, pause: float = 0) -> Caller:
     """Insert `count` new jobs per transaction, with a pause between two transactions."""
     engine, jobs = engine_of(url), job_table(name, lease=True)
-    new = [
-        {"processing": False, "created_at": START, "payload": "new", "attempts": 0}
-        for _ in range(count)
-    ]
+    base = {"processing": False, "payload": "new", "attempts": 0}
 
     def insert() -> Sequence[Any]:
+        now = datetime.now(UTC).replace(tzinfo=None)
+        new = [base | {"created_at": now} for _ in range(count)]
         with engine.begin() as connection:
             connection.execute(jobs.table.insert(), new)
         return new

@@ -152,14 +152,14 @@ BUGS: Final = (
     Planted(
         "due is not asked",
         "predicates.py",
-        "return (_least_or(due, is_ripe(job_table), LEAST_TIME), *is_unspent(job_table))",
+        "return (_null_or(due, is_ripe(job_table)), *is_unspent(job_table))",
         "return is_unspent(job_table)",
     ),
     Planted(
         "one attempt too many",
         "predicates.py",
-        "return (_least_or(attempts, attempts < InlineLiteral(most, Integer()), 0),)",
-        "return (_least_or(attempts, attempts <= InlineLiteral(most, Integer()), 0),)",
+        "return (_null_or(attempts, attempts < InlineLiteral(most, Integer())),)",
+        "return (_null_or(attempts, attempts <= InlineLiteral(most, Integer())),)",
     ),
     Planted(
         "no write lock before the read on SQLite",

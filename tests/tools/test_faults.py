@@ -166,9 +166,8 @@ FAULTS = {
     ),
     "type": Fault(
         "types of the columns",
-        "attempts is VARCHAR(9), declared as INTEGER",
-        {"attempts": (String(9), False)},
-        values={"attempts": "0"},
+        "claim_token is INTEGER",
+        {"claim_token": (Integer, True)},
     ),
     "zone": Fault(
         "types of the columns",

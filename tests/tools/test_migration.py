@@ -439,9 +439,10 @@ def test_how_indexes_are_built(command: Command) -> None:
     """Every database builds them while others write, in the form that its claim can use."""
     ended = command("migration", "--table", "examples.migrations.tables:payload_jobs", "--sql")
     where = "processing = false AND completed_at IS NULL AND has_error IS NOT true"
-    terms = "(created_at, (coalesce(wait_until, '-infinity')))"
-    created = f"CONCURRENTLY payload_jobs_claim_free ON payload_jobs {terms} WHERE {where};\n"
-    assert f"CREATE INDEX {created}" in ended.out
+    for index, terms in (("free", "created_at"), ("due", "wait_until NULLS FIRST, created_at")):
+        name = f"payload_jobs_claim_{index}"
+        created = f"CONCURRENTLY {name} ON payload_jobs ({terms}) WHERE {where};\n"
+        assert f"CREATE INDEX {created}" in ended.out
     columns = "(processing, completed_at, created_at, wait_until)"
     assert ended.out.count(f"{columns}, ALGORITHM=INPLACE, LOCK=NONE;\n") == 2
     where = "processing = 0 AND completed_at IS NULL AND has_error IS NOT 1"
@@ -458,17 +459,9 @@ def resting(**roles: Any) -> JobTable:
     ("roles", "postgresql", "others"),
     [
         # PostgreSQL compares in the index, and has to read the row for an OR.
-        (
-            RETRIED,
-            "created_at, (coalesce(run_at, '-infinity')), attempts",
-            "created_at, run_at, attempts",
-        ),
+        (RETRIED, "created_at, attempts", "created_at, run_at, attempts"),
         ({"due": "due_at"}, "created_at, due_at", "created_at, due_at"),
-        (
-            {"attempts": "tries", "max_attempts": 5},
-            "created_at, (coalesce(tries, 0))",
-            "created_at, tries",
-        ),
+        ({"attempts": "tries", "max_attempts": 5}, "created_at", "created_at, tries"),
         (
             {"attempts": "attempts", "max_attempts": "most"},
             "created_at",
@@ -477,7 +470,7 @@ def resting(**roles: Any) -> JobTable:
         # A column stands in an index once.
         (
             RETRIED | {"order": [rested.c.attempts.desc(), rested.c.run_at.desc(), "id"]},
-            "attempts DESC, run_at DESC, id, (coalesce(run_at, '-infinity'))",
+            "attempts DESC, run_at DESC, id",
             "attempts DESC, run_at DESC, id",
         ),
         (WITH_LEASE, "created_at", "created_at"),
@@ -513,9 +506,11 @@ def test_what_is_passed_over_is_not_read(database: Database) -> None:
         connection.execute(rested.insert(), given)
     for is_old in (True, False):
         for needed in needed_indexes(jobs):
+            if is_old and needed.reason == "due":
+                continue
             index = replace(needed, passing=()) if is_old else needed
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                if not is_old:
+                if not is_old and needed.reason != "due":
                     connection.exec_driver_sql(index.drop(engine.dialect))
                 connection.exec_driver_sql(index.create(engine.dialect))
         analyse(engine, rested)
@@ -534,7 +529,7 @@ def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
         statement = finding_statement(connection, parts)
         _, rows = explained(connection, statement, ask.parameters(token=True))
     said = " ".join(str(dict(row)) for row in rows)
-    passed = r"Index Cond': .\(\(COALESCE.{1,200}\(attempts < 5\)"
+    passed = "rested_claim_due"
     marks = rf"{passed}|COVERING INDEX|Using index(?! condition)"
     return re.search(marks, said) is not None
 

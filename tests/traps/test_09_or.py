@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Index, Integer, String
 
 from atomic_claim import JobTable, claim_jobs
+from atomic_claim.candidates import RIPE
 from atomic_claim.plan import MARGIN
 from tests.conftest import fresh_database
 from tests.counting import PRECISE
@@ -150,15 +152,19 @@ def plan_of(engine: sa.Engine, limit: int, run: Callable[[sa.Connection], Any]) 
             assert len(run(connection)) == limit
         connection.rollback()
         # Whatever follows on MySQL and MariaDB goes by the keys that were found.
-        statement, parameters = next(each for each in seen if "ORDER BY" in each[0])
-        words = EXPLAIN[engine.dialect.name] + statement
-        found = connection.exec_driver_sql(words, parameters)
+        searching = [each for each in seen if "ORDER BY" in each[0]]
+        of_keys = takewhile(lambda each: "FORCE INDEX" not in each[0], searching)
+        asked = of_keys if engine.dialect.name in DEPTHS else searching[:1]
+        found = [
+            connection.exec_driver_sql(EXPLAIN[engine.dialect.name] + statement, parameters)
+            for statement, parameters in asked
+        ]
         if engine.dialect.name == "postgresql":
-            plan = plan_of_postgresql(found.scalar_one()[0]["Plan"], limit)
-        elif engine.dialect.name == "sqlite":
-            plan = plan_of_sqlite(found.mappings().all(), sum(parts))
+            plan = plan_of_postgresql(found[0].scalar_one()[0]["Plan"], limit)
         else:
-            plan = plan_of_mysql(found.mappings().all(), sum(parts))
+            rows = [row for each in found for row in each.mappings()]
+            read = plan_of_sqlite if engine.dialect.name == "sqlite" else plan_of_mysql
+            plan = read(rows, sum(parts))
         connection.rollback()
     return plan
 
@@ -195,7 +201,7 @@ def plan_of_postgresql(plan: dict[str, Any], limit: int) -> Plan:
     )
     indexes = {node["Index Name"] for node in nodes if "Index Name" in node} - {"jobs_pkey"}
     # Of each reason for which a row may be claimed, so many are looked at.
-    most = 2 * (limit + MARGIN)
+    most = max(2 * (limit + MARGIN), RIPE)
     return Plan(frozenset(indexes), max(sorted_rows, default=0) > most, int(effort))
 
 

@@ -27,8 +27,6 @@ from .findings import Finding, Level, Reading, listed
 # The limit of the claim that is explained.
 LIMIT = 10
 ANALYZE = {"mysql": "ANALYZE TABLE", "mariadb": "ANALYZE TABLE"}
-# The name of an index while another one is built in its place.
-OLD = "atomic_claim_old_index"
 SHOW = {"mysql": "VISIBLE", "mariadb": "NOT IGNORED"}
 
 
@@ -61,7 +59,7 @@ def plan(reading: Reading) -> Iterator[Finding]:
     if lacking:
         return
     if (slow := passes_slowly(connection, reading.job_table)) is not None:
-        fix, sql = _wider(reading, slow, known)
+        fix, sql = _cure(reading, slow, known)
         yield finding("not_due", sql, name=slow.name, fix=fix)
     served = _telling(accesses(connection, plan, request))
     how_served = [str(access) for access in served if access.index is not None]
@@ -73,21 +71,6 @@ def plan(reading: Reading) -> Iterator[Finding]:
         if fits(needed, index, connection)
     ]
     yield Finding("plan of the claim", Level.FINE, "; ".join(dict.fromkeys(how_served)))
-
-
-def _wider(
-    reading: Reading, needed: NeededIndex, known: Mapping[str, Known]
-) -> tuple[str, tuple[str, ...]]:
-    """Return the advice that puts an index in another one's place, which serves until then."""
-    if needed.name not in known:
-        return _cure(reading, needed, known)
-    create, drop = needed.create(reading.dialect), needed.drop(reading.dialect)
-    rename = f"ALTER INDEX {drop.split()[-1]} RENAME TO {OLD}"
-    found = [rename, create, drop.replace(needed.name, OLD)]
-    if reading.is_partitioned:
-        found = [each.replace(" CONCURRENTLY", "") for each in found]
-    fix = "create the index that atomic-claim migration writes in place of the old one"
-    return fix, tuple(found)
 
 
 def _telling(now: Sequence[Access]) -> Sequence[Access]:
