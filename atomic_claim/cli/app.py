@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from . import demo, doctor, jobs, migration, race, run, sql
-from .options import Flag
+from .options import Flag, plain_ending
 
 
 class PlainHelp:
@@ -51,7 +51,8 @@ for command in (
     migration.migration,
 ):
     settings = RUN if command is run.run else None
-    app.command(command.__name__, cls=PlainCommand, context_settings=settings)(command)
+    add = app.command(command.__name__, cls=PlainCommand, context_settings=settings)
+    add(plain_ending()(command))
 
 
 def _show_version(wanted: bool) -> None:

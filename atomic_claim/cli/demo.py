@@ -22,7 +22,6 @@ from .options import (
     UrlOption,
     WorkersOption,
     end,
-    plain_ending,
     typed,
 )
 from .progress import with_progress
@@ -73,20 +72,19 @@ def demo(
     The exit code is 0 if the claim had every job run exactly once, 1 if not, and 2 if the demo
     could not run.
     """
-    with plain_ending():
-        check_picture(svg)
-        workload = Workload(workers, jobs, limit)
-        if files and typed(context, "url"):
-            raise CommandError("--files needs no database: leave out --url, or --files")
-        run = run_file_half if files else partial(run_half, url=url)
-        names = list(FILE_HALVES if files else HALVES)
-        halves = with_progress(names, jobs, lambda place, told: run(names[place], workload, told))
-        first = halves[0]
-        # A folder has no address.
-        title, shown = (first.database, first.url) if isinstance(first, Race) else (FILES, None)
-        figures = _figures(title, shown, halves) if as_json else None
-        report(title, halves, NAMES, map(_verdict, halves), figures=figures, svg=svg)
-        end(is_well=halves[-1].exact)
+    check_picture(svg)
+    workload = Workload(workers, jobs, limit)
+    if files and typed(context, "url"):
+        raise CommandError("--files needs no database: leave out --url, or --files")
+    run = run_file_half if files else partial(run_half, url=url)
+    names = list(FILE_HALVES if files else HALVES)
+    halves = with_progress(names, jobs, lambda place, told: run(names[place], workload, told))
+    first = halves[0]
+    # A folder has no address.
+    title, shown = (first.database, first.url) if isinstance(first, Race) else (FILES, None)
+    figures = _figures(title, shown, halves) if as_json else None
+    report(title, halves, NAMES, map(_verdict, halves), figures=figures, svg=svg)
+    end(is_well=halves[-1].exact)
 
 
 def _verdict(half: Counted) -> str:

@@ -27,7 +27,6 @@ from .options import (
     console,
     end,
     is_unicode,
-    plain_ending,
     server,
 )
 from .targets import TableOption, chosen
@@ -95,7 +94,7 @@ def doctor(
 
     The exit code is 0 if there is no problem, 1 if there is one, and 2 if it could not look.
     """
-    with plain_ending(), server(url) as engine:
+    with server(url) as engine:
         spec = chosen(table)
         if watch:
             watching.watch(engine, spec, interval, looks, as_json=as_json)

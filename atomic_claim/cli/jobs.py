@@ -26,7 +26,7 @@ from atomic_claim.testing.database import CommandError
 
 from .checks.findings import count
 from .checks.rows import claimed_at, is_marked
-from .options import Flag, JsonOption, StuckAfterOption, UrlOption, console, plain_ending, server
+from .options import Flag, JsonOption, StuckAfterOption, UrlOption, console, server
 from .targets import TableOption, load_job_table
 
 ROLES = ("state", "due", "worker", "lease", "attempts", "error")
@@ -96,7 +96,7 @@ def jobs(
     Only --release-stuck and --requeue change jobs, after their number and their workers were shown
     and you have agreed.
     """
-    with plain_ending(), server(url) as engine:
+    with server(url) as engine:
         listed = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
         kind, change = _asked(listed, {"requeued": requeue, "released": release_stuck})
         _, job_table = load_job_table(table, url)

@@ -20,7 +20,7 @@ from .guarding import guard_step
 from .indexes import INNODB
 from .model_lines import model_lines
 from .operations import ROLES, AddedColumn, Step, operations
-from .options import Flag, JsonOption, UrlOption, console, plain_ending
+from .options import Flag, JsonOption, UrlOption, console
 from .sql import DialectsOption, chosen_dialects, show_sql
 from .targets import TableOption, chosen, load_job_table, name_of
 from .texts import DIALECTS, quoted_literal
@@ -92,29 +92,28 @@ def migration(
     if the revision is printed) stand the lines that the model needs for Alembic to find no
     difference.
     """
-    with plain_ending():
-        if as_sql and write:
-            raise CommandError("--write creates an Alembic revision: leave out --sql")
-        if full_rows and not guard:
-            raise CommandError("--full-rows is about the guard: add --guard, or leave it out")
-        names = chosen_dialects(dialect, url)
-        wanted = _columns(add)
-        given, job_table = load_job_table(table, url)
-        steps = operations(job_table, wanted, names)
-        if guard:
-            added = [step.made for step in steps if isinstance(step.made, AddedColumn)]
-            steps.append(guard_step(job_table, added, names, full_rows=full_rows))
-        if not steps:
-            typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
-        found: dict[str, Any] = {"table": job_table.table.fullname}
-        if as_sql:
-            found["sql"] = {name: plain_sql(steps, name) for name in names}
-        else:
-            flags = " --guard" * guard + " --full-rows" * full_rows
-            command = _command(table, wanted, names, flags)
-            found |= _revision(job_table, steps, names, command, config=config, write=write)
-            found["model"] = model_lines(given, name_of(chosen(table)), steps)
-        _print(found, as_json=as_json)
+    if as_sql and write:
+        raise CommandError("--write creates an Alembic revision: leave out --sql")
+    if full_rows and not guard:
+        raise CommandError("--full-rows is about the guard: add --guard, or leave it out")
+    names = chosen_dialects(dialect, url)
+    wanted = _columns(add)
+    given, job_table = load_job_table(table, url)
+    steps = operations(job_table, wanted, names)
+    if guard:
+        added = [step.made for step in steps if isinstance(step.made, AddedColumn)]
+        steps.append(guard_step(job_table, added, names, full_rows=full_rows))
+    if not steps:
+        typer.echo("atomic-claim: nothing to migrate: the table declares it all", err=True)
+    found: dict[str, Any] = {"table": job_table.table.fullname}
+    if as_sql:
+        found["sql"] = {name: plain_sql(steps, name) for name in names}
+    else:
+        flags = " --guard" * guard + " --full-rows" * full_rows
+        command = _command(table, wanted, names, flags)
+        found |= _revision(job_table, steps, names, command, config=config, write=write)
+        found["model"] = model_lines(given, name_of(chosen(table)), steps)
+    _print(found, as_json=as_json)
 
 
 def _print(found: dict[str, Any], *, as_json: bool) -> None:

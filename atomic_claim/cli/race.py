@@ -23,7 +23,6 @@ from .options import (
     UrlOption,
     WorkersOption,
     end,
-    plain_ending,
     typed,
 )
 from .progress import with_progress
@@ -141,35 +140,34 @@ def race(
     The exit code is 0 if every job was handed out exactly once, 1 if one was handed out twice, was
     lost or is stuck, or a call gave more than the limit, and 2 if the race could not be held.
     """
-    with plain_ending():
-        check_picture(svg)
-        # For what the user's modules do when they are imported.
-        os.environ |= {"DATABASE_URL": str(url)} if typed(context, "url") else {}
-        spec = chosen(table)
-        targets = [target] if compare is None else [target, compare]
+    check_picture(svg)
+    # For what the user's modules do when they are imported.
+    os.environ |= {"DATABASE_URL": str(url)} if typed(context, "url") else {}
+    spec = chosen(table)
+    targets = [target] if compare is None else [target, compare]
 
-        def run(place: int, told: Callable[[int], None]) -> Race:
-            return held(
-                targets[place],
-                table=spec,
-                url=url,
-                workers=workers,
-                jobs=jobs,
-                limit=limit,
-                factory=factory,
-                call=call,
-                patches=patches if place == len(targets) - 1 else None,
-                kill=kill,
-                patience=patience,
-                use_existing_table=use_existing_table,
-                timeout=timeout,
-                progress=told,
-            )
+    def run(place: int, told: Callable[[int], None]) -> Race:
+        return held(
+            targets[place],
+            table=spec,
+            url=url,
+            workers=workers,
+            jobs=jobs,
+            limit=limit,
+            factory=factory,
+            call=call,
+            patches=patches if place == len(targets) - 1 else None,
+            kill=kill,
+            patience=patience,
+            use_existing_table=use_existing_table,
+            timeout=timeout,
+            progress=told,
+        )
 
-        races = with_progress(targets, jobs, run)
-        figures = _figures(races) if as_json else None
-        report(races[0].database, races, NAMES, map(_verdict, races), figures=figures, svg=svg)
-        end(is_well=all(each.exact for each in races))
+    races = with_progress(targets, jobs, run)
+    figures = _figures(races) if as_json else None
+    report(races[0].database, races, NAMES, map(_verdict, races), figures=figures, svg=svg)
+    end(is_well=all(each.exact for each in races))
 
 
 def _verdict(race: Race) -> str:

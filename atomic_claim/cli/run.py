@@ -14,8 +14,6 @@ from atomic_claim.patch.file import SECTION, find_file, read_file
 from atomic_claim.patch.start import FILE, environment
 from atomic_claim.testing.database import CommandError
 
-from .options import plain_ending
-
 
 def run(
     *,
@@ -42,16 +40,15 @@ def run(
 
     The exit code is the program's, or 2 if it could not be run or a patch does not fit.
     """
-    with plain_ending():
-        path = find_file(Path.cwd()) if patches is None else patches
-        if path is None:
-            raise CommandError(
-                f"no pyproject.toml from here upwards has a [{SECTION}]: write one, or name a "
-                "file with --patches"
-            )
-        read_file(path)
-        program = shutil.which(command[0])
-        if program is None:
-            raise CommandError(f"there is no command {command[0]!r} on the PATH")
-        sys.stdout.flush()
-        os.execve(program, command, environment(path, dict(os.environ)))  # noqa: S606 - as asked
+    path = find_file(Path.cwd()) if patches is None else patches
+    if path is None:
+        raise CommandError(
+            f"no pyproject.toml from here upwards has a [{SECTION}]: write one, or name a "
+            "file with --patches"
+        )
+    read_file(path)
+    program = shutil.which(command[0])
+    if program is None:
+        raise CommandError(f"there is no command {command[0]!r} on the PATH")
+    sys.stdout.flush()
+    os.execve(program, command, environment(path, dict(os.environ)))  # noqa: S606 - as asked

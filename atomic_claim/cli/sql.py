@@ -24,7 +24,7 @@ from atomic_claim.sql_elements import KEYS
 from atomic_claim.testing.database import CommandError, parse_url
 
 from .layout import laid_out
-from .options import JsonOption, UrlOption, console, plain_ending
+from .options import JsonOption, UrlOption, console
 from .targets import TableOption, load_job_table
 from .texts import DIALECTS, SHOWN_LEASE, dialect_of, rendered, shown_claim
 
@@ -83,19 +83,18 @@ def sql(
     The parameters are :named, :keys stands for a list of primary keys, and what is declared is a
     literal. Of several statements those in between BEGIN and COMMIT belong into one transaction.
     """
-    with plain_ending():
-        names = chosen_dialects(dialect, url)
-        _, job_table = load_job_table(table, url)
-        found = {name: list(sequences(job_table, dialect_of(name), limit)) for name in names}
-        if as_json:
-            plain = {name: [asdict(each) for each in calls] for name, calls in found.items()}
-            name = job_table.table.fullname
-            typer.echo(json.dumps({"table": name, "limit": limit, "dialects": plain}, indent=2))
-            return
-        shown = console()
-        for name, calls in found.items():
-            text = "\n\n".join([f"-- {name}: {job_table.table.fullname}", *map(_text, calls)])
-            show_sql(shown, text)
+    names = chosen_dialects(dialect, url)
+    _, job_table = load_job_table(table, url)
+    found = {name: list(sequences(job_table, dialect_of(name), limit)) for name in names}
+    if as_json:
+        plain = {name: [asdict(each) for each in calls] for name, calls in found.items()}
+        name = job_table.table.fullname
+        typer.echo(json.dumps({"table": name, "limit": limit, "dialects": plain}, indent=2))
+        return
+    shown = console()
+    for name, calls in found.items():
+        text = "\n\n".join([f"-- {name}: {job_table.table.fullname}", *map(_text, calls)])
+        show_sql(shown, text)
 
 
 def chosen_dialects(given: Sequence[str] | None, url: str | None) -> Sequence[str]:
