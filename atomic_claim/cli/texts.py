@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Dialect, bindparam, make_url
 from sqlalchemy.sql.base import Executable
 
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import ClaimPlan, ClaimRequest, claim_plan
+from atomic_claim.plan import ClaimPlan, ClaimRequest, build_plan
 from atomic_claim.sql_elements import KEYS, ByKey
 
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
@@ -46,13 +46,6 @@ def literal_text(clause: ColumnElement[Any], dialect: Dialect) -> str:
     return str(clause.compile(dialect=dialect, compile_kwargs=options))
 
 
-def fresh_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool = False) -> ClaimPlan:
-    """Build the parts of a claim without the cache, which keeps the first claim's limit."""
-    # With conditions, if only none, they are not taken from those that are kept.
-    asked = ClaimRequest(request.limit, (), None, None, request.worker, request.lease)
-    return claim_plan(job_table, asked, entities=entities)
-
-
 def shown_claim(job_table: JobTable, limit: int, worker: str) -> tuple[ClaimPlan, ClaimRequest]:
     """Build a claim to be shown, under a lease if the table has them, and its options."""
     request = ClaimRequest(
@@ -60,7 +53,8 @@ def shown_claim(job_table: JobTable, limit: int, worker: str) -> tuple[ClaimPlan
         worker=None if job_table.worker is None else worker,
         lease=None if job_table.lease is None or job_table.token is None else SHOWN_LEASE,
     )
-    return fresh_plan(job_table, request), request
+    # Not from the cache, which keeps the first claim's limit.
+    return build_plan(job_table, request, entities=False), request
 
 
 def for_keys(statement: Executable | ByKey) -> tuple[Any, dict[str, Any]]:

@@ -40,8 +40,8 @@ from atomic_claim.backends import named_lock
 from atomic_claim.claim import dequeue_jobs
 from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.cli.plans import unserved
-from atomic_claim.cli.texts import dialect_of, fresh_plan
-from atomic_claim.plan import ClaimRequest
+from atomic_claim.cli.texts import dialect_of
+from atomic_claim.plan import ClaimRequest, build_plan
 from tests.benchmarks import ground
 from tests.databases import Database
 from tests.ending.test_lease import PAST
@@ -590,12 +590,12 @@ def test_the_doctor_names_the_index_that_lacks(database: Database) -> None:
             connection.exec_driver_sql(f"CREATE INDEX {each.name} {definition}")
         connection.commit()
         ask = ClaimRequest(10)
-        found = unserved(connection, fresh_plan(jobs, ask), ask)
+        found = unserved(connection, build_plan(jobs, ask, entities=False), ask)
         assert [each.reason for each in found] == ["keys"]
         last = needed[-1]
         connection.exec_driver_sql(f"CREATE INDEX {last.name} {last.definition(engine.dialect)}")
         connection.commit()
-        assert unserved(connection, fresh_plan(jobs, ask), ask) == []
+        assert unserved(connection, build_plan(jobs, ask, entities=False), ask) == []
 
 
 def test_what_has_no_exclusive_keys_refuses() -> None:

@@ -32,8 +32,8 @@ from atomic_claim.claim import dequeue_jobs
 from atomic_claim.cli.indexes import NeededIndex, needed_indexes
 from atomic_claim.cli.plans import unserved
 from atomic_claim.cli.sql import sequences
-from atomic_claim.cli.texts import dialect_of, fresh_plan
-from atomic_claim.plan import ClaimRequest
+from atomic_claim.cli.texts import dialect_of
+from atomic_claim.plan import ClaimRequest, build_plan
 from tests.databases import Database
 from tests.exclusive.test_exclusive import DRIVERS
 from tests.jobs import ids, mapped
@@ -397,11 +397,11 @@ def test_the_doctor_names_the_indexes_that_lack(database: Database) -> None:
     assert sorted(needed) == ["claimed", "expired", "fair"]
     with engine.connect() as connection:
         ask = ClaimRequest(10)
-        assert unserved(connection, fresh_plan(jobs, ask), ask) == []
+        assert unserved(connection, build_plan(jobs, ask, entities=False), ask) == []
         for reason in ("fair", "claimed"):
             connection.exec_driver_sql(drop_index(needed[reason], database))
         connection.commit()
-        found = unserved(connection, fresh_plan(jobs, ask), ask)
+        found = unserved(connection, build_plan(jobs, ask, entities=False), ask)
         assert sorted(each.reason for each in found) == ["claimed", "fair"]
 
 

@@ -20,9 +20,9 @@ from sqlalchemy.exc import DBAPIError
 from atomic_claim import JobTable, claim_jobs
 from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.cli.plans import explained, finding_statement, unserved
-from atomic_claim.cli.texts import dialect_of, fresh_plan
+from atomic_claim.cli.texts import dialect_of
 from atomic_claim.job_table import job_table_of
-from atomic_claim.plan import ClaimRequest
+from atomic_claim.plan import ClaimRequest, build_plan
 from examples.migrations import tables
 from tests.commands import REPOSITORY, Command, address
 from tests.databases import Database
@@ -193,7 +193,7 @@ def missing(engine: sa.Engine, given: Any) -> list[str]:
     leased = job_table.lease is not None and job_table.token is not None
     ask = ClaimRequest(10, lease=LEASE if leased else None)
     with engine.connect() as connection:
-        found = unserved(connection, fresh_plan(job_table, ask), ask)
+        found = unserved(connection, build_plan(job_table, ask, entities=False), ask)
     return [each.reason for each in found]
 
 
@@ -521,7 +521,7 @@ def test_what_is_passed_over_is_not_read(database: Database) -> None:
 def passes_over(engine: sa.Engine, jobs: JobTable) -> bool:
     """Return True if the plan of a claim's search skips rows within the index."""
     ask = ClaimRequest(1, lease=LEASE)
-    parts = fresh_plan(jobs, ask)
+    parts = build_plan(jobs, ask, entities=False)
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
             connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
