@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import DateTime, Integer, String
+from sqlalchemy import DateTime, Dialect, Integer, String, Table
 from sqlalchemy.dialects import mysql
 from sqlalchemy.types import TypeEngine
 
@@ -125,12 +125,18 @@ def _add_column(job_table: JobTable, column: AddedColumn, names: Sequence[str]) 
     for name in names:
         dialect = dialect_of(name)
         table = dialect.identifier_preparer.format_table(job_table.table)
-        type_ = dialect.type_compiler_instance.process(column.type_)
-        # MySQL's first TIMESTAMP may else be NOT NULL (explicit_defaults_for_timestamp).
-        null = " NULL" if name in INNODB else ""
-        up[name] = [f"ALTER TABLE {table} ADD COLUMN {column.name} {type_}{null}"]
+        up[name] = [added_column(job_table.table, column.name, column.type_, dialect)]
         down[name] = [f"ALTER TABLE {table} DROP COLUMN {column.name}"]
     return Step(column.comment, up, down, made=column)
+
+
+def added_column(table: Table, name: str, type_: TypeEngine[Any], dialect: Dialect) -> str:
+    """Render the statement that adds a nullable column."""
+    preparer, said = dialect.identifier_preparer, dialect.type_compiler_instance.process(type_)
+    # MySQL's first TIMESTAMP may else be NOT NULL (explicit_defaults_for_timestamp).
+    null = " NULL" if dialect.name in INNODB else ""
+    column = f"{preparer.quote(name)} {said}{null}"
+    return f"ALTER TABLE {preparer.format_table(table)} ADD COLUMN {column}"
 
 
 def _add_index(needed: NeededIndex, names: Sequence[str]) -> Step:
