@@ -20,6 +20,7 @@ from atomic_claim.testing.names import TableName, load_table
 
 from .checks import catalog, columns, declared, plan, rights, rows
 from .checks.findings import Finding, JobCheck, Level, Patient, Reading
+from .indexes import INNODB
 from .targets import advice, name_of
 from .texts import DIALECTS
 
@@ -34,8 +35,7 @@ CLAIM_CHECKS: tuple[JobCheck, ...] = (
     rows.spent,
 )
 ONLY_READ = {
-    "mysql": "SET SESSION TRANSACTION READ ONLY",
-    "mariadb": "SET SESSION TRANSACTION READ ONLY",
+    **dict.fromkeys(INNODB, "SET SESSION TRANSACTION READ ONLY"),
     "sqlite": "PRAGMA query_only = 1",
 }
 
@@ -89,7 +89,7 @@ def reading(engine: Engine) -> Iterator[Connection]:
 
 def read_without_locks(connection: Connection) -> None:
     """Keep a SERIALIZABLE session of MySQL or MariaDB from waiting for locked rows."""
-    if connection.dialect.name in ("mysql", "mariadb"):
+    if connection.dialect.name in INNODB:
         connection.rollback()
         connection.exec_driver_sql("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED")
         connection.rollback()

@@ -12,6 +12,7 @@ from sqlalchemy import Column, MetaData, String, Table, case, cast, func, or_, s
 from sqlalchemy.sql import visitors
 from sqlalchemy.types import Enum
 
+from atomic_claim.cli.indexes import INNODB
 from atomic_claim.inference import is_flag, is_text, plain_type
 from atomic_claim.sql_elements import InlineLiteral
 
@@ -19,15 +20,13 @@ from .catalog import finding
 from .findings import Finding, Level, Patient, Reading, count, listed
 from .rows import update_text
 
-INNODB = ("mysql", "mariadb")
 # What is compared of a type is its values' type in Python, if it is one of these.
 COMPARED = {int, bool, str, datetime, date, UUID}
 # Where two of them are stored and compared alike.
 ALIKE: Mapping[str, tuple[set[Any], ...]] = {
     "postgresql": (),
     "sqlite": ({int, bool}, {str, datetime, date, UUID}),
-    "mysql": ({int, bool}, {str, UUID}),
-    "mariadb": ({int, bool}, {str, UUID}),
+    **dict.fromkeys(INNODB, ({int, bool}, {str, UUID})),
 }
 MOST_VALUES = 50
 

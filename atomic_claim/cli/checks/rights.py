@@ -9,6 +9,8 @@ from pathlib import Path
 from sqlalchemy import literal, text
 from sqlalchemy.exc import DBAPIError
 
+from atomic_claim.cli.indexes import INNODB
+
 from .catalog import finding
 from .findings import Finding, Level, Patient, Reading
 
@@ -32,7 +34,7 @@ def of_file(patient: Patient) -> Iterator[Finding]:
 
 def of_update(reading: Reading) -> Iterator[Finding]:
     """Check the right to write by EXPLAIN of an UPDATE, which requires it."""
-    if reading.product not in ("mysql", "mariadb"):
+    if reading.product not in INNODB:
         return
     names = [reading.quoted(column.name) for column in reading.written]
     changes = ", ".join(f"{name} = {name}" for name in names)
