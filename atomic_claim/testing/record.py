@@ -83,7 +83,7 @@ class Record:
             self.task.board.idle[each] for each in self.task.victims
         ):
             opened.value = KILLED
-        if opened.value != KILLED or not self.task.board.all_idle():
+        if opened.value != KILLED or not all(self.task.board.idle):
             return
         waits_for = self._last_kill + self.patience
         if self.held <= self._handed or time.perf_counter() > waits_for:

@@ -64,10 +64,6 @@ class Board:
         self.open = RawValue(c_int, 0)
         self.takes_limit = RawValue(c_int, 0)
 
-    def all_idle(self) -> bool:
-        """Check whether every worker's last call returned nothing."""
-        return all(self.idle)
-
     def _is_awaited(self, worker: int) -> bool:
         doing, now = self.doing[worker], time.perf_counter()
         if doing == IN_STATEMENT:

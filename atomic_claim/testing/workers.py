@@ -154,7 +154,7 @@ class _Loop:
                     time.sleep(IDLE_PAUSE)
                 continue
             board.idle[self.worker] = 1
-            if board.all_idle() and not board.open.value:
+            if all(board.idle) and not board.open.value:
                 return Done(self.conflicts, self.last_error, self.meeting.long)
             time.sleep(IDLE_PAUSE)
 
