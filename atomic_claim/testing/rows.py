@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState, Mapper
 
+from atomic_claim.columns import mapper_of as mapper_of_class
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import STATUSES, WAITING_VALUES, plain_type, read_columns
 from atomic_claim.job_table import JobTable, job_table_of
@@ -281,9 +282,7 @@ def _values(given: Any) -> dict[str, Any] | None:
 
 def mapper_of(given: Any) -> Mapper[Any] | None:
     """Return the mapper of a mapped class, or of the class of a ``JobTable``."""
-    entity = given.entity if isinstance(given, JobTable) else given
-    found = sa_inspect(entity, raiseerr=False)
-    return found if isinstance(found, Mapper) else None
+    return given.mapper if isinstance(given, JobTable) else mapper_of_class(given)
 
 
 def tables_of(given: Any) -> list[Table]:
