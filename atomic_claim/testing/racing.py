@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +85,19 @@ def race(
     _check_numbers(workers=workers, jobs=jobs, limit=limit, timeout=timeout, patience=patience)
     if kill and workers == 1:
         raise CommandError("workers is 1, and a race that kills half of them needs two or more")
-    task = RaceTask(
-        target=_name(target, "target"),
-        table=table if isinstance(table, Mapping) else _name(table, "table"),
-        call=None if call is None else _name(call, "call"),
-        patches=None if patches is None else str(Path(patches).resolve()),
-        limit=limit,
-        url=URL.create("sqlite"),
-        most=2 * jobs + SLACK,
-        board=Board(workers),
-        victims=range(workers - workers // 2 if kill else workers, workers),
-    )
     maker = load(factory, "factory") if isinstance(factory, str) else factory
     with chosen(url) as address, connected(address) as engine:
-        task = replace(task, url=address)
+        task = RaceTask(
+            target=_name(target, "target"),
+            table=table if isinstance(table, Mapping) else _name(table, "table"),
+            call=None if call is None else _name(call, "call"),
+            patches=None if patches is None else str(Path(patches).resolve()),
+            limit=limit,
+            url=address,
+            most=2 * jobs + SLACK,
+            board=Board(workers),
+            victims=range(workers - workers // 2 if kill else workers, workers),
+        )
         given = load_table(task.table, None if url is None else engine)
         made = filled(engine, given, jobs, factory=maker, existing=use_existing_table)
         # Each statement of its sees the server's present state.
