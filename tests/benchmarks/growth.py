@@ -171,7 +171,7 @@ def _beside_a_snapshot(engine: sa.Engine, name: str, minutes: float) -> Line:
     )
     return Line(
         FIGURE,
-        f"{name}, claim and complete {BATCH}, the last tenth of {minutes:g} min beside a snapshot",
+        f"{name}, claim and complete {BATCH}: the last tenth of {minutes:g} min beside a snapshot",
         1000 * medians[-1],
         "ms (p50)",
         f"the first tenth: {1000 * medians[0]:.2f} ms",

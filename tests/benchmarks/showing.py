@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,6 +20,8 @@ from tests.benchmarks.measuring import Line
 REACHED = "#3b78b0"
 MISSED = "#d62728"
 UNASKED = "#8c8c8c"
+COLOURS = {True: REACHED, False: MISSED, None: UNASKED}
+MOST_BARS = 60
 # The keys are literals to Matplotlib 3.11 and strings to those before.
 VERDICTS = {True: "PASS", False: "MISS", None: ""}
 # Where a guide holds the table of the figures.
@@ -108,26 +111,53 @@ def target(line: Line) -> str:
 
 
 def draw(path: Path, title: str, lines: Sequence[Line]) -> None:
-    """Draw each ratio as a bar with its spread, and its target as a stroke."""
+    """Draw each ratio as a bar with its spread, or as a cell of a table if there are many."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.2 + 0.24 * len(lines)), layout="constrained")
-        axes = figure.subplots()
-        for place, line in enumerate(lines):
-            low, high = line.spread
-            colour = {True: REACHED, False: MISSED, None: UNASKED}[line.reached]
-            axes.barh(place, line.ratio, color=colour, height=0.7)
-            axes.plot([low, high], [place, place], color="black", linewidth=1)
-            wanted = line.least if line.least is not None else line.most
-            if wanted is not None:
-                axes.plot([wanted, wanted], [place - 0.45, place + 0.45], color="black")
-        axes.set_yticks(
-            range(len(lines)), [f"{line.figure}: {line.name} / {line.against}" for line in lines]
-        )
-        axes.set_ylim(len(lines) - 0.4, -0.6)
-        axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
-        if max(line.spread[1] for line in lines) > 8 * min(line.ratio for line in lines):
-            axes.set_xscale("log")
-        axes.set_xlabel("ratio (median; the thin line is its spread, the upright one the target)")
-        figure.suptitle(title, x=0.01, ha="left")
+        figure = _bars(lines) if len(lines) <= MOST_BARS else _cells(lines)
+        figure.suptitle(fill(title, 110), x=0.01, ha="left")
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else {}
         figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def _bars(lines: Sequence[Line]) -> Figure:
+    """Draw each ratio as a bar with its spread, and its target as a stroke."""
+    figure = Figure(figsize=(10, 1.2 + 0.24 * len(lines)), layout="constrained")
+    axes = figure.subplots()
+    for place, line in enumerate(lines):
+        low, high = line.spread
+        axes.barh(place, line.ratio, color=COLOURS[line.reached], height=0.7)
+        axes.plot([low, high], [place, place], color="black", linewidth=1)
+        wanted = line.least if line.least is not None else line.most
+        if wanted is not None:
+            axes.plot([wanted, wanted], [place - 0.45, place + 0.45], color="black")
+    axes.set_yticks(
+        range(len(lines)), [f"{line.figure}: {line.name} / {line.against}" for line in lines]
+    )
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    if max(line.spread[1] for line in lines) > 8 * min(line.ratio for line in lines):
+        axes.set_xscale("log")
+    axes.set_xlabel("ratio (median; the thin line is its spread, the upright one the target)")
+    return figure
+
+
+def _cells(lines: Sequence[Line]) -> Figure:
+    """Write each ratio with its spread into a cell, by the two parts of its name."""
+    rows = list(dict.fromkeys(line.name.partition(": ")[0] for line in lines))
+    columns = list(dict.fromkeys(line.name.partition(": ")[2] for line in lines))
+    figure = Figure(figsize=(3.5 + 1.15 * len(columns), 1.6 + 0.24 * len(rows)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    for line in lines:
+        row, _, column = line.name.partition(": ")
+        x, y = columns.index(column), rows.index(row)
+        axes.barh(y, 0.96, left=x - 0.48, height=0.9, color=COLOURS[line.reached])
+        low, high = line.spread
+        said = f"{line.ratio:.2f} ({low:.2f}-{high:.2f})"
+        axes.text(x, y, said, ha="center", va="center", color="white", fontsize=7)
+    axes.set_xticks(range(len(columns)), [fill(each, 16) for each in columns])
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.xaxis.tick_top()
+    axes.set_xlabel("ratio of the p50 to that without it, with its spread; red misses its target")
+    return figure
