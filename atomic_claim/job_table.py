@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from datetime import timedelta
 from functools import cached_property, partial
@@ -143,7 +143,7 @@ class JobTable(Preparing):
             self._set("max_attempts", self.column(self.max_attempts, "max_attempts"))
         self._set("stamps", tuple(self.column(c, "stamps") for c in listed(self.stamps)))
         self._set("order", self.terms(self.order))
-        roles.check_roles(self._roles)
+        roles.check_roles(self.role_columns)
         roles.check_attempts(self.attempts, self.max_attempts)
         if self.naive_times not in {None, "utc", "server"}:
             raise ClaimError(
@@ -156,7 +156,7 @@ class JobTable(Preparing):
         tells_age = self.lease is not None and bool(self.claim_times or self.stamps)
         roles.check_unleased(self.unleased, tells_age=tells_age)
         roles.check_most_rows(self.max_per_key, self.exclusive_by)
-        roles.check_claimed(self._roles, self.claimed, self.state)
+        roles.check_claimed(self.role_columns, self.claimed, self.state)
         self._check_marks()
         for column in self.time_columns:
             self.now(column)
@@ -167,7 +167,7 @@ class JobTable(Preparing):
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
         state_values.check_marks(marks, self.state, self.free_values)
-        written = {column for role, column in self._roles if role in roles.WRITTEN_BY_CLAIMS}
+        written = {column for role, column in self.role_columns if role in roles.WRITTEN_BY_CLAIMS}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         others = {c: value for c, value in self.withdrawn.items() if c is not self.state}
         state_values.check_defaults(others, self.now)
@@ -330,13 +330,11 @@ class JobTable(Preparing):
         return column.desc() if term.startswith("-") else column
 
     @property
-    def _roles(self) -> Iterator[tuple[str, Column[Any]]]:
+    def role_columns(self) -> list[tuple[str, Column[Any]]]:
         """The roles and their columns; stamps have several."""
-        for role in (*roles.COLUMNS, "max_attempts"):
-            if isinstance(column := getattr(self, role), Column):
-                yield role, column
-        for column in self.stamps:
-            yield "stamps", column
+        found = [(role, getattr(self, role)) for role in (*roles.COLUMNS, "max_attempts")]
+        found += [("stamps", column) for column in self.stamps]
+        return [(role, column) for role, column in found if isinstance(column, Column)]
 
     def _read_state(self) -> None:
         """Bring ``free``, ``claimed`` and ``released`` into one form: expressions and mappings."""

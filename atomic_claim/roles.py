@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
 from typing import Any
@@ -93,13 +93,12 @@ NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
 """By role, the type that its column has to have. ``JobTable.now`` checks columns of times."""
 
 
-def check_roles(given: Iterable[tuple[str, Column[Any]]]) -> None:
+def check_roles(pairs: Sequence[tuple[str, Column[Any]]]) -> None:
     """Raise if columns cannot play their roles, alone or together.
 
     Args:
-        given: the roles and their columns.
+        pairs: the roles and their columns.
     """
-    pairs = list(given)
     for role, column in pairs:
         _check_role(role, column)
     for (one, column), (other, same) in combinations(pairs, 2):

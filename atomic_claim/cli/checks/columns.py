@@ -14,7 +14,6 @@ from atomic_claim.cli.operations import added_column
 from atomic_claim.cli.targets import advice
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable, job_table_of
-from atomic_claim.roles import COLUMNS
 from atomic_claim.sql_elements import OrderTerm
 
 from .catalog import finding
@@ -88,15 +87,13 @@ def read(given: Any) -> tuple[JobTable | None, Finding]:
 def _roles(job_table: JobTable) -> dict[str, list[Column[Any]]]:
     """Return the columns that have a meaning for claims, by role."""
     state = job_table.state
-    found = {"state": [] if state is None else [state]}
+    found: dict[str, list[Column[Any]]] = {"state": []}
     found["free"] = [column for column in _columns_in(job_table.free) if column is not state]
     for role in ("claimed", "done", "failed", "withdrawn"):
         found[role] = [column for column in getattr(job_table, role) if column is not state]
     found["order"] = [c for term in job_table.order or job_table.key for c in _columns_in(term)]
-    for role in (*COLUMNS[1:], "max_attempts"):
-        column = getattr(job_table, role)
-        found[role] = [column] if isinstance(column, Column) else []
-    found["stamps"] = [*job_table.stamps]
+    for role, column in job_table.role_columns:
+        found.setdefault(role, []).append(column)
     return {role: each for role, each in found.items() if each}
 
 
