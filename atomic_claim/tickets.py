@@ -19,21 +19,22 @@ from .job_table import JobTable
 from .orm import is_mapper
 
 THROUGH = "column"
-# A subclass stands before its base class.
-READERS: dict[type, Callable[[str], Any]] = {
-    bool: "True".__eq__,
-    int: int,
-    str: str,
-    float: float,
-    bytes: bytes.fromhex,
-    Decimal: Decimal,
-    datetime: datetime.fromisoformat,
-    date: date.fromisoformat,
-    time: time.fromisoformat,
-    timedelta: lambda text: timedelta(microseconds=int(text)),
-    UUID: UUID,
+MICROSECOND = timedelta(microseconds=1)
+# How each type is written, and read again; a subclass stands before its base class.
+FORMS: dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    bool: (str, "True".__eq__),
+    int: (str, int),
+    str: (str, str),
+    float: (str, float),
+    bytes: (bytes.hex, bytes.fromhex),
+    Decimal: (str, Decimal),
+    datetime: (str, datetime.fromisoformat),
+    date: (str, date.fromisoformat),
+    time: (str, time.fromisoformat),
+    timedelta: (lambda value: str(value // MICROSECOND), lambda text: int(text) * MICROSECOND),
+    UUID: (str, UUID),
 }
-KINDS = {kind.__name__: read for kind, read in READERS.items()}
+READERS = {kind.__name__: reads for kind, (_, reads) in FORMS.items()}
 _dialect = DefaultDialect()
 _dialect.supports_native_decimal = True
 
@@ -47,18 +48,18 @@ def written(column: Column[Any], value: Any) -> list[str]:
     Raises:
         ClaimError: reading it again would give another value.
     """
-    through = type(value) not in READERS
+    through = type(value) not in FORMS
     process = column.type.dialect_impl(_dialect).bind_processor(_dialect) if through else None
     stored = value if process is None else process(value)
-    for kind in READERS:
+    for kind, (writes, _) in FORMS.items():
         if isinstance(stored, kind):
-            part = [*[THROUGH] * through, kind.__name__, _text(stored)]
+            part = [*[THROUGH] * through, kind.__name__, writes(stored)]
             if read(column, part) == value:
                 return part
             break
     raise ClaimError(
         f"the key {column.name}={value!r} of type {type(value).__name__} does not survive JSON; "
-        f"expected {', '.join(KINDS)}, or a value that the column's type converts to one of them "
+        f"expected {', '.join(READERS)}, or a value that the column's type converts to one of them "
         "and back: give the claim's rows to other processes by pickle"
     )
 
@@ -67,7 +68,7 @@ def read(column: Column[Any], part: Any) -> Any:
     """Read a part of a key that :func:`written` has written."""
     try:
         *through, kind, text = part
-        stored = KINDS[kind](text)
+        stored = READERS[kind](text)
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ClaimError(
             f"{part!r} is not a key of {column.name!r}: expected what Claim.ticket(job) wrote, "
@@ -77,14 +78,6 @@ def read(column: Column[Any], part: Any) -> Any:
         return stored
     process = column.type.dialect_impl(_dialect).result_processor(_dialect, None)
     return stored if process is None else process(stored)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, timedelta):
-        return str(value // timedelta(microseconds=1))
-    return str(value)
 
 
 def parts_of(ticket: Any) -> tuple[Any, Any, Any, timedelta | None]:
