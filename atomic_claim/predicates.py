@@ -229,7 +229,8 @@ def classes_by_value(job_table: JobTable) -> Classes:
         return Classes((and_(true(), *is_unspent(job_table)),), None, times)
     zero, *others = (InlineLiteral(number, Integer()) for number in range(most))
     fresh = ([attempts.is_(None)] if attempts.nullable else []) + [attempts == zero]
-    return Classes(tuple(fresh), attempts.in_(others) if others else None, (attempts, *times))
+    tried = or_(attempts < zero, attempts.in_(others)) if others else attempts < zero
+    return Classes(tuple(fresh), tried, (attempts, *times))
 
 
 def running_since(job_table: JobTable) -> tuple[Column[Any], ...]:

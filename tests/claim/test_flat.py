@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Column, Integer, String
 
 from atomic_claim import JobTable, claim_jobs
+from atomic_claim.cli.indexes import needed_indexes
 from atomic_claim.plan import MARGIN, ClaimRequest, build_plan
 from tests.benchmarks.ground import add_indexes
 from tests.conftest import fresh_database
@@ -120,6 +121,17 @@ def test_rows_that_are_passed_over_are_not_read(
         assert behind < 3 * alone + 1_500
 
 
+def test_without_its_index_they_are_read(engine: sa.Engine) -> None:
+    """A table of an earlier version is claimed from as rightly, past all of these rows."""
+    jobs = declared(nullable=True, order="creation")
+    fill(engine, jobs, ahead=True)
+    [due] = [index for index in needed_indexes(jobs) if index.reason == "due"]
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(due.drop(engine.dialect))
+    plan = plan_of(engine, 1, lambda bind: claim_jobs(bind, jobs))
+    assert plan.effort > AHEAD
+
+
 @pytest.mark.once
 def test_a_search_without_some_rows_keeps_its_steps() -> None:
     """Rows that a claim passes over are left out of every step of the search."""
@@ -139,7 +151,8 @@ def test_free_rows_behind_the_first_look_come_before_expired_ones(database: Data
     rows = [base | {"id": n, "place": n, "run_at": never} for n in range(1, 3 * MARGIN)]
     first = len(rows) + 1
     rows.append(base | {"id": first, "place": first, "run_at": past})
-    rows.append(base | {"id": first + 1, "place": first + 1})
+    # A user may give a job one more attempt by a count below zero.
+    rows.append(base | {"id": first + 1, "place": first + 1, "attempts": -1})
     over = {"state": "running", "claim_token": "gone", "lease_until": past, "attempts": 1}
     rows.append(base | over | {"id": first + 2, "place": first + 2})
     rows.append(base | over | {"id": first + 3, "place": 0})
