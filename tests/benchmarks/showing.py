@@ -68,7 +68,7 @@ def show(console: Console, title: str, lines: Sequence[Line]) -> None:
         ratio = f"{line.ratio:.2f}"
         table.add_row(
             line.name,
-            f"{line.value:,.{0 if line.value >= 100 else 2}f} {line.unit}",
+            _value(line),
             line.against,
             f"[{colour}]{ratio}[/]" if colour else ratio,
             f"{low:.2f}-{high:.2f}",
@@ -86,7 +86,7 @@ def write(path: Path, title: str, lines: Sequence[Line]) -> None:
         ValueError: the guide has no marks.
     """
     rows = [
-        f"| {line.name} | {line.value:,.0f} {line.unit} | {line.against} | {line.ratio:.2f} "
+        f"| {line.name} | {_value(line)} | {line.against} | {line.ratio:.2f} "
         f"| {line.spread[0]:.2f}-{line.spread[1]:.2f} | {target(line)} | {VERDICTS[line.reached]} |"
         for line in lines
         if line.reached is not None
@@ -101,6 +101,10 @@ def write(path: Path, title: str, lines: Sequence[Line]) -> None:
     if not found:
         raise ValueError(f"{path} has no line <!-- figures --> and <!-- end of figures -->")
     path.write_text(text, encoding="utf-8")
+
+
+def _value(line: Line) -> str:
+    return f"{line.value:,.{0 if line.value >= 100 else 2}f} {line.unit}"
 
 
 def target(line: Line) -> str:
