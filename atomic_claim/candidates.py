@@ -65,6 +65,7 @@ class Waiting(ClauseElement):
         ("due", InternalTraversal.dp_clauseelement),
         ("ripe", InternalTraversal.dp_clauseelement),
         ("unspent", InternalTraversal.dp_clauseelement),
+        # by_value is part of no ClaimStatement's text.
     ]
 
     rows: Select[Any]
