@@ -166,26 +166,27 @@ class ClaimWatch(Watch):
         self.reads += 1
         if find.limit == 0:
             return None
-        search = _Search(find)
-        engine = connection.engine
-        claim = self._ours(engine, lambda: self._claim(engine, search))
+        # A claim changes what the conditions on the state ask for.
+        state, others = filters.parted(conjuncts(find.statement), find.place, find.job_table)
+        where, engine = _wanted(find, state, others), connection.engine
+        claim = self._ours(engine, partial(self._claim, engine, find, where))
         self.patch.count(claimed=len(claim))
         if not claim:
             return with_conditions(find.statement, false())
-        return with_conditions(find.statement, *search.others, self._is_claimed(find.place, claim))
+        return with_conditions(find.statement, *others, self._is_claimed(find.place, claim))
 
     @property
     def _lease(self) -> timedelta | None:
         can_hold = self.job_table.lease is not None and self.job_table.token is not None
         return LEASE if self._asked is None and can_hold else self._asked
 
-    def _claim(self, engine: Engine, search: _Search) -> Claim[Any]:
+    def _claim(self, engine: Engine, find: Find, where: list[Any]) -> Claim[Any]:
         claim: Claim[Any] = claim_jobs(
             engine,
             self.job_table,
-            ALL if search.find.limit is None else search.find.limit,
-            where=filters.beside_the_lease(self.job_table, search.where()) or None,
-            order_by=search.order(),
+            ALL if find.limit is None else find.limit,
+            where=filters.beside_the_lease(self.job_table, where) or None,
+            order_by=_order(find),
             worker=self._worker,
             lease=self._lease,
         )
@@ -287,44 +288,31 @@ class ClaimWatch(Watch):
             release_jobs(engine, claim, left, unfenced=True)
 
 
-class _Search:
-    """The conditions of a SELECT: on the state, on the table's other columns and other tables."""
+def _wanted(find: Find, state: list[Any], others: list[Any]) -> list[Any]:
+    """Return the conditions of a SELECT, on the state and all others, as those of a claim."""
+    if find.alone and all(speaks_only_of(each, find.place) for each in others):
+        return _own(find, [*state, *others])
+    keys = with_conditions(find.statement, *(baked(each, find.params) for each in others))
+    keys = keys.order_by(None).with_only_columns(*find.key)
+    if len(find.key) == 1:
+        return [*_own(find, state), find.job_table.key[0].in_(keys)]
+    found = keys.subquery()
+    same = [a == b for a, b in zip(find.job_table.key, found.columns, strict=True)]
+    return [*_own(find, state), found.select().where(*same).exists()]
 
-    def __init__(self, find: Find) -> None:
-        self.find = find
-        # A claim changes what the conditions on the state ask for.
-        self.state, self.others = filters.parted(
-            conjuncts(find.statement), find.place, find.job_table
-        )
 
-    def _own(self, conditions: list[Any]) -> list[Any]:
-        find = self.find
-        return [
-            baked(adapted(each, find.place, find.job_table.table), find.params)
-            for each in conditions
-        ]
+def _own(find: Find, clauses: Iterable[Any]) -> list[Any]:
+    """Return clauses of the SELECT as clauses on the table itself."""
+    table = find.job_table.table
+    return [baked(adapted(each, find.place, table), find.params) for each in clauses]
 
-    def where(self) -> list[Any]:
-        """Return the SELECT's conditions as conditions of a claim."""
-        find = self.find
-        if find.alone and all(speaks_only_of(each, find.place) for each in self.others):
-            return self._own([*self.state, *self.others])
-        others = [baked(each, find.params) for each in self.others]
-        keys = with_conditions(find.statement, *others).order_by(None)
-        keys = keys.with_only_columns(*find.key)
-        if len(find.key) == 1:
-            return [*self._own(self.state), find.job_table.key[0].in_(keys)]
-        found = keys.subquery()
-        same = [a == b for a, b in zip(find.job_table.key, found.columns, strict=True)]
-        return [*self._own(self.state), found.select().where(*same).exists()]
 
-    def order(self) -> list[Any] | None:
-        """Return the SELECT's order if it uses only the table's own columns, else None."""
-        find = self.find
-        terms = find.statement._order_by_clauses  # noqa: SLF001 - there is no public name for it
-        if not terms or not all(speaks_only_of(term, find.place) for term in terms):
-            return None
-        return [adapted(term, find.place, find.job_table.table) for term in terms]
+def _order(find: Find) -> list[Any] | None:
+    """Return the SELECT's order if it uses only the table's own columns, else None."""
+    terms = find.statement._order_by_clauses  # noqa: SLF001 - there is no public name for it
+    if not terms or not all(speaks_only_of(term, find.place) for term in terms):
+        return None
+    return _own(find, terms)
 
 
 def _looks_up(find: Find) -> bool:
