@@ -142,7 +142,7 @@ def prepared(table: Any, options: ClaimOptions, patch: Patch, target: Target) ->
         # Most programs have no directory queue, and need not wait for what serves it.
         from .folders import FileClaiming  # noqa: PLC0415
 
-        check_files({"table": table, **options}, target.name)  # type: ignore[typeddict-unknown-key]
+        check_files({"table": table, **options}, target.name)
         claiming = FileClaiming(patch, target, options)
     claiming.check_dropped(options.get("ignore", ()))
     return claiming.run

@@ -86,8 +86,8 @@ def loaded_module(name: str) -> ModuleType | None:
         return found
     if not is_main(name):
         return None
-    main = next((sys.modules[each] for each in reversed(MAINS) if each in sys.modules), None)
-    return main if main is not None and hasattr(main, "__file__") else None
+    main = sys.modules.get("__mp_main__", sys.modules["__main__"])
+    return main if hasattr(main, "__file__") else None
 
 
 def when_defined(ready: Ready) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypedDict
 
 from atomic_claim.errors import PatchError
@@ -48,7 +48,7 @@ def check_names(options: ClaimOptions) -> None:
         )
 
 
-def check_files(options: ClaimOptions, target: str) -> None:
+def check_files(options: Mapping[str, Any], target: str) -> None:
     """Refuse options of tables beside ``directory``."""
     others = [name for name, given in options.items() if name not in OF_FILES and given]
     if others:
