@@ -432,7 +432,7 @@ def _in_other(engine: sa.Engine, query: Any) -> list[int]:
 
 
 def test_claimed_reads_by_an_alias_and_a_join(database: Database) -> None:
-    """Conditions of a SELECT on an alias or on joined tables apply to the claim."""
+    """Conditions and the order of a SELECT on an alias or on joined tables apply to the claim."""
     engine = database.engine()
     fill(engine, Mail, 6)
     with engine.begin() as connection:
@@ -444,6 +444,7 @@ def test_claimed_reads_by_an_alias_and_a_join(database: Database) -> None:
         (sa.select(other).where(unsent, other.id > 3).order_by(other.id.desc()).limit(2), [6, 5]),
         (joined.order_by(Mail.id), [2, 4, 6]),
         (sa.select(Mail).where(Mail.id > sa.bindparam("least")).order_by(Mail.id), [5, 6]),
+        (sa.select(Mail).order_by(Mail.id != sa.bindparam("least"), Mail.id).limit(2), [4, 1]),
     ):
         given = query.params(least=4)
         with claim_reads(f"{HERE}:Reader.execute", mails), Session(engine) as session:
