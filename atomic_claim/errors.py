@@ -51,7 +51,3 @@ class PatchError(ClaimError):
 
 class UnsupportedDialect(ClaimError, CompileError):
     """Raised if the database has no statement that claims rows atomically."""
-
-    def __init__(self, message: str | None = None) -> None:
-        # CompileError's own constructor would append a documentation link.
-        CompileError.__init__(self, message or self.__doc__ or "")
