@@ -103,7 +103,8 @@ async def keep_claims(
     stopped = asyncio.get_running_loop().create_future()
 
     def wait(seconds: float) -> bool:
-        return bool(await_only(asyncio.wait([stopped], timeout=seconds))[0])
+        await_only(asyncio.wait([stopped], timeout=seconds))
+        return stopped.done()
 
     run = greenlet_spawn(beat.keep, wait, on_lost)
     task = asyncio.create_task(run, name="atomic_claim.keep_claims")
@@ -113,9 +114,8 @@ async def keep_claims(
         beat.stop()
         stopped.set_result(None)
         # To cancel a beat would lose its connection in the middle of a transaction.
-        _, late = await asyncio.wait([task], timeout=LONGEST_END)
-        for each in late:
-            each.cancel()
+        await asyncio.wait([task], timeout=LONGEST_END)
+        task.cancel()
     beat.raise_crash()
 
 

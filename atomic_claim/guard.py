@@ -30,7 +30,7 @@ from sqlalchemy.sql.selectable import SelectBase
 from . import predicates
 from .backends import backend_for
 from .errors import ClaimError, UnsupportedDialect
-from .inference import is_text, plain_type
+from .inference import plain_type
 from .job_table import JobTable, job_table_of
 from .roles import BYTES
 
@@ -286,7 +286,7 @@ class _Rules:
     def names(self, row: Alias, owner: Column[Any]) -> ColumnElement[bool]:
         """Build the condition that a row has an owner; an empty text is no worker's name."""
         found = row.c[owner.key]
-        if owner is self.job_table.worker and is_text(owner):
+        if owner is self.job_table.worker:
             return and_(found.is_not(None), found != "")
         return found.is_not(None)
 
