@@ -98,17 +98,18 @@ def jobs(
     """
     with server(url) as engine:
         listed = {"failed": failed, "stuck": stuck, "running": running, "waiting": waiting}
-        kind, change = _asked(listed, {"requeued": requeue, "released": release_stuck})
+        kind, is_changed = _asked(listed, {"failed": requeue, "stuck": release_stuck})
         _, job_table = load_job_table(table, url)
         conditions = [_equal(job_table, given) for given in where or ()]
         condition = and_(_condition(job_table, kind, stuck_after), *conditions)
         total, rows = _listed(engine, job_table, condition, limit)
         said: dict[str, int] = {}
-        if change is not None:
+        if is_changed:
             if total and not yes:
                 holders = _holders(engine, job_table, condition) if kind == "stuck" else ""
-                _agree(f"{count(total, f'{kind} job')}", holders)
-            said[change] = CHANGES[change][1](engine, job_table, condition) if total else 0
+                _agree(count(total, f"{kind} job"), holders)
+            done, free = CHANGES[kind]
+            said[done] = free(engine, job_table, condition) if total else 0
         if as_json:
             shown = {"table": job_table.table.fullname, "jobs": rows, "total": total}
             typer.echo(json.dumps(shown | said, indent=2, default=str))
@@ -121,17 +122,15 @@ def jobs(
             typer.echo(f"{done}: {count(number, 'job')}")
 
 
-def _asked(listed: Mapping[str, bool], changed: Mapping[str, bool]) -> tuple[str, str | None]:
-    """Return the kind of jobs that was asked for, and what is done to them."""
-    kinds = {name for name, wanted in listed.items() if wanted}
-    changes = [name for name, wanted in changed.items() if wanted]
-    kinds |= {CHANGES[name][0] for name in changes}
-    if len(kinds) != 1 or len(changes) > 1:
+def _asked(listed: Mapping[str, bool], changed: Mapping[str, bool]) -> tuple[str, bool]:
+    """Return the kind of jobs that was asked for, and whether they are changed."""
+    kinds = {kind for kind, wanted in (*listed.items(), *changed.items()) if wanted}
+    if len(kinds) != 1:
         raise CommandError(
             "which jobs? Give one of --failed, --stuck, --running and --waiting; "
             "--requeue goes with --failed, --release-stuck with --stuck"
         )
-    return kinds.pop(), next(iter(changes), None)
+    return kinds.pop(), any(changed.values())
 
 
 def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElement[bool]:
@@ -243,10 +242,10 @@ def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]
     return Operation(engine, job_table, run).execute()
 
 
-# What is done, to which jobs, and how.
+# By the kind of jobs, what is done to them, and how.
 CHANGES: Mapping[str, tuple[str, Change]] = {
-    "requeued": ("failed", lambda engine, table, where: requeue_jobs(engine, table, where=where)),
-    "released": ("stuck", _release),
+    "failed": ("requeued", lambda engine, table, where: requeue_jobs(engine, table, where=where)),
+    "stuck": ("released", _release),
 }
 
 
