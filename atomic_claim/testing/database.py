@@ -29,7 +29,6 @@ TIMEOUT_ARGUMENTS = {
     **dict.fromkeys(("psycopg", "psycopg2", "pymysql", "mysqldb"), "connect_timeout"),
     "mysqlconnector": "connection_timeout",
 }
-TITLES = {"postgresql": "PostgreSQL", "mysql": "MySQL", "mariadb": "MariaDB", "sqlite": "SQLite"}
 SECRET_OPTION = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
 # A shorter password is replaced only where it stands alone; else its gaps would spell it.
 SUBSTRING = 4
@@ -241,6 +240,7 @@ def server_title(connection: Connection) -> str:
     """Return the database's product and version, such as ``PostgreSQL 15.20``."""
     dialect = connection.dialect
     name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+    product, *_ = backend_for(dialect).required.get(name, (name,))
     # What comes after the third number is the packager's.
     version = ".".join(str(part) for part in (dialect.server_version_info or ())[:3])
-    return f"{TITLES.get(name, name)} {version}".strip()
+    return f"{product} {version}".strip()
