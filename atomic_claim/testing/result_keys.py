@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Result, Row, ScalarResult
+from sqlalchemy import Row
 from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import InstanceState
 
@@ -47,9 +47,8 @@ class Reader:
         """
         if found is None or found is False:
             return ()
-        if isinstance(found, (Result, ScalarResult)) or not self._is_one(found):
-            return tuple(self._key_of(each) for each in islice(found, self._most))
-        return (self._key_of(found),)
+        jobs = [found] if self._is_one(found) else islice(found, self._most)
+        return tuple(map(self._key_of, jobs))
 
     def _is_one(self, found: Any) -> bool:
         if isinstance(found, (Mapping, Row, *SCALARS)) or _state_of(found) is not None:
