@@ -9,7 +9,7 @@ from sqlalchemy import Column
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
 from sqlalchemy.sql.selectable import SelectBase
 
-from .columns import as_sql, clause, listed
+from .columns import as_sql, clause, listed, tables_of
 from .errors import ClaimError
 from .job_table import JobTable
 from .roles import check_duration
@@ -83,8 +83,7 @@ def conditions_of(where: Any) -> tuple[Any, ...]:
 
 def check_tables(job_table: JobTable, clauses: Iterable[Any]) -> None:
     """Refuse columns of other tables, which would multiply the rows or lock too many."""
-    mapper = job_table.mapper
-    own = list(mapper.tables) if mapper is not None else [job_table.table]
+    own = tables_of(job_table.entity or job_table.table)
     for column in _outer_columns(clauses):
         if not any(table.columns.contains_column(column) for table in own):
             name, other = job_table.table.fullname, getattr(column.table, "name", column.table)
