@@ -57,6 +57,11 @@ def is_flag(column: Column[Any]) -> bool:
     return default_text(column) in {"0", "1", "false", "true"}
 
 
+def frees_true(free: Any) -> bool:
+    """Check whether true is one of a flag's free values; an expression has none."""
+    return any(isinstance(value, int) and value for value in listed(free))
+
+
 def is_time(column: Column[Any]) -> bool:
     """Check whether the column can hold times: a ``DateTime``, or plain text."""
     return isinstance(plain_type(column.type), DateTime) or is_text(column)
@@ -354,7 +359,7 @@ def _read_state(reading: Reading) -> None:
         return
     state = states[0]
     if is_flag(state):
-        free = state in found[FREE_FLAG]
+        free = frees_true(reading.given.get("free", state in found[FREE_FLAG]))
         values: dict[str, Any] = {"free": free, "claimed": not free}
     elif state in times or isinstance(plain_type(state.type), DateTime):
         values = {"free": None, "claimed": NOW}

@@ -17,7 +17,7 @@ from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecor
 
 from .columns import clause
 from .errors import AmbiguousTable, ClaimError
-from .inference import HELD, NOW, default_text, is_flag, members_of, plain_type
+from .inference import HELD, NOW, default_text, frees_true, is_flag, members_of, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -247,7 +247,7 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
         marked = claimed.get(state, UNSET) if isinstance(claimed, Mapping) else claimed
         if free is UNSET:
             free = False if marked is UNSET else not marked
-        return free, (not free if claimed is UNSET else claimed)
+        return free, (not frees_true(free) if claimed is UNSET else claimed)
     if is_time:
         return (None if free is UNSET else free), (NOW if claimed is UNSET else claimed)
     given, type_ = {"free": free, "claimed": claimed}, plain_type(state.type)

@@ -300,6 +300,26 @@ def test_null_beside_other_free_values(database: Database) -> None:
         assert connection.scalars(query).all() == ["late", "late", "end"]
 
 
+@once
+@pytest.mark.parametrize(
+    ("free", "claimed"),
+    [
+        (True, "false"),
+        ((True, None), "false"),
+        (False, "true"),
+        ((False, None), "true"),
+        (sa.and_(sa.column("flag").is_(None), sa.column("id") < 9), "true"),
+    ],
+    ids=str,
+)
+def test_the_mark_of_a_flag(free: Any, claimed: str) -> None:
+    """A claim writes the value that is not free, whether it is declared or inferred."""
+    table = table_of(Column("flag", sa.Boolean))
+    for declared in (JobTable, JobTable.infer):
+        jobs = declared(table, state="flag", free=free)
+        assert str(jobs.claimed[table.c.flag]) == claimed
+
+
 class Inverted(sa.TypeDecorator[bool]):
     """A flag that is stored as its contrary."""
 
