@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from atomic_claim.errors import ClaimError, PatchError
+from atomic_claim.errors import PatchError
 from atomic_claim.job_table import JobTable
 
 from .calls import Reference
@@ -105,15 +106,14 @@ def load_patches(path: Path | str, *, skip_missing: bool = False) -> list[Patch]
         PatchError: a patch cannot be made; those before it are undone.
     """
     made: list[Patch] = []
-    for entry in read_file(Path(path)):
-        try:
-            made.append(entry.apply())
-        except ClaimError as error:
-            if skip_missing and isinstance(error, MissingModule):
-                continue
-            for patch in reversed(made):
-                patch.undo()
-            raise
+    with ExitStack() as undoing:
+        for entry in read_file(Path(path)):
+            try:
+                made.append(undoing.enter_context(entry.apply()))
+            except MissingModule:
+                if not skip_missing:
+                    raise
+        undoing.pop_all()
     return made
 
 
