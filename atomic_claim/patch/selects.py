@@ -170,10 +170,9 @@ def _places(
 ) -> Iterator[FromClause]:
     """Return the table's places in a FROM, itself or by an alias."""
     if isinstance(element, Join):
-        yield from _places(element.left, table, nullable or element.full, refuse)
-        yield from _places(
-            element.right, table, nullable or element.full or element.isouter, refuse
-        )
+        nullable = nullable or element.full
+        yield from _places(element.left, table, nullable, refuse)
+        yield from _places(element.right, table, nullable or element.isouter, refuse)
         return
     if is_table(element.element if isinstance(element, Alias) else element, table):
         if nullable:
