@@ -52,13 +52,12 @@ def guarded(reading: Reading) -> Iterator[Finding]:
 
 def trial(reading: Reading) -> Iterator[Finding]:
     """Claim, complete and fail a job on a connection that may write, and roll it back."""
+    # Its transaction is rolled back when it is closed.
     with reading.connection.engine.connect() as connection:
         try:
             said = _refusal(connection, reading.job_table)
         except (ClaimError, SQLAlchemyError) as error:
             said = one_line(error)
-        finally:
-            connection.rollback()
     if said is None:
         done = "a job was claimed and ended, and all of it rolled back"
         yield Finding("trial of a claim", Level.FINE, done)
