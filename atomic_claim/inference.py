@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Table, func
 from sqlalchemy.schema import DefaultClause
-from sqlalchemy.sql.elements import ClauseElement
+from sqlalchemy.sql.elements import ClauseElement, True_
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
 from .columns import by_name, clause, listed
@@ -57,9 +57,12 @@ def is_flag(column: Column[Any]) -> bool:
     return default_text(column) in {"0", "1", "false", "true"}
 
 
-def frees_true(free: Any) -> bool:
-    """Check whether true is one of a flag's free values; an expression has none."""
-    return any(isinstance(value, int) and value for value in listed(free))
+def has_true(values: Any) -> bool:
+    """Check whether true is one of a flag's values; of expressions only ``true()`` is."""
+    return any(
+        isinstance(value, True_) if isinstance(value, ClauseElement) else value
+        for value in listed(values)
+    )
 
 
 def is_time(column: Column[Any]) -> bool:
@@ -359,7 +362,7 @@ def _read_state(reading: Reading) -> None:
         return
     state = states[0]
     if is_flag(state):
-        free = frees_true(reading.given.get("free", state in found[FREE_FLAG]))
+        free = has_true(reading.given.get("free", state in found[FREE_FLAG]))
         values: dict[str, Any] = {"free": free, "claimed": not free}
     elif state in times or isinstance(plain_type(state.type), DateTime):
         values = {"free": None, "claimed": NOW}

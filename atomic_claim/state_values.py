@@ -17,7 +17,7 @@ from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecor
 
 from .columns import clause
 from .errors import AmbiguousTable, ClaimError
-from .inference import HELD, NOW, default_text, frees_true, is_flag, members_of, plain_type
+from .inference import HELD, NOW, default_text, has_true, is_flag, members_of, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -246,8 +246,8 @@ def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> 
     if is_flag(state):
         marked = claimed.get(state, UNSET) if isinstance(claimed, Mapping) else claimed
         if free is UNSET:
-            free = False if marked is UNSET else not marked
-        return free, (not frees_true(free) if claimed is UNSET else claimed)
+            free = marked is not UNSET and not has_true(marked)
+        return free, (not has_true(free) if claimed is UNSET else claimed)
     if is_time:
         return (None if free is UNSET else free), (NOW if claimed is UNSET else claimed)
     given, type_ = {"free": free, "claimed": claimed}, plain_type(state.type)

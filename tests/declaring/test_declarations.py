@@ -320,6 +320,14 @@ def test_the_mark_of_a_flag(free: Any, claimed: str) -> None:
         assert str(jobs.claimed[table.c.flag]) == claimed
 
 
+@once
+@pytest.mark.parametrize("claimed", [True, sa.true(), {"flag": sa.true()}], ids=str)
+def test_the_free_value_of_a_flag(claimed: Any) -> None:
+    """The value that is free is the one that no claim writes, in whichever form it is given."""
+    table = table_of(Column("flag", sa.Boolean, nullable=False))
+    assert str(JobTable(table, state="flag", claimed=claimed).free) == "jobs.flag = false"
+
+
 class Inverted(sa.TypeDecorator[bool]):
     """A flag that is stored as its contrary."""
 
