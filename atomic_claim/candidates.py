@@ -37,6 +37,11 @@ FREE = "claim_free"
 _FALSE = false()
 
 
+Limited = Callable[[Select[Any], Any], Select[Any]]
+# Limits a SELECT so that it reads no row unless the condition is true.
+Gate = Callable[[Select[Any], Any, ColumnElement[bool]], Select[Any]]
+
+
 @dataclass(eq=False, repr=False)
 class Waiting(ClauseElement):
     """The free rows of a table, where some may not be due, or may have spent their attempts.
@@ -84,7 +89,7 @@ class Waiting(ClauseElement):
         return due is None or (first.element is due and not (first.descending or due.nullable))
 
     @property
-    def partial(self) -> Classes:
+    def unsplit(self) -> Classes:
         """The rows that have attempts left, for an index of no others."""
         due = self.due
         times = () if due is None else (due.nulls_first() if due.nullable else due,)
@@ -97,11 +102,17 @@ class Waiting(ClauseElement):
         """
         classes = self.by_value
         yield (self._chosen(self._first.subquery("claim_near")).limit(self.limit),), false()
-        yield tuple(self._found(classes, self.limit, RIPE)), self._is_much(classes)
+        yield tuple(self._found(classes, self.limit, Select.limit)), self._is_much(classes)
         yield (self.rows.where(self._is_claimable).limit(self.limit),), false()
 
-    def gated(self, limit: ColumnElement[Any]) -> tuple[list[Select[Any]], ColumnElement[bool]]:
-        """Select by the same steps in one statement, where a limit of 0 reads no row.
+    def gated(
+        self, limit: ColumnElement[Any], gate: Gate
+    ) -> tuple[list[Select[Any]], ColumnElement[bool]]:
+        """Select by the same steps in one statement.
+
+        Args:
+            limit: limits each SELECT.
+            gate: limits a SELECT so that it reads no row unless a condition is true.
 
         Returns:
             the SELECTs, and the condition that there may be rows behind what they find.
@@ -110,17 +121,13 @@ class Waiting(ClauseElement):
         is_cut = func.count() >= self.scan_limit
         enough = func.count(case((near.columns[DUE], _ONE))) >= self.limit
         is_near = or_(not_(is_cut), enough)
-        step = case((is_near, _ZERO), (self._is_much(self.partial), _TWO), else_=_ONE)
+        step = case((is_near, _ZERO), (self._is_much(self.unsplit), _TWO), else_=_ONE)
         steps = select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
         now = select(steps.columns.step).scalar_subquery()
-
-        def at(step: ColumnElement[int], limit: Any) -> ColumnElement[int]:
-            return case((now == step, limit), else_=_ZERO)
-
         found = [
-            self._chosen(near).limit(at(_ZERO, limit)),
-            *self._found(self.partial, at(_ONE, limit), at(_ONE, RIPE)),
-            self.rows.where(self._is_claimable).limit(at(_TWO, limit)),
+            gate(self._chosen(near), limit, now == _ZERO),
+            *self._found(self.unsplit, limit, lambda rows, most: gate(rows, most, now == _ONE)),
+            gate(self.rows.where(self._is_claimable), limit, now == _TWO),
         ]
         return found, and_(now == _ZERO, select(steps.columns.cut).scalar_subquery())
 
@@ -134,23 +141,24 @@ class Waiting(ClauseElement):
     def _first(self) -> Select[Any]:
         return self.rows.add_columns(self._is_claimable.label(DUE)).limit(self.scan_limit)
 
-    def _found(self, classes: Classes, limit: Any, most: Any) -> Iterator[Select[Any]]:
-        """Yield the rows in claim order, and the first ``most`` of the rest, which are sorted."""
+    def _found(self, classes: Classes, limit: Any, limited: Limited) -> Iterator[Select[Any]]:
+        """Yield the rows that an index has in claim order, and the others, which are sorted."""
         for fresh in classes.fresh:
             rows, due = self.rows.where(fresh), self.due
             if due is None:
-                yield rows.limit(limit)
+                yield limited(rows, limit)
             elif due.nullable:
                 # NULLs come first, and the order has only one index.
                 terms = (term for term in self.order if OrderTerm.of(term).element is not due)
                 timeless = rows.order_by(None).order_by(*classes.order[-1:], *terms)
-                found = timeless.add_columns(due.is_(None).label(DUE)).limit(limit)
+                found = limited(timeless.add_columns(due.is_(None).label(DUE)), limit)
                 yield self._chosen(found.subquery("claim_timeless"))
-        if (rest := self._rest(classes, most)) is not None:
+        if (others := self._rest(classes)) is not None:
+            rest = limited(others, _ripe()).subquery("claim_rest")
             by_order = _terms(self.order, rest)
             yield select(*rest.columns).order_by(*by_order).limit(self.scan_limit)
 
-    def _rest(self, classes: Classes, most: Any) -> FromClause | None:
+    def _rest(self, classes: Classes) -> Select[Any] | None:
         due, rest = self.due, classes.tried
         if due is not None:
             others = [] if rest is None else [rest]
@@ -159,13 +167,13 @@ class Waiting(ClauseElement):
             rest = or_(ripe, *timeless)
         elif rest is None:
             return None
-        found = self.rows.where(rest).order_by(None).order_by(*classes.order).limit(most)
-        return found.subquery("claim_rest")
+        return self.rows.where(rest).order_by(None).order_by(*classes.order)
 
     def _is_much(self, classes: Classes) -> ColumnElement[bool]:
-        if (rest := self._rest(classes, RIPE)) is None:
+        if (rest := self._rest(classes)) is None:
             return false()
-        return select(func.count() == RIPE).select_from(rest).scalar_subquery()
+        counted = rest.limit(_ripe()).subquery("claim_counted")
+        return select(func.count() == _ripe()).select_from(counted).scalar_subquery()
 
     def _chosen(self, found: FromClause) -> Select[Any]:
         columns = [column for column in found.columns if column.key != DUE]
@@ -233,12 +241,13 @@ class Candidates(ClauseElement):
             for found, much in waiting.steps()
         )
 
-    def gated(self) -> Candidates:
+    def gated(self, gate: Gate) -> Candidates:
         """Return the candidates that find what can be claimed in steps of one statement."""
         waiting = self.waiting
         if waiting is None or waiting.is_sorted:
             return self
-        return replace(self, branches=(*waiting.gated(self.limit)[0], *self.branches[1:]))
+        found, _ = waiting.gated(self.limit, gate)
+        return replace(self, branches=(*found, *self.branches[1:]))
 
     def without(self, condition: ColumnElement[bool]) -> Candidates:
         """Return the candidates that do not meet the condition."""
@@ -332,6 +341,11 @@ class Candidates(ClauseElement):
         """Keep the columns of the key, and the one that tells whether a row is claimed alone."""
         width = len(self.rows.selected_columns) + and_alone
         return branch.with_only_columns(*list(branch.selected_columns)[:width])
+
+
+def _ripe() -> ColumnElement[int]:
+    """Return the limit in the text, where PostgreSQL's planner sees it."""
+    return literal_column(str(RIPE), Integer())
 
 
 def _terms(order: Sequence[ColumnElement[Any]], found: FromClause) -> list[ColumnElement[Any]]:

@@ -269,6 +269,11 @@ def claiming(plan: ClaimPlan) -> Executable:
     return found.execution_options(populate_existing=True)
 
 
+def _gate(found: Select[Any], limit: Any, is_open: ColumnElement[bool]) -> Select[Any]:
+    """Ask once, under a limit that the planner knows: else its costs make it compile (JIT)."""
+    return found.where(is_open).limit(limit)
+
+
 Lock = Callable[[Select[Any]], Select[Any]]
 
 
@@ -303,7 +308,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     # Other transactions hold most of the first rows, so later ones are tried.
     found, may_miss = [free], cast("ColumnElement[bool]", false())
     if (waiting := candidates.waiting) is not None and not waiting.is_sorted:
-        found, may_miss = waiting.gated(scan_limit)
+        found, may_miss = waiting.gated(scan_limit, _gate)
     near = candidates.together(*found, *expired).subquery("branches")
     nearest = candidates.ordered(near).cte(f"{prefix}nearest")
     key = list(nearest.columns)[: len(candidates.rows.selected_columns)]

@@ -12,6 +12,7 @@ from sqlalchemy import (
     ColumnElement,
     Select,
     Update,
+    case,
     false,
     func,
     text,
@@ -164,7 +165,7 @@ class SQLite(Backend):
             )
         key = tuple(element.table.primary_key)
         target = key[0] if len(key) == 1 else tuple_(*key)
-        candidates = element.candidates.gated().select().correlate(None).prefix_with(MARK)
+        candidates = element.candidates.gated(_gate).select().correlate(None).prefix_with(MARK)
         sql = compiler.visit_update(element.where(target.in_(candidates)), **kw)
         # A WITH of the user's goes into the subquery, so that sqlite3 sees an UPDATE and begins.
         ctes = ", \n".join((compiler.ctes or {}).values())
@@ -199,8 +200,13 @@ def _lock(job_table: JobTable) -> Update:
     return update(job_table.table).values({key: key}).where(false())
 
 
+def _gate(found: Select[Any], limit: Any, is_open: ColumnElement[bool]) -> Select[Any]:
+    """Limit to 0 rows, since SQLite evaluates a condition for each row that it reads."""
+    return found.limit(case((is_open, limit), else_=0))
+
+
 def _candidates(plan: ClaimPlan) -> Select[Any]:
-    return plan.candidates.gated().select()
+    return plan.candidates.gated(_gate).select()
 
 
 def _has_cte(*clauses: Any) -> bool:
