@@ -15,7 +15,7 @@ from sqlalchemy import inspect as sa_inspect
 
 from .backends import KeyedRows, Transaction, read_back
 from .backends.base import mark_and_load
-from .backends.by_key import claim_batch, key_search
+from .backends.by_key import KeySearch, claim_batch
 from .backends.recovery import (
     ROUNDS,
     Passed,
@@ -330,7 +330,8 @@ class Claiming:
             return self.execute(bind)
         limit, passed = self.params[LIMIT], list[Key]()
         error: ClaimError | None = None
-        for batch in key_search(backend, self.plan).batches(partial(self._search, bind), limit):
+        search = self.plan.prepare(KeySearch, backend)
+        for batch in search.batches(partial(self._search, bind), limit):
             found = self.execute(bind, batch)
             passed += found.passed
             if found.rows:

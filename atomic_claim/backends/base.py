@@ -15,6 +15,7 @@ from sqlalchemy import (
     CursorResult,
     Dialect,
     Result,
+    Row,
     Select,
     bindparam,
     null,
@@ -27,6 +28,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import DateTime, Float
 
 from atomic_claim import predicates
+from atomic_claim.candidates import ALONE
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
@@ -48,6 +50,13 @@ CHUNK = 500
 OLD_CLIENTS = (5, 5, 5)
 
 
+# The columns of a search from which a Candidate is made, beside the row's primary key and ALONE.
+KEY = "atomic_claim_key"
+LOCK = "atomic_claim_lock"
+ROOM = "atomic_claim_room"
+FAIR = "atomic_claim_fair"
+
+
 class Candidate(NamedTuple):
     """A row that may be claimed, unless another claim was faster.
 
@@ -55,17 +64,29 @@ class Candidate(NamedTuple):
         row: the row's primary key.
         key: its exclusive key.
         lock: the number of the key's lock, where keys are locked one by one.
+        room: how many rows of its exclusive key could be claimed when it was found.
         alone: 1 if the row is claimed alone, else 0.
         fair: the key by which claims take turns, if it was found in one.
-        has_room: whether its exclusive key had room when it was found.
     """
 
     row: Key
     key: Any
-    lock: int | None = None
-    alone: int = 0
-    fair: tuple[Any, ...] = ()
-    has_room: bool = True
+    lock: int | None
+    room: int
+    alone: int
+    fair: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, found: Row[Any], job_table: JobTable) -> Candidate:
+        """Return the candidate of a row that a search has found."""
+        return cls(
+            tuple(found[: len(job_table.key)]),
+            getattr(found, KEY, None),
+            getattr(found, LOCK, None),
+            getattr(found, ROOM, 0),
+            getattr(found, ALONE, 0),
+            (getattr(found, FAIR),) if FAIR in found._fields else (),
+        )
 
 
 @dataclass(slots=True)

@@ -33,9 +33,8 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
+    Row,
     Select,
-    Table,
-    and_,
     bindparam,
     func,
     literal_column,
@@ -47,12 +46,14 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
 
 from atomic_claim import predicates
-from atomic_claim.candidates import ALONE
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, labelled_terms
 
 from .base import (
     CHUNK,
+    KEY,
+    LOCK,
+    ROOM,
     Backend,
     Candidate,
     Mark,
@@ -60,12 +61,20 @@ from .base import (
     Within,
     marked_by_key,
 )
-from .fair import FAIR, KEY, FairSearch, first_with_room, in_one_claim, tie_breakers
+from .fair import (
+    FairSearch,
+    first_with_room,
+    having_room,
+    in_one_claim,
+    tie_breakers,
+    without_terms,
+)
 from .reading import Key, KeyedRows
 from .tables import hinted
 
 PLACE = "atomic_claim_place"
 BRANCH = "atomic_claim_branch"
+_branch_of = attrgetter(BRANCH)
 FOUND = "atomic_claim_found"
 # Rows of one key that its heads find at most.
 MOST_HEADS = 10
@@ -87,15 +96,8 @@ class KeySearch:
 
     @cached_property
     def window(self) -> Select[Any]:
-        """The first rows in claim order, whether their keys have room or not.
-
-        Each is what :meth:`_told` tells.
-        """
-        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
-        branches = self._numbered_branches([branch.limit(scan_limit) for branch in self._branches])
-        rows, has_room = self._numbered(self._together(*branches, name="first"))
-        found = cast("Select[Any]", select(*self._told(rows, has_room)))
-        return found.order_by(*self.plan.candidates.terms(rows))
+        """The first rows in claim order, whether their keys have room or not."""
+        return self._told(self._numbered("first", *self._branches))
 
     @cached_property
     def heads(self) -> Select[Any]:
@@ -104,33 +106,33 @@ class KeySearch:
         Those are rows without a key and rows whose lease is over, up to a limit of each kind, and
         whether they have room or not: it tells whether there are more.
         """
-        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
         first, *expired = self._branches
         keys = self._walked_keys() if self.backend.walks_keys else self._distinct_keys()
         free = first.order_by(None).order_by(self._column, *self.plan.order)
         of_key = free.where(self._column == keys.columns[KEY])
         of_key = of_key.order_by(*tie_breakers(self.plan))
-        places = range(min(self.plan.job_table.max_per_key, MOST_HEADS))
-        heads = [self._one_by_one(of_key, place, keys) for place in places]
-        others = [first.where(self._column.is_(None)), *expired]
-        branches = self._numbered_branches([branch.limit(scan_limit) for branch in others], 1)
-        free_heads = [head.add_columns(_number(0).label(BRANCH)) for head in heads]
-        rows, has_room = self._numbered(self._together(*free_heads, *branches, name="heads"))
+        heads = [self._one_by_one(of_key, place, keys) for place in range(self._most_heads)]
+        rows = self._numbered("heads", *heads, first.where(self._column.is_(None)), *expired)
+        branch = rows.columns[BRANCH]
+        is_wanted = or_(branch >= self._most_heads, branch < self._room(rows))
         most = bindparam(FOUND, 1, Integer(), literal_execute=True)
-        found = select(*self._told(rows, has_room)).where(or_(rows.columns[BRANCH] > 0, has_room))
-        return found.order_by(*self.plan.candidates.terms(rows)).limit(most)
+        return self._told(rows).where(is_wanted).limit(most)
 
     @cached_property
     def chosen(self) -> ByKey:
         """Select, of rows given by key, those whose exclusive keys have room, in claim order."""
-        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
 
         def build(is_one: ColumnElement[bool]) -> Select[Any]:
-            given = self._described(self.plan.candidates.rows.where(is_one))
-            given = given.add_columns(self._column.label(KEY))
-            rows, has_room = self._numbered(given.cte(self._name("given")))
+            given = self.plan.candidates.rows.where(is_one)
+            given = given.add_columns(*labelled_terms(self.plan.order), self._column.label(KEY))
+            read = given.cte("atomic_claim_given")
+            order = [*self.plan.candidates.terms(read), *self._ids(read)]
+            key = read.columns[KEY]
+            place = func.row_number().over(partition_by=key, order_by=order).label(PLACE)
+            rows = select(read, place).subquery("atomic_claim_placed")
+            has_room = or_(rows.columns[KEY].is_(None), rows.columns[PLACE] <= self._room(rows))
             found = cast("Select[Any]", select(*self._ids(rows)).where(has_room))
-            return found.order_by(*self.plan.candidates.terms(rows)).limit(limit)
+            return found.order_by(*self.plan.candidates.terms(rows))
 
         return ByKey(self.plan.key_attributes, build)
 
@@ -156,7 +158,7 @@ class KeySearch:
         """The search that takes turns, if the table declares one."""
         if self.plan.job_table.fair_by is None:
             return None
-        return FairSearch(self.plan, self.backend, self._with_room)
+        return FairSearch(self.plan, self.backend, self._told)
 
     # The search.
 
@@ -167,9 +169,10 @@ class KeySearch:
         enough for the limit, as far as it was read. Where claims take turns, the first lists are in
         the order of the turn.
         """
+        job_table = self.plan.job_table
 
-        def read(statement: Select[Any], params: Mapping[str, Any]) -> Sequence[Any]:
-            return within(lambda tx: tx.tuples(statement, params))  # type: ignore[no-any-return]
+        def read(statement: Select[Any], params: Mapping[str, int]) -> Sequence[Row[Any]]:
+            return within(lambda tx: tx.execute(statement, params).all())  # type: ignore[no-any-return]
 
         tried: set[Key] = set()
         pending: list[Candidate] = []
@@ -183,36 +186,27 @@ class KeySearch:
             if len(pending) == limit:
                 yield from in_one_claim(pending, attrgetter("alone"))
                 pending = []
-        free = [place for place, row in enumerate(found) if row[-2] == 0]
+        free = [place for place, row in enumerate(found) if _branch_of(row) == 0]
         is_all = len(found) < scan_limit
         if len(free) == scan_limit:
             # There may be more free rows before those whose lease is over.
             found = found[: free[-1] + 1]
         while True:
-            candidates = [self._candidate(row) for row in found if row[-1]]
-            pending += [each for each in candidates if each.row not in tried]
+            candidates = (Candidate.of(row, job_table) for row in found)
+            fresh = [each for each in candidates if each.row not in tried]
+            pending = list(having_room([*pending, *fresh]))
             tried.update(each.row for each in pending)
-            if pending and (is_all or self._room_of(pending) >= limit):
+            if pending and (is_all or len(pending) >= limit):
                 yield from in_one_claim(pending, attrgetter("alone"))
                 pending = []
             if is_all:
                 return
             most = scan_limit * (1 + len(self._branches))
             found = read(self.heads, {SCAN_LIMIT: scan_limit, FOUND: most})
-            counts = Counter(row[-2] for row in found if row[-2] > 0)
-            is_all = len(found) < most and all(count < scan_limit for count in counts.values())
+            counts = Counter(map(_branch_of, found))
+            others = [number for place, number in counts.items() if place >= self._most_heads]
+            is_all = len(found) < most and all(number < scan_limit for number in others)
             scan_limit *= 4
-
-    def _candidate(self, row: Sequence[Any]) -> Candidate:
-        width = len(self.plan.job_table.key)
-        return Candidate(tuple(row[:width]), *row[width:-2])
-
-    def _room_of(self, candidates: Sequence[Candidate]) -> int:
-        """Return about how many of the candidates may run at once."""
-        most = self.plan.job_table.max_per_key
-        # Of keys that cannot be hashed, too.
-        counts = Counter(None if each.key is None else repr(each.key) for each in candidates)
-        return counts.pop(None, 0) + sum(min(count, most) for count in counts.values())
 
     # The pieces.
 
@@ -221,97 +215,50 @@ class KeySearch:
         return self.plan.job_table.exclusive_by
 
     @property
-    def _most(self) -> ColumnElement[int]:
-        return _number(self.plan.job_table.max_per_key)
-
-    @cached_property
-    def _taken_names(self) -> set[str]:
-        clauses = [self.plan.candidates.rows, *self.plan.order, self.plan.job_table.table]
-        found = (part for clause in clauses for part in visitors.iterate(clause))
-        return {part.name for part in found if isinstance(part, Table)}
-
-    def _name(self, name: str) -> str:
-        """Return a name for a part of a statement that no table in it has."""
-        name = f"claim_{name}"
-        while name in self._taken_names:
-            name += "_"
-        return name
+    def _most_heads(self) -> int:
+        return min(self.plan.job_table.max_per_key, MOST_HEADS)
 
     @property
     def _branches(self) -> list[Select[Any]]:
+        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
         key = self._column.label(KEY)
-        return [branch.add_columns(key) for branch in self.plan.candidates.branches]
+        return [b.add_columns(key).limit(scan_limit) for b in self.plan.candidates.branches]
 
-    def _together(self, *branches: Select[Any], name: str) -> CTE:
-        """All that several SELECTs find: a UNION of its own, which MySQL reads once."""
-        if len(branches) == 1:
-            return branches[0].cte(self._name(name))
-        return self.plan.candidates.together(*branches).cte(self._name(name))
-
-    def _numbered_branches(
-        self, branches: Sequence[Select[Any]], first: int = 0
-    ) -> list[Select[Any]]:
-        return [
+    def _numbered(self, name: str, *branches: Select[Any]) -> CTE:
+        """All that several SELECTs find, and the number of each, in a CTE: MySQL reads it once."""
+        numbered = [
             branch.add_columns(_number(place).label(BRANCH))
-            for place, branch in enumerate(branches, first)
+            for place, branch in enumerate(branches)
         ]
+        only = len(numbered) == 1
+        found = numbered[0] if only else self.plan.candidates.together(*numbered)
+        return found.cte(f"atomic_claim_{name}")
 
-    def _numbered(self, read: FromClause) -> tuple[FromClause, ColumnElement[bool]]:
-        """Return the rows, numbered by key in claim order.
-
-        Returns:
-            The rows, and the condition that a row may run beside those before it and the running.
-        """
-        order = [*self.plan.candidates.terms(read), *self._ids(read)]
-        place = func.row_number().over(partition_by=read.columns[KEY], order_by=order).label(PLACE)
-        rows = select(read, place).subquery(self._name("numbered"))
-        number = rows.columns[PLACE]
-        has_room = and_(number <= self._most, number + self._running(rows) <= self._most)
-        return rows, or_(rows.columns[KEY].is_(None), has_room)
-
-    def _running(self, rows: FromClause) -> ColumnElement[int]:
-        """Count the running rows that have the key of a row."""
+    def _room(self, rows: FromClause) -> ColumnElement[int]:
+        """Count how many more rows may run that have the key of a row."""
         job_table, key = self.plan.job_table, rows.columns[KEY]
         running = select(func.count()).select_from(job_table.table)
         running = running.where(self._column == key, predicates.is_held(job_table))
-        return running.correlate(rows).scalar_subquery()
+        return _number(job_table.max_per_key) - running.correlate(rows).scalar_subquery()
 
-    def _with_room(self, found: Select[Any]) -> Select[Any]:
-        """Add the number of the exclusive key's lock, and whether it has room."""
-        rows = found.subquery(self._name("turn"))
-        key = rows.columns[KEY]
-        number = self.backend.key_locks.number(key).label("claim_lock")
-        has_room = or_(key.is_(None), self._running(rows) < self._most).label("has_room")
-        order = [rows.columns[FAIR], *self.plan.candidates.terms(rows)]
-        return select(*rows.columns, number, has_room).order_by(*order)
-
-    def _described(self, rows: Select[Any]) -> Select[Any]:
-        """Add the terms of the order to a SELECT of primary keys."""
-        return rows.add_columns(*labelled_terms(self.plan.order))
+    def _told(self, rows: FromClause, *order: ColumnElement[Any]) -> Select[Any]:
+        """Select what a :class:`Candidate` is made of, in an order and then in claim order."""
+        lock = self.backend.key_locks.number(rows.columns[KEY]).label(LOCK)
+        found = select(*without_terms(rows.columns), lock, self._room(rows).label(ROOM))
+        return found.order_by(*order, *self.plan.candidates.terms(rows))
 
     def _ids(self, found: FromClause) -> list[ColumnElement[Any]]:
         columns: list[ColumnElement[Any]] = list(found.columns)
         return columns[: len(self.plan.job_table.key)]
 
-    def _told(self, found: FromClause, has_room: ColumnElement[bool]) -> list[ColumnElement[Any]]:
-        """Return the parts of a :class:`Candidate`, its branch, and whether its key has room."""
-        key = found.columns[KEY]
-        told = [key, self.backend.key_locks.number(key).label("claim_lock")]
-        told += [found.columns[ALONE]] if ALONE in found.columns else []
-        return [*self._ids(found), *told, found.columns[BRANCH], has_room.label("has_room")]
-
     # The keys that have free rows.
 
     def _walked_keys(self) -> CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
-        free = (
-            select(self._column)
-            .where(predicates.is_free(self.plan.job_table))
-            .order_by(self._column)
-        )
-        free = free.limit(_number(1))
+        free = select(self._column).where(predicates.is_free(self.plan.job_table))
+        free = free.order_by(self._column).limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
-        keys = select(first.label(KEY)).cte(self._name("keys"), recursive=True)
+        keys = select(first.label(KEY)).cte("atomic_claim_free_keys", recursive=True)
         following = free.where(self._column > keys.columns[KEY]).correlate(keys)
         return keys.union_all(
             select(following.scalar_subquery()).where(keys.columns[KEY].is_not(None))
@@ -325,28 +272,25 @@ class KeySearch:
         """
         free = predicates.is_free(self.plan.job_table)
         own = self.plan.job_table.table.columns
-        named = [part for part in visitors.iterate(free) if isinstance(part, Column)]
-        others = [part for part in dict.fromkeys(named) if part is not self._column]
-        columns = [part for part in others if own.contains_column(part)]
+        named = dict.fromkeys(part for part in visitors.iterate(free) if isinstance(part, Column))
+        columns = [part for part in named if part is not self._column and own.contains_column(part)]
         found = select(*columns, self._column.label(KEY)).where(free).distinct()
-        some = found.subquery(self._name("some_keys"))
-        return select(some.columns[KEY].label(KEY)).distinct().cte(self._name("keys"))
+        some = found.subquery("atomic_claim_some_keys")
+        return select(some.columns[KEY].label(KEY)).distinct().cte("atomic_claim_free_keys")
 
     def _one_by_one(self, rows: Select[Any], place: int, keys: CTE) -> Select[Any]:
         """Select one row of each key, with a scalar subquery for each column."""
-        row = rows.limit(_number(1))
-        row = row.offset(_number(place)).correlate(keys)
+        row = rows.limit(_number(1)).offset(_number(place)).correlate(keys)
         columns = list(row.selected_columns)[:-1]
         # The order may be that of the primary key, which need not be looked for twice.
-        known = list({hash(_unlabelled(column)): column for column in columns}.values())
-        places = {hash(_unlabelled(column)): number for number, column in enumerate(known)}
-        asked = [
-            row.with_only_columns(column).scalar_subquery().label(f"value_{number}")
-            for number, column in enumerate(known)
-        ]
-        found = select(*asked, keys.columns[KEY].label(KEY)).select_from(keys)
-        values = list(found.subquery(self._name("head")).columns)
-        named = [values[places[hash(_unlabelled(c))]].label(c.key) for c in columns]
+        asked = {
+            element: row.with_only_columns(element).scalar_subquery()
+            for element in map(_unlabelled, columns)
+        }
+        found = select(*asked.values(), keys.columns[KEY].label(KEY)).select_from(keys)
+        values = list(found.subquery("atomic_claim_head").columns)
+        places = {element: place for place, element in enumerate(asked)}
+        named = [values[places[_unlabelled(column)]].label(column.key) for column in columns]
         head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
         return head.where(values[0].is_not(None))
 
@@ -359,11 +303,6 @@ def _unlabelled(column: Any) -> Any:
     return column.element if isinstance(column, Label) else column
 
 
-def key_search(backend: Backend, plan: ClaimPlan) -> KeySearch:
-    """Return the search of one claim, built once per plan and database."""
-    return plan.prepare(KeySearch, backend)
-
-
 def statements_of(
     backend: Backend, plan: ClaimPlan, finding: Select[Any], *locking: Executable | ByKey
 ) -> Sequence[Executable | ByKey]:
@@ -371,7 +310,7 @@ def statements_of(
     job_table = plan.job_table
     found: Sequence[Executable | ByKey] = (finding, *locking)
     if job_table.exclusive_by is not None:
-        search = key_search(backend, plan)
+        search = plan.prepare(KeySearch, backend)
         turn = () if search.turns is None else search.turns.statements
         found = (search.window, *turn, search.chosen, search.locking)
     elif job_table.fair_by is not None:
@@ -385,7 +324,7 @@ def claim_by_key(
     """Claim by exclusive keys, search and claim in one transaction."""
     found: KeyedRows = []
     limit = params[LIMIT]
-    for batch in key_search(tx.backend, plan).batches(lambda run: run(tx), limit):
+    for batch in plan.prepare(KeySearch, tx.backend).batches(lambda run: run(tx), limit):
         if found and batch[0].alone:
             continue
         found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
@@ -412,7 +351,7 @@ def claim_batch(
         wanted = {**params, LIMIT: limit - len(found)}
         ours, rest = _locked(tx, plan, rest, wanted[LIMIT])
         found += mark(tx, plan, ours, wanted)
-    if (turns := key_search(tx.backend, plan).turns) is not None:
+    if (turns := plan.prepare(KeySearch, tx.backend).turns) is not None:
         taken = {key for key, _ in found}
         turns.remember(tx, [each for each in batch if each.row in taken])
     return found
@@ -426,18 +365,17 @@ def _locked(
     Returns:
         Their primary keys in claim order, and the candidates that were not tried.
     """
-    search = key_search(tx.backend, plan)
+    search = plan.prepare(KeySearch, tx.backend)
     tried, rest = tx.backend.key_locks.lock(tx, plan.job_table, candidates[:CHUNK], limit)
     rest = [*rest, *candidates[CHUNK:]]
     tx.refuse_autocommit("the locks would be gone before the rows are marked")
     if not tried:
         return [], rest
     keys = {each.row: each.key for each in tried}
-    if search.turns is None:
-        chosen = tx.tuples(*search.chosen.of(list(keys), {LIMIT: limit}))
-    else:
-        has_room = set(tx.tuples(*search.chosen.of(list(keys), {LIMIT: len(keys)})))
-        chosen = [row for row in keys if row in has_room][:limit]
+    chosen = tx.tuples(*search.chosen.of(list(keys)))
+    if search.turns is not None:
+        chosen = list(filter(set(chosen).__contains__, keys))
+    chosen = chosen[:limit]
     if len(chosen) == limit:
         last = 1 + max(map(list(keys).index, chosen))
         rest = [*tried[last:], *rest]

@@ -18,18 +18,20 @@ fractions of the second, or if there is no such column.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, count, groupby, islice, zip_longest
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import (
     ColumnElement,
     Dialect,
+    FromClause,
     Integer,
+    Row,
     Select,
     and_,
     bindparam,
@@ -39,16 +41,15 @@ from sqlalchemy import (
 )
 
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ByKey, OrderTerm, key_equals
+from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, key_equals
 
-from .base import Backend, Candidate, Transaction
+from .base import FAIR, KEY, Backend, Candidate, Transaction
 from .reading import Key
 
 T = TypeVar("T")
 Condition = Callable[[Any], ColumnElement[bool]]
 
-KEY = "atomic_claim_key"
-FAIR = "atomic_claim_fair"
+_fair_of = attrgetter(FAIR)
 AFTER = "atomic_claim_after"
 ROWS = "atomic_claim_rows"
 MINE = "atomic_claim_mine_"
@@ -76,12 +77,12 @@ class FairSearch:
     Attributes:
         plan: the plan of the claim.
         backend: the database's.
-        with_room: adds to a SELECT of rows whether their exclusive keys have room, if any have.
+        told: selects rows with the room of their exclusive keys, in an order, if any have.
     """
 
     plan: ClaimPlan
     backend: Backend
-    with_room: Callable[[Select[Any]], Select[Any]] | None = None
+    told: Callable[[FromClause, ColumnElement[Any]], Select[Any]] | None = None
 
     # The statements.
 
@@ -133,7 +134,7 @@ class FairSearch:
         """Select the first rows whose key meets a condition, by key and claim order."""
         plan, most = self.plan, bindparam(ROWS, 1, Integer(), literal_execute=True)
         columns = [self._column.label(FAIR)]
-        if self.with_room is not None:
+        if self.told is not None:
             columns.append(plan.job_table.exclusive_by.label(KEY))
         free, *expired = (branch.add_columns(*columns) for branch in plan.candidates.branches)
         order = (self._column, *plan.order, *tie_breakers(plan))
@@ -148,7 +149,10 @@ class FairSearch:
             key = rows.columns[FAIR]
             terms = [key, *plan.candidates.terms(rows)]
             found = select(*rows.columns).where(condition(key)).order_by(*terms).limit(most)
-        return found if self.with_room is None else self.with_room(found)
+        if self.told is None:
+            return found.with_only_columns(*without_terms(found.selected_columns))
+        rows = found.subquery("atomic_claim_turn")
+        return self.told(rows, rows.columns[FAIR])
 
     def _walked(self, free: Select[Any], first: Select[Any]) -> Select[Any]:
         """Select the first of these rows, and of each key behind its own the first one."""
@@ -215,20 +219,17 @@ class FairSearch:
 
         They are read as they are asked for.
         """
-        width, seen = len(self.plan.job_table.key), set[Key]()
+        seen = set[Key]()
         for row in self._in_rounds(tx, limit):
-            if (key := tuple(row[:width])) in seen:
-                continue
-            seen.add(key)
-            alone = row[width] if self.plan.candidates.tells_alone else 0
-            exclusive, lock, has_room = row[-3:] if self.with_room else (None, None, True)
-            fair = (self._key_of(row),)
-            yield Candidate(key, exclusive, lock, alone, fair, bool(has_room))
+            each = Candidate.of(row, self.plan.job_table)
+            if each.row not in seen:
+                seen.add(each.row)
+                yield each
 
-    def _in_rounds(self, tx: Transaction, limit: int) -> Iterator[Any]:
+    def _in_rounds(self, tx: Transaction, limit: int) -> Iterator[Row[Any]]:
         keys: dict[str, Any] = {}
         for row in self._heads(tx, limit):
-            key = self._key_of(row)
+            key = _fair_of(row)
             if repr(key) in keys:
                 break
             keys[repr(key)] = key
@@ -240,7 +241,7 @@ class FairSearch:
                 return
             yield from filter(None, chain.from_iterable(zip_longest(*rounds)))
 
-    def _heads(self, tx: Transaction, limit: int) -> Iterator[Any]:
+    def _heads(self, tx: Transaction, limit: int) -> Iterator[Row[Any]]:
         """Yield the first row of each key, from the position on, until a key comes again."""
         position = self.position(tx)
         parts = [(self.smallest, None), (self.of_null, None)]
@@ -250,23 +251,19 @@ class FairSearch:
         for statement, key in parts:
             rows = self._read(tx, statement, key, ahead)
             while rows:
-                yield from (next(each) for _, each in groupby(rows, self._key_of))
+                yield from (next(each) for _, each in groupby(rows, _fair_of))
                 if len(rows) < ahead or statement is self.of_null:
                     break
-                rows = self._read(tx, self.behind, self._key_of(rows[-1]), ahead)
+                rows = self._read(tx, self.behind, _fair_of(rows[-1]), ahead)
 
-    def _of_key(self, tx: Transaction, key: Any, number: int) -> Sequence[Any]:
+    def _of_key(self, tx: Transaction, key: Any, number: int) -> Sequence[Row[Any]]:
         return self._read(tx, self.of_null if key is None else self.of_key, key, number)
 
     def _read(
         self, tx: Transaction, statement: Select[Any], key: Any, number: int
-    ) -> Sequence[Any]:
-        return tx.tuples(statement, {AFTER: key, ROWS: number, SCAN_LIMIT: number + MARGIN})
-
-    @cached_property
-    def _key_of(self) -> Callable[[Sequence[Any]], Any]:
-        """Return the fair key of a row."""
-        return itemgetter(len(self.plan.candidates.branches[0].selected_columns))
+    ) -> Sequence[Row[Any]]:
+        given = {AFTER: key, ROWS: number, SCAN_LIMIT: number + MARGIN}
+        return tx.execute(statement, given).all()
 
 
 def lock_in_turn(
@@ -301,16 +298,22 @@ def first_with_room(search: FairSearch, limit: int, tx: Transaction) -> list[Can
 
     Not all rows are looked at: most keys may be busy.
     """
-    found: list[Candidate] = []
+    return list(islice(having_room(islice(search.turn(tx, limit), limit + MARGIN)), limit))
+
+
+def having_room(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield the candidates whose exclusive keys have room beside those before them."""
     counts: Counter[str] = Counter()
-    for each in islice(search.turn(tx, limit), limit + MARGIN):
-        if each.key is not None:
-            counts[repr(each.key)] += 1
-        if each.has_room and counts[repr(each.key)] <= search.plan.job_table.max_per_key:
-            found.append(each)
-        if len(found) == limit:
-            break
-    return found
+    for each in candidates:
+        # Of keys that cannot be hashed, too.
+        counts[repr(each.key)] += 1
+        if each.key is None or counts[repr(each.key)] <= each.room:
+            yield each
+
+
+def without_terms(columns: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+    """Return columns without the terms of the order, which the driver may not be able to read."""
+    return [column for column in columns if not str(column.key).startswith(ORDER)]
 
 
 def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[list[T]]:

@@ -141,13 +141,12 @@ def test_a_look_before_the_lock(database: Database, monkeypatch: pytest.MonkeyPa
 
 def without_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have claims believe the search."""
-    usual = KeySearch._numbered
+    usual = KeySearch._room
 
-    def numbered(self: KeySearch, read: Any) -> Any:
-        rows, has_room = usual(self, read)
-        return rows, sa.true() if read.name == "claim_given" else has_room
+    def room(self: KeySearch, rows: Any) -> Any:
+        return sa.literal(1) if rows.name == "atomic_claim_placed" else usual(self, rows)
 
-    monkeypatch.setattr(KeySearch, "_numbered", numbered)
+    monkeypatch.setattr(KeySearch, "_room", room)
 
 
 @pytest.mark.databases("sqlite")
