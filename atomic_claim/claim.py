@@ -20,6 +20,7 @@ from .backends.recovery import (
     ROUNDS,
     Passed,
     free_traced,
+    load_fully,
     mark_one_by_one,
     refusal,
     salvage,
@@ -29,7 +30,6 @@ from .errors import ClaimError
 from .execution import Bind, Operation, Run, keyed_apart
 from .job_table import JobTable, job_table_of
 from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
-from .sql_elements import key_in
 from .telemetry import logs_claims, report_claim, subscribers
 from .tickets import parts_of, pickled, read, unpickled, written
 
@@ -321,7 +321,7 @@ class Claiming:
             recoverable=has_token,
             single=self.plan if may_autocommit else None,
             careful=partial(self.run, batch=batch, one_by_one=True),
-            undo=self.undo,
+            undo=partial(free_traced, plan=self.plan, params=self.params),
         ).execute()
 
     def by_key(self, bind: Bind) -> Claimed:
@@ -353,7 +353,7 @@ class Claiming:
         plan, params, passed = self.plan, self.params, Passed()
         found, gives_up, mark = KeyedRows(), False, None
         if one_by_one:
-            mark = partial(mark_one_by_one, passed=passed, complete=self._complete)
+            mark = partial(mark_one_by_one, passed=passed)
         if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
             _refuse_unflushed(tx.executor, plan)
         if tx.after_disconnect and (keys := traced(tx, plan, params)):
@@ -367,7 +367,7 @@ class Claiming:
                 else:
                     found = claim_batch(tx, plan, batch, params, mark or mark_and_load)
                 if plan.entities and tx.own:
-                    self._complete(tx, found)
+                    load_fully(tx, plan, found)
             except BaseException as error:
                 if tx.own and not tx.autocommit:
                     raise
@@ -378,15 +378,6 @@ class Claiming:
                 break
         refused = None if found else refusal(plan, passed, gives_up=gives_up)
         return Claimed(found, list(passed), refused)
-
-    def undo(self, tx: Transaction) -> None:
-        """Free the rows of a claim that was interrupted when it may have been committed."""
-        free_traced(tx, self.plan, self.params)
-
-    def _complete(self, tx: Transaction, found: KeyedRows) -> None:
-        """Load what entities lack that are about to be detached."""
-        if self.plan.entities:
-            _load_fully(tx, self.plan, found)
 
     def _search(self, bind: Bind, read: Run[Any]) -> Any:
         """Search without the lock of the keys, in a transaction of its own."""
@@ -421,7 +412,7 @@ def dequeue_jobs(
         found = read_back(tx, plan, keys, None)
         if plan.entities and not isinstance(tx.executor, Connection):
             if tx.own:
-                _load_fully(tx, plan, found)
+                load_fully(tx, plan, found)
             for _, entity in found:
                 tx.executor.delete(entity)
             tx.executor.flush()
@@ -455,31 +446,3 @@ def _refuse_unflushed(session: Session, plan: ClaimPlan) -> None:
                 f"{entity!r} has changes that are not flushed and the Session's autoflush is "
                 "off, so a claim could overwrite them: call session.flush() before claim_jobs()"
             )
-
-
-def _load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
-    """Load what the entities lack of their columns: deferred ones, and those of subclasses."""
-    incomplete = [key for key, entity in found if _unloaded(entity)]
-    if not incomplete:
-        return
-    mapper = plan.job_table.mapper
-    assert mapper is not None
-    from sqlalchemy.orm import (  # noqa: PLC0415 - deferred: the ORM takes time to import
-        selectin_polymorphic,
-        undefer,
-    )
-
-    options: list[Any] = [undefer("*")]
-    if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:
-        options.append(selectin_polymorphic(mapper.class_, subclasses))
-    for start in range(0, len(incomplete), 500):
-        wanted = key_in(plan.key_attributes, incomplete[start : start + 500])
-        tx.execute(plan.reading.where(wanted).options(*options)).unique().all()
-    for _, entity in found:
-        if unloaded := _unloaded(entity):
-            tx.executor.refresh(entity, unloaded)  # type: ignore[union-attr]
-
-
-def _unloaded(entity: Any) -> list[str]:
-    state = sa_inspect(entity)
-    return sorted(state.unloaded.intersection(state.mapper.column_attrs.keys()))

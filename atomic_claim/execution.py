@@ -169,9 +169,8 @@ class Operation(Generic[R]):
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
-        if not engine.dialect.server_version_info:
-            # A database that is not known is refused before it is connected to.
-            backend_for(engine.dialect)
+        # A database that is not known is refused before it is connected to.
+        backend_for(engine.dialect)
         if isinstance(engine.pool, SHARED):
             _refuse_shared(engine)
         with session or NOTHING, engine.connect() as connection:
@@ -289,11 +288,10 @@ def _fail(tx: Transaction, error: BaseException) -> None:
     _raise_conflict(backend, error)
 
 
+@contextmanager
 def pinned(
-    session: Session,
-    engine: Engine | Connection,
-    own: Connection | None = None,
-) -> AbstractContextManager[Connection]:
+    session: Session, engine: Engine | Connection, own: Connection | None = None
+) -> Iterator[Connection]:
     """Send every statement of a session for the table's engine to one connection.
 
     ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
@@ -303,16 +301,9 @@ def pinned(
     from sqlalchemy.orm import Session  # noqa: PLC0415 - loaded by the session
 
     if own is None and type(session).get_bind is Session.get_bind:
-        return nullcontext(_connection_of(session, engine))
-    return _shadowed(session, engine, engine if own is None else own)
-
-
-@contextmanager
-def _shadowed(
-    session: Session, engine: Engine | Connection, target: Engine | Connection
-) -> Iterator[Connection]:
-    """Make ``get_bind`` of the session's instance return ``target`` in place of the engine."""
-    original = session.get_bind
+        yield _connection_of(session, engine)
+        return
+    original, target = session.get_bind, own or engine
 
     def get_bind(mapper: Any = None, **given: Any) -> Any:
         if given.get("bind") is not None:

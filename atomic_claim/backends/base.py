@@ -449,9 +449,7 @@ def mark_and_load(
     backend = tx.backend
     if len(set(keys)) < len(keys):
         plan.refuse_shared_keys(keys)
-    given = dict(params)
-    given.pop(LIMIT, None)
-    given.pop(SCAN_LIMIT, None)
+    given = {name: params[name] for name in params.keys() - {LIMIT, SCAN_LIMIT}}
     if keys and (asking := plan.prepare(instant)) is not None:
         given[INSTANT] = tx.connection.scalar(asking, given)
     for chunk, result in tx.by_key(plan.prepare(marking_by_key, backend), keys, given):

@@ -41,7 +41,7 @@ from sqlalchemy import (
 )
 
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
-from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm, key_equals
+from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm
 
 from .base import FAIR, KEY, Backend, Candidate, Transaction
 from .reading import Key
@@ -52,7 +52,6 @@ Condition = Callable[[Any], ColumnElement[bool]]
 _fair_of = attrgetter(FAIR)
 AFTER = "atomic_claim_after"
 ROWS = "atomic_claim_rows"
-MINE = "atomic_claim_mine_"
 # Rows that one probe reads: where keys have few rows each, it finds several keys.
 AHEAD = 10
 # Calls with a ``where`` of their own have turns of their own; the latest are remembered.
@@ -107,7 +106,7 @@ class FairSearch:
         return self._rows(lambda key: key == self._after)
 
     @cached_property
-    def newest(self) -> tuple[Select[Any], Select[Any]] | None:
+    def newest(self) -> tuple[Select[Any], ByKey] | None:
         """The row that was claimed last: of all, and of those after one of this process's own.
 
         The latter reads rows that were claimed since and no others, so that it can regard the
@@ -117,15 +116,18 @@ class FairSearch:
         if not (times := plan.job_table.claim_times):
             return None
         since, own = times[0], plan.job_table.table.alias("claim_mine")
-        key = tuple(own.primary_key)
-        given = [bindparam(f"{MINE}{place}", None, c.type) for place, c in enumerate(key)]
-        mine = select(own.columns[since.key]).where(key_equals(key, given)).scalar_subquery()
+        mine = select(own.columns[since.key])
         found = plan.source(*plan.key_attributes, self._column)
         found = found.order_by(since.desc(), self._column.desc()).limit(literal_column("1"))
-        return found.where(since.is_not(None)), found.where(since > mine, *plan.conditions[1:])
+
+        def following(is_mine: ColumnElement[bool]) -> Select[Any]:
+            is_later = since > mine.where(is_mine).scalar_subquery()
+            return found.where(is_later, *plan.conditions[1:])
+
+        return found.where(since.is_not(None)), ByKey(tuple(own.primary_key), following)
 
     @property
-    def statements(self) -> Sequence[Select[Any]]:
+    def statements(self) -> Sequence[Select[Any] | ByKey]:
         """The statements of a turn, for people to read."""
         newest = () if self.newest is None else self.newest[1:]
         return (*newest, self.behind, self.smallest, self.of_null, self.of_key)
@@ -179,11 +181,7 @@ class FairSearch:
         if self.newest is None:
             return mine
         first, following = self.newest
-        if mine is None:
-            found = tx.tuples(first)
-        else:
-            given = {f"{MINE}{place}": value for place, value in enumerate(mine.row)}
-            found = tx.tuples(following, given)
+        found = tx.tuples(first) if mine is None else tx.tuples(*following.of([mine.row]))
         return Position(found[0][-1], found[0][:-1]) if found else mine
 
     def remember(self, tx: Transaction, taken: Sequence[Candidate]) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, literal_column, select, true
+from sqlalchemy import Connection, and_, case, inspect, literal_column, select, true
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError
 from atomic_claim.outcomes import freeing
 from atomic_claim.plan import TOKEN, ClaimPlan
+from atomic_claim.sql_elements import ByKey
 
 from .base import Backend, Transaction, Unreadable, mark_and_load, read_back
 from .drivers import code_of
@@ -47,18 +48,15 @@ def mark_one_by_one(
     params: Mapping[str, Any],
     *,
     passed: Passed,
-    complete: Callable[[Transaction, KeyedRows], None],
 ) -> KeyedRows:
-    """Mark and read rows that are locked, each under a savepoint, and pass over those that fail.
-
-    ``complete`` loads what the rows or entities lack.
-    """
+    """Mark and read rows that are locked, each under a savepoint, and pass over those that fail."""
     found: KeyedRows = []
     for key in keys:
         try:
             with tx.connection.begin_nested():
                 claimed = mark_and_load(tx, plan, [key], params)
-                complete(tx, claimed)
+                if plan.entities:
+                    load_fully(tx, plan, claimed)
         except (ClaimError, CompileError):
             raise
         except Unreadable as error:
@@ -223,3 +221,31 @@ def _pass_over(plan: ClaimPlan, key: Key, what: str, error: BaseException, passe
 def reason(error: BaseException) -> str:
     """Return the name of an error's class, or of the driver's: its text may contain values."""
     return type(getattr(error, "orig", None) or error).__qualname__
+
+
+def load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
+    """Load what entities lack that will be detached: deferred columns, those of subclasses too."""
+    incomplete = [key for key, entity in found if _unloaded(entity)]
+    if not incomplete:
+        return
+    mapper = plan.job_table.mapper
+    assert mapper is not None
+    from sqlalchemy.orm import (  # noqa: PLC0415 - deferred: the ORM takes time to import
+        selectin_polymorphic,
+        undefer,
+    )
+
+    options: list[Any] = [undefer("*")]
+    if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:
+        options.append(selectin_polymorphic(mapper.class_, subclasses))
+    loading = ByKey(plan.key_attributes, plan.reading.options(*options).where)
+    for _, result in tx.by_key(loading, incomplete):
+        result.unique().all()
+    for _, entity in found:
+        if unloaded := _unloaded(entity):
+            tx.executor.refresh(entity, unloaded)  # type: ignore[union-attr]
+
+
+def _unloaded(entity: Any) -> list[str]:
+    state = inspect(entity)
+    return sorted(state.unloaded.intersection(state.mapper.column_attrs.keys()))
