@@ -50,23 +50,17 @@ def named_lock(connection: Connection, table: Table) -> Iterator[int]:
     """
     _refuse_several_writers(connection)
     name = _name(connection, table)
+    released = None
     try:
         skew = _acquire(connection, name, table.fullname)
         connection.rollback()
         yield skew
-    except BaseException:
-        end_session(connection)
-        raise
-    try:
-        released = connection.scalar(select(func.release_lock(name)))
-    except BaseException as error:
-        end_session(connection)
         # The transaction has been committed, and the lock ends with the session.
-        if isinstance(error, DBAPIError):
-            return
-        raise
-    if released != 1:
-        end_session(connection)
+        with suppress(DBAPIError):
+            released = connection.scalar(select(func.release_lock(name)))
+    finally:
+        if released != 1:
+            end_session(connection)
 
 
 def end_session(connection: Connection) -> None:
