@@ -222,7 +222,7 @@ class Operation(Generic[R]):
             level == connection.dialect.default_isolation_level
             and not (has_events and (connection.dispatch.begin or connection.dispatch.commit))
             and not connection.get_execution_options()
-            and connection.dialect.driver in drivers.KNOWN
+            and connection.dialect.driver in drivers.AUTOCOMMIT
             and (driver := connection.connection.dbapi_connection) is not None
             and not connection.dialect.detect_autocommit_setting(driver)
             and plan.prepare(backend.is_single)

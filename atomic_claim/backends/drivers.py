@@ -38,10 +38,8 @@ CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 """Drivers, and the server's code of an error: a SQLSTATE of PostgreSQL, or else a number."""
 
 
-POSTGRESQL = {"asyncpg", "pg8000", "psycopg", "psycopg2"}
-INNODB = {"aiomysql", "asyncmy", "mysqlconnector", "mysqldb", "pymysql"}
-KNOWN = frozenset(POSTGRESQL | INNODB | {"aiosqlite", "pysqlite"})
-"""SQLAlchemy's names of these drivers; any other one runs BEGIN … COMMIT only."""
+AUTOCOMMIT = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg2"})
+"""SQLAlchemy's names of drivers known in AUTOCOMMIT; any other one runs BEGIN … COMMIT only."""
 
 
 def in_transaction(driver: Any) -> bool:
