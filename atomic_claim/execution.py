@@ -155,8 +155,8 @@ class Operation(Generic[R]):
             pinning = nullcontext(bind)
         with pinning as connection:
             backend = backend_for(connection.dialect)
-            if self.keyed and backend.key_locks.needs_own:
-                raise ClaimError(backend.key_locks.needs_own)
+            if self.keyed:
+                backend.check_key_locks(connection.dialect.name, own=False)
             try:
                 return self.run(Transaction(backend, session or bind, connection, own=False))
             except DBAPIError as error:
@@ -234,6 +234,7 @@ class Operation(Generic[R]):
         backend, connection = tx.backend, tx.connection
         with ExitStack() as stack:
             if self.keyed:
+                backend.check_key_locks(connection.dialect.name, own=True)
                 stack.enter_context(backend.key_locks.around(connection, self.job_table))
                 # The lock of the keys outlasts the rollback.
                 stack.push(lambda _, error, __: None if error is None else _fail(tx, error))

@@ -217,7 +217,7 @@ class Find:
 
 
 class KeyLocks:
-    """The locks of a database's exclusive keys; this base class locks nothing."""
+    """The locks of a database's exclusive keys; this base class has nothing to lock."""
 
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
@@ -250,6 +250,9 @@ class KeyLocks:
         """Begin a transaction of the call's own that makes or keeps rows with keys running."""
 
 
+NO_KEY_LOCKS = KeyLocks()
+
+
 class Backend(ABC):
     """The interface by which one database claims rows atomically."""
 
@@ -273,8 +276,8 @@ class Backend(ABC):
     """Whether a recursive CTE can join a LATERAL subquery."""
     walks_keys: ClassVar[bool] = True
     """Whether the planner walks the keys of an index by a recursive CTE."""
-    key_locks: ClassVar[KeyLocks] = KeyLocks()
-    """How exclusive keys are locked."""
+    key_locks: ClassVar[KeyLocks] = NO_KEY_LOCKS
+    """How exclusive keys are locked; without it a claim by them is refused."""
     cure: ClassVar[str] = "roll back, and claim again in a new transaction"
     """What the message of a conflict advises the owner of the transaction to do."""
     checks_text: ClassVar[bool] = True
@@ -294,6 +297,21 @@ class Backend(ABC):
                 f"{product} {has} cannot claim rows atomically: {cause} came with {product} "
                 f"{needs}; upgrade the server"
             )
+
+    def check_key_locks(self, name: str, *, own: bool) -> None:
+        """Raise if exclusive keys cannot be locked in a transaction, which may be the call's own.
+
+        Raises:
+            UnsupportedDialect: the backend has no locks of keys.
+            ClaimError: they need a transaction of the call's own.
+        """
+        if self.key_locks is NO_KEY_LOCKS:
+            raise UnsupportedDialect(
+                f"the backend of {name!r} has no key_locks, so two rows of one key could run at a "
+                "time: leave exclusive_by out, or use PostgreSQL, MySQL, MariaDB or SQLite"
+            )
+        if self.key_locks.needs_own and not own:
+            raise ClaimError(self.key_locks.needs_own)
 
     def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
         """Render a claim as one statement."""

@@ -37,6 +37,7 @@ from .base import (
     CHUNK,
     Backend,
     Find,
+    KeyLocks,
     Mark,
     Transaction,
     instant,
@@ -78,6 +79,8 @@ class SQLite(Backend):
     # A signed integer of 64 bits: https://www.sqlite.org/lang_corefunc.html#random
     random = "(random() / 18446744073709551616.0 + 0.5)"
     checks_text = False
+    # The claim takes the write lock.
+    key_locks = KeyLocks()
     cure = (
         "roll back, and claim as the first statement of the transaction: a transaction that has "
         "read cannot become a writer once another connection has written "

@@ -1,6 +1,6 @@
 """The rules of the one road: one bind, one transaction, nothing lost, a mark that is checked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from atomic_claim import (
     backends,
     claim_jobs,
     claim_statement,
+    extend_jobs,
 )
 from atomic_claim.backends.sqlite import SQLite
 from atomic_claim.plan import MARGIN
@@ -482,6 +483,12 @@ class Invented(SQLite):
     names = ("invented",)
 
 
+class Unlocked(Invented):
+    """The same without locks of exclusive keys."""
+
+    key_locks = backends.Backend.key_locks
+
+
 class InventedDialect(SQLiteDialect_pysqlite):
     """SQLite by another name."""
 
@@ -490,12 +497,14 @@ class InventedDialect(SQLiteDialect_pysqlite):
 
 
 @contextmanager
-def registered(database: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[sa.Engine]:
+def registered(
+    database: Database, monkeypatch: pytest.MonkeyPatch, backend: type[Invented] = Invented
+) -> Iterator[sa.Engine]:
     """Create an engine of the invented dialect, whose backend an entry point registers."""
 
     class Point:
-        def load(self) -> Callable[[], Invented]:
-            return Invented
+        def load(self) -> type[Invented]:
+            return backend
 
     def points(*, group: str, name: str) -> list[Point]:
         assert (group, name) == ("atomic_claim.backends", "invented")
@@ -534,6 +543,35 @@ def test_a_backend_renders_its_clock(database: Database, monkeypatch: pytest.Mon
         with engine.begin() as connection:
             assert ids(connection.execute(claim_statement(jobs)).all()) == [3]
     assert taken(database.engine(), table) == [1, 2, 3]
+
+
+@pytest.mark.databases("sqlite")
+def test_a_backend_without_locks_of_keys(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim by exclusive keys is refused, by each bind, and an extension too."""
+    lease = timedelta(minutes=1)
+    table = job_table(
+        Column("customer", sa.Integer),
+        Column("claim_token", String(32)),
+        Column("lease_until", sa.DateTime),
+    )
+    fill(database.engine(), table, 2, customer=1)
+    jobs = JobTable(
+        table,
+        state="processing",
+        token="claim_token",
+        lease="lease_until",
+        exclusive_by="customer",
+    )
+    claim = claim_jobs(database.engine(), jobs, lease=lease)
+    with registered(database, monkeypatch, Unlocked) as engine, engine.connect() as connection:
+        for bind in (engine, sessionmaker(engine), connection, Session(connection)):
+            with pytest.raises(UnsupportedDialect, match="'invented' has no key_locks"):
+                claim_jobs(bind, jobs)
+            with pytest.raises(UnsupportedDialect, match="'invented' has no key_locks"):
+                extend_jobs(bind, claim, lease=lease)
+    assert taken(database.engine(), table) == [1]
 
 
 # What an attack found.
