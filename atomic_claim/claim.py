@@ -14,8 +14,7 @@ from sqlalchemy import Connection, Engine, Row, bindparam, delete
 from sqlalchemy import inspect as sa_inspect
 
 from .backends import KeyedRows, Transaction, read_back
-from .backends.base import mark_and_load
-from .backends.by_key import KeySearch, claim_batch
+from .backends.by_key import claim_by_key
 from .backends.recovery import (
     ROUNDS,
     Passed,
@@ -27,16 +26,14 @@ from .backends.recovery import (
     traced,
 )
 from .errors import ClaimError
-from .execution import Bind, Operation, Run, keyed_apart
+from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .plan import LIMIT, TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
+from .plan import TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .telemetry import logs_claims, report_claim, subscribers
 from .tickets import parts_of, pickled, read, unpickled, written
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session, sessionmaker
-
-    from .backends.base import Candidate
 
     Sessions = Session | scoped_session[Any] | sessionmaker[Any]
 
@@ -281,9 +278,19 @@ def claim_jobs(
     by_session = not isinstance(bind, (Connection, Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
     params = request.parameters(token=job_table.token is not None)
-    claiming = Claiming(plan, params)
-    keyed = job_table.exclusive_by is not None
-    claimed = claiming.by_key(bind) if keyed else claiming.execute(bind)
+    run = partial(_claim, plan=plan, params=params)
+    has_token = TOKEN in params
+    claimed = Operation(
+        bind,
+        job_table,
+        run,
+        keyed=job_table.exclusive_by is not None,
+        recoverable=has_token,
+        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
+        single=plan if has_token and job_table.released else None,
+        careful=partial(run, one_by_one=True),
+        undo=partial(free_traced, plan=plan, params=params),
+    ).execute()
     if claimed.error is not None:
         raise claimed.error
     keys, jobs = zip(*claimed.rows, strict=True) if claimed.rows else ((), ())
@@ -301,92 +308,40 @@ def claim_jobs(
     return claim
 
 
-@dataclass(frozen=True)
-class Claiming:
-    """One claim: its plan, and the parameters of this call."""
+def _claim(
+    tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, one_by_one: bool = False
+) -> Claimed:
+    """Claim, and hand out what can be read of rows that are not rolled back.
 
-    plan: ClaimPlan
-    params: dict[str, Any]
-
-    def execute(self, bind: Bind, batch: Sequence[Candidate] | None = None) -> Claimed:
-        """Claim in one transaction; of the candidates, if they are known."""
-        job_table, has_token = self.plan.job_table, TOKEN in self.params
-        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
-        may_autocommit = has_token and bool(job_table.released)
-        return Operation(
-            bind,
-            job_table,
-            partial(self.run, batch=batch),
-            keyed=job_table.exclusive_by is not None,
-            recoverable=has_token,
-            single=self.plan if may_autocommit else None,
-            careful=partial(self.run, batch=batch, one_by_one=True),
-            undo=partial(free_traced, plan=self.plan, params=self.params),
-        ).execute()
-
-    def by_key(self, bind: Bind) -> Claimed:
-        """Claim by exclusive keys; where their lock outlasts a transaction, search before it."""
-        if (backend := keyed_apart(bind, self.plan.job_table)) is None:
-            return self.execute(bind)
-        limit, passed = self.params[LIMIT], list[Key]()
-        error: ClaimError | None = None
-        search = self.plan.prepare(KeySearch, backend)
-        for batch in search.batches(partial(self._search, bind), limit):
-            found = self.execute(bind, batch)
-            passed += found.passed
-            if found.rows:
-                return Claimed(found.rows, passed)
-            error = error or found.error
-        return Claimed([], passed, error)
-
-    def run(
-        self,
-        tx: Transaction,
-        batch: Sequence[Candidate] | None = None,
-        *,
-        one_by_one: bool = False,
-    ) -> Claimed:
-        """Claim, and hand out what can be read of rows that are not rolled back.
-
-        ``one_by_one`` is for after a failure: pass over the rows that cause it.
-        """
-        plan, params, passed = self.plan, self.params, Passed()
-        found, gives_up, mark = KeyedRows(), False, None
-        if one_by_one:
-            mark = partial(mark_one_by_one, passed=passed)
-        if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
-            _refuse_unflushed(tx.executor, plan)
-        if tx.after_disconnect and (keys := traced(tx, plan, params)):
-            return Claimed(read_back(tx, plan, keys, None))
-        for _ in range(ROUNDS):
-            before = len(passed)
-            try:
-                if batch is None:
-                    narrowed = plan.passing_over(list(passed)) if passed else plan
-                    found = tx.backend.claim(tx, narrowed, params, mark)
-                else:
-                    found = claim_batch(tx, plan, batch, params, mark or mark_and_load)
-                if plan.entities and tx.own:
-                    load_fully(tx, plan, found)
-            except BaseException as error:
-                if tx.own and not tx.autocommit:
-                    raise
-                found, failed = salvage(tx, plan, params, error)
-                passed |= failed
-            gives_up = batch is None and len(passed) > before
-            if found or not gives_up:
-                break
-        refused = None if found else refusal(plan, passed, gives_up=gives_up)
-        return Claimed(found, list(passed), refused)
-
-    def _search(self, bind: Bind, read: Run[Any]) -> Any:
-        """Search without the lock of the keys, in a transaction of its own."""
-
-        def search(tx: Transaction) -> Any:
-            tx.backend.key_locks.begin(tx.connection)
-            return read(tx)
-
-        return Operation(bind, self.plan.job_table, search, recoverable=True).execute()
+    ``one_by_one`` is for after a failure: pass over the rows that cause it.
+    """
+    found, passed, gives_up, mark = KeyedRows(), Passed(), False, None
+    if one_by_one:
+        mark = partial(mark_one_by_one, passed=passed)
+    if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
+        _refuse_unflushed(tx.executor, plan)
+    if tx.after_disconnect and (keys := traced(tx, plan, params)):
+        return Claimed(read_back(tx, plan, keys, None))
+    # Other backends begin a claim by exclusive keys with a lock or a check of their own.
+    by_key = plan.job_table.exclusive_by is not None and tx.backend.key_locks.needs_own
+    claim = claim_by_key if by_key else tx.backend.claim
+    for _ in range(ROUNDS):
+        before = len(passed)
+        try:
+            narrowed = plan.passing_over(list(passed)) if passed else plan
+            found = claim(tx, narrowed, params, mark)
+            if plan.entities and tx.own:
+                load_fully(tx, plan, found)
+        except BaseException as error:
+            if tx.own and not tx.autocommit:
+                raise
+            found, failed = salvage(tx, plan, params, error)
+            passed |= failed
+        gives_up = len(passed) > before
+        if found or not gives_up:
+            break
+    refused = None if found else refusal(plan, passed, gives_up=gives_up)
+    return Claimed(found, list(passed), refused)
 
 
 def dequeue_jobs(

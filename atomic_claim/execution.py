@@ -235,7 +235,7 @@ class Operation(Generic[R]):
         with ExitStack() as stack:
             if self.keyed:
                 backend.check_key_locks(connection.dialect.name, own=True)
-                stack.enter_context(backend.key_locks.around(connection, self.job_table))
+                tx.outlasting = stack.enter_context(ExitStack())
                 # The lock of the keys outlasts the rollback.
                 stack.push(lambda _, error, __: None if error is None else _fail(tx, error))
             if not isinstance(tx.executor, Connection):
@@ -343,7 +343,10 @@ def _raise_conflict(backend: Backend, error: DBAPIError) -> None:
 
 def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
     """Return the exceptions that are raised when a bind's database cannot be reached."""
-    return drivers.outages(_dialect_of(bind, job_table))
+    if isinstance(bind, Engine):
+        return drivers.outages(bind.dialect)
+    with bind() as session:
+        return drivers.outages(_engine_of(session, job_table).dialect)
 
 
 def _writing(job_table: JobTable) -> Update:
@@ -369,24 +372,6 @@ def _connection_of(session: Session, bind: Engine | Connection) -> Connection:
         return session.connection(bind_arguments={"bind": bind})
     except InvalidRequestError as error:
         raise ClaimError(f"the Session cannot be used: {error}") from error
-
-
-def _dialect_of(bind: OwnBind, job_table: JobTable) -> Any:
-    if isinstance(bind, Engine):
-        return bind.dialect
-    with bind() as session:
-        return _engine_of(session, job_table).dialect
-
-
-def keyed_apart(bind: Any, job_table: JobTable) -> Backend | None:
-    """Return the backend of a bind whose exclusive keys need a transaction of the call's own.
-
-    None where they need none, and for a caller's transaction.
-    """
-    if not is_own(bind):
-        return None
-    backend = backend_for(_dialect_of(bind, job_table))
-    return backend if backend.key_locks.needs_own else None
 
 
 def _refuse_shared(engine: Engine) -> None:

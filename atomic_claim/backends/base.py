@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
@@ -101,6 +101,8 @@ class Transaction:
         autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         after_disconnect: whether an earlier try lost its connection while it was committed.
         marked: the keys of the rows that the operation has marked so far, in claim order.
+        outlasting: takes what ends after the transaction, where that is the call's own and its
+            exclusive keys are not locked yet.
     """
 
     backend: Backend
@@ -110,6 +112,14 @@ class Transaction:
     autocommit: bool = False
     after_disconnect: bool = False
     marked: list[Key] = field(default_factory=list)
+    outlasting: ExitStack | None = None
+
+    def lock_keys(self, job_table: JobTable) -> None:
+        """Lock all exclusive keys of a table, where one lock around the transaction does it."""
+        if self.outlasting is not None:
+            around = self.backend.key_locks.around(self.connection, job_table)
+            self.outlasting.enter_context(around)
+            self.outlasting = None
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -176,10 +186,6 @@ class Transaction:
             )
 
 
-Within = Callable[[Callable[[Transaction], Any]], Any]
-"""Runs reads in a transaction, and returns their result."""
-
-
 class Unreadable(Exception):
     """Raised with the keys of marked rows, if at least one of them cannot be read."""
 
@@ -243,7 +249,7 @@ class KeyLocks:
         return nullcontext()
 
     def around(self, connection: Connection, job_table: JobTable) -> AbstractContextManager[None]:
-        """Lock a table's exclusive keys around a transaction of the call's own."""
+        """Lock a table's exclusive keys until a transaction of the call's own has ended."""
         return nullcontext()
 
     def begin(self, connection: Connection) -> None:
@@ -379,6 +385,7 @@ class Backend(ABC):
             Their keys, in no order.
         """
         if extends is not None and extends.exclusive_by is not None:
+            tx.lock_keys(extends)
             with self.key_locks.held(tx, extends, keys):
                 return self.change(tx, keys, changes, params)
         changed: list[Key] = []

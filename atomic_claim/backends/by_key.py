@@ -9,7 +9,7 @@ not committed still counts as running.
 * PostgreSQL locks the keys of the candidates (``pg_try_advisory_xact_lock``); a key that another
   transaction holds is passed over.
 * MySQL and MariaDB hold a named lock of the table (``GET_LOCK``) until after the commit, so the
-  claim has a transaction of its own.
+  claim has a transaction of its own. It is READ COMMITTED, so each look is newer than the lock.
 * SQLite has one writer, and the claim takes the write lock first.
 
 The candidates are read without locks, in two searches. The *window* is the first free rows in
@@ -21,9 +21,10 @@ million waiting rows costs a step, and the cost grows with the number of keys th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import islice
 from operator import attrgetter
 from typing import Any, cast
 
@@ -33,7 +34,6 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Integer,
-    Row,
     Select,
     bindparam,
     func,
@@ -58,13 +58,11 @@ from .base import (
     Candidate,
     Mark,
     Transaction,
-    Within,
+    mark_and_load,
     marked_by_key,
 )
 from .fair import (
     FairSearch,
-    first_with_room,
-    having_room,
     in_one_claim,
     tie_breakers,
     without_terms,
@@ -162,26 +160,23 @@ class KeySearch:
 
     # The search.
 
-    def batches(self, within: Within, limit: int) -> Iterator[list[Candidate]]:
+    def batches(self, tx: Transaction, limit: int) -> Iterator[list[Candidate]]:
         """Yield lists of candidates, each once, in claim order, until there are no more.
 
         The candidates of a list may be claimed together. Those of the lists between two reads are
         enough for the limit, as far as it was read. Where claims take turns, the first lists are in
         the order of the turn.
         """
-        job_table = self.plan.job_table
-
-        def read(statement: Select[Any], params: Mapping[str, int]) -> Sequence[Row[Any]]:
-            return within(lambda tx: tx.execute(statement, params).all())  # type: ignore[no-any-return]
-
         tried: set[Key] = set()
         pending: list[Candidate] = []
         scan_limit = limit + MARGIN
-        found = read(self.window, {SCAN_LIMIT: scan_limit})
+        found = tx.execute(self.window, {SCAN_LIMIT: scan_limit}).all()
         if not found:
             return
         if self.turns is not None:
-            pending = within(partial(first_with_room, self.turns, limit))
+            # Not all rows are looked at: most keys may be busy.
+            first = islice(self.turns.turn(tx, limit), limit + MARGIN)
+            pending = list(islice(_having_room(first), limit))
             tried.update(each.row for each in pending)
             if len(pending) == limit:
                 yield from in_one_claim(pending, attrgetter("alone"))
@@ -192,9 +187,9 @@ class KeySearch:
             # There may be more free rows before those whose lease is over.
             found = found[: free[-1] + 1]
         while True:
-            candidates = (Candidate.of(row, job_table) for row in found)
+            candidates = (Candidate.of(row, self.plan.job_table) for row in found)
             fresh = [each for each in candidates if each.row not in tried]
-            pending = list(having_room([*pending, *fresh]))
+            pending = list(_having_room([*pending, *fresh]))
             tried.update(each.row for each in pending)
             if pending and (is_all or len(pending) >= limit):
                 yield from in_one_claim(pending, attrgetter("alone"))
@@ -202,11 +197,39 @@ class KeySearch:
             if is_all:
                 return
             most = scan_limit * (1 + len(self._branches))
-            found = read(self.heads, {SCAN_LIMIT: scan_limit, FOUND: most})
+            found = tx.execute(self.heads, {SCAN_LIMIT: scan_limit, FOUND: most}).all()
             counts = Counter(map(_branch_of, found))
             others = [number for place, number in counts.items() if place >= self._most_heads]
             is_all = len(found) < most and all(number < scan_limit for number in others)
             scan_limit *= 4
+
+    def lock(
+        self, tx: Transaction, candidates: Sequence[Candidate], limit: int
+    ) -> tuple[list[Key], Sequence[Candidate]]:
+        """Lock the first candidates whose keys have room.
+
+        Returns:
+            Their primary keys in claim order, and the candidates that were not tried.
+        """
+        job_table = self.plan.job_table
+        tx.lock_keys(job_table)
+        tried, rest = tx.backend.key_locks.lock(tx, job_table, candidates[:CHUNK], limit)
+        rest = [*rest, *candidates[CHUNK:]]
+        tx.refuse_autocommit("the locks would be gone before the rows are marked")
+        if not tried:
+            return [], rest
+        keys = {each.row: each.key for each in tried}
+        chosen = tx.tuples(*self.chosen.of(list(keys)))
+        if self.turns is not None:
+            chosen = list(filter(set(chosen).__contains__, keys))
+        chosen = chosen[:limit]
+        if len(chosen) == limit:
+            last = 1 + max(map(list(keys).index, chosen))
+            rest = [*tried[last:], *rest]
+        held = tx.tuples(*self.locking.of(chosen)) if chosen else []
+        # A row may have been given another key since the search.
+        ours = {row[:-1] for row in held if row[-1] == keys[row[:-1]]}
+        return [row for row in chosen if row in ours], rest
 
     # The pieces.
 
@@ -295,6 +318,16 @@ class KeySearch:
         return head.where(values[0].is_not(None))
 
 
+def _having_room(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+    """Yield the candidates whose exclusive keys have room beside those before them."""
+    counts: Counter[str] = Counter()
+    for each in candidates:
+        # Of keys that cannot be hashed, too.
+        counts[repr(each.key)] += 1
+        if each.key is None or counts[repr(each.key)] <= each.room:
+            yield each
+
+
 def _number(value: int) -> ColumnElement[int]:
     return literal_column(str(value), Integer())
 
@@ -319,67 +352,25 @@ def statements_of(
 
 
 def claim_by_key(
-    tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], mark: Mark
+    tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], mark: Mark | None = None
 ) -> KeyedRows:
-    """Claim by exclusive keys, search and claim in one transaction."""
+    """Claim by exclusive keys as many rows as the limit allows, as far as their keys have room.
+
+    Search, lock the keys, look which of the rows have room beside the running ones, lock the rows,
+    and mark them: a statement each.
+    """
+    search, limit = plan.prepare(KeySearch, tx.backend), params[LIMIT]
     found: KeyedRows = []
-    limit = params[LIMIT]
-    for batch in plan.prepare(KeySearch, tx.backend).batches(lambda run: run(tx), limit):
+    for batch in search.batches(tx, limit):
         if found and batch[0].alone:
             continue
-        found += claim_batch(tx, plan, batch, {**params, LIMIT: limit - len(found)}, mark)
+        rest: Sequence[Candidate] = batch
+        while rest and len(found) < limit:
+            ours, rest = search.lock(tx, rest, limit - len(found))
+            found += (mark or mark_and_load)(tx, plan, ours, params)
+        if search.turns is not None:
+            taken = {key for key, _ in found}
+            search.turns.remember(tx, [each for each in batch if each.row in taken])
         if len(found) == limit or (found and batch[0].alone):
             break
     return found
-
-
-def claim_batch(
-    tx: Transaction,
-    plan: ClaimPlan,
-    batch: Sequence[Candidate],
-    params: Mapping[str, Any],
-    mark: Mark,
-) -> KeyedRows:
-    """Claim as many candidates as the limit allows, as far as their keys have room.
-
-    Lock the keys, look which of the rows have room beside the running ones, lock the rows, and
-    mark them: a statement each.
-    """
-    found: KeyedRows = []
-    limit, rest = params[LIMIT], batch
-    while rest and len(found) < limit:
-        wanted = {**params, LIMIT: limit - len(found)}
-        ours, rest = _locked(tx, plan, rest, wanted[LIMIT])
-        found += mark(tx, plan, ours, wanted)
-    if (turns := plan.prepare(KeySearch, tx.backend).turns) is not None:
-        taken = {key for key, _ in found}
-        turns.remember(tx, [each for each in batch if each.row in taken])
-    return found
-
-
-def _locked(
-    tx: Transaction, plan: ClaimPlan, candidates: Sequence[Candidate], limit: int
-) -> tuple[list[Key], Sequence[Candidate]]:
-    """Lock the first candidates whose keys have room.
-
-    Returns:
-        Their primary keys in claim order, and the candidates that were not tried.
-    """
-    search = plan.prepare(KeySearch, tx.backend)
-    tried, rest = tx.backend.key_locks.lock(tx, plan.job_table, candidates[:CHUNK], limit)
-    rest = [*rest, *candidates[CHUNK:]]
-    tx.refuse_autocommit("the locks would be gone before the rows are marked")
-    if not tried:
-        return [], rest
-    keys = {each.row: each.key for each in tried}
-    chosen = tx.tuples(*search.chosen.of(list(keys)))
-    if search.turns is not None:
-        chosen = list(filter(set(chosen).__contains__, keys))
-    chosen = chosen[:limit]
-    if len(chosen) == limit:
-        last = 1 + max(map(list(keys).index, chosen))
-        rest = [*tried[last:], *rest]
-    held = tx.tuples(*search.locking.of(chosen)) if chosen else []
-    # A row may have been given another key since the search.
-    ours = {row[:-1] for row in held if row[-1] == keys[row[:-1]]}
-    return [row for row in chosen if row in ours], rest

@@ -17,7 +17,6 @@ fractions of the second, or if there is no such column.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -289,24 +288,6 @@ def lock_in_turn(
             break
     search.remember(tx, found)
     return [each.row for each in found]
-
-
-def first_with_room(search: FairSearch, limit: int, tx: Transaction) -> list[Candidate]:
-    """Return the first rows of a turn whose exclusive keys have room, beside each other too.
-
-    Not all rows are looked at: most keys may be busy.
-    """
-    return list(islice(having_room(islice(search.turn(tx, limit), limit + MARGIN)), limit))
-
-
-def having_room(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-    """Yield the candidates whose exclusive keys have room beside those before them."""
-    counts: Counter[str] = Counter()
-    for each in candidates:
-        # Of keys that cannot be hashed, too.
-        counts[repr(each.key)] += 1
-        if each.key is None or counts[repr(each.key)] <= each.room:
-            yield each
 
 
 def without_terms(columns: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:

@@ -44,17 +44,14 @@ SEVERAL_WRITERS = (
 def named_lock(connection: Connection, table: Table) -> Iterator[int]:
     """Hold the lock of a table's exclusive keys, and yield the session's :data:`SKEW`.
 
-    It is held around a whole transaction.
-    Within it the connection has no transaction; the next one is READ COMMITTED, so that each look
-    for running rows sees what is committed.
+    It is taken in a transaction, and released after that has ended. The transaction is READ
+    COMMITTED, so that each look for running rows sees what is committed.
     """
     _refuse_several_writers(connection)
     name = _name(connection, table)
     released = None
     try:
-        skew = _acquire(connection, name, table.fullname)
-        connection.rollback()
-        yield skew
+        yield _acquire(connection, name, table.fullname)
         # The transaction has been committed, and the lock ends with the session.
         with suppress(DBAPIError):
             released = connection.scalar(select(func.release_lock(name)))

@@ -41,7 +41,6 @@ from .base import (
     Mark,
     Transaction,
     instant,
-    mark_and_load,
 )
 from .by_key import claim_by_key, statements_of
 from .fair import FairSearch, lock_in_turn
@@ -101,7 +100,7 @@ class SQLite(Backend):
             except DBAPIError:
                 check_once(tx.connection, plan.job_table.table, refuse_view)
                 raise
-            return claim_by_key(tx, plan, params, mark or mark_and_load)
+            return claim_by_key(tx, plan, params, mark)
         fits = params[LIMIT] <= CHUNK and not tx.needs_steps(plan)
         if mark or not fits or not plan.prepare(self.is_single):
             return super().claim(tx, plan, params, mark)

@@ -125,7 +125,7 @@ BUGS: Final = (
     Planted(
         "rows are not marked one by one after a failure",
         "claim.py",
-        "            careful=partial(self.run, batch=batch, one_by_one=True),\n",
+        "        careful=partial(run, one_by_one=True),\n",
         "",
     ),
     Planted(
@@ -196,9 +196,10 @@ BUGS: Final = (
     Planted(
         "the lock of the keys ends before the commit on MySQL and MariaDB",
         "backends/named_lock.py",
-        "        connection.rollback()\n        yield skew",
+        "        yield _acquire(connection, name, table.fullname)\n",
+        "        skew = _acquire(connection, name, table.fullname)\n"
         "        connection.execute(select(func.release_lock(name)))\n"
-        "        connection.rollback()\n        yield skew",
+        "        yield skew\n",
         "mysql",
     ),
     Planted(
