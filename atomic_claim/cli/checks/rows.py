@@ -136,8 +136,6 @@ def update_text(patient: Patient, values: Mapping[sa.Column[Any], Any], where: s
 
 
 def _clause(column: sa.Column[Any], value: Any) -> sa.ColumnElement[Any]:
-    if value is None:
-        return sa.null()
     return value if isinstance(value, sa.ColumnElement) else sa.literal(value, column.type)
 
 
