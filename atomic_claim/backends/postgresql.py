@@ -332,11 +332,12 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     missing = _missing(limit, taken)
     taken.append(locked.limit(missing).cte(f"{prefix}taken"))
     for place, branch in enumerate(candidates.shared_branches, 1):
-        others = _not_in(taken, list(branch.selected_columns)[: len(key)])
-        farther = lock(branch.where(*is_deep, *others).limit(_missing(limit, taken)))
-        taken.append(farther.cte(f"{prefix}taken_{place}"))
+        unless = _not_in(taken, list(branch.selected_columns)[: len(key)])
+        farther = lock(branch.where(*is_deep, *unless).limit(_missing(limit, taken)))
+        # There are no more in any case; but so the planner knows it.
+        few = select(farther.subquery(f"{prefix}farther_{place}")).limit(limit)
+        taken.append(few.cte(f"{prefix}taken_{place}"))
     together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
-    # There are no more in any case; but so the planner knows it.
     return select(*together.columns).limit(limit)
 
 
