@@ -297,6 +297,19 @@ def test_due_rows_filters_and_another_order(database: Database) -> None:
     assert ids(claim_jobs(engine, jobs, 9)) == []
 
 
+@pytest.mark.databases("sqlite")
+def test_an_order_that_cannot_be_read(database: Database) -> None:
+    """A turn reads no terms of the order, so one bad value does not stop the queue."""
+    jobs = fair_table(sa.Column("created_at", sa.DateTime()), timed=False, order="created_at")
+    engine = database.engine()
+    filled(engine, jobs, [1, 2, 3])
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET created_at = 'soon' WHERE id = 1")
+    claims = [claim_jobs(engine, jobs, 1) for _ in range(4)]
+    assert sorted(number for claim in claims for number in ids(claim)) == [2, 3]
+    assert (1,) in [key for claim in claims for key in claim.unreadable]
+
+
 def test_in_a_session(database: Database) -> None:
     """Entities come in the order of the turn; a rollback frees them, and the turn goes on."""
     job_table = fair_table()
