@@ -321,7 +321,9 @@ def test_the_mark_of_a_flag(free: Any, claimed: str) -> None:
 
 
 @once
-@pytest.mark.parametrize("claimed", [True, sa.true(), {"flag": sa.true()}], ids=str)
+@pytest.mark.parametrize(
+    "claimed", [True, sa.true(), {"flag": sa.true()}], ids=["bool", "SQL", "dict"]
+)
 def test_the_free_value_of_a_flag(claimed: Any) -> None:
     """The value that is free is the one that no claim writes, in whichever form it is given."""
     table = table_of(Column("flag", sa.Boolean, nullable=False))
