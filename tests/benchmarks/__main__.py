@@ -122,7 +122,7 @@ def _options() -> argparse.Namespace:
     add("--rows", type=_numbers, help="sizes of the tables of growth, such as 10000,1000000")
     add("--calls", type=_at_least(1), help="claims a turn, of overhead and growth")
     add("--seconds", type=float, help="of a turn of legacy, peers; of all turns of producers")
-    add("--minutes", type=float, help="of churn, and of growth beside a snapshot")
+    add("--minutes", type=float, help="of churn, and of growth beside a snapshot (0: not measured)")
     add("--svg", type=Path, metavar="FILE", help="draw a chart (.svg or .png)")
     add("--write", type=Path, metavar="FILE", help="write the table between the marks of a guide")
     add("--json", type=Path, metavar="FILE", help="write the figures, each with its rounds")

@@ -58,7 +58,7 @@ def measure(
                     engine, what, order=order, nullable=nullable, rounds=rounds, calls=calls
                 )
         yield _beside_holders(engine, name, rounds, calls)
-        if name != "sqlite":
+        if minutes and name != "sqlite":
             yield [_beside_a_snapshot(engine, name, minutes)]
 
 
