@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -15,7 +15,6 @@ from sqlalchemy import (
     CursorResult,
     Dialect,
     Result,
-    Row,
     Select,
     bindparam,
     null,
@@ -28,7 +27,6 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.types import DateTime, Float
 
 from atomic_claim import predicates
-from atomic_claim.candidates import ALONE
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
@@ -37,7 +35,7 @@ from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .drivers import code_of, in_transaction
-from .reading import Key, KeyedRows, Reading
+from .reading import Candidate, Key, KeyedRows, Reading
 from .tables import hinted
 
 if TYPE_CHECKING:
@@ -48,45 +46,6 @@ if TYPE_CHECKING:
 CHUNK = 500
 # Behind some servers' own version stands what they tell old clients: 5.5.5-10.11.6.
 OLD_CLIENTS = (5, 5, 5)
-
-
-# The columns of a search from which a Candidate is made, beside the row's primary key and ALONE.
-KEY = "atomic_claim_key"
-LOCK = "atomic_claim_lock"
-ROOM = "atomic_claim_room"
-FAIR = "atomic_claim_fair"
-
-
-class Candidate(NamedTuple):
-    """A row that may be claimed, unless another claim was faster.
-
-    Attributes:
-        row: the row's primary key.
-        key: its exclusive key.
-        lock: the number of the key's lock, where keys are locked one by one.
-        room: how many rows of its exclusive key could be claimed when it was found.
-        alone: 1 if the row is claimed alone, else 0.
-        fair: the key by which claims take turns, if it was found in one.
-    """
-
-    row: Key
-    key: Any
-    lock: int | None
-    room: int
-    alone: int
-    fair: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, found: Row[Any], job_table: JobTable) -> Candidate:
-        """Return the candidate of a row that a search has found."""
-        return cls(
-            tuple(found[: len(job_table.key)]),
-            getattr(found, KEY, None),
-            getattr(found, LOCK, None),
-            getattr(found, ROOM, 0),
-            getattr(found, ALONE, 0),
-            (getattr(found, FAIR),) if FAIR in found._fields else (),
-        )
 
 
 @dataclass(slots=True)

@@ -51,11 +51,7 @@ from atomic_claim.sql_elements import ByKey, labelled_terms
 
 from .base import (
     CHUNK,
-    KEY,
-    LOCK,
-    ROOM,
     Backend,
-    Candidate,
     Mark,
     Transaction,
     mark_and_load,
@@ -67,7 +63,7 @@ from .fair import (
     tie_breakers,
     without_terms,
 )
-from .reading import Key, KeyedRows
+from .reading import KEY, LOCK, ROOM, Candidate, Key, KeyedRows
 from .tables import hinted
 
 PLACE = "atomic_claim_place"

@@ -42,8 +42,8 @@ from sqlalchemy import (
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm
 
-from .base import FAIR, KEY, Backend, Candidate, Transaction
-from .reading import Key
+from .base import Backend, Transaction
+from .reading import FAIR, KEY, Candidate, Key
 
 T = TypeVar("T")
 Condition = Callable[[Any], ColumnElement[bool]]

@@ -40,7 +40,6 @@ from atomic_claim.statement import ClaimStatement
 
 from .base import (
     Backend,
-    Candidate,
     Find,
     KeyLocks,
     Transaction,
@@ -50,7 +49,7 @@ from .drivers import code_of
 from .fair import FairSearch, in_one_claim
 from .innodb import HINTS, NAMES, WINDOW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
-from .reading import Key
+from .reading import Candidate, Key
 from .tables import check_once, hinted, refuse_view
 
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:

@@ -1,21 +1,62 @@
-"""Pair what a prepared statement returns with the keys of its rows."""
+"""Read what a prepared statement returns: claimed rows with their keys, and candidates."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Result, Row
 from sqlalchemy.engine import result_tuple
 
+from atomic_claim.candidates import ALONE
+from atomic_claim.job_table import JobTable
 from atomic_claim.plan import ClaimPlan
 from atomic_claim.sql_elements import ByKey
 
 Key = tuple[Any, ...]
 KeyedRows = list[tuple[Key, Any]]
 """Keys and the rows or entities they belong to, in claim order."""
+
+
+# The columns of a search from which a Candidate is made, beside the row's primary key and ALONE.
+KEY = "atomic_claim_key"
+LOCK = "atomic_claim_lock"
+ROOM = "atomic_claim_room"
+FAIR = "atomic_claim_fair"
+
+
+class Candidate(NamedTuple):
+    """A row that may be claimed, unless another claim was faster.
+
+    Attributes:
+        row: the row's primary key.
+        key: its exclusive key.
+        lock: the number of the key's lock, where keys are locked one by one.
+        room: how many rows of its exclusive key could be claimed when it was found.
+        alone: 1 if the row is claimed alone, else 0.
+        fair: the key by which claims take turns, if it was found in one.
+    """
+
+    row: Key
+    key: Any
+    lock: int | None
+    room: int
+    alone: int
+    fair: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, found: Row[Any], job_table: JobTable) -> Candidate:
+        """Return the candidate of a row that a search has found."""
+        return cls(
+            tuple(found[: len(job_table.key)]),
+            getattr(found, KEY, None),
+            getattr(found, LOCK, None),
+            getattr(found, ROOM, 0),
+            getattr(found, ALONE, 0),
+            (getattr(found, FAIR),) if FAIR in found._fields else (),
+        )
 
 
 @dataclass
