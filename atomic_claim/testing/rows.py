@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import (
+    JSON,
     Boolean,
     ClauseElement,
     Column,
@@ -52,7 +53,6 @@ MAKE: Mapping[Any, Callable[[int, datetime], Any]] = {
     time: lambda _, moment: moment.time(),
     timedelta: lambda *_: timedelta(0),
     list: lambda *_: [],
-    dict: lambda *_: {},
 }
 
 
@@ -160,6 +160,8 @@ class Maker:
             return _enum_value(type_)
         if isinstance(type_, Uuid):
             return uuid4() if type_.as_uuid else str(uuid4())
+        if isinstance(type_, JSON):
+            return {}
         with suppress(NotImplementedError):
             if type_.python_type is str:
                 return self._text(column, getattr(type_, "length", None), number)
