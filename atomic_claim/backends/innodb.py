@@ -125,6 +125,7 @@ class Search:
         patience: how many more locks may fail before rows are put aside.
         aside: rows in the order of their keys that are tried again at the end.
         is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
+        missed: how many locks in a claim order that is not that of the keys found no free row.
     """
 
     tx: Transaction
@@ -136,6 +137,7 @@ class Search:
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
     is_stale: bool = False
+    missed: int = 0
 
     def goes_farther(self) -> bool:
         """Turn to the statement that finds more than the first rows; return False if it has run."""
@@ -147,17 +149,20 @@ class Search:
         """Lock the first of the candidates, and return how many were tried.
 
         READ COMMITTED at once unlocks rows that do not meet the WHERE; a transaction of the
-        call's own is over soon.
+        call's own is over soon. So that may try more rows after those that others hold, and leave
+        some locked that it does not claim.
         """
         wanted = self.limit - len(self.taken)
-        window = fresh[: min(wanted + WINDOW, CHUNK)]
+        window = fresh[:CHUNK]
         if are_numbers and window == sorted(window):
             # The order of the claim is that of the keys, in Python and in SQL.
             lock = self.statements.lock_first.of(window, {LIMIT: wanted})
         else:
-            window = window[:wanted]
+            window = window[: wanted * (2**self.missed if self.tx.own else 1)]
             lock = self.statements.lock.of(window)
-        self.taken.update(map(tuple, self.tx.execute(*lock)))
+        locked = {tuple(row) for row in self.tx.execute(*lock)}
+        self.missed += not locked
+        self.taken.update([key for key in window if key in locked][:wanted])
         return len(window)
 
     def lock_without_gaps(self, fresh: list[Key], are_numbers: bool) -> int:

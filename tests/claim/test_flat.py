@@ -15,7 +15,7 @@ from tests.benchmarks.ground import add_indexes
 from tests.conftest import fresh_database
 from tests.counting import PRECISE
 from tests.databases import NAMES, Database
-from tests.traps.test_09_or import DEPTHS, NUMBERS, plan_of
+from tests.traps.test_09_or import DEPTHS, NUMBERS, plan_of, statements
 
 # Rows of each kind that come first, rows whose time has come, and rows without a time.
 AHEAD, RIPE, BEHIND = 15_000, 200, 2_000
@@ -162,3 +162,22 @@ def test_free_rows_behind_the_first_look_come_before_expired_ones(database: Data
     assert [job.id for job in claim_jobs(engine, jobs, 2, lease=hour)] == [first + 3, first]
     assert [job.id for job in claim_jobs(engine, jobs, 2, lease=hour)] == [first + 1, first + 2]
     assert list(claim_jobs(engine, jobs, 2, lease=hour)) == []
+
+
+@pytest.mark.databases("mysql", "mariadb")
+@pytest.mark.parametrize("step", [1, -1])
+def test_rows_that_others_hold_cost_few_statements(database: Database, step: int) -> None:
+    """A claim passes over rows that others hold, whether its order is that of the keys or not."""
+    jobs, engine = declared(nullable=True, order="creation"), database.engine()
+    jobs.table.create(engine)
+    base = {"state": "waiting", "priority": 0, "run_at": None, "attempts": 0}
+    with engine.begin() as connection:
+        rows = [base | {"id": n, "place": step * n} for n in range(1, 301)]
+        connection.execute(jobs.table.insert(), rows)
+    hour = dt.timedelta(hours=1)
+    with engine.connect() as holder:
+        held = claim_jobs(holder, jobs, 64, lease=hour)
+        with statements(engine) as seen:
+            [job] = claim_jobs(engine, jobs, lease=hour)
+        assert job.place == held[-1].place + 1
+        assert len(seen) < 20
