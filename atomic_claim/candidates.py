@@ -96,14 +96,19 @@ class Waiting(ClauseElement):
         return Classes((self.unspent,), None, times)
 
     def steps(self) -> Iterator[tuple[tuple[Select[Any], ...], ColumnElement[bool]]]:
-        """Yield what finds the first rows, all unless too many would be sorted, and all.
+        """Yield what finds the first rows, all of them by an index, and all of them in claim order.
 
-        Each with the condition that it would sort too many.
+        Each with the condition that it would have too many rows to sort, so that the next one finds
+        what it misses.
         """
         classes = self.by_value
         yield (self._chosen(self._first.subquery("claim_near")).limit(self.limit),), false()
-        yield tuple(self._found(classes, self.limit, Select.limit)), self._is_much(classes)
-        yield (self.rows.where(self._is_claimable).limit(self.limit),), false()
+        ordered = tuple(self._ordered(classes, self.limit, Select.limit))
+        if (rest := self._rest(classes)) is None:
+            yield ordered, false()
+            return
+        yield (*ordered, self._sorted(classes, Select.limit)), self._is_much(classes)
+        yield (*ordered, self.rows.where(rest).limit(self.limit)), false()
 
     def gated(
         self, limit: ColumnElement[Any], gate: Gate
@@ -124,10 +129,13 @@ class Waiting(ClauseElement):
         step = case((is_near, _ZERO), (self._is_much(self.unsplit), _TWO), else_=_ONE)
         steps = select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
         now = select(steps.columns.step).scalar_subquery()
+        classes, rest = self.unsplit, self._rest(self.unsplit)
+        assert rest is not None
         found = [
             gate(self._chosen(near), limit, now == _ZERO),
-            *self._found(self.unsplit, limit, lambda rows, most: gate(rows, most, now == _ONE)),
-            gate(self.rows.where(self._is_claimable), limit, now == _TWO),
+            *self._ordered(classes, limit, lambda rows, most: gate(rows, most, now != _ZERO)),
+            self._sorted(classes, lambda rows, most: gate(rows, most, now == _ONE)),
+            gate(self.rows.where(rest), limit, now == _TWO),
         ]
         return found, and_(now == _ZERO, select(steps.columns.cut).scalar_subquery())
 
@@ -141,10 +149,10 @@ class Waiting(ClauseElement):
     def _first(self) -> Select[Any]:
         return self.rows.add_columns(self._is_claimable.label(DUE)).limit(self.scan_limit)
 
-    def _found(self, classes: Classes, limit: Any, limited: Limited) -> Iterator[Select[Any]]:
-        """Yield the rows that an index has in claim order, and the others, which are sorted."""
-        for fresh in classes.fresh:
-            rows, due = self.rows.where(fresh), self.due
+    def _ordered(self, classes: Classes, limit: Any, limited: Limited) -> Iterator[Select[Any]]:
+        """Yield the rows that an index has in claim order."""
+        due = self.due
+        for rows in map(self.rows.where, classes.fresh):
             if due is None:
                 yield limited(rows, limit)
             elif due.nullable:
@@ -153,27 +161,30 @@ class Waiting(ClauseElement):
                 timeless = rows.order_by(None).order_by(*classes.order[-1:], *terms)
                 found = limited(timeless.add_columns(due.is_(None).label(DUE)), limit)
                 yield self._chosen(found.subquery("claim_timeless"))
-        if (others := self._rest(classes)) is not None:
-            rest = limited(others, _ripe()).subquery("claim_rest")
-            by_order = _terms(self.order, rest)
-            yield select(*rest.columns).order_by(*by_order).limit(self.scan_limit)
 
-    def _rest(self, classes: Classes) -> Select[Any] | None:
-        due, rest = self.due, classes.tried
-        if due is not None:
-            others = [] if rest is None else [rest]
-            ripe = and_(or_(*classes.fresh, *others), self.ripe)
-            timeless = [and_(each, due.is_(None)) for each in others if due.nullable]
-            rest = or_(ripe, *timeless)
-        elif rest is None:
-            return None
-        return self.rows.where(rest).order_by(None).order_by(*classes.order)
+    def _sorted(self, classes: Classes, limited: Limited) -> Select[Any]:
+        """Select the others, and sort them."""
+        found = limited(self._by_index(classes), _ripe()).subquery("claim_rest")
+        return select(*found.columns).order_by(*_terms(self.order, found)).limit(self.scan_limit)
 
     def _is_much(self, classes: Classes) -> ColumnElement[bool]:
-        if (rest := self._rest(classes)) is None:
-            return false()
-        counted = rest.limit(_ripe()).subquery("claim_counted")
+        """Build the condition that too many would be sorted."""
+        counted = self._by_index(classes).limit(_ripe()).subquery("claim_counted")
         return select(func.count() == _ripe()).select_from(counted).scalar_subquery()
+
+    def _by_index(self, classes: Classes) -> Select[Any]:
+        rest = self._rest(classes)
+        assert rest is not None
+        return self.rows.where(rest).order_by(None).order_by(*classes.order)
+
+    def _rest(self, classes: Classes) -> ColumnElement[bool] | None:
+        """Build the condition for the others, if there are any."""
+        due, tried = self.due, classes.tried
+        if due is None:
+            return tried
+        others = [] if tried is None else [tried]
+        ripe = and_(or_(*classes.fresh, *others), self.ripe)
+        return or_(ripe, *(and_(each, due.is_(None)) for each in others if due.nullable))
 
     def _chosen(self, found: FromClause) -> Select[Any]:
         columns = [column for column in found.columns if column.key != DUE]

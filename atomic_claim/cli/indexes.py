@@ -165,12 +165,8 @@ class NeededIndex:
         return (*self.equal, *by_value) if len(by_value) == 1 else self.equal
 
     def _behind(self, dialect: Dialect) -> list[Any]:
-        """Return the trailing terms that filter rows in the index without reading the table."""
-        found: Sequence[Any] = _columns_of(self.passing)
-        if dialect.name == "postgresql":
-            # It compares in the index, and reads the row for any other condition, as an OR.
-            passing = () if self.unspent else self.passing
-            found = [each.left for each in passing if isinstance(each, BinaryExpression)]
+        """Return the trailing columns that filter rows in the index without reading the table."""
+        found = _columns_of(self.passing)
         return [each for each in found if dialect.name == "sqlite" or not _is_wide(each)]
 
     def create(self, dialect: Dialect) -> str:

@@ -1,6 +1,6 @@
 """Make payload_jobs fit for its claims.
 
-Revision ID: 0bf80cb53185
+Revision ID: d7c2c4d4fef9
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:payload_jobs
 
 from alembic import op
 
-revision = "0bf80cb53185"
+revision = "d7c2c4d4fef9"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -22,8 +22,9 @@ def upgrade() -> None:
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
         with op.get_context().autocommit_block():
             op.execute(
-                "CREATE INDEX CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at) "
-                "WHERE processing = false AND completed_at IS NULL AND has_error IS NOT true"
+                "CREATE INDEX CONCURRENTLY payload_jobs_claim_free ON payload_jobs (created_at, "
+                "wait_until) WHERE processing = false AND completed_at IS NULL AND has_error IS "
+                "NOT true"
             )
         # Serves the search behind free rows that are not due, or have spent their attempts.
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.

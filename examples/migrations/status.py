@@ -1,6 +1,6 @@
 """Make status_jobs fit for its claims.
 
-Revision ID: 5aff49dac758
+Revision ID: 92d1c1e63636
 Revises:
 
 Made by: atomic-claim migration --table examples.migrations.tables:status
@@ -8,7 +8,7 @@ Made by: atomic-claim migration --table examples.migrations.tables:status
 
 from alembic import op
 
-revision = "5aff49dac758"
+revision = "92d1c1e63636"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -23,7 +23,7 @@ def upgrade() -> None:
         with op.get_context().autocommit_block():
             op.execute(
                 "CREATE INDEX CONCURRENTLY status_jobs_claim_free ON status_jobs (priority DESC, "
-                "created_at) WHERE status = 'waiting'"
+                "created_at, run_at) WHERE status = 'waiting'"
             )
         # Serves the search behind free rows that are not due, or have spent their attempts.
         # CONCURRENTLY stops no writer, and cannot be part of a transaction.
