@@ -16,7 +16,6 @@ from sqlalchemy import (
     Dialect,
     Result,
     Select,
-    bindparam,
     null,
     select,
     update,
@@ -24,18 +23,18 @@ from sqlalchemy import (
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.types import DateTime, Float
+from sqlalchemy.types import DateTime
 
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError, UnsupportedDialect
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import INSTANT, LEAST, LIMIT, SCAN_LIMIT, ClaimPlan
+from atomic_claim.plan import INSTANT, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .drivers import code_of, in_transaction
-from .reading import Candidate, Key, KeyedRows, Reading
+from .reading import Candidate, Key, KeyedRows, Reading, instant
 from .tables import hinted
 
 if TYPE_CHECKING:
@@ -469,18 +468,6 @@ def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], mark
         f"{len(keys) - marked} of {len(keys)} rows of {name!r} were changed between their lock and "
         f"their mark: {tx.backend.cure}"
     )
-
-
-def instant(plan: ClaimPlan) -> Executable | None:
-    """Return the SELECT of the time that the leases of rows marked from now on must exceed.
-
-    It is read before the mark, since the rows are checked by a later statement; None if there are
-    no leases.
-    """
-    lease = plan.job_table.lease
-    if lease is None or plan.values[lease] is None:
-        return None
-    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True))
 
 
 def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:

@@ -33,8 +33,6 @@ NAMES = ("mysql", "mariadb")
 HINTS: Mapping[str, str] = dict.fromkeys(NAMES, "FORCE INDEX (PRIMARY)")
 # ER_LOCK_NOWAIT of MySQL; MariaDB says ER_LOCK_WAIT_TIMEOUT.
 HELD = frozenset({1205, 3572})
-# Candidates beyond those that are wanted, which are tried in one statement if the order allows.
-WINDOW = 16
 # How many locks of a claim that must not skip rows may fail before it puts rows aside.
 PATIENCE = 8
 # What has to be known of a session: its isolation level; and whether the error with which NOWAIT
@@ -125,7 +123,7 @@ class Search:
         patience: how many more locks may fail before rows are put aside.
         aside: rows in the order of their keys that are tried again at the end.
         is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
-        missed: how many locks in a claim order that is not that of the keys found no free row.
+        missed: how many locks found no free row.
     """
 
     tx: Transaction

@@ -47,7 +47,7 @@ from .base import (
 from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim
-from .innodb import HINTS, NAMES, WINDOW, InnoDBStatements, Search
+from .innodb import HINTS, NAMES, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Candidate, Key
 from .tables import check_once, hinted, refuse_view
@@ -59,6 +59,9 @@ CONFLICTS = frozenset({1020, 1205, 1213, 3101})
 ERROR_DURING_COMMIT = 1180
 # For more keys than fit its memory (8 MB), MySQL's optimiser reads the whole table, and locks it.
 MOST_READ = 10_000
+
+# Candidates read beyond those that are wanted: others may hold the first ones.
+WINDOW = 16
 
 
 # A proxy may have given the process to another client since.

@@ -305,7 +305,6 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
         return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit
     free, *expired = (branch.limit(scan_limit) for branch in candidates.branches)
-    # Other transactions hold most of the first rows, so later ones are tried.
     found, may_miss = [free], cast("ColumnElement[bool]", false())
     if (waiting := candidates.waiting) is not None and not waiting.is_sorted:
         found, may_miss = waiting.gated(scan_limit, _gate)
@@ -319,6 +318,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     locked = select(*held.columns, *list(nearest.columns)[len(key) :])
     locked = locked.select_from(nearest.join(held, true()))
     taken: list[CTE] = []
+    # Other transactions hold most of the first rows, so later ones are tried.
     is_deep = [or_(_count(nearest) >= scan_limit, may_miss)]
 
     if candidates.tells_alone:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from sqlalchemy import Result, Row
+from sqlalchemy import Result, Row, bindparam, select
 from sqlalchemy.engine import result_tuple
+from sqlalchemy.sql.base import Executable
+from sqlalchemy.types import Float
 
 from atomic_claim.candidates import ALONE
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import ClaimPlan
+from atomic_claim.plan import LEAST, ClaimPlan
 from atomic_claim.sql_elements import ByKey
 
 Key = tuple[Any, ...]
@@ -105,3 +107,15 @@ class Reading:
         if len(set(keys)) < len(keys):
             plan.refuse_shared_keys(keys)
         return list(zip(keys, items, strict=True))
+
+
+def instant(plan: ClaimPlan) -> Executable | None:
+    """Return the SELECT of the time that the leases of rows marked from now on must exceed.
+
+    It is read before the mark, since the rows are checked by a later statement; None if there are
+    no leases.
+    """
+    lease = plan.job_table.lease
+    if lease is None or plan.values[lease] is None:
+        return None
+    return select(plan.job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True))

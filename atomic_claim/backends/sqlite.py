@@ -40,11 +40,10 @@ from .base import (
     KeyLocks,
     Mark,
     Transaction,
-    instant,
 )
 from .by_key import claim_by_key, statements_of
 from .fair import FairSearch, lock_in_turn
-from .reading import Key, KeyedRows, Reading
+from .reading import Key, KeyedRows, Reading, instant
 from .tables import check_once, refuse_view
 
 MARK = "/* claimable */"

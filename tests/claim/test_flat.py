@@ -35,7 +35,7 @@ ROWS = """
 COLUMNS = "(id, state, place, priority, run_at, attempts, claim_token, lease_until)"
 
 
-def declared(*, nullable: bool, order: str | None, due: bool = True) -> JobTable:
+def declared(*, nullable: bool, order: str, due: bool = True) -> JobTable:
     """Declare a table of jobs with attempts, and with a due column unless told otherwise."""
     table = sa.Table(
         "jobs",

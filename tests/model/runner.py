@@ -65,8 +65,7 @@ def narrow(scenario: Scenario) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atomic_claim.candidates.RIPE", 2)
         patch.setattr("atomic_claim.backends.fair.AHEAD", 2)
-        for module in ("mysql", "innodb"):
-            patch.setattr(f"atomic_claim.backends.{module}.WINDOW", 1)
+        patch.setattr("atomic_claim.backends.mysql.WINDOW", 1)
         if "lease" not in dict(scenario.declaration.roles):
             for module in ("plan", "backends.by_key", "backends.fair"):
                 patch.setattr(f"atomic_claim.{module}.MARGIN", 0)
