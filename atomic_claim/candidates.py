@@ -234,7 +234,12 @@ class Candidates(ClauseElement):
     @property
     def is_plain(self) -> bool:
         """Return True if one ordered SELECT finds all of them."""
-        return len(self.branches) == 1 and (self.waiting is None or self.waiting.is_sorted)
+        return len(self.branches) == 1 and self.stepwise is None
+
+    @property
+    def stepwise(self) -> Waiting | None:
+        """Return the free rows, if no partial index has those that can be claimed in order."""
+        return None if self.waiting is None or self.waiting.is_sorted else self.waiting
 
     def steps(self) -> tuple[Candidates, ...]:
         """Return what to find candidates by in turn, until there are enough.
@@ -254,8 +259,7 @@ class Candidates(ClauseElement):
 
     def gated(self, gate: Gate) -> Candidates:
         """Return the candidates that find what can be claimed in steps of one statement."""
-        waiting = self.waiting
-        if waiting is None or waiting.is_sorted:
+        if (waiting := self.stepwise) is None:
             return self
         found, _ = waiting.gated(self.limit, gate)
         return replace(self, branches=(*found, *self.branches[1:]))

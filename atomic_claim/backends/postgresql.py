@@ -306,7 +306,7 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     limit, scan_limit = candidates.limit, candidates.scan_limit
     free, *expired = (branch.limit(scan_limit) for branch in candidates.branches)
     found, may_miss = [free], cast("ColumnElement[bool]", false())
-    if (waiting := candidates.waiting) is not None and not waiting.is_sorted:
+    if (waiting := candidates.stepwise) is not None:
         found, may_miss = waiting.gated(scan_limit, _gate)
     near = candidates.together(*found, *expired).subquery("branches")
     nearest = candidates.ordered(near).cte(f"{prefix}nearest")
