@@ -6,22 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    CompoundSelect,
-    Integer,
-    Select,
-    and_,
-    case,
-    false,
-    func,
-    literal_column,
-    not_,
-    or_,
-    select,
-    union_all,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.sql.visitors import InternalTraversal
@@ -34,12 +19,12 @@ ALONE = "claim_alone"
 RIPE = 1000
 DUE = "claim_due"
 FREE = "claim_free"
-_FALSE = false()
+_FALSE = sa.false()
 
 
-Limited = Callable[[Select[Any], Any], Select[Any]]
+Limited = Callable[[sa.Select[Any], Any], sa.Select[Any]]
 # Limits a SELECT so that it reads no row unless the condition is true.
-Gate = Callable[[Select[Any], Any, ColumnElement[bool]], Select[Any]]
+Gate = Callable[[sa.Select[Any], Any, sa.ColumnElement[bool]], sa.Select[Any]]
 
 
 @dataclass(eq=False, repr=False)
@@ -73,13 +58,13 @@ class Waiting(ClauseElement):
         # by_value is part of no ClaimStatement's text.
     ]
 
-    rows: Select[Any]
-    order: tuple[ColumnElement[Any], ...]
-    limit: ColumnElement[Any]
-    scan_limit: ColumnElement[Any]
-    due: Column[Any] | None
-    ripe: ColumnElement[bool]
-    unspent: ColumnElement[bool]
+    rows: sa.Select[Any]
+    order: tuple[sa.ColumnElement[Any], ...]
+    limit: sa.ColumnElement[Any]
+    scan_limit: sa.ColumnElement[Any]
+    due: sa.Column[Any] | None
+    ripe: sa.ColumnElement[bool]
+    unspent: sa.ColumnElement[bool]
     by_value: Classes
 
     @property
@@ -95,24 +80,24 @@ class Waiting(ClauseElement):
         times = () if due is None else (due.nulls_first() if due.nullable else due,)
         return Classes((self.unspent,), None, times)
 
-    def steps(self) -> Iterator[tuple[tuple[Select[Any], ...], ColumnElement[bool]]]:
+    def steps(self) -> Iterator[tuple[tuple[sa.Select[Any], ...], sa.ColumnElement[bool]]]:
         """Yield what finds the first rows, all of them by an index, and all of them in claim order.
 
         Each with the condition that it would have too many rows to sort, so that the next one finds
         what it misses.
         """
         classes = self.by_value
-        yield (self._chosen(self._first.subquery("claim_near")).limit(self.limit),), false()
-        ordered = tuple(self._ordered(classes, self.limit, Select.limit))
+        yield (self._chosen(self._first.subquery("claim_near")).limit(self.limit),), sa.false()
+        ordered = tuple(self._ordered(classes, self.limit, sa.Select.limit))
         if (rest := self._rest(classes)) is None:
-            yield ordered, false()
+            yield ordered, sa.false()
             return
-        yield (*ordered, self._sorted(classes, Select.limit)), self._is_much(classes)
-        yield (*ordered, self.rows.where(rest).limit(self.limit)), false()
+        yield (*ordered, self._sorted(classes, sa.Select.limit)), self._is_much(classes)
+        yield (*ordered, self.rows.where(rest).limit(self.limit)), sa.false()
 
     def gated(
-        self, limit: ColumnElement[Any], gate: Gate
-    ) -> tuple[list[Select[Any]], ColumnElement[bool]]:
+        self, limit: sa.ColumnElement[Any], gate: Gate
+    ) -> tuple[list[sa.Select[Any]], sa.ColumnElement[bool]]:
         """Select by the same steps in one statement.
 
         Args:
@@ -123,12 +108,14 @@ class Waiting(ClauseElement):
             the SELECTs, and the condition that there may be rows behind what they find.
         """
         near = self._first.cte("claim_near")
-        is_cut = func.count() >= self.scan_limit
-        enough = func.count(case((near.columns[DUE], _ONE))) >= self.limit
-        is_near = or_(not_(is_cut), enough)
-        step = case((is_near, _ZERO), (self._is_much(self.unsplit), _TWO), else_=_ONE)
-        steps = select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
-        now = select(steps.columns.step).scalar_subquery()
+        is_cut = sa.func.count() >= self.scan_limit
+        enough = sa.func.count(sa.case((near.columns[DUE], _ONE))) >= self.limit
+        is_near = sa.or_(sa.not_(is_cut), enough)
+        step = sa.case((is_near, _ZERO), (self._is_much(self.unsplit), _TWO), else_=_ONE)
+        steps = (
+            sa.select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
+        )
+        now = sa.select(steps.columns.step).scalar_subquery()
         classes, rest = self.unsplit, self._rest(self.unsplit)
         assert rest is not None
         found = [
@@ -137,19 +124,19 @@ class Waiting(ClauseElement):
             self._sorted(classes, lambda rows, most: gate(rows, most, now == _ONE)),
             gate(self.rows.where(rest), limit, now == _TWO),
         ]
-        return found, and_(now == _ZERO, select(steps.columns.cut).scalar_subquery())
+        return found, sa.and_(now == _ZERO, sa.select(steps.columns.cut).scalar_subquery())
 
     @property
-    def _is_claimable(self) -> ColumnElement[bool]:
+    def _is_claimable(self) -> sa.ColumnElement[bool]:
         due = self.due
-        is_ripe = self.ripe if due is None or not due.nullable else or_(due.is_(None), self.ripe)
-        return and_(is_ripe, self.unspent)
+        is_ripe = self.ripe if due is None or not due.nullable else sa.or_(due.is_(None), self.ripe)
+        return sa.and_(is_ripe, self.unspent)
 
     @property
-    def _first(self) -> Select[Any]:
+    def _first(self) -> sa.Select[Any]:
         return self.rows.add_columns(self._is_claimable.label(DUE)).limit(self.scan_limit)
 
-    def _ordered(self, classes: Classes, limit: Any, limited: Limited) -> Iterator[Select[Any]]:
+    def _ordered(self, classes: Classes, limit: Any, limited: Limited) -> Iterator[sa.Select[Any]]:
         """Yield the rows that an index has in claim order."""
         due = self.due
         for rows in map(self.rows.where, classes.fresh):
@@ -162,33 +149,33 @@ class Waiting(ClauseElement):
                 found = limited(timeless.add_columns(due.is_(None).label(DUE)), limit)
                 yield self._chosen(found.subquery("claim_timeless"))
 
-    def _sorted(self, classes: Classes, limited: Limited) -> Select[Any]:
+    def _sorted(self, classes: Classes, limited: Limited) -> sa.Select[Any]:
         """Select the others, and sort them."""
         found = limited(self._by_index(classes), _ripe()).subquery("claim_rest")
-        return select(*found.columns).order_by(*_terms(self.order, found)).limit(self.scan_limit)
+        return sa.select(*found.columns).order_by(*_terms(self.order, found)).limit(self.scan_limit)
 
-    def _is_much(self, classes: Classes) -> ColumnElement[bool]:
+    def _is_much(self, classes: Classes) -> sa.ColumnElement[bool]:
         """Build the condition that too many would be sorted."""
         counted = self._by_index(classes).limit(_ripe()).subquery("claim_counted")
-        return select(func.count() == _ripe()).select_from(counted).scalar_subquery()
+        return sa.select(sa.func.count() == _ripe()).select_from(counted).scalar_subquery()
 
-    def _by_index(self, classes: Classes) -> Select[Any]:
+    def _by_index(self, classes: Classes) -> sa.Select[Any]:
         rest = self._rest(classes)
         assert rest is not None
         return self.rows.where(rest).order_by(None).order_by(*classes.order)
 
-    def _rest(self, classes: Classes) -> ColumnElement[bool] | None:
+    def _rest(self, classes: Classes) -> sa.ColumnElement[bool] | None:
         """Build the condition for the others, if there are any."""
         due, tried = self.due, classes.tried
         if due is None:
             return tried
         others = [] if tried is None else [tried]
-        ripe = and_(or_(*classes.fresh, *others), self.ripe)
-        return or_(ripe, *(and_(each, due.is_(None)) for each in others if due.nullable))
+        ripe = sa.and_(sa.or_(*classes.fresh, *others), self.ripe)
+        return sa.or_(ripe, *(sa.and_(each, due.is_(None)) for each in others if due.nullable))
 
-    def _chosen(self, found: FromClause) -> Select[Any]:
+    def _chosen(self, found: FromClause) -> sa.Select[Any]:
         columns = [column for column in found.columns if column.key != DUE]
-        return select(*columns).where(found.columns[DUE]).order_by(*_terms(self.order, found))
+        return sa.select(*columns).where(found.columns[DUE]).order_by(*_terms(self.order, found))
 
 
 @dataclass(eq=False, repr=False)
@@ -223,13 +210,13 @@ class Candidates(ClauseElement):
         ("much", InternalTraversal.dp_clauseelement),
     ]
 
-    branches: tuple[Select[Any], ...]
-    order: tuple[ColumnElement[Any], ...]
-    limit: ColumnElement[Any]
-    scan_limit: ColumnElement[Any]
-    rows: Select[Any]
+    branches: tuple[sa.Select[Any], ...]
+    order: tuple[sa.ColumnElement[Any], ...]
+    limit: sa.ColumnElement[Any]
+    scan_limit: sa.ColumnElement[Any]
+    rows: sa.Select[Any]
     waiting: Waiting | None = None
-    much: ColumnElement[bool] = _FALSE
+    much: sa.ColumnElement[bool] = _FALSE
 
     @property
     def is_plain(self) -> bool:
@@ -264,9 +251,9 @@ class Candidates(ClauseElement):
         found, _ = waiting.gated(self.limit, gate)
         return replace(self, branches=(*found, *self.branches[1:]))
 
-    def without(self, condition: ColumnElement[bool]) -> Candidates:
+    def without(self, condition: sa.ColumnElement[bool]) -> Candidates:
         """Return the candidates that do not meet the condition."""
-        others = not_(condition)
+        others = sa.not_(condition)
         waiting = self.waiting
         return replace(
             self,
@@ -280,8 +267,8 @@ class Candidates(ClauseElement):
         *,
         terms: bool = False,
         # A copy: compiling a SELECT of entities writes into it, which would change the cache key.
-        lock: Callable[[Select[Any]], Select[Any]] = lambda branch: branch.where(),
-    ) -> Select[Any]:
+        lock: Callable[[sa.Select[Any]], sa.Select[Any]] = lambda branch: branch.where(),
+    ) -> sa.Select[Any]:
         """One SELECT of the keys, and of the order's terms (``claim_order_1`` ...) if asked for.
 
         ``lock`` makes each branch lock what it returns.
@@ -291,7 +278,7 @@ class Candidates(ClauseElement):
         found = self.in_one_claim(self._first(lock)).limit(self.limit)
         return found if terms else self.only_keys(found)
 
-    def select_with_flags(self) -> Select[Any]:
+    def select_with_flags(self) -> sa.Select[Any]:
         """One SELECT of the keys, of whether a row is claimed alone, and of whether it is free.
 
         Each of the two only if the branches say it. Behind them stands :attr:`much`.
@@ -314,63 +301,67 @@ class Candidates(ClauseElement):
         return ALONE in self.branches[0].selected_columns
 
     @property
-    def shared_branches(self) -> list[Select[Any]]:
+    def shared_branches(self) -> list[sa.Select[Any]]:
         """The branches without the rows that are claimed alone."""
         if not self.tells_alone:
             return list(self.branches)
         flags = [cast("Any", branch.selected_columns[ALONE]).element for branch in self.branches]
         return [b.where(flag == _ZERO) for b, flag in zip(self.branches, flags, strict=True)]
 
-    def _first(self, lock: Callable[[Select[Any]], Select[Any]]) -> Select[Any]:
+    def _first(self, lock: Callable[[sa.Select[Any]], sa.Select[Any]]) -> sa.Select[Any]:
         together = self.together(*map(lock, self.branches)).subquery("branches")
         return self.ordered(together)
 
-    def together(self, *branches: Select[Any]) -> CompoundSelect[Any]:
+    def together(self, *branches: sa.Select[Any]) -> sa.CompoundSelect[Any]:
         """All that several SELECTs find."""
         numbered = enumerate(branches, 1)
-        return union_all(*(select(each.subquery(f"branch_{place}")) for place, each in numbered))
+        return sa.union_all(
+            *(sa.select(each.subquery(f"branch_{place}")) for place, each in numbered)
+        )
 
-    def terms(self, found: FromClause) -> list[ColumnElement[Any]]:
+    def terms(self, found: FromClause) -> list[sa.ColumnElement[Any]]:
         """Order what has been found as the claim does."""
         return _terms(self.order, found)
 
-    def ordered(self, found: FromClause) -> Select[Any]:
+    def ordered(self, found: FromClause) -> sa.Select[Any]:
         """All columns, in claim order."""
-        return select(*found.columns).order_by(*self.terms(found))
+        return sa.select(*found.columns).order_by(*self.terms(found))
 
-    def in_one_claim(self, found: Select[Any]) -> Select[Any]:
+    def in_one_claim(self, found: sa.Select[Any]) -> sa.Select[Any]:
         """Remove the rows that may not be claimed together with the first one."""
         if ALONE not in found.selected_columns:
             return found
         rows = found.subquery("found")
         order = self.terms(rows)
-        place = func.row_number().over(order_by=order).label("place")
-        leader = func.first_value(rows.columns[ALONE]).over(order_by=order).label("leader")
-        placed = select(*rows.columns, place, leader).subquery("placed")
-        is_shared = and_(placed.columns.leader == _ZERO, placed.columns[ALONE] == _ZERO)
-        left = self.ordered(placed).where(or_(placed.columns.place == _ONE, is_shared))
+        place = sa.func.row_number().over(order_by=order).label("place")
+        leader = sa.func.first_value(rows.columns[ALONE]).over(order_by=order).label("leader")
+        placed = sa.select(*rows.columns, place, leader).subquery("placed")
+        is_shared = sa.and_(placed.columns.leader == _ZERO, placed.columns[ALONE] == _ZERO)
+        left = self.ordered(placed).where(sa.or_(placed.columns.place == _ONE, is_shared))
         columns = list(placed.columns)[: len(rows.columns)]
-        return cast("Select[Any]", left.with_only_columns(*columns))
+        return cast("sa.Select[Any]", left.with_only_columns(*columns))
 
-    def only_keys(self, branch: Select[Any], *, and_alone: bool = False) -> Select[Any]:
+    def only_keys(self, branch: sa.Select[Any], *, and_alone: bool = False) -> sa.Select[Any]:
         """Keep the columns of the key, and the one that tells whether a row is claimed alone."""
         width = len(self.rows.selected_columns) + and_alone
         return branch.with_only_columns(*list(branch.selected_columns)[:width])
 
 
-def _ripe() -> ColumnElement[int]:
+def _ripe() -> sa.ColumnElement[int]:
     """Return the limit in the text, where PostgreSQL's planner sees it."""
-    return literal_column(str(RIPE), Integer())
+    return sa.literal_column(str(RIPE), sa.Integer())
 
 
-def _terms(order: Sequence[ColumnElement[Any]], found: FromClause) -> list[ColumnElement[Any]]:
+def _terms(
+    order: Sequence[sa.ColumnElement[Any]], found: FromClause
+) -> list[sa.ColumnElement[Any]]:
     terms = enumerate(order, 1)
     return [OrderTerm.of(term).applied(found.columns[f"{ORDER}{n}"]) for n, term in terms]
 
 
-def alone_if(condition: ColumnElement[bool]) -> ColumnElement[int]:
+def alone_if(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
     """Return the column that tells whether a candidate is claimed alone."""
-    return case((condition, _ONE), else_=_ZERO).label(ALONE)
+    return sa.case((condition, _ONE), else_=_ZERO).label(ALONE)
 
 
-_ZERO, _ONE, _TWO = (literal_column(number, Integer()) for number in "012")
+_ZERO, _ONE, _TWO = (sa.literal_column(number, sa.Integer()) for number in "012")

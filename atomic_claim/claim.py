@@ -10,8 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
-from sqlalchemy import Connection, Engine, Row, bindparam, delete
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 
 from .backends import KeyedRows, Transaction, read_back
 from .backends.by_key import claim_by_key
@@ -119,7 +118,7 @@ class Claim(Sequence[J]):
         Raises:
             ClaimError: ``jobs`` is no list of jobs, or one is not of this claim.
         """
-        single = isinstance(jobs, (str, bytes, Row, Mapping)) or not isinstance(jobs, Iterable)
+        single = isinstance(jobs, (str, bytes, sa.Row, Mapping)) or not isinstance(jobs, Iterable)
         if single or _identity(jobs) is not None:
             raise ClaimError(f"jobs is {jobs!r}; expected a list of the claim's jobs: write [job]")
         known = set(self.keys)
@@ -190,13 +189,13 @@ def _unpickled(table: bytes, values: dict[str, Any]) -> Claim[Any]:
 
 def _identity(job: Any) -> Key | None:
     """Return the primary key of an entity, which is empty before it is flushed; else None."""
-    state: Any = sa_inspect(job, raiseerr=False)
+    state: Any = sa.inspect(job, raiseerr=False)
     return tuple(state.identity or ()) if hasattr(state, "identity") else None
 
 
 def _key_of(job_table: JobTable, job: Any) -> Key | None:
     """Return the key of an entity, a row or a key; None if there can be none."""
-    if isinstance(job, Row):
+    if isinstance(job, sa.Row):
         found = job._mapping  # noqa: SLF001 - Row's public name
         names = [column.key for column in job_table.key]
         return tuple(found[name] for name in names) if found.keys() >= set(names) else None
@@ -275,7 +274,7 @@ def claim_jobs(
     if type(limit) is not int or limit < 1:
         checked_limit(limit)
     request = ClaimRequest(limit, where, order_by, values, worker, lease)
-    by_session = not isinstance(bind, (Connection, Engine))
+    by_session = not isinstance(bind, (sa.Connection, sa.Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
     params = request.parameters(token=job_table.token is not None)
     run = partial(_claim, plan=plan, params=params)
@@ -318,7 +317,7 @@ def _claim(
     found, passed, gives_up, mark = KeyedRows(), Passed(), False, None
     if one_by_one:
         mark = partial(mark_one_by_one, passed=passed)
-    if plan.entities and not isinstance(tx.executor, Connection) and not tx.executor.autoflush:
+    if plan.entities and not isinstance(tx.executor, sa.Connection) and not tx.executor.autoflush:
         _refuse_unflushed(tx.executor, plan)
     if tx.after_disconnect and (keys := traced(tx, plan, params)):
         return Claimed(read_back(tx, plan, keys, None))
@@ -359,13 +358,13 @@ def dequeue_jobs(
             "claim_jobs(), and delete the row when its job is done"
         )
     request = ClaimRequest(checked_limit(limit), where, order_by, deletes=True)
-    by_session = not isinstance(bind, (Connection, Engine))
+    by_session = not isinstance(bind, (sa.Connection, sa.Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
 
     def run(tx: Transaction) -> KeyedRows:
         keys = tx.backend.lock(tx, plan, request.parameters(), deletes=True)
         found = read_back(tx, plan, keys, None)
-        if plan.entities and not isinstance(tx.executor, Connection):
+        if plan.entities and not isinstance(tx.executor, sa.Connection):
             if tx.own:
                 load_fully(tx, plan, found)
             for _, entity in found:
@@ -373,10 +372,10 @@ def dequeue_jobs(
             tx.executor.flush()
         elif keys:
             names = [f"atomic_claim_key_{place}" for place, _ in enumerate(job_table.key)]
-            same = [c == bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
+            same = [c == sa.bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
             # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
             tx.executor.execute(
-                delete(job_table.table).where(*same),
+                sa.delete(job_table.table).where(*same),
                 [dict(zip(names, key, strict=True)) for key in keys],
             )
         return found

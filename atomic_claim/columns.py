@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Column, Table
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
 from .errors import ClaimError
@@ -22,11 +21,11 @@ def mapper_of(given: Any) -> Mapper[Any] | None:
     """Return the mapper of a mapped class, or None for anything else."""
     if not isinstance(given, type):
         return None
-    mapper: Any = sa_inspect(given, raiseerr=False)
+    mapper: Any = sa.inspect(given, raiseerr=False)
     return mapper if is_mapper(mapper) else None
 
 
-def tables_of(given: Any) -> list[Table]:
+def tables_of(given: Any) -> list[sa.Table]:
     """Return the tables of a ``Table`` or a mapped class.
 
     Raises:
@@ -34,7 +33,7 @@ def tables_of(given: Any) -> list[Table]:
     """
     mapper = mapper_of(given)
     tables: list[Any] = [given] if mapper is None else list(mapper.tables)
-    if not all(isinstance(table, Table) for table in tables):
+    if not all(isinstance(table, sa.Table) for table in tables):
         raise ClaimError(
             f"{given!r} is not a table: pass a Table, a mapped class or a JobTable"
             + (" (is the class mapped?)" if isinstance(given, type) else "")
@@ -42,7 +41,7 @@ def tables_of(given: Any) -> list[Table]:
     return tables
 
 
-def by_name(table: Table, mapper: Mapper[Any] | None) -> dict[str, Any]:
+def by_name(table: sa.Table, mapper: Mapper[Any] | None) -> dict[str, Any]:
     """Return the columns by their keys, else by attributes, else by their own names."""
     found: dict[str, Any] = {column.name: column for column in table.columns}
     found |= dict(mapper.columns) if mapper is not None else {}
@@ -54,7 +53,7 @@ def clause(given: Any) -> Any:
     return given.__clause_element__() if hasattr(given, "__clause_element__") else given
 
 
-def column_of(table: Table, mapper: Mapper[Any] | None, given: Any) -> Column[Any] | None:
+def column_of(table: sa.Table, mapper: Mapper[Any] | None, given: Any) -> sa.Column[Any] | None:
     """Return the table's column for a name, a column or a mapped attribute, or None.
 
     A name is a column's key, else an attribute's, else a column's own name.
@@ -63,10 +62,10 @@ def column_of(table: Table, mapper: Mapper[Any] | None, given: Any) -> Column[An
     if isinstance(given, str):
         named = by_name(table, mapper).get(given)
     found = table.corresponding_column(named) if isinstance(named, ColumnClause) else None
-    return found if isinstance(found, Column) else None
+    return found if isinstance(found, sa.Column) else None
 
 
-def table_with(tables: Sequence[Table], wanted: Iterable[Any]) -> Table:
+def table_with(tables: Sequence[sa.Table], wanted: Iterable[Any]) -> sa.Table:
     """Return the first of the tables that has one of the columns.
 
     Raises:

@@ -21,7 +21,6 @@ from functools import cached_property
 from typing import Any, Final
 
 import sqlalchemy as sa
-from sqlalchemy import Alias, Column, ColumnElement, Dialect, Table, and_, func, literal, not_, or_
 from sqlalchemy.exc import CompileError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import ColumnClause, TextClause, quoted_name
@@ -103,7 +102,7 @@ class Guard:
     downgrade: tuple[str, ...]
 
 
-def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
+def guard(table: Any, dialect: sa.Dialect, *, full_rows: bool = False) -> Guard:
     """Build the triggers that make the database refuse a second claim.
 
     An UPDATE that writes the mark of a claim is refused, with an error that names the table, if
@@ -140,7 +139,7 @@ def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
         AmbiguousTable: the columns cannot be read with certainty.
         ClaimError: the table cannot be guarded; the message has the reason and the cure.
     """
-    if not isinstance(dialect, Dialect):
+    if not isinstance(dialect, sa.Dialect):
         raise ClaimError(f"{dialect!r} is not a dialect: pass engine.dialect")
     if dialect.name not in TEXTS:
         raise UnsupportedDialect(
@@ -161,7 +160,7 @@ def guard(table: Any, dialect: Dialect, *, full_rows: bool = False) -> Guard:
     return Guard(upgrade, downgrade)
 
 
-def _check_payload(table: Table) -> None:
+def _check_payload(table: sa.Table) -> None:
     """Refuse Payload's table: its loop neither rolls back nor claims in one transaction."""
     if {column.name for column in table.columns} >= PAYLOAD:
         raise ClaimError(
@@ -199,19 +198,19 @@ def _check_owner(job_table: JobTable) -> None:
         )
 
 
-def _owners(job_table: JobTable) -> tuple[Column[Any], ...]:
+def _owners(job_table: JobTable) -> tuple[sa.Column[Any], ...]:
     """Return the columns that identify the claim that owns a row."""
     return tuple(c for c in (job_table.worker, job_table.token) if c is not None)
 
 
-def _names(columns: tuple[Column[Any], ...]) -> str:
+def _names(columns: tuple[sa.Column[Any], ...]) -> str:
     return " or ".join(column.name for column in columns)
 
 
 class _Rules:
     """The conditions under which an UPDATE is refused, on the trigger's rows OLD and NEW."""
 
-    def __init__(self, job_table: JobTable, dialect: Dialect, *, by_owner: bool) -> None:
+    def __init__(self, job_table: JobTable, dialect: sa.Dialect, *, by_owner: bool) -> None:
         self.job_table = job_table
         self.dialect = dialect
         self.by_owner = by_owner
@@ -222,7 +221,7 @@ class _Rules:
         )
 
     @cached_property
-    def deciding(self) -> tuple[Column[Any], ...]:
+    def deciding(self) -> tuple[sa.Column[Any], ...]:
         """The columns by which a claim marks a row: writing one of them is writing the state."""
         if self.job_table.state is not None:
             return (self.job_table.state,)
@@ -230,99 +229,101 @@ class _Rules:
         read = {part.name for part in visitors.iterate(free) if isinstance(part, ColumnClause)}
         return tuple(column for column in claimed if column.name in read) or tuple(claimed)
 
-    def is_marked(self, row: Alias) -> ColumnElement[bool]:
+    def is_marked(self, row: sa.Alias) -> sa.ColumnElement[bool]:
         """Build the condition that a row has the mark of a claim, whether ended or not."""
         claimed = self.job_table.claimed
         marks = list(predicates.bears({column: claimed[column] for column in self.deciding}))
-        return self.of(row, and_(*marks) if marks else not_(_sure(self.job_table.free)))
+        return self.of(row, sa.and_(*marks) if marks else sa.not_(_sure(self.job_table.free)))
 
-    def has_ended(self, row: Alias) -> ColumnElement[bool]:
+    def has_ended(self, row: sa.Alias) -> sa.ColumnElement[bool]:
         """Build the condition that a column other than the state marks the row as ended."""
         ends = predicates.not_ended(self.job_table)
-        return not_(self.of(row, and_(*ends))) if ends else sa.false()
+        return sa.not_(self.of(row, sa.and_(*ends))) if ends else sa.false()
 
-    def was_free(self) -> ColumnElement[bool]:
+    def was_free(self) -> sa.ColumnElement[bool]:
         """Build the condition that OLD was free; a NULL state is free unless declared otherwise."""
         job_table, free = self.job_table, self.job_table.free
         marks = (job_table.claimed, job_table.done, job_table.failed, job_table.withdrawn)
         state = job_table.state
         if state is not None and state.nullable:
             unsaid = all(mark.get(state, ...) is not None for mark in marks)
-            free = or_(free, state.is_(None)) if unsaid else free
-        return self.of(self.old, and_(free, *predicates.not_ended(job_table)))
+            free = sa.or_(free, state.is_(None)) if unsaid else free
+        return self.of(self.old, sa.and_(free, *predicates.not_ended(job_table)))
 
-    def is_reclaimed(self) -> ColumnElement[bool]:
+    def is_reclaimed(self) -> sa.ColumnElement[bool]:
         """Build the condition that OLD's lease had expired and NEW is the next claim."""
         branches = predicates.claimable_branches(self.job_table)[1:]
         if not branches:
             return sa.false()
         again, token = predicates.any_of(branches), self.job_table.token
         # Without a token, the next claim must make the row unavailable to all others.
-        taken = not_(self.of(self.new, again)) if token is None else self.is_new(token)
-        return and_(self.of(self.old, again), taken)
+        taken = sa.not_(self.of(self.new, again)) if token is None else self.is_new(token)
+        return sa.and_(self.of(self.old, again), taken)
 
     @cached_property
-    def refusals(self) -> tuple[tuple[ColumnElement[bool], str], ...]:
+    def refusals(self) -> tuple[tuple[sa.ColumnElement[bool], str], ...]:
         """The conditions under which the UPDATE is refused, each with its reason."""
         old, new, was_free = self.old, self.new, self.was_free()
-        was_running = and_(self.is_marked(old), not_(self.has_ended(old)))
-        allowed = [and_(was_running, self.has_ended(new)), self.is_reclaimed()]
+        was_running = sa.and_(self.is_marked(old), sa.not_(self.has_ended(old)))
+        allowed = [sa.and_(was_running, self.has_ended(new)), self.is_reclaimed()]
         if self.by_owner:
-            undone = and_(self.has_ended(old), not_(self.has_ended(new)))
+            undone = sa.and_(self.has_ended(old), sa.not_(self.has_ended(new)))
             kept = (self.keeps(owner) for owner in self.owners)
-            owned = or_(*(self.names(old, owner) for owner in self.owners))
-            allowed.append(and_(self.is_marked(old), not_(undone), owned, *kept))
-        second = and_(self.is_marked(new), not_(was_free), not_(or_(*allowed)))
-        found = ((and_(second, was_running), RUNNING), (second, ENDED))
+            owned = sa.or_(*(self.names(old, owner) for owner in self.owners))
+            allowed.append(sa.and_(self.is_marked(old), sa.not_(undone), owned, *kept))
+        second = sa.and_(self.is_marked(new), sa.not_(was_free), sa.not_(sa.or_(*allowed)))
+        found = ((sa.and_(second, was_running), RUNNING), (second, ENDED))
         if not self.by_owner:
             return found
         named = [
             self.is_new(owner) if owner is self.job_table.token else self.names(new, owner)
             for owner in self.owners
         ]
-        unnamed = and_(self.is_marked(new), was_free, not_(or_(*named)))
+        unnamed = sa.and_(self.is_marked(new), was_free, sa.not_(sa.or_(*named)))
         return (*found, (unnamed, UNNAMED + _names(self.owners)))
 
-    def names(self, row: Alias, owner: Column[Any]) -> ColumnElement[bool]:
+    def names(self, row: sa.Alias, owner: sa.Column[Any]) -> sa.ColumnElement[bool]:
         """Build the condition that a row has an owner; an empty text is no worker's name."""
         found = row.c[owner.key]
         if owner is self.job_table.worker:
-            return and_(found.is_not(None), found != "")
+            return sa.and_(found.is_not(None), found != "")
         return found.is_not(None)
 
-    def is_new(self, owner: Column[Any]) -> ColumnElement[bool]:
+    def is_new(self, owner: sa.Column[Any]) -> sa.ColumnElement[bool]:
         """Build the condition that the UPDATE writes another owner."""
-        return and_(self.names(self.new, owner), not_(self.keeps(owner)))
+        return sa.and_(self.names(self.new, owner), sa.not_(self.keeps(owner)))
 
-    def keeps(self, owner: Column[Any]) -> ColumnElement[bool]:
+    def keeps(self, owner: sa.Column[Any]) -> sa.ColumnElement[bool]:
         """Build the condition that the UPDATE leaves a column identical, whatever its collation."""
         new: Any = self.new.c[owner.key]
         old: Any = self.old.c[owner.key]
         if self.dialect.name != "postgresql":
-            new, old = func.hex(new), func.hex(old)
-        kept: ColumnElement[bool] = new.is_not_distinct_from(old)
+            new, old = sa.func.hex(new), sa.func.hex(old)
+        kept: sa.ColumnElement[bool] = new.is_not_distinct_from(old)
         return kept
 
-    def message(self, reason: str) -> ColumnElement[str]:
+    def message(self, reason: str) -> sa.ColumnElement[str]:
         """Build the error message: the job's key and the reason.
 
         On SQLite, RAISE takes only a constant before 3.47, so the message names no key.
         """
         reason = f" of {self.table.fullname} {reason}"
         if self.dialect.name == "sqlite":
-            constant = literal(f"atomic_claim: a job{reason}", sa.Text())
-            return func.RAISE(sa.literal_column("ABORT"), constant)
-        found: ColumnElement[str] = literal("atomic_claim: job ", sa.Text())
+            constant = sa.literal(f"atomic_claim: a job{reason}", sa.Text())
+            return sa.func.RAISE(sa.literal_column("ABORT"), constant)
+        found: sa.ColumnElement[str] = sa.literal("atomic_claim: job ", sa.Text())
         for place, part in enumerate(self.job_table.key):
-            found += literal(", " * (place > 0) + part.name + "=", sa.Text()) + self.key_text(part)
-        return found + literal(reason, sa.Text())
+            found += sa.literal(", " * (place > 0) + part.name + "=", sa.Text()) + self.key_text(
+                part
+            )
+        return found + sa.literal(reason, sa.Text())
 
-    def key_text(self, part: Column[Any]) -> ColumnElement[str]:
+    def key_text(self, part: sa.Column[Any]) -> sa.ColumnElement[str]:
         """Convert a column of the job's key to text, a binary one to hexadecimal."""
         old: Any = self.old.c[part.key]
         if not isinstance(plain_type(part.type), BYTES):
             return sa.cast(old, sa.Text())
-        return func.encode(old, "hex") if self.dialect.name == "postgresql" else func.hex(old)
+        return sa.func.encode(old, "hex") if self.dialect.name == "postgresql" else sa.func.hex(old)
 
     def hint(self) -> str:
         """Return the hint for the author of a refused UPDATE."""
@@ -333,7 +334,7 @@ class _Rules:
             f"{state}{also}."
         )
 
-    def of(self, row: Alias, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    def of(self, row: sa.Alias, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         """Translate a condition on the table to one on a trigger's row that is never NULL."""
 
         def replace(element: Any, **_: Any) -> Any:
@@ -367,12 +368,12 @@ class _Rules:
             "table": preparer.format_table(self.table),
             "bare_table": preparer.format_table(self.table, use_schema=False),
             "state": ", ".join(preparer.quote(column.name) for column in self.deciding),
-            "is_refused": self.sql(or_(*(condition for condition, _ in self.refusals[1:]))),
+            "is_refused": self.sql(sa.or_(*(condition for condition, _ in self.refusals[1:]))),
             "message": self.sql(sa.case(*messages, else_=sa.null())),
-            "hint": self.sql(literal(self.hint())),
+            "hint": self.sql(sa.literal(self.hint())),
         }
 
-    def sql(self, clause: ColumnElement[Any]) -> str:
+    def sql(self, clause: sa.ColumnElement[Any]) -> str:
         """Compile a clause to SQL with literal values."""
         try:
             return str(clause.compile(None, self.dialect, compile_kwargs={"literal_binds": True}))
@@ -389,6 +390,6 @@ def _trigger_name(table_name: str) -> str:
     return table_name + suffix
 
 
-def _sure(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+def _sure(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
     """Return the condition with NULL counted as false."""
-    return func.coalesce(condition, sa.false())
+    return sa.func.coalesce(condition, sa.false())

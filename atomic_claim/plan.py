@@ -10,23 +10,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from typing import Any, NamedTuple, NoReturn, cast
 
-from sqlalchemy import (
-    Column,
-    ColumnElement,
-    Index,
-    Integer,
-    Select,
-    Table,
-    UniqueConstraint,
-    and_,
-    bindparam,
-    case,
-    func,
-    literal_column,
-    select,
-    true,
-    type_coerce,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import Float
@@ -111,13 +95,13 @@ class ClaimPlan(Preparing):
     job_table: JobTable
     candidates: Candidates
     conditions: tuple[Any, ...]
-    order: tuple[ColumnElement[Any], ...]
-    values: dict[Column[Any], Any]
+    order: tuple[sa.ColumnElement[Any], ...]
+    values: dict[sa.Column[Any], Any]
     entities: bool
     single: bool
-    marks: tuple[ColumnElement[bool], ...]
+    marks: tuple[sa.ColumnElement[bool], ...]
 
-    def fault(self, *, later: bool = False) -> ColumnElement[int]:
+    def fault(self, *, later: bool = False) -> sa.ColumnElement[int]:
         """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
 
         The lease must exceed a time that is counted from now, or ``later``, in another statement
@@ -129,14 +113,17 @@ class ClaimPlan(Preparing):
         if lease is not None and self.values[lease] is None:
             marks.append(lease.is_(None))
         elif lease is not None:
-            least = job_table.now(lease, bindparam(LEAST, 0.0, Float()), floor=True)
-            marks.append(lease > (bindparam(INSTANT, None, lease.type) if later else least))
+            least = job_table.now(lease, sa.bindparam(LEAST, 0.0, Float()), floor=True)
+            marks.append(lease > (sa.bindparam(INSTANT, None, lease.type) if later else least))
         free, *others = claimable_branches(job_table)
-        wrong = case(
-            (any_of((free, *others[1:])), literal_column(str(CLAIMABLE))), else_=literal_column("0")
+        wrong = sa.case(
+            (any_of((free, *others[1:])), sa.literal_column(str(CLAIMABLE))),
+            else_=sa.literal_column("0"),
         )
-        found = case((and_(true(), *marks), wrong), else_=literal_column(str(NOT_MARKED)))
-        return type_coerce(found, Integer()).label(FAULT)
+        found = sa.case(
+            (sa.and_(sa.true(), *marks), wrong), else_=sa.literal_column(str(NOT_MARKED))
+        )
+        return sa.type_coerce(found, sa.Integer()).label(FAULT)
 
     def passing_over(self, keys: Sequence[tuple[Any, ...]]) -> ClaimPlan:
         """Return the plan of a claim of the same rows without those with these keys."""
@@ -226,27 +213,27 @@ class ClaimPlan(Preparing):
         """The key as the mapped class has it, or else the table."""
         return _key_attributes(self.job_table)
 
-    def source(self, *columns: Any) -> Select[Any]:
+    def source(self, *columns: Any) -> sa.Select[Any]:
         """Select from the table, or from the mapped class with its inheritance criteria."""
         return _source(self.job_table, *columns)
 
     @property
-    def reading(self) -> Select[Any]:
+    def reading(self) -> sa.Select[Any]:
         """A SELECT of all entities or rows, to be narrowed to some keys."""
         job_table = self.job_table
         if self.entities:
-            found = select(cast("type[Any]", job_table.entity))
+            found = sa.select(cast("type[Any]", job_table.entity))
             return found.execution_options(populate_existing=True)
-        return self.source(*self.columns) if self.multi_table else select(job_table.table)
+        return self.source(*self.columns) if self.multi_table else sa.select(job_table.table)
 
     @property
     def changes_key(self) -> bool:
         """Return True if the claim writes a column that a foreign key may reference."""
-        table: Table = self.job_table.table
+        table: sa.Table = self.job_table.table
         unique = {
             column
             for item in (*table.constraints, *table.indexes)
-            if isinstance(item, UniqueConstraint) or (isinstance(item, Index) and item.unique)
+            if isinstance(item, sa.UniqueConstraint) or (isinstance(item, sa.Index) and item.unique)
             for column in item.columns
         }
         return not unique.union(self.job_table.key).isdisjoint(self.values)
@@ -255,7 +242,7 @@ class ClaimPlan(Preparing):
     def changes_order(self) -> bool:
         """Return True if the claim may write a column that its order depends on."""
         return any(
-            isinstance(part, ScalarSelect) or (isinstance(part, Column) and part in self.values)
+            isinstance(part, ScalarSelect) or (isinstance(part, sa.Column) and part in self.values)
             for term in self.order
             for part in visitors.iterate(term)
         )
@@ -316,12 +303,14 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
             f"{job_table.table.fullname!r}, so its rows could not be found by key afterwards: "
             "keep the state in a column outside of the key"
         )
-    limit = bindparam(LIMIT, request.limit, Integer(), literal_execute=True)
+    limit = sa.bindparam(LIMIT, request.limit, sa.Integer(), literal_execute=True)
     shares = request.limit > 1 and not request.deletes
     alone = is_last_chance(job_table) if shares else None
     flag = [] if alone is None else [alone_if(alone)]
     source = _source(job_table, *key, *flag, *labelled_terms(order))
-    scan_limit = bindparam(SCAN_LIMIT, request.limit + MARGIN, Integer(), literal_execute=True)
+    scan_limit = sa.bindparam(
+        SCAN_LIMIT, request.limit + MARGIN, sa.Integer(), literal_execute=True
+    )
     branches = [
         source.where(*branch.conditions, *where)
         .order_by(*(branch.order or order))
@@ -332,8 +321,8 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     waiting = None
     if is_due(job_table):
         free = source.where(is_free(job_table), *where).order_by(*order)
-        unspent, due = and_(true(), *is_unspent(job_table)), job_table.due
-        ripe = true() if due is None else is_ripe(job_table)
+        unspent, due = sa.and_(sa.true(), *is_unspent(job_table)), job_table.due
+        ripe = sa.true() if due is None else is_ripe(job_table)
         classes = classes_by_value(job_table)
         waiting = Waiting(free, order, limit, scan_limit, due, ripe, unspent, classes)
     return ClaimPlan(
@@ -359,45 +348,45 @@ def _key_attributes(job_table: JobTable) -> tuple[Any, ...]:
     )
 
 
-def _source(job_table: JobTable, *columns: Any) -> Select[Any]:
-    found: Select[Any] = cast("Any", select(*columns))
+def _source(job_table: JobTable, *columns: Any) -> sa.Select[Any]:
+    found: sa.Select[Any] = cast("Any", sa.select(*columns))
     return found if job_table.entity is None else found.select_from(job_table.entity)
 
 
-def _marks(job_table: JobTable, request: ClaimRequest) -> tuple[ColumnElement[bool], ...]:
+def _marks(job_table: JobTable, request: ClaimRequest) -> tuple[sa.ColumnElement[bool], ...]:
     """Return the conditions that a row bears the values of this claim, as they are stored."""
     marks = declared_marks(job_table)
     if request.worker is not None:
-        marks = (*marks, job_table.worker == bindparam(WORKER, None, job_table.worker.type))
+        marks = (*marks, job_table.worker == sa.bindparam(WORKER, None, job_table.worker.type))
     if (token := job_table.token) is not None:
-        marks = (*marks, token == bindparam(TOKEN, None, token.type))
+        marks = (*marks, token == sa.bindparam(TOKEN, None, token.type))
     return marks
 
 
-def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[Column[Any], Any]:
-    values: dict[Column[Any], Any] = dict(job_table.claimed)
+def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[sa.Column[Any], Any]:
+    values: dict[sa.Column[Any], Any] = dict(job_table.claimed)
     for column in job_table.stamps:
         values.setdefault(column, job_table.now(column))
     if (column := job_table.worker) is not None and request.worker is not None:
-        values[column] = bindparam(WORKER, request.worker, column.type)
+        values[column] = sa.bindparam(WORKER, request.worker, column.type)
     if (column := job_table.token) is not None:
-        values[column] = bindparam(TOKEN, callable_=new_token, type_=column.type)
+        values[column] = sa.bindparam(TOKEN, callable_=new_token, type_=column.type)
     if (column := job_table.attempts) is not None:
         values[column] = _counted(column, limited=isinstance(job_table.max_attempts, int))
     if (column := job_table.lease) is not None:
         values[column] = None
         if request.lease is not None:
-            seconds = bindparam(LEASE, request.lease.total_seconds(), Float())
+            seconds = sa.bindparam(LEASE, request.lease.total_seconds(), Float())
             values[column] = job_table.now(column, seconds)
     return values | job_table.next_version
 
 
-def _counted(column: Column[Any], *, limited: bool) -> ColumnElement[Any]:
+def _counted(column: sa.Column[Any], *, limited: bool) -> sa.ColumnElement[Any]:
     """Count a claim; a counter at the end of its type stays there.
 
     ``limited`` where such a row is not claimed anyway.
     """
-    more: ColumnElement[Any] = (func.coalesce(column, 0) if column.nullable else column) + 1
+    more: sa.ColumnElement[Any] = (sa.func.coalesce(column, 0) if column.nullable else column) + 1
     if limited:
         return more
-    return case((column >= InlineLiteral(highest(column.type), column.type), column), else_=more)
+    return sa.case((column >= InlineLiteral(highest(column.type), column.type), column), else_=more)

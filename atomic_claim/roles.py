@@ -8,7 +8,6 @@ from itertools import combinations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import Column
 from sqlalchemy.schema import DefaultClause
 from sqlalchemy.types import JSON, BigInteger, Integer, SmallInteger, TypeEngine
 
@@ -66,11 +65,11 @@ def highest(type_: TypeEngine[Any]) -> int:
     return int(2 ** (bits if getattr(plain, "unsigned", False) else bits - 1)) - 1
 
 
-def _is_integer(column: Column[Any]) -> bool:
+def _is_integer(column: sa.Column[Any]) -> bool:
     return isinstance(plain_type(column.type), Integer)
 
 
-NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
+NEEDS: Mapping[str, tuple[str, Callable[[sa.Column[Any]], bool]]] = {
     "state": ("one value", lambda c: not isinstance(plain_type(c.type), (sa.ARRAY, JSON))),
     "worker": ("a string", is_text),
     "token": (f"a string of at least {TOKEN_LENGTH} characters", holds_tokens),
@@ -93,7 +92,7 @@ NEEDS: Mapping[str, tuple[str, Callable[[Column[Any]], bool]]] = {
 """By role, the type that its column has to have. ``JobTable.now`` checks columns of times."""
 
 
-def check_roles(pairs: Sequence[tuple[str, Column[Any]]]) -> None:
+def check_roles(pairs: Sequence[tuple[str, sa.Column[Any]]]) -> None:
     """Raise if columns cannot play their roles, alone or together.
 
     Args:
@@ -109,7 +108,7 @@ def check_roles(pairs: Sequence[tuple[str, Column[Any]]]) -> None:
             )
 
 
-def _check_role(role: str, column: Column[Any]) -> None:
+def _check_role(role: str, column: sa.Column[Any]) -> None:
     expected, fits = NEEDS.get(role, ("", None))
     if fits is not None and not fits(column):
         raise ClaimError(
@@ -125,7 +124,7 @@ def _check_role(role: str, column: Column[Any]) -> None:
         )
 
 
-def check_writable(role: str, column: Column[Any]) -> None:
+def check_writable(role: str, column: sa.Column[Any]) -> None:
     """Raise for a column that the database computes."""
     if column.computed is not None:
         raise ClaimError(
@@ -135,9 +134,9 @@ def check_writable(role: str, column: Column[Any]) -> None:
 
 
 def check_claimed(
-    pairs: Iterable[tuple[str, Column[Any]]],
-    claimed: Collection[Column[Any]],
-    state: Column[Any] | None,
+    pairs: Iterable[tuple[str, sa.Column[Any]]],
+    claimed: Collection[sa.Column[Any]],
+    state: sa.Column[Any] | None,
 ) -> None:
     """Raise if the values that mark a claim are written to a column that has another role."""
     for role, column in pairs:
@@ -148,7 +147,7 @@ def check_claimed(
             )
 
 
-def is_moved(column: Column[Any]) -> bool:
+def is_moved(column: sa.Column[Any]) -> bool:
     """Check whether an UPDATE that does not name the column changes it."""
     if column.onupdate is not None or column.server_onupdate is not None:
         return True
@@ -158,7 +157,7 @@ def is_moved(column: Column[Any]) -> bool:
     return "on update" in text.lower()
 
 
-def check_most_rows(most: Any, column: Column[Any] | None) -> None:
+def check_most_rows(most: Any, column: sa.Column[Any] | None) -> None:
     """Raise if the maximum of running rows is no count, or there is no key to count by."""
     _check_count("max_per_key", most, "an int of at least 1")
     if column is None and most != 1:
@@ -170,13 +169,13 @@ def _check_count(name: str, value: Any, expected: str) -> None:
         raise ClaimError(f"{name} is {value!r}; expected {expected}")
 
 
-def check_attempts(column: Column[Any] | None, limit: Any) -> None:
+def check_attempts(column: sa.Column[Any] | None, limit: Any) -> None:
     """Raise if the maximum of attempts is neither a column nor a number that is ever reached."""
     if limit is None:
         return
     if column is None:
         raise ClaimError("max_attempts needs attempts=..., the column that counts the claims")
-    if isinstance(limit, Column):
+    if isinstance(limit, sa.Column):
         return
     _check_count("max_attempts", limit, "an int of at least 1, or a column")
     if limit > (most := highest(column.type)):

@@ -9,12 +9,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    ColumnElement,
-    and_,
-    bindparam,
-    or_,
-)
+import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -31,7 +26,7 @@ KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
 
 
-class InlineLiteral(ColumnElement[Any]):
+class InlineLiteral(sa.ColumnElement[Any]):
     """A value known when the table is declared, rendered as a literal by its type.
 
     An index that is partial on ``state = 'waiting'`` serves a query only if the planner sees the
@@ -62,7 +57,7 @@ def _inline(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
     return compiler.render_literal_value(value, type_)
 
 
-class DatabaseTime(ColumnElement[datetime]):
+class DatabaseTime(sa.ColumnElement[datetime]):
     """The database's clock at the start of the statement, in the form in which a column stores it.
 
     ``clock`` is ``"utc"`` or ``"server"`` (for a column without a zone: UTC, or the session's
@@ -90,7 +85,7 @@ class DatabaseTime(ColumnElement[datetime]):
         self,
         type_: TypeEngine[Any],
         clock: str,
-        offset: ColumnElement[Any] | None = None,
+        offset: sa.ColumnElement[Any] | None = None,
         *,
         floor: bool = False,
         form: str | None = None,
@@ -104,21 +99,25 @@ class DatabaseTime(ColumnElement[datetime]):
         self.later = value is None or value >= 0
 
 
-class RandomFraction(ColumnElement[float]):
+class RandomFraction(sa.ColumnElement[float]):
     """A random number from 0 to 1, drawn by the database for each row."""
 
     inherit_cache = True
     type = Float()
 
 
-def key_in(key: Sequence[ColumnElement[Any]], keys: Iterable[Sequence[Any]]) -> ColumnElement[bool]:
+def key_in(
+    key: Sequence[sa.ColumnElement[Any]], keys: Iterable[Sequence[Any]]
+) -> sa.ColumnElement[bool]:
     """Build the condition that a row's key is one of ``keys``.
 
     Several columns are compared one by one: MariaDB reads the whole index for a list of tuples.
     """
     if len(key) == 1:
         return key[0].in_([values[0] for values in keys])
-    return or_(*(and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys))
+    return sa.or_(
+        *(sa.and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys)
+    )
 
 
 class Preparing:
@@ -152,12 +151,12 @@ class ByKey:
 
     def __init__(
         self,
-        key: Sequence[ColumnElement[Any]],
-        build: Callable[[ColumnElement[bool]], Any],
+        key: Sequence[sa.ColumnElement[Any]],
+        build: Callable[[sa.ColumnElement[bool]], Any],
     ) -> None:
         self.key = key
         self.build = build
-        parameter: BindParameter[Any] = bindparam(KEYS, expanding=True)
+        parameter: BindParameter[Any] = sa.bindparam(KEYS, expanding=True)
         self.statement = build(key[0].in_(parameter)) if len(key) == 1 else None
 
     def of(
@@ -171,22 +170,22 @@ class ByKey:
 
 
 def key_equals(
-    key: Sequence[ColumnElement[Any]], others: Sequence[ColumnElement[Any]]
-) -> ColumnElement[bool]:
+    key: Sequence[sa.ColumnElement[Any]], others: Sequence[sa.ColumnElement[Any]]
+) -> sa.ColumnElement[bool]:
     """Build the condition that two keys are equal, column by column."""
-    return and_(*(column == other for column, other in zip(key, others, strict=True)))
+    return sa.and_(*(column == other for column, other in zip(key, others, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
 class OrderTerm:
     """A term of an ORDER BY, taken apart: what is compared, which way, and where NULLs go."""
 
-    element: ColumnElement[Any]
+    element: sa.ColumnElement[Any]
     descending: bool = False
     nulls_first: bool | None = None
 
     @classmethod
-    def of(cls, term: ColumnElement[Any]) -> OrderTerm:
+    def of(cls, term: sa.ColumnElement[Any]) -> OrderTerm:
         """Take a term apart."""
         descending, nulls_first = False, None
         while isinstance(term, UnaryExpression) and term.modifier in _MODIFIERS:
@@ -197,9 +196,9 @@ class OrderTerm:
             term = term.element
         return cls(term, descending, nulls_first)
 
-    def applied(self, element: ColumnElement[Any]) -> ColumnElement[Any]:
+    def applied(self, element: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Order another element in the same direction, with NULLs in the same place."""
-        found: ColumnElement[Any] = element.desc() if self.descending else element.asc()
+        found: sa.ColumnElement[Any] = element.desc() if self.descending else element.asc()
         if self.nulls_first is None:
             return found
         return found.nulls_first() if self.nulls_first else found.nulls_last()
@@ -211,7 +210,7 @@ class OrderTerm:
         return (" DESC" if self.descending else "") + nulls
 
 
-def labelled_terms(order: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+def labelled_terms(order: Iterable[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
     """Return what the terms of an order compare, as columns named ``claim_order_1`` and so on."""
     terms = enumerate(order, 1)
     return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]

@@ -10,8 +10,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Column, Table
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 from sqlalchemy.engine.default import DefaultDialect
 
 from .errors import ClaimError
@@ -39,7 +38,7 @@ _dialect = DefaultDialect()
 _dialect.supports_native_decimal = True
 
 
-def written(column: Column[Any], value: Any) -> list[str]:
+def written(column: sa.Column[Any], value: Any) -> list[str]:
     """Write a part of a key as its type and its text.
 
     Both are strings: JavaScript rounds integers above 2^53. A value of another type is converted
@@ -64,7 +63,7 @@ def written(column: Column[Any], value: Any) -> list[str]:
     )
 
 
-def read(column: Column[Any], part: Any) -> Any:
+def read(column: sa.Column[Any], part: Any) -> Any:
     """Read a part of a key that :func:`written` has written."""
     try:
         *through, kind, text = part
@@ -98,13 +97,13 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: io.BytesIO, entity: type[Any] | None) -> None:
         super().__init__(file)
         self.entity = entity
-        self.tables = [] if entity is None else list(sa_inspect(entity).tables)
+        self.tables = [] if entity is None else list(sa.inspect(entity).tables)
 
     def reducer_override(self, obj: Any) -> Any:
         if is_mapper(obj):
-            return sa_inspect, (obj.class_,)
-        table = obj.table if isinstance(obj, Column) else obj
-        if not isinstance(table, Table) or table not in self.tables:
+            return sa.inspect, (obj.class_,)
+        table = obj.table if isinstance(obj, sa.Column) else obj
+        if not isinstance(table, sa.Table) or table not in self.tables:
             return NotImplemented
         key = None if obj is table else obj.key
         return _of_class, (self.entity, self.tables.index(table), key)
@@ -112,7 +111,7 @@ class _Pickler(pickle.Pickler):
 
 def _of_class(entity: type[Any], place: int, key: str | None) -> Any:
     """Return one of the class's tables, or its column with this key."""
-    table = sa_inspect(entity).tables[place]
+    table = sa.inspect(entity).tables[place]
     return table if key is None else table.columns[key]
 
 

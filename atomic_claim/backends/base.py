@@ -9,17 +9,7 @@ from dataclasses import dataclass, field
 from itertools import filterfalse
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, cast
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    CursorResult,
-    Dialect,
-    Result,
-    Select,
-    null,
-    select,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -64,8 +54,8 @@ class Transaction:
     """
 
     backend: Backend
-    executor: Session | Connection
-    connection: Connection
+    executor: Session | sa.Connection
+    connection: sa.Connection
     own: bool
     autocommit: bool = False
     after_disconnect: bool = False
@@ -81,9 +71,9 @@ class Transaction:
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
-    ) -> Result[Any]:
+    ) -> sa.Result[Any]:
         """Execute on the connection, by the session if there is one."""
-        if isinstance(self.executor, Connection):
+        if isinstance(self.executor, sa.Connection):
             return self.executor.execute(statement, params)
         return self.executor.execute(statement, params, bind_arguments={"bind": self.connection})
 
@@ -95,7 +85,7 @@ class Transaction:
 
     def by_key(
         self, statement: ByKey, keys: Sequence[Key], params: Mapping[str, Any] | None = None
-    ) -> Iterator[tuple[Sequence[Key], Result[Any]]]:
+    ) -> Iterator[tuple[Sequence[Key], sa.Result[Any]]]:
         """Execute for some keys after the others, and yield those keys and the result."""
         for start in range(0, len(keys), CHUNK):
             chunk = keys[start : start + CHUNK]
@@ -112,7 +102,7 @@ class Transaction:
         if not self.own and (job_table.token is None or not job_table.released):
             return True
         session = self.executor
-        if isinstance(session, Connection) or not plan.entities:
+        if isinstance(session, sa.Connection) or not plan.entities:
             return False
         return bool(session.dispatch.do_orm_execute)
 
@@ -167,15 +157,15 @@ class Find:
     """
 
     job_table: JobTable
-    statement: Select[Any]
+    statement: sa.Select[Any]
     place: Any
     limit: int | None
-    conditions: tuple[ColumnElement[bool], ...]
+    conditions: tuple[sa.ColumnElement[bool], ...]
     alone: bool
     params: Mapping[str, Any]
 
     @property
-    def key(self) -> tuple[ColumnElement[Any], ...]:
+    def key(self) -> tuple[sa.ColumnElement[Any], ...]:
         """The primary key's columns, as the SELECT has them."""
         return tuple(self.place.columns[column.key] for column in self.job_table.key)
 
@@ -186,9 +176,9 @@ class KeyLocks:
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
 
-    def number(self, key: ColumnElement[Any]) -> ColumnElement[Any]:
+    def number(self, key: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Return the number of a key's lock, where keys are locked one by one, or NULL."""
-        return null()
+        return sa.null()
 
     def lock(
         self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
@@ -206,11 +196,13 @@ class KeyLocks:
         """Lock the exclusive keys of some rows before their leases are extended."""
         return nullcontext()
 
-    def around(self, connection: Connection, job_table: JobTable) -> AbstractContextManager[None]:
+    def around(
+        self, connection: sa.Connection, job_table: JobTable
+    ) -> AbstractContextManager[None]:
         """Lock a table's exclusive keys until a transaction of the call's own has ended."""
         return nullcontext()
 
-    def begin(self, connection: Connection) -> None:
+    def begin(self, connection: sa.Connection) -> None:
         """Begin a transaction of the call's own that makes or keeps rows with keys running."""
 
 
@@ -247,7 +239,7 @@ class Backend(ABC):
     checks_text: ClassVar[bool] = True
     """Whether a text can be refused for its characters or its length."""
 
-    def check(self, dialect: Dialect) -> None:
+    def check(self, dialect: sa.Dialect) -> None:
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
         name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
         product, least, cause = self.required.get(name, ("", (), ""))
@@ -315,7 +307,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
         """Return the SELECT that locks the rows it returns and skips rows locked elsewhere."""
 
     @abstractmethod
@@ -357,10 +349,10 @@ class Backend(ABC):
         return changed
 
     def changes(
-        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+        self, job_table: JobTable, guard: sa.ColumnElement[bool], values: Mapping[Any, Any]
     ) -> Sequence[ByKey]:
         """Return the statements of :meth:`change` in execution order."""
-        statement = update(job_table.table).values(dict(values)).returning(*job_table.key)
+        statement = sa.update(job_table.table).values(dict(values)).returning(*job_table.key)
         return (ByKey(job_table.key, lambda is_one: statement.where(is_one, guard)),)
 
     def unlocked(
@@ -368,10 +360,10 @@ class Backend(ABC):
         tx: Transaction,
         job_table: JobTable,
         keys: Sequence[Key],
-        guard: ColumnElement[bool],
+        guard: sa.ColumnElement[bool],
     ) -> list[Key]:
         """Lock those of the rows that the guard is true for and that are not locked."""
-        locking = hinted(select(*job_table.key).where(guard), job_table.table, self.hints)
+        locking = hinted(sa.select(*job_table.key).where(guard), job_table.table, self.hints)
         locking = locking.with_for_update(skip_locked=True, key_share=True)
         found = tx.by_key(ByKey(job_table.key, locking.where), keys)
         return [tuple(row) for _, result in found for row in result]
@@ -380,7 +372,7 @@ class Backend(ABC):
         """Wait for no lock longer than this."""
         return nullcontext()
 
-    def process(self, connection: Connection) -> tuple[Any, str | None]:
+    def process(self, connection: sa.Connection) -> tuple[Any, str | None]:
         """Return what identifies the server's process, and the session's isolation level.
 
         They are for a lost connection and for AUTOCOMMIT; None where they are not needed. Asked
@@ -388,7 +380,7 @@ class Backend(ABC):
         """
         return None, None
 
-    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
+    def asks_to_end(self, connection: sa.Connection, process: Any, seconds: float) -> bool:
         """Ask for the end of a process, and return False if it is gone; SQLite has none."""
         return False
 
@@ -436,7 +428,7 @@ def mark_and_load(
     if keys and (asking := plan.prepare(instant)) is not None:
         given[INSTANT] = tx.connection.scalar(asking, given)
     for chunk, result in tx.by_key(plan.prepare(marking_by_key, backend), keys, given):
-        rows = cast("CursorResult[Any]", result)
+        rows = cast("sa.CursorResult[Any]", result)
         marked = len(rows.all()) if backend.has_returning else rows.rowcount
         tx.marked.extend(chunk)
         if marked != len(chunk):
@@ -453,7 +445,7 @@ def mark_and_load(
 def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], marked: int) -> None:
     job_table = plan.job_table
     name = job_table.table.fullname
-    claimable = select(*job_table.key).where(
+    claimable = sa.select(*job_table.key).where(
         key_in(job_table.key, keys), predicates.claimable(job_table)
     )
     # The transaction's snapshot may be older than the lock.
@@ -473,7 +465,7 @@ def _refuse_unmarked(tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], mark
 def marking_by_key(plan: ClaimPlan, backend: Backend) -> ByKey:
     """Return the UPDATE that marks rows given by key, if they are claimable."""
     table = plan.job_table.table
-    marking = hinted(update(table).values(plan.values), table, backend.hints)
+    marking = hinted(sa.update(table).values(plan.values), table, backend.hints)
     if backend.has_returning:
         marking = marking.returning(*plan.job_table.key)
     claimable = predicates.claimable(plan.job_table)

@@ -28,19 +28,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Any, cast
 
-from sqlalchemy import (
-    CTE,
-    Column,
-    ColumnElement,
-    FromClause,
-    Integer,
-    Select,
-    bindparam,
-    func,
-    literal_column,
-    or_,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.elements import Label
@@ -89,12 +77,12 @@ class KeySearch:
     # The statements.
 
     @cached_property
-    def window(self) -> Select[Any]:
+    def window(self) -> sa.Select[Any]:
         """The first rows in claim order, whether their keys have room or not."""
         return self._told(self._numbered("first", *self._branches))
 
     @cached_property
-    def heads(self) -> Select[Any]:
+    def heads(self) -> sa.Select[Any]:
         """The first rows of every key that has free rows, if they have room; and others.
 
         Those are rows without a key and rows whose lease is over, up to a limit of each kind, and
@@ -108,24 +96,24 @@ class KeySearch:
         heads = [self._one_by_one(of_key, place, keys) for place in range(self._most_heads)]
         rows = self._numbered("heads", *heads, first.where(self._column.is_(None)), *expired)
         branch = rows.columns[BRANCH]
-        is_wanted = or_(branch >= self._most_heads, branch < self._room(rows))
-        most = bindparam(FOUND, 1, Integer(), literal_execute=True)
+        is_wanted = sa.or_(branch >= self._most_heads, branch < self._room(rows))
+        most = sa.bindparam(FOUND, 1, sa.Integer(), literal_execute=True)
         return self._told(rows).where(is_wanted).limit(most)
 
     @cached_property
     def chosen(self) -> ByKey:
         """Select, of rows given by key, those whose exclusive keys have room, in claim order."""
 
-        def build(is_one: ColumnElement[bool]) -> Select[Any]:
+        def build(is_one: sa.ColumnElement[bool]) -> sa.Select[Any]:
             given = self.plan.candidates.rows.where(is_one)
             given = given.add_columns(*labelled_terms(self.plan.order), self._column.label(KEY))
             read = given.cte("atomic_claim_given")
             order = [*self.plan.candidates.terms(read), *self._ids(read)]
             key = read.columns[KEY]
-            place = func.row_number().over(partition_by=key, order_by=order).label(PLACE)
-            rows = select(read, place).subquery("atomic_claim_placed")
-            has_room = or_(rows.columns[KEY].is_(None), rows.columns[PLACE] <= self._room(rows))
-            found = cast("Select[Any]", select(*self._ids(rows)).where(has_room))
+            place = sa.func.row_number().over(partition_by=key, order_by=order).label(PLACE)
+            rows = sa.select(read, place).subquery("atomic_claim_placed")
+            has_room = sa.or_(rows.columns[KEY].is_(None), rows.columns[PLACE] <= self._room(rows))
+            found = cast("sa.Select[Any]", sa.select(*self._ids(rows)).where(has_room))
             return found.order_by(*self.plan.candidates.terms(rows))
 
         return ByKey(self.plan.key_attributes, build)
@@ -238,12 +226,12 @@ class KeySearch:
         return min(self.plan.job_table.max_per_key, MOST_HEADS)
 
     @property
-    def _branches(self) -> list[Select[Any]]:
-        scan_limit = bindparam(SCAN_LIMIT, 1, Integer(), literal_execute=True)
+    def _branches(self) -> list[sa.Select[Any]]:
+        scan_limit = sa.bindparam(SCAN_LIMIT, 1, sa.Integer(), literal_execute=True)
         key = self._column.label(KEY)
         return [b.add_columns(key).limit(scan_limit) for b in self.plan.candidates.branches]
 
-    def _numbered(self, name: str, *branches: Select[Any]) -> CTE:
+    def _numbered(self, name: str, *branches: sa.Select[Any]) -> sa.CTE:
         """All that several SELECTs find, and the number of each, in a CTE: MySQL reads it once."""
         numbered = [
             branch.add_columns(_number(place).label(BRANCH))
@@ -253,37 +241,37 @@ class KeySearch:
         found = numbered[0] if only else self.plan.candidates.together(*numbered)
         return found.cte(f"atomic_claim_{name}")
 
-    def _room(self, rows: FromClause) -> ColumnElement[int]:
+    def _room(self, rows: sa.FromClause) -> sa.ColumnElement[int]:
         """Count how many more rows may run that have the key of a row."""
         job_table, key = self.plan.job_table, rows.columns[KEY]
-        running = select(func.count()).select_from(job_table.table)
+        running = sa.select(sa.func.count()).select_from(job_table.table)
         running = running.where(self._column == key, predicates.is_held(job_table))
         return _number(job_table.max_per_key) - running.correlate(rows).scalar_subquery()
 
-    def _told(self, rows: FromClause, *order: ColumnElement[Any]) -> Select[Any]:
+    def _told(self, rows: sa.FromClause, *order: sa.ColumnElement[Any]) -> sa.Select[Any]:
         """Select what a :class:`Candidate` is made of, in an order and then in claim order."""
         lock = self.backend.key_locks.number(rows.columns[KEY]).label(LOCK)
-        found = select(*without_terms(rows.columns), lock, self._room(rows).label(ROOM))
+        found = sa.select(*without_terms(rows.columns), lock, self._room(rows).label(ROOM))
         return found.order_by(*order, *self.plan.candidates.terms(rows))
 
-    def _ids(self, found: FromClause) -> list[ColumnElement[Any]]:
-        columns: list[ColumnElement[Any]] = list(found.columns)
+    def _ids(self, found: sa.FromClause) -> list[sa.ColumnElement[Any]]:
+        columns: list[sa.ColumnElement[Any]] = list(found.columns)
         return columns[: len(self.plan.job_table.key)]
 
     # The keys that have free rows.
 
-    def _walked_keys(self) -> CTE:
+    def _walked_keys(self) -> sa.CTE:
         """Walk an index from key to key, with one step for each; a NULL ends it."""
-        free = select(self._column).where(predicates.is_free(self.plan.job_table))
+        free = sa.select(self._column).where(predicates.is_free(self.plan.job_table))
         free = free.order_by(self._column).limit(_number(1))
         first = free.where(self._column.is_not(None)).scalar_subquery()
-        keys = select(first.label(KEY)).cte("atomic_claim_free_keys", recursive=True)
+        keys = sa.select(first.label(KEY)).cte("atomic_claim_free_keys", recursive=True)
         following = free.where(self._column > keys.columns[KEY]).correlate(keys)
         return keys.union_all(
-            select(following.scalar_subquery()).where(keys.columns[KEY].is_not(None))
+            sa.select(following.scalar_subquery()).where(keys.columns[KEY].is_not(None))
         )
 
-    def _distinct_keys(self) -> CTE:
+    def _distinct_keys(self) -> sa.CTE:
         """Read the keys with DISTINCT, where the planner skips from key to key by itself.
 
         It does if the columns before the key in the index are selected, too. The second DISTINCT
@@ -291,13 +279,15 @@ class KeySearch:
         """
         free = predicates.is_free(self.plan.job_table)
         own = self.plan.job_table.table.columns
-        named = dict.fromkeys(part for part in visitors.iterate(free) if isinstance(part, Column))
+        named = dict.fromkeys(
+            part for part in visitors.iterate(free) if isinstance(part, sa.Column)
+        )
         columns = [part for part in named if part is not self._column and own.contains_column(part)]
-        found = select(*columns, self._column.label(KEY)).where(free).distinct()
+        found = sa.select(*columns, self._column.label(KEY)).where(free).distinct()
         some = found.subquery("atomic_claim_some_keys")
-        return select(some.columns[KEY].label(KEY)).distinct().cte("atomic_claim_free_keys")
+        return sa.select(some.columns[KEY].label(KEY)).distinct().cte("atomic_claim_free_keys")
 
-    def _one_by_one(self, rows: Select[Any], place: int, keys: CTE) -> Select[Any]:
+    def _one_by_one(self, rows: sa.Select[Any], place: int, keys: sa.CTE) -> sa.Select[Any]:
         """Select one row of each key, with a scalar subquery for each column."""
         row = rows.limit(_number(1)).offset(_number(place)).correlate(keys)
         columns = list(row.selected_columns)[:-1]
@@ -306,11 +296,11 @@ class KeySearch:
             element: row.with_only_columns(element).scalar_subquery()
             for element in map(_unlabelled, columns)
         }
-        found = select(*asked.values(), keys.columns[KEY].label(KEY)).select_from(keys)
+        found = sa.select(*asked.values(), keys.columns[KEY].label(KEY)).select_from(keys)
         values = list(found.subquery("atomic_claim_head").columns)
         places = {element: place for place, element in enumerate(asked)}
         named = [values[places[_unlabelled(column)]].label(column.key) for column in columns]
-        head = cast("Select[Any]", select(*named, values[-1].label(KEY)))
+        head = cast("sa.Select[Any]", sa.select(*named, values[-1].label(KEY)))
         return head.where(values[0].is_not(None))
 
 
@@ -324,8 +314,8 @@ def _having_room(candidates: Iterable[Candidate]) -> Iterator[Candidate]:
             yield each
 
 
-def _number(value: int) -> ColumnElement[int]:
-    return literal_column(str(value), Integer())
+def _number(value: int) -> sa.ColumnElement[int]:
+    return sa.literal_column(str(value), sa.Integer())
 
 
 def _unlabelled(column: Any) -> Any:
@@ -333,7 +323,7 @@ def _unlabelled(column: Any) -> Any:
 
 
 def statements_of(
-    backend: Backend, plan: ClaimPlan, finding: Select[Any], *locking: Executable | ByKey
+    backend: Backend, plan: ClaimPlan, finding: sa.Select[Any], *locking: Executable | ByKey
 ) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim in steps, but for the locks of exclusive keys."""
     job_table = plan.job_table

@@ -25,19 +25,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import (
-    ColumnElement,
-    Dialect,
-    FromClause,
-    Integer,
-    Row,
-    Select,
-    and_,
-    bindparam,
-    literal_column,
-    select,
-    true,
-)
+import sqlalchemy as sa
 
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm
@@ -46,7 +34,7 @@ from .base import Backend, Transaction
 from .reading import FAIR, KEY, Candidate, Key
 
 T = TypeVar("T")
-Condition = Callable[[Any], ColumnElement[bool]]
+Condition = Callable[[Any], sa.ColumnElement[bool]]
 
 _fair_of = attrgetter(FAIR)
 AFTER = "atomic_claim_after"
@@ -64,7 +52,7 @@ class Position(NamedTuple):
     row: Key
 
 
-positions: WeakKeyDictionary[Dialect, dict[Any, Position]] = WeakKeyDictionary()
+positions: WeakKeyDictionary[sa.Dialect, dict[Any, Position]] = WeakKeyDictionary()
 """The last rows that this process has claimed, by the dialect of their database and their turn."""
 
 
@@ -80,32 +68,32 @@ class FairSearch:
 
     plan: ClaimPlan
     backend: Backend
-    told: Callable[[FromClause, ColumnElement[Any]], Select[Any]] | None = None
+    told: Callable[[sa.FromClause, sa.ColumnElement[Any]], sa.Select[Any]] | None = None
 
     # The statements.
 
     @cached_property
-    def behind(self) -> Select[Any]:
+    def behind(self) -> sa.Select[Any]:
         """The first rows behind a key, by key and claim order."""
         return self._rows(lambda key: key > self._after, walks=True)
 
     @cached_property
-    def smallest(self) -> Select[Any]:
+    def smallest(self) -> sa.Select[Any]:
         """The first rows that have a key."""
         return self._rows(lambda key: key.is_not(None), walks=True)
 
     @cached_property
-    def of_null(self) -> Select[Any]:
+    def of_null(self) -> sa.Select[Any]:
         """The first rows without a key."""
         return self._rows(lambda key: key.is_(None))
 
     @cached_property
-    def of_key(self) -> Select[Any]:
+    def of_key(self) -> sa.Select[Any]:
         """The first rows of one key."""
         return self._rows(lambda key: key == self._after)
 
     @cached_property
-    def newest(self) -> tuple[Select[Any], ByKey] | None:
+    def newest(self) -> tuple[sa.Select[Any], ByKey] | None:
         """The row that was claimed last: of all, and of those after one of this process's own.
 
         The latter reads rows that were claimed since and no others, so that it can regard the
@@ -115,25 +103,25 @@ class FairSearch:
         if not (times := plan.job_table.claim_times):
             return None
         since, own = times[0], plan.job_table.table.alias("claim_mine")
-        mine = select(own.columns[since.key])
+        mine = sa.select(own.columns[since.key])
         found = plan.source(*plan.key_attributes, self._column)
-        found = found.order_by(since.desc(), self._column.desc()).limit(literal_column("1"))
+        found = found.order_by(since.desc(), self._column.desc()).limit(sa.literal_column("1"))
 
-        def following(is_mine: ColumnElement[bool]) -> Select[Any]:
+        def following(is_mine: sa.ColumnElement[bool]) -> sa.Select[Any]:
             is_later = since > mine.where(is_mine).scalar_subquery()
             return found.where(is_later, *plan.conditions[1:])
 
         return found.where(since.is_not(None)), ByKey(tuple(own.primary_key), following)
 
     @property
-    def statements(self) -> Sequence[Select[Any] | ByKey]:
+    def statements(self) -> Sequence[sa.Select[Any] | ByKey]:
         """The statements of a turn, for people to read."""
         newest = () if self.newest is None else self.newest[1:]
         return (*newest, self.behind, self.smallest, self.of_null, self.of_key)
 
-    def _rows(self, condition: Condition, *, walks: bool = False) -> Select[Any]:
+    def _rows(self, condition: Condition, *, walks: bool = False) -> sa.Select[Any]:
         """Select the first rows whose key meets a condition, by key and claim order."""
-        plan, most = self.plan, bindparam(ROWS, 1, Integer(), literal_execute=True)
+        plan, most = self.plan, sa.bindparam(ROWS, 1, sa.Integer(), literal_execute=True)
         columns = [self._column.label(FAIR)]
         if self.told is not None:
             columns.append(plan.job_table.exclusive_by.label(KEY))
@@ -149,27 +137,27 @@ class FairSearch:
             rows = plan.candidates.together(found, *expired).subquery("claim_rows")
             key = rows.columns[FAIR]
             terms = [key, *plan.candidates.terms(rows)]
-            found = select(*rows.columns).where(condition(key)).order_by(*terms).limit(most)
+            found = sa.select(*rows.columns).where(condition(key)).order_by(*terms).limit(most)
         if self.told is None:
             return found.with_only_columns(*without_terms(found.selected_columns))
         rows = found.subquery("atomic_claim_turn")
         return self.told(rows, rows.columns[FAIR])
 
-    def _walked(self, free: Select[Any], first: Select[Any]) -> Select[Any]:
+    def _walked(self, free: sa.Select[Any], first: sa.Select[Any]) -> sa.Select[Any]:
         """Select the first of these rows, and of each key behind its own the first one."""
-        one: ColumnElement[int] = literal_column("1", Integer())
+        one: sa.ColumnElement[int] = sa.literal_column("1", sa.Integer())
         turn = first.limit(one).cte("claim_turn", recursive=True)
         behind = free.where(self._column > turn.columns[FAIR]).limit(one).lateral("claim_behind")
-        following = select(*behind.columns).select_from(turn.join(behind, true()))
-        return select(*turn.union_all(following).columns)
+        following = sa.select(*behind.columns).select_from(turn.join(behind, sa.true()))
+        return sa.select(*turn.union_all(following).columns)
 
     @property
     def _column(self) -> Any:
         return self.plan.job_table.fair_by
 
     @property
-    def _after(self) -> ColumnElement[Any]:
-        return bindparam(AFTER, None, self._column.type)
+    def _after(self) -> sa.ColumnElement[Any]:
+        return sa.bindparam(AFTER, None, self._column.type)
 
     # The position of the turn.
 
@@ -206,7 +194,7 @@ class FairSearch:
 
     @cached_property
     def _said(self) -> tuple[str, str]:
-        compiled = and_(*self.plan.conditions).compile()
+        compiled = sa.and_(*self.plan.conditions).compile()
         return f"{self.plan.job_table.entity} {compiled}", repr(compiled.params)
 
     # The turn.
@@ -223,7 +211,7 @@ class FairSearch:
                 seen.add(each.row)
                 yield each
 
-    def _in_rounds(self, tx: Transaction, limit: int) -> Iterator[Row[Any]]:
+    def _in_rounds(self, tx: Transaction, limit: int) -> Iterator[sa.Row[Any]]:
         keys: dict[str, Any] = {}
         for row in self._heads(tx, limit):
             key = _fair_of(row)
@@ -238,7 +226,7 @@ class FairSearch:
                 return
             yield from filter(None, chain.from_iterable(zip_longest(*rounds)))
 
-    def _heads(self, tx: Transaction, limit: int) -> Iterator[Row[Any]]:
+    def _heads(self, tx: Transaction, limit: int) -> Iterator[sa.Row[Any]]:
         """Yield the first row of each key, from the position on, until a key comes again."""
         position = self.position(tx)
         parts = [(self.smallest, None), (self.of_null, None)]
@@ -253,12 +241,12 @@ class FairSearch:
                     break
                 rows = self._read(tx, self.behind, _fair_of(rows[-1]), ahead)
 
-    def _of_key(self, tx: Transaction, key: Any, number: int) -> Sequence[Row[Any]]:
+    def _of_key(self, tx: Transaction, key: Any, number: int) -> Sequence[sa.Row[Any]]:
         return self._read(tx, self.of_null if key is None else self.of_key, key, number)
 
     def _read(
-        self, tx: Transaction, statement: Select[Any], key: Any, number: int
-    ) -> Sequence[Row[Any]]:
+        self, tx: Transaction, statement: sa.Select[Any], key: Any, number: int
+    ) -> Sequence[sa.Row[Any]]:
         given = {AFTER: key, ROWS: number, SCAN_LIMIT: number + MARGIN}
         return tx.execute(statement, given).all()
 
@@ -290,7 +278,7 @@ def lock_in_turn(
     return [each.row for each in found]
 
 
-def without_terms(columns: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+def without_terms(columns: Iterable[sa.ColumnElement[Any]]) -> list[sa.ColumnElement[Any]]:
     """Return columns without the terms of the order, which the driver may not be able to read."""
     return [column for column in columns if not str(column.key).startswith(ORDER)]
 
@@ -312,7 +300,7 @@ def in_one_claim(candidates: Sequence[T], is_alone: Callable[[T], Any]) -> list[
     return found
 
 
-def tie_breakers(plan: ClaimPlan) -> list[ColumnElement[Any]]:
+def tie_breakers(plan: ClaimPlan) -> list[sa.ColumnElement[Any]]:
     """Return what puts rows of one place in an order, where it takes several columns.
 
     It goes the way of the last term, as an index does.

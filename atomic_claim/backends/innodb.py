@@ -7,16 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Select,
-    and_,
-    bindparam,
-    func,
-    literal_column,
-    select,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.types import Integer, String
 
@@ -40,7 +31,9 @@ PATIENCE = 8
 MYSQL_SESSION = ("@@transaction_isolation", "0")
 MARIADB_SESSION = ("@@tx_isolation", "@@innodb_rollback_on_timeout")
 # Seconds by which the session's zone is ahead of UTC.
-SKEW = func.timestampdiff(text("SECOND"), func.utc_timestamp(), func.now()).label("skew")
+SKEW = sa.func.timestampdiff(sa.text("SECOND"), sa.func.utc_timestamp(), sa.func.now()).label(
+    "skew"
+)
 
 
 class InnoDBStatements:
@@ -71,17 +64,17 @@ class InnoDBStatements:
             # Else the subclass's table may come first, and MariaDB locks every row of it.
             source = source.prefix_with("STRAIGHT_JOIN")
 
-        def by_key(statement: Select[Any], **how: bool) -> ByKey:
+        def by_key(statement: sa.Select[Any], **how: bool) -> ByKey:
             return ByKey(key, hinted(statement.with_for_update(of=of, **how), table, HINTS).where)
 
         # What has to be known of the session comes with the candidates, for no further round trip.
         level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
-        session: list[ColumnElement[Any]] = [literal_column(level, String())]
-        session.append(literal_column(rolls_back, Integer()))
+        session: list[sa.ColumnElement[Any]] = [sa.literal_column(level, String())]
+        session.append(sa.literal_column(rolls_back, Integer()))
         self.asks_zone = bool(backend.naive_columns(plan.job_table))
         if self.asks_zone:
             session.append(SKEW)
-        self.session = select(*session)
+        self.session = sa.select(*session)
         steps = plan.candidates.steps()
         self.candidates = [step.select_with_flags().add_columns(*session) for step in steps]
         self.tells_alone = plan.candidates.tells_alone
@@ -91,12 +84,12 @@ class InnoDBStatements:
 
         free = source.where(*plan.conditions)
         self.lock = by_key(free, skip_locked=True)
-        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        limit = sa.bindparam(LIMIT, 1, Integer(), literal_execute=True)
         first = free.order_by(*plan.key_attributes).limit(limit)
         self.lock_first = by_key(first, skip_locked=True)
         # That it returns whether a row is free is also what makes it read by key: a SELECT of
         # nothing but the key is covered by the index, and then scans all of it, forced or not.
-        all_rows = source.add_columns(and_(*plan.conditions))
+        all_rows = source.add_columns(sa.and_(*plan.conditions))
         self.lock_all = by_key(all_rows, skip_locked=True)
         self.lock_unless_held = by_key(all_rows, nowait=True)
         latest = list(plan.candidates.shared_branches)

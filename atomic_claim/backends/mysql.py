@@ -8,18 +8,7 @@ from itertools import filterfalse, islice
 from operator import itemgetter
 from typing import Any, NoReturn
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Select,
-    Table,
-    bindparam,
-    func,
-    select,
-    text,
-    true,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -65,7 +54,7 @@ WINDOW = 16
 
 
 # A proxy may have given the process to another client since.
-PROCESS = text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
+PROCESS = sa.text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
 
 SERIALIZABLE = "SERIALIZABLE"
 PLAIN_READS_WAIT = (
@@ -87,7 +76,7 @@ class NamedLocks(KeyLocks):
         return tx.backend.limit_wait(tx, 1)
 
     @contextmanager
-    def around(self, connection: Connection, job_table: JobTable) -> Iterator[None]:
+    def around(self, connection: sa.Connection, job_table: JobTable) -> Iterator[None]:
         check_once(connection, job_table.table, _check_engine)
         check_once(connection, job_table.table, refuse_view)
         with named_lock(connection, job_table.table) as skew:
@@ -95,7 +84,7 @@ class NamedLocks(KeyLocks):
                 _refuse_skew(job_table, skew)
             yield
 
-    def begin(self, connection: Connection) -> None:
+    def begin(self, connection: sa.Connection) -> None:
         read_committed(connection)
 
 
@@ -226,13 +215,13 @@ class MySQL(Backend):
         search.may_fail = not rolls_back
         return rows, level
 
-    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
         """Lock the keys by a claim's search, and return the SELECT restricted to these keys.
 
         The SELECT then sees the latest rows, whatever the transaction's snapshot.
         """
         asked = find.statement.params(dict(find.params)) if find.params else find.statement
-        limit = bindparam(LIMIT, 1, Integer(), literal_execute=True)
+        limit = sa.bindparam(LIMIT, 1, Integer(), literal_execute=True)
         branch = asked.with_only_columns(*find.key).limit(limit).offset(None)
         plan = ClaimPlan(
             job_table=find.job_table,
@@ -260,18 +249,18 @@ class MySQL(Backend):
         return statements_of(self, plan, plan.candidates.steps()[0].select_with_flags(), lock)
 
     def changes(
-        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+        self, job_table: JobTable, guard: sa.ColumnElement[bool], values: Mapping[Any, Any]
     ) -> Sequence[ByKey]:
         key, table = job_table.key, job_table.table
-        held = hinted(select(*key), table, self.hints).with_for_update()
-        writing = hinted(update(table).values(dict(values)), table, self.hints)
+        held = hinted(sa.select(*key), table, self.hints).with_for_update()
+        writing = hinted(sa.update(table).values(dict(values)), table, self.hints)
         return ByKey(key, lambda is_one: held.where(is_one, guard)), ByKey(key, writing.where)
 
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
         """Limit it in whole seconds, for rows and for tables (locked by ``ALTER TABLE``)."""
         names = ("innodb_lock_wait_timeout", "lock_wait_timeout")
-        before = tx.connection.execute(select(*(text(f"@@{name}") for name in names))).one()
+        before = tx.connection.execute(sa.select(*(sa.text(f"@@{name}") for name in names))).one()
         try:
             _set_session(tx, dict.fromkeys(names, max(1, round(seconds))))
             yield
@@ -285,15 +274,15 @@ class MySQL(Backend):
             raise
         _set_session(tx, dict(zip(names, before, strict=True)))
 
-    def process(self, connection: Connection) -> tuple[Any, str | None]:
-        return (connection.scalar(select(func.connection_id())),), None
+    def process(self, connection: sa.Connection) -> tuple[Any, str | None]:
+        return (connection.scalar(sa.select(sa.func.connection_id())),), None
 
-    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
+    def asks_to_end(self, connection: sa.Connection, process: Any, seconds: float) -> bool:
         asked = {"id": process[0], "since": int(seconds)}
         if connection.execute(PROCESS, asked).first() is None:
             return False
         with suppress(DBAPIError):  # It may have ended since.
-            connection.execute(text(self.ending.format(process[0])))
+            connection.execute(sa.text(self.ending.format(process[0])))
         return True
 
     def is_naive(self, type_: DateTime) -> bool:
@@ -313,7 +302,7 @@ class MySQL(Backend):
         claimable = element.candidates.select(
             lock=lambda branch: branch.with_for_update(skip_locked=True)
         ).subquery("claimable")
-        claim = update(element.table).values(element.written)
+        claim = sa.update(element.table).values(element.written)
         return compiler.visit_update(claim.where(key_equals(key, tuple(claimable.columns))), **kw)
 
     def compile_time(self, element: DatabaseTime, compiler: SQLCompiler, **kw: Any) -> str:
@@ -333,13 +322,13 @@ class MySQL(Backend):
         return f"{'GREATEST' if element.later else 'LEAST'}({of_zone}, {by_wall})"
 
 
-ENGINE = text(
+ENGINE = sa.text(
     "SELECT engine FROM information_schema.tables "
     "WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
 )
 
 
-def _check_engine(connection: Connection, table: Table, schema: str | None) -> None:
+def _check_engine(connection: sa.Connection, table: sa.Table, schema: str | None) -> None:
     """Refuse a table that has no row locks."""
     # Temporary tables are not listed; no other session reads them.
     engine = connection.scalar(ENGINE, {"schema": schema, "name": table.name})
@@ -358,12 +347,12 @@ def _refuse_skew(job_table: JobTable, seconds: Any) -> NoReturn:
 
 def _set_session(tx: Transaction, settings: Mapping[str, int]) -> None:
     assignments = ", ".join(f"{name} = {value}" for name, value in settings.items())
-    tx.connection.execute(text(f"SET SESSION {assignments}"))
+    tx.connection.execute(sa.text(f"SET SESSION {assignments}"))
 
 
-def _reads_row(job_table: JobTable) -> ColumnElement[bool]:
+def _reads_row(job_table: JobTable) -> sa.ColumnElement[bool]:
     """Build an always-true condition that is evaluated on the row, not on an index of the key."""
     for column in job_table.table.columns:
         if not column.primary_key:
-            return func.coalesce(func.length(column), 0) >= 0
-    return true()
+            return sa.func.coalesce(sa.func.length(column), 0) >= 0
+    return sa.true()

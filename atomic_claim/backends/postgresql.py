@@ -6,21 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Connection,
-    Select,
-    false,
-    func,
-    literal_column,
-    or_,
-    select,
-    text,
-    true,
-    tuple_,
-    union_all,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -51,11 +37,11 @@ from .tables import check_once, refuse_view
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")
 UTC_NAMES = frozenset(folder + name for folder in ("", "etc/") for name in UTC)
-ASKED = text(
+ASKED = sa.text(
     "SELECT pid, backend_start, current_setting('transaction_isolation') FROM pg_stat_activity "
     "WHERE pid = pg_backend_pid()"
 )
-TERMINATE = text(
+TERMINATE = sa.text(
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid "
     "AND backend_start = :start AND state <> 'idle' "
     "AND coalesce(xact_start, query_start) <= clock_timestamp() - make_interval(secs => :since)"
@@ -132,7 +118,7 @@ class PostgreSQL(Backend):
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         return locked
 
-    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
         tx.refuse_autocommit("a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
@@ -156,16 +142,16 @@ class PostgreSQL(Backend):
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
-        tx.connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
+        tx.connection.execute(sa.text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
-    def process(self, connection: Connection) -> tuple[Any, str | None]:
+    def process(self, connection: sa.Connection) -> tuple[Any, str | None]:
         if connection.dialect.name != "postgresql":
             return None, None
         pid, start, level = connection.execute(ASKED).one()
         return (pid, start), level.upper()
 
-    def asks_to_end(self, connection: Connection, process: Any, seconds: float) -> bool:
+    def asks_to_end(self, connection: sa.Connection, process: Any, seconds: float) -> bool:
         if process is None:
             raise ClaimError(
                 f"{connection.dialect.name} does not tell which process served a lost connection, "
@@ -255,7 +241,7 @@ def _time_zone(tx: Transaction) -> str:
     driver: Any = tx.connection.connection.driver_connection
     status = getattr(getattr(driver, "info", None), "parameter_status", None)
     known = status("TimeZone") if status is not None else None
-    return str(known or tx.connection.scalar(text("SELECT current_setting('TimeZone')")))
+    return str(known or tx.connection.scalar(sa.text("SELECT current_setting('TimeZone')")))
 
 
 def claiming(plan: ClaimPlan) -> Executable:
@@ -265,16 +251,16 @@ def claiming(plan: ClaimPlan) -> Executable:
     statement.checked = True
     if not plan.entities:
         return statement
-    found = select(plan.returned_table, fault).from_statement(statement)
+    found = sa.select(plan.returned_table, fault).from_statement(statement)
     return found.execution_options(populate_existing=True)
 
 
-def _gate(found: Select[Any], limit: Any, is_open: ColumnElement[bool]) -> Select[Any]:
+def _gate(found: sa.Select[Any], limit: Any, is_open: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """Ask once, under a limit that the planner knows: else its costs make it compile (JIT)."""
     return found.where(is_open).limit(limit)
 
 
-Lock = Callable[[Select[Any]], Select[Any]]
+Lock = Callable[[sa.Select[Any]], sa.Select[Any]]
 
 
 def _lock(of: Any, changes_key: bool) -> Lock:
@@ -291,21 +277,21 @@ def _locking_by_key(plan: ClaimPlan, deletes: bool) -> ByKey:
     return ByKey(plan.key_attributes, rows.where)
 
 
-def _locked_candidates(plan: ClaimPlan, deletes: bool) -> Select[Any]:
+def _locked_candidates(plan: ClaimPlan, deletes: bool) -> sa.Select[Any]:
     lock, found = _lock_of(plan, deletes), plan.candidates
     if found.is_plain:
         return found.select(lock=lock)
     return found.only_keys(found.ordered(_claimable(found, lock).subquery()))
 
 
-def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
+def _claimable(candidates: Candidates, lock: Lock) -> sa.Select[Any]:
     """Build the SELECT of the candidates that locks no more rows than it returns."""
     prefix = "claim_"
     if candidates.is_plain:
         return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit
     free, *expired = (branch.limit(scan_limit) for branch in candidates.branches)
-    found, may_miss = [free], cast("ColumnElement[bool]", false())
+    found, may_miss = [free], cast("sa.ColumnElement[bool]", sa.false())
     if (waiting := candidates.stepwise) is not None:
         found, may_miss = waiting.gated(scan_limit, _gate)
     near = candidates.together(*found, *expired).subquery("branches")
@@ -315,18 +301,18 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
     # One after the other, until there are enough: LATERAL leaves the planner no other way.
     own = list(candidates.rows.selected_columns)
     held = lock(candidates.rows.where(key_equals(own, key))).lateral("held")
-    locked = select(*held.columns, *list(nearest.columns)[len(key) :])
-    locked = locked.select_from(nearest.join(held, true()))
-    taken: list[CTE] = []
+    locked = sa.select(*held.columns, *list(nearest.columns)[len(key) :])
+    locked = locked.select_from(nearest.join(held, sa.true()))
+    taken: list[sa.CTE] = []
     # Other transactions hold most of the first rows, so later ones are tried.
-    is_deep = [or_(_count(nearest) >= scan_limit, may_miss)]
+    is_deep = [sa.or_(_count(nearest) >= scan_limit, may_miss)]
 
     if candidates.tells_alone:
-        first = locked.limit(literal_column("1")).cte(f"{prefix}first")
+        first = locked.limit(sa.literal_column("1")).cte(f"{prefix}first")
         taken.append(first)
-        is_alone = select(first.columns[ALONE]).scalar_subquery()
-        may_share = func.coalesce(is_alone, literal_column("0")) == literal_column("0")
-        shares = nearest.columns[ALONE] == literal_column("0")
+        is_alone = sa.select(first.columns[ALONE]).scalar_subquery()
+        may_share = sa.func.coalesce(is_alone, sa.literal_column("0")) == sa.literal_column("0")
+        shares = nearest.columns[ALONE] == sa.literal_column("0")
         locked = locked.where(may_share, shares, *_not_in(taken, key))
         is_deep.append(may_share)
     missing = _missing(limit, taken)
@@ -335,21 +321,23 @@ def _claimable(candidates: Candidates, lock: Lock) -> Select[Any]:
         unless = _not_in(taken, list(branch.selected_columns)[: len(key)])
         farther = lock(branch.where(*is_deep, *unless).limit(_missing(limit, taken)))
         # There are no more in any case; but so the planner knows it.
-        few = select(farther.subquery(f"{prefix}farther_{place}")).limit(limit)
+        few = sa.select(farther.subquery(f"{prefix}farther_{place}")).limit(limit)
         taken.append(few.cte(f"{prefix}taken_{place}"))
-    together = union_all(*(select(found) for found in taken)).subquery(f"{prefix}all")
-    return select(*together.columns).limit(limit)
+    together = sa.union_all(*(sa.select(found) for found in taken)).subquery(f"{prefix}all")
+    return sa.select(*together.columns).limit(limit)
 
 
-def _not_in(taken: Sequence[CTE], key: Sequence[ColumnElement[Any]]) -> list[ColumnElement[bool]]:
+def _not_in(
+    taken: Sequence[sa.CTE], key: Sequence[sa.ColumnElement[Any]]
+) -> list[sa.ColumnElement[bool]]:
     """Build the conditions that a row is none of those that are taken."""
-    keys = [select(*list(found.columns)[: len(key)]) for found in taken]
-    return [tuple_(*key).not_in(each) for each in keys]
+    keys = [sa.select(*list(found.columns)[: len(key)]) for found in taken]
+    return [sa.tuple_(*key).not_in(each) for each in keys]
 
 
-def _missing(limit: ColumnElement[Any], taken: Sequence[CTE]) -> ColumnElement[Any]:
-    return limit - sum(map(_count, taken), literal_column("0")) if taken else limit
+def _missing(limit: sa.ColumnElement[Any], taken: Sequence[sa.CTE]) -> sa.ColumnElement[Any]:
+    return limit - sum(map(_count, taken), sa.literal_column("0")) if taken else limit
 
 
-def _count(found: FromClause) -> ColumnElement[int]:
-    return select(func.count()).select_from(found).scalar_subquery()
+def _count(found: FromClause) -> sa.ColumnElement[int]:
+    return sa.select(sa.func.count()).select_from(found).scalar_subquery()

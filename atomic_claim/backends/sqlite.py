@@ -7,18 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import (
-    CTE,
-    ColumnElement,
-    Select,
-    Update,
-    case,
-    false,
-    func,
-    text,
-    tuple_,
-    update,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
@@ -47,7 +36,9 @@ from .reading import Key, KeyedRows, Reading, instant
 from .tables import check_once, refuse_view
 
 MARK = "/* claimable */"
-TRIGGERS = text("SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1")
+TRIGGERS = sa.text(
+    "SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1"
+)
 
 
 class SQLite(Backend):
@@ -132,7 +123,7 @@ class SQLite(Backend):
             return lock_in_turn(tx, plan.prepare(FairSearch, self), params[LIMIT], None)
         return tx.tuples(plan.prepare(_candidates), params)
 
-    def lock_read(self, tx: Transaction, find: Find) -> Select[Any]:
+    def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
         self._take_write_lock(tx, find.job_table)
         return find.statement
 
@@ -143,19 +134,19 @@ class SQLite(Backend):
 
     @contextmanager
     def limit_wait(self, tx: Transaction, seconds: float) -> Iterator[None]:
-        before = tx.connection.scalar(text("PRAGMA busy_timeout"))
+        before = tx.connection.scalar(sa.text("PRAGMA busy_timeout"))
         milliseconds = max(1, round(seconds * 1000))
-        tx.connection.execute(text(f"PRAGMA busy_timeout = {milliseconds}"))
+        tx.connection.execute(sa.text(f"PRAGMA busy_timeout = {milliseconds}"))
         try:
             yield
         finally:
-            tx.connection.execute(text(f"PRAGMA busy_timeout = {before}"))
+            tx.connection.execute(sa.text(f"PRAGMA busy_timeout = {before}"))
 
     def changes(
-        self, job_table: JobTable, guard: ColumnElement[bool], values: Mapping[Any, Any]
+        self, job_table: JobTable, guard: sa.ColumnElement[bool], values: Mapping[Any, Any]
     ) -> Sequence[ByKey]:
         """Hide the guard from the planner, which else reads an index of all running rows."""
-        hidden: ColumnElement[bool] = func.coalesce(guard, false())
+        hidden: sa.ColumnElement[bool] = sa.func.coalesce(guard, sa.false())
         return super().changes(job_table, hidden, values)
 
     def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
@@ -165,7 +156,7 @@ class SQLite(Backend):
                 "begins no transaction: use claim_jobs(bind, table, ...)"
             )
         key = tuple(element.table.primary_key)
-        target = key[0] if len(key) == 1 else tuple_(*key)
+        target = key[0] if len(key) == 1 else sa.tuple_(*key)
         candidates = element.candidates.gated(_gate).select().correlate(None).prefix_with(MARK)
         sql = compiler.visit_update(element.where(target.in_(candidates)), **kw)
         # A WITH of the user's goes into the subquery, so that sqlite3 sees an UPDATE and begins.
@@ -195,24 +186,24 @@ class SQLite(Backend):
         return f"({sql}{padding})"
 
 
-def _lock(job_table: JobTable) -> Update:
+def _lock(job_table: JobTable) -> sa.Update:
     """Build the UPDATE that takes the write lock and changes no row."""
     key = job_table.key[0]
-    return update(job_table.table).values({key: key}).where(false())
+    return sa.update(job_table.table).values({key: key}).where(sa.false())
 
 
-def _gate(found: Select[Any], limit: Any, is_open: ColumnElement[bool]) -> Select[Any]:
+def _gate(found: sa.Select[Any], limit: Any, is_open: sa.ColumnElement[bool]) -> sa.Select[Any]:
     """Limit to 0 rows, since SQLite evaluates a condition for each row that it reads."""
-    return found.limit(case((is_open, limit), else_=0))
+    return found.limit(sa.case((is_open, limit), else_=0))
 
 
-def _candidates(plan: ClaimPlan) -> Select[Any]:
+def _candidates(plan: ClaimPlan) -> sa.Select[Any]:
     return plan.candidates.gated(_gate).select()
 
 
 def _has_cte(*clauses: Any) -> bool:
     return any(
-        isinstance(part, CTE)
+        isinstance(part, sa.CTE)
         for clause in clauses
         if isinstance(clause, ClauseElement)
         for part in visitors.iterate(clause)

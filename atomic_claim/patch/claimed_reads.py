@@ -10,8 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Delete, Engine, Select, Update, and_, false, not_, or_, select
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, ColumnClause
@@ -150,15 +149,15 @@ class ClaimWatch(Watch):
         super().__init__(*watched)
         self._asked = lease
         self._worker = worker
-        self._claims: list[tuple[Engine, Claim[Any], Beat | None]] = []
+        self._claims: list[tuple[sa.Engine, Claim[Any], Beat | None]] = []
         self._next_beat = float("inf")
         self._done: dict[Any, set[Any]] = {}
         self._marks = 0
         self._marks_before = 0
 
     def read(
-        self, connection: Connection, statement: Any, params: Mapping[str, Any]
-    ) -> Select[Any] | None:
+        self, connection: sa.Connection, statement: Any, params: Mapping[str, Any]
+    ) -> sa.Select[Any] | None:
         """Claim what the SELECT asks for, and make it read that."""
         find = self.find(connection, statement, params)
         if find is None or _looks_up(find):
@@ -172,7 +171,7 @@ class ClaimWatch(Watch):
         claim = self._ours(engine, partial(self._claim, engine, find, where))
         self.patch.count(claimed=len(claim))
         if not claim:
-            return with_conditions(find.statement, false())
+            return with_conditions(find.statement, sa.false())
         return with_conditions(find.statement, *others, self._is_claimed(find.place, claim))
 
     @property
@@ -180,7 +179,7 @@ class ClaimWatch(Watch):
         can_hold = self.job_table.lease is not None and self.job_table.token is not None
         return LEASE if self._asked is None and can_hold else self._asked
 
-    def _claim(self, engine: Engine, find: Find, where: list[Any]) -> Claim[Any]:
+    def _claim(self, engine: sa.Engine, find: Find, where: list[Any]) -> Claim[Any]:
         claim: Claim[Any] = claim_jobs(
             engine,
             self.job_table,
@@ -205,7 +204,7 @@ class ClaimWatch(Watch):
         ours = key_in(own.key, claim.keys) if has_few else own.token == claim.token
         return adapted(ours, own.table, place)
 
-    def _ours(self, engine: Engine, run: Callable[[], R]) -> R:
+    def _ours(self, engine: sa.Engine, run: Callable[[], R]) -> R:
         """Run statements of our own, with pauses that an event loop survives."""
         with unwatched():
             return patiently(run) if engine.dialect.is_async else run()
@@ -228,9 +227,9 @@ class ClaimWatch(Watch):
 
     def mark(
         self,
-        connection: Connection,  # noqa: ARG002 - locks are a connection's, claims are not
-        statement: Update | Delete | None,
-    ) -> Update | Delete | None:
+        connection: sa.Connection,  # noqa: ARG002 - locks are a connection's, claims are not
+        statement: sa.Update | sa.Delete | None,
+    ) -> sa.Update | sa.Delete | None:
         """Allow changes of claimed rows by any transaction; rewrite the conditions on the state.
 
         An UPDATE that asks whether the row is still free, which it was until we claimed it, gets
@@ -243,14 +242,14 @@ class ClaimWatch(Watch):
         own, others = filters.parted(conjuncts(statement), place, self.job_table)
         if not own:
             return None
-        ours = or_(*(self._is_claimed(place, claim) for _, claim, _ in self._claims))
+        ours = sa.or_(*(self._is_claimed(place, claim) for _, claim, _ in self._claims))
         running = adapted(predicates.is_running(self.job_table), self.job_table.table, place)
-        return with_criteria(statement, *others, or_(and_(*own), and_(running, ours)))
+        return with_criteria(statement, *others, sa.or_(sa.and_(*own), sa.and_(running, ours)))
 
     def flushing(self, entities: Iterable[Any]) -> None:
         """Note the rows that a session marks; a value that the claim wrote is no change."""
         self._marks_before = self._marks
-        for state in map(sa_inspect, entities):
+        for state in map(sa.inspect, entities):
             for table in state.mapper.tables:
                 if is_table(table, self.table):
                     self._done.setdefault(table, set()).add(state.identity)
@@ -272,16 +271,16 @@ class ClaimWatch(Watch):
                 elif not self._marks and (self.failed or self._done):
                     self._ours(engine, partial(self._give_back, engine, claim))
 
-    def _give_back(self, engine: Engine, claim: Claim[Any]) -> None:
+    def _give_back(self, engine: sa.Engine, claim: Claim[Any]) -> None:
         """Free the rows that no session has marked.
 
         The database compares the keys: another object for the table may have other types.
         """
         own = self.job_table
-        unmarked = select(*own.key).where(key_in(own.key, claim.keys))
+        unmarked = sa.select(*own.key).where(key_in(own.key, claim.keys))
         for table, marked in self._done.items():
             key = tuple(table.primary_key.columns)
-            unmarked = unmarked.where(not_(adapted(key_in(key, marked), table, own.table)))
+            unmarked = unmarked.where(sa.not_(adapted(key_in(key, marked), table, own.table)))
         with engine.connect() as connection:
             left = [tuple(key) for key in connection.execute(unmarked)]
         if left:

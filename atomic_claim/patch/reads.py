@@ -24,18 +24,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    Delete,
-    Engine,
-    Insert,
-    Result,
-    Select,
-    StatementLambdaElement,
-    TextClause,
-    Update,
-    event,
-)
+import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.orm import FromStatement, ORMExecuteState, Query, Session
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.selectable import SelectBase
@@ -96,7 +86,7 @@ class Watch(ABC):
             raise
 
     def find(
-        self, connection: Connection, statement: Any, params: Mapping[str, Any]
+        self, connection: sa.Connection, statement: Any, params: Mapping[str, Any]
     ) -> Find | None:
         """Analyze a SELECT of the table; return None if it finds no jobs.
 
@@ -112,14 +102,14 @@ class Watch(ABC):
 
     @abstractmethod
     def read(
-        self, connection: Connection, statement: Any, params: Mapping[str, Any]
-    ) -> Select[Any] | None:
+        self, connection: sa.Connection, statement: Any, params: Mapping[str, Any]
+    ) -> sa.Select[Any] | None:
         """Return the SELECT to execute in place of a statement, or None to keep it."""
 
     @abstractmethod
     def mark(
-        self, connection: Connection, statement: Update | Delete | None
-    ) -> Update | Delete | None:
+        self, connection: sa.Connection, statement: sa.Update | sa.Delete | None
+    ) -> sa.Update | sa.Delete | None:
         """Return what is executed in place of a statement that changes rows, or None.
 
         The statement is None where it is raw SQL.
@@ -130,7 +120,7 @@ class Watch(ABC):
     def marked(self, rows: int) -> None:  # noqa: B027
         """Count the rows of the table that a statement changed."""
 
-    def ended(self, connection: Connection) -> None:  # noqa: B027
+    def ended(self, connection: sa.Connection) -> None:  # noqa: B027
         """React before the connection's transaction ends."""
 
     def flushing(self, entities: Iterable[Any]) -> None:  # noqa: B027
@@ -295,7 +285,7 @@ class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
 def _read_already(result: Any, watch: Watch) -> Any:
     """Return the function's result, or raise if it reads after the call."""
     lazy = (Query, SelectBase, Iterator, AsyncIterator, Future)
-    if isinstance(result, lazy) and not isinstance(result, Result):
+    if isinstance(result, lazy) and not isinstance(result, sa.Result):
         with watch.noting():
             raise PatchError(
                 f"{watch.patch.target} returned a {type(result).__name__}, which reads when the "
@@ -334,7 +324,7 @@ def _before_orm(state: ORMExecuteState) -> None:
 
 
 def _before(
-    connection: Connection,
+    connection: sa.Connection,
     clause: Any,
     multiparams: Any,
     params: Mapping[str, Any],
@@ -349,33 +339,37 @@ def _before(
     return clause, multiparams, params
 
 
-def _seen(watch: Watch, connection: Connection, clause: Any, params: Mapping[str, Any]) -> Any:
+def _seen(watch: Watch, connection: sa.Connection, clause: Any, params: Mapping[str, Any]) -> Any:
     table = watch.table
     if isinstance(clause, ClaimStatement):
         return None
-    if isinstance(clause, StatementLambdaElement):
+    if isinstance(clause, sa.StatementLambdaElement):
         clause = clause._resolved  # noqa: SLF001 - there is no public way to what a lambda gives
-    if isinstance(clause, Insert) and clause.select is not None and mentions(clause.select, table):
+    if (
+        isinstance(clause, sa.Insert)
+        and clause.select is not None
+        and mentions(clause.select, table)
+    ):
         raise PatchError(
             f"{watch.patch.target} copies {table.fullname!r} by INSERT ... SELECT, whose rows "
             "cannot be locked: read the rows in Python, and insert them then"
         )
-    if isinstance(clause, (Update, Delete)):
+    if isinstance(clause, (sa.Update, sa.Delete)):
         return watch.mark(connection, clause) if is_table(clause.table, table) else None
     text = clause.element if isinstance(clause, FromStatement) else clause
-    if isinstance(text, TextClause):
+    if isinstance(text, sa.TextClause):
         _raw(watch, connection, text.text)
     elif isinstance(clause, (SelectBase, FromStatement)):
         if not mentions(clause, table):
             for element in visitors.iterate(clause):
-                if isinstance(element, TextClause):
+                if isinstance(element, sa.TextClause):
                     _raw(watch, connection, f"SELECT {element.text}")
             return None
         return watch.read(connection, clause, params)
     return None
 
 
-def _raw(watch: Watch, connection: Connection, sql: str) -> None:
+def _raw(watch: Watch, connection: sa.Connection, sql: str) -> None:
     if not names(sql, watch.table):
         return
     if is_read(sql):
@@ -388,7 +382,7 @@ def _raw(watch: Watch, connection: Connection, sql: str) -> None:
 
 
 def _before_cursor(
-    connection: Connection, _cursor: Any, sql: str, _params: Any, context: Any, _many: bool
+    connection: sa.Connection, _cursor: Any, sql: str, _params: Any, context: Any, _many: bool
 ) -> None:
     """See what went past all constructs, by ``exec_driver_sql``."""
     if context is None or context.compiled is None:
@@ -399,20 +393,20 @@ def _before_cursor(
 
 
 def _after(
-    _connection: Connection,
+    _connection: sa.Connection,
     clause: Any,
     _multiparams: Any,
     _params: Any,
     _options: Any,
     result: Any,
 ) -> None:
-    if isinstance(clause, (Update, Delete)) and not isinstance(clause, ClaimStatement):
+    if isinstance(clause, (sa.Update, sa.Delete)) and not isinstance(clause, ClaimStatement):
         for watch in watches.get():
             if is_table(clause.table, watch.table):
                 watch.marked(max(0, result.rowcount))
 
 
-def _ended(connection: Connection) -> None:
+def _ended(connection: sa.Connection) -> None:
     for watch in watches.get():
         watch.ended(connection)
 
@@ -431,9 +425,9 @@ LISTENERS: tuple[tuple[Any, str, Callable[..., Any], dict[str, bool]], ...] = (
     (Session, "do_orm_execute", _before_orm, {}),
     (Session, "before_flush", _flushing, {}),
     (Session, "after_flush", _flushed, {}),
-    (Engine, "before_execute", _before, {"retval": True}),
-    (Engine, "after_execute", _after, {}),
-    (Engine, "before_cursor_execute", _before_cursor, {}),
-    (Engine, "commit", _ended, {}),
-    (Engine, "rollback", _ended, {}),
+    (sa.Engine, "before_execute", _before, {"retval": True}),
+    (sa.Engine, "after_execute", _after, {}),
+    (sa.Engine, "before_cursor_execute", _before_cursor, {}),
+    (sa.Engine, "commit", _ended, {}),
+    (sa.Engine, "rollback", _ended, {}),
 )

@@ -10,16 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from sqlalchemy import (
-    CompoundSelect,
-    Delete,
-    Join,
-    Select,
-    Table,
-    TableClause,
-    Update,
-    bindparam,
-)
+import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.annotation import _deep_deannotate
 from sqlalchemy.sql.elements import (
@@ -50,21 +41,21 @@ AGGREGATES = frozenset(
 # fmt: on
 
 
-def mentions(statement: Any, table: TableClause) -> bool:
+def mentions(statement: Any, table: sa.TableClause) -> bool:
     """Check whether any part of a statement uses the table."""
     return any(is_table(element, table) for element in visitors.iterate(statement))
 
 
-def is_table(element: Any, table: TableClause) -> bool:
+def is_table(element: Any, table: sa.TableClause) -> bool:
     """Check whether it is the table, or another object for it, as a reflected one."""
     return (
-        isinstance(element, TableClause)
+        isinstance(element, sa.TableClause)
         and element.name == table.name
         and element.schema == table.schema
     )
 
 
-def names(sql: str, table: TableClause) -> bool:
+def names(sql: str, table: sa.TableClause) -> bool:
     """Check whether raw SQL names the table."""
     return re.search(rf"(?<![\w$]){re.escape(table.name)}(?![\w$])", sql, re.IGNORECASE) is not None
 
@@ -92,8 +83,8 @@ def find_of(
     """
     table = job_table.table
     refuse = partial(_refusal, target, table)
-    if not isinstance(statement, Select):
-        raise refuse("a UNION" if isinstance(statement, CompoundSelect) else "raw SQL")
+    if not isinstance(statement, sa.Select):
+        raise refuse("a UNION" if isinstance(statement, sa.CompoundSelect) else "raw SQL")
     aggregate = _aggregate(statement)
     if aggregate and counts:
         return None
@@ -133,7 +124,7 @@ def find_of(
     )
 
 
-def _aggregate(statement: Select[Any]) -> str:
+def _aggregate(statement: sa.Select[Any]) -> str:
     """Name the aggregate that makes rows of the SELECT no rows of a table, or return ""."""
     if statement._group_by_clauses or statement._having_criteria:
         return "GROUP BY"
@@ -149,7 +140,7 @@ def _aggregate(statement: Select[Any]) -> str:
     return ""
 
 
-def _refusal(target: str, table: Table, what: str) -> PatchError:
+def _refusal(target: str, table: sa.Table, what: str) -> PatchError:
     return PatchError(
         f"{target} reads {table.fullname!r} by a SELECT with {what}, whose rows cannot be locked: "
         "read the rows themselves in it, or do this outside of the patched function"
@@ -166,10 +157,10 @@ def _function(element: FunctionElement[Any]) -> str:
 
 
 def _places(
-    element: FromClause, table: Table, nullable: bool, refuse: Refusal
+    element: FromClause, table: sa.Table, nullable: bool, refuse: Refusal
 ) -> Iterator[FromClause]:
     """Return the table's places in a FROM, itself or by an alias."""
-    if isinstance(element, Join):
+    if isinstance(element, sa.Join):
         nullable = nullable or element.full
         yield from _places(element.left, table, nullable, refuse)
         yield from _places(element.right, table, nullable or element.isouter, refuse)
@@ -182,7 +173,7 @@ def _places(
         raise refuse("the table in a subquery")
 
 
-def _limit(statement: Select[Any], params: Mapping[str, Any], refuse: Refusal) -> int | None:
+def _limit(statement: sa.Select[Any], params: Mapping[str, Any], refuse: Refusal) -> int | None:
     clause = statement._limit_clause
     if clause is None:
         clause = statement._fetch_clause
@@ -231,24 +222,26 @@ def baked(clause: Any, params: Mapping[str, Any]) -> Any:
         if not isinstance(element, BindParameter) or element.key not in params:
             return None
         value = params[element.key]
-        return bindparam(None, value, type_=element.type, unique=True, expanding=element.expanding)
+        return sa.bindparam(
+            None, value, type_=element.type, unique=True, expanding=element.expanding
+        )
 
     return visitors.replacement_traverse(clause, {}, replace)
 
 
-def conjuncts(statement: Select[Any] | Update | Delete) -> tuple[Any, ...]:
+def conjuncts(statement: sa.Select[Any] | sa.Update | sa.Delete) -> tuple[Any, ...]:
     """Return the conditions of a statement that must all hold."""
     return statement._where_criteria
 
 
-def with_criteria(statement: Update | Delete, *conditions: Any) -> Update | Delete:
+def with_criteria(statement: sa.Update | sa.Delete, *conditions: Any) -> sa.Update | sa.Delete:
     """Return the UPDATE or DELETE with other conditions."""
     found = statement.where()
     found._where_criteria = conditions
     return found
 
 
-def with_conditions(statement: Select[Any], *conditions: Any) -> Select[Any]:
+def with_conditions(statement: sa.Select[Any], *conditions: Any) -> sa.Select[Any]:
     """Return the SELECT with other conditions and without a limit."""
     found = statement.limit(None).offset(None)
     found._where_criteria = ()

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Table, TableClause, func, true
-from sqlalchemy import table as sql_table
+import sqlalchemy as sa
 from sqlalchemy.exc import NoSuchTableError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -44,7 +43,7 @@ def keyed(table: Any, **known: Any) -> JobTable:
     if isinstance(table, JobTable):
         table = table.entity or table.table
     key = next(iter(_table_of(table).primary_key.columns), None)
-    return JobTable(table, free=true(), claimed={} if key is None else {key: key}, **known)
+    return JobTable(table, free=sa.true(), claimed={} if key is None else {key: key}, **known)
 
 
 def leased_only(job_table: JobTable) -> JobTable:
@@ -71,10 +70,10 @@ def check_role(job_table: JobTable, role: str, option: str, given: Any) -> None:
         raise PatchError(str(error)) from None
 
 
-def _table_of(table: Any) -> Table:
+def _table_of(table: Any) -> sa.Table:
     mapper = mapper_of(table)
     found = tables_of(table)[0] if mapper is None else mapper.local_table
-    assert isinstance(found, Table)
+    assert isinstance(found, sa.Table)
     return found
 
 
@@ -83,12 +82,12 @@ def named(given: Any) -> Any:
     if not isinstance(given, str):
         return given
     schema, _, name = given.rpartition(".")
-    return Reference(given) if ":" in given else sql_table(name, schema=schema or None)
+    return Reference(given) if ":" in given else sa.table(name, schema=schema or None)
 
 
 def _is_name(table: Any) -> bool:
     """Check whether it is the name of a table alone, whose columns have to be reflected."""
-    return isinstance(table, TableClause) and not isinstance(table, Table)
+    return isinstance(table, sa.TableClause) and not isinstance(table, sa.Table)
 
 
 def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
@@ -101,7 +100,7 @@ def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
     """
     if not arguments:
         return table
-    if not isinstance(table, (type, Table)):
+    if not isinstance(table, (type, sa.Table)):
         raise PatchError(
             f"table is {table!r}; expected a Table or a mapped class where its columns are named "
             "beside it"
@@ -109,7 +108,7 @@ def declared(table: Any, arguments: Mapping[str, Any]) -> Any:
     return JobTable.infer(table, **_clocks(arguments))
 
 
-def _reflected(clause: TableClause, bind: Any) -> Table:
+def _reflected(clause: sa.TableClause, bind: Any) -> sa.Table:
     """Reflect a table, and leave the bind without a transaction if it has none."""
     if isinstance(bind, sessionmaker):
         with bind() as session:
@@ -117,7 +116,7 @@ def _reflected(clause: TableClause, bind: Any) -> Table:
     if isinstance(bind, Session):
         begun = bind.in_transaction()
         bind = bind.connection({"clause": clause}) if begun else bind.get_bind(clause=clause)
-    is_idle = isinstance(bind, Connection) and not bind.in_transaction()
+    is_idle = isinstance(bind, sa.Connection) and not bind.in_transaction()
     try:
         return reflected(clause.name, clause.schema, bind, resolve_fks=False)
     except NoSuchTableError:
@@ -158,7 +157,7 @@ class Tables:
         elif self.reading.constant and not _is_name(given):
             self._of(given)
 
-    def named(self, call: Call) -> TableClause:
+    def named(self, call: Call) -> sa.TableClause:
         """Return the table of a call, by its name alone if it has to be reflected."""
         given = self._read(call)
         return given if _is_name(given) else self._of(given).table  # type: ignore[no-any-return]
@@ -197,4 +196,4 @@ def _clocks(value: Any) -> Any:
     """Replace each ``"now()"`` by the database's clock."""
     if isinstance(value, Mapping):
         return {name: _clocks(each) for name, each in value.items()}
-    return func.now() if isinstance(value, str) and value == "now()" else value
+    return sa.func.now() if isinstance(value, str) and value == "now()" else value

@@ -8,8 +8,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Row
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState
 
 from .database import CommandError
@@ -51,7 +50,7 @@ class Reader:
         return tuple(map(self._key_of, jobs))
 
     def _is_one(self, found: Any) -> bool:
-        if isinstance(found, (Mapping, Row, *SCALARS)) or _state_of(found) is not None:
+        if isinstance(found, (Mapping, sa.Row, *SCALARS)) or _state_of(found) is not None:
             return True
         if isinstance(found, tuple):
             return hasattr(found, "_fields") or (len(found) > 1 and self._is_key(found))
@@ -75,7 +74,7 @@ class Reader:
         # Kept when the entity's attributes have expired, and when it has left its session.
         if state is not None and state.identity and self._tables & {*state.mapper.tables}:
             return state.identity
-        if isinstance(job, Row):
+        if isinstance(job, sa.Row):
             return self._of_row(job)
         if isinstance(job, Mapping):
             return self._by_name(job.get)
@@ -87,7 +86,7 @@ class Reader:
             return self._values(job[0]) if len(job) == 1 else None
         return self._by_name(lambda name: getattr(job, str(name), None))
 
-    def _of_row(self, row: Row[Any]) -> Sequence[Any] | None:
+    def _of_row(self, row: sa.Row[Any]) -> Sequence[Any] | None:
         mapping: Any = row._mapping  # noqa: SLF001 - its documented name
         if (found := self._by_name(mapping.get)) is not None:
             return found
@@ -108,7 +107,7 @@ class Reader:
 
 
 def _state_of(found: Any) -> InstanceState[Any] | None:
-    state = sa_inspect(found, raiseerr=False)
+    state = sa.inspect(found, raiseerr=False)
     return state if isinstance(state, InstanceState) else None
 
 

@@ -11,19 +11,7 @@ from itertools import islice
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    ClauseElement,
-    Column,
-    DateTime,
-    Enum,
-    ForeignKeyConstraint,
-    Table,
-    UniqueConstraint,
-    Uuid,
-)
-from sqlalchemy import inspect as sa_inspect
+import sqlalchemy as sa
 from sqlalchemy.orm import InstanceState, Mapper
 
 from atomic_claim.columns import mapper_of as mapper_of_class
@@ -66,17 +54,17 @@ class JobColumns:
         counts: the columns that count attempts.
     """
 
-    free: Mapping[Column[Any], Any]
+    free: Mapping[sa.Column[Any], Any]
     times: Set[Any]
     counts: Set[Any]
 
 
 def job_columns(given: Any) -> JobColumns:
     """Read the columns' meaning from a ``JobTable``, a mapped class or a table, else by name."""
-    free: dict[Column[Any], Any] = {}
+    free: dict[sa.Column[Any], Any] = {}
     mapper = mapper_of(given)
     # A class that shares its table with others.
-    if mapper is not None and isinstance(mapper.polymorphic_on, Column):
+    if mapper is not None and isinstance(mapper.polymorphic_on, sa.Column):
         free[mapper.polymorphic_on] = mapper.polymorphic_identity
     try:
         found = job_table_of(given)
@@ -88,7 +76,7 @@ def job_columns(given: Any) -> JobColumns:
         for column, value in found.released.items():
             known = value.value if isinstance(value, InlineLiteral) else value
             known = CONSTANTS.get(getattr(known, "__visit_name__", None), known)
-            if not isinstance(known, ClauseElement):
+            if not isinstance(known, sa.ClauseElement):
                 free[column] = known
     return JobColumns(
         free,
@@ -108,9 +96,9 @@ class Maker:
         first: the number of the first row; those before it are there already.
     """
 
-    table: Table
+    table: sa.Table
     known: JobColumns
-    parents: Mapping[Column[Any], list[Any]]
+    parents: Mapping[sa.Column[Any], list[Any]]
     first: int = 1
 
     def __post_init__(self) -> None:
@@ -129,7 +117,7 @@ class Maker:
                 made.update(self._value(column, place))
         return made
 
-    def _value(self, column: Column[Any], place: int) -> Row:
+    def _value(self, column: sa.Column[Any], place: int) -> Row:
         """Return the value of the column, by its key, or nothing if it needs none."""
         if column in self.parents:
             values = self.parents[column]
@@ -141,10 +129,10 @@ class Maker:
         if _is_filled(column) and not (column in self._unique and is_constant):
             return {}
         type_ = plain_type(column.type)
-        if column in self.known.times and isinstance(type_, DateTime):
+        if column in self.known.times and isinstance(type_, sa.DateTime):
             return {column.key: self._time(type_, place)}
         if column.nullable:
-            if isinstance(type_, Boolean):
+            if isinstance(type_, sa.Boolean):
                 return {column.key: False}
             return {column.key: 0} if column in self.known.counts else {}
         return {column.key: self._made(column, type_, place)}
@@ -154,13 +142,13 @@ class Maker:
         found = self._begin + timedelta(seconds=place)
         return found if getattr(type_, "timezone", False) else found.replace(tzinfo=None)
 
-    def _made(self, column: Column[Any], type_: Any, place: int) -> Any:
+    def _made(self, column: sa.Column[Any], type_: Any, place: int) -> Any:
         number = self.first + place if column in self._unique else 0
-        if isinstance(type_, Enum):
+        if isinstance(type_, sa.Enum):
             return _enum_value(type_)
-        if isinstance(type_, Uuid):
+        if isinstance(type_, sa.Uuid):
             return uuid4() if type_.as_uuid else str(uuid4())
-        if isinstance(type_, JSON):
+        if isinstance(type_, sa.JSON):
             return {}
         with suppress(NotImplementedError):
             if type_.python_type is str:
@@ -172,7 +160,7 @@ class Maker:
             "is not nullable and has no default: give rows with factory="
         )
 
-    def _text(self, column: Column[Any], length: int | None, number: int) -> str:
+    def _text(self, column: sa.Column[Any], length: int | None, number: int) -> str:
         if column not in self._unique:
             return (FREE if column.name in STATUSES else column.name)[:length]
         digits = str(number)
@@ -193,7 +181,7 @@ def _enum_value(type_: Any) -> Any:
     return next(iter(free or members.values()))
 
 
-def _is_filled(column: Column[Any]) -> bool:
+def _is_filled(column: sa.Column[Any]) -> bool:
     """Check whether the database or SQLAlchemy fills the column if no value is given."""
     return (
         column.default is not None
@@ -204,23 +192,23 @@ def _is_filled(column: Column[Any]) -> bool:
     )
 
 
-def _unique_columns(table: Table) -> Iterator[Column[Any]]:
+def _unique_columns(table: sa.Table) -> Iterator[sa.Column[Any]]:
     """Columns that must differ from row to row, so that every unique constraint is satisfied."""
     indexes = [index.columns for index in table.indexes if index.unique]
-    unique = [each.columns for each in table.constraints if isinstance(each, UniqueConstraint)]
+    unique = [each.columns for each in table.constraints if isinstance(each, sa.UniqueConstraint)]
     for columns in [*indexes, *unique, table.primary_key.columns]:
         referring = [column for column in columns if column.foreign_keys]
         own = [c for c in columns if c not in referring and c.name not in STATUSES]
-        fit = [c for c in own if not isinstance(plain_type(c.type), (Boolean, Enum))]
+        fit = [c for c in own if not isinstance(plain_type(c.type), (sa.Boolean, sa.Enum))]
         yield from fit[:1] or referring[:1]
 
 
-def needs_parent_each(column: Column[Any]) -> bool:
+def needs_parent_each(column: sa.Column[Any]) -> bool:
     """Check whether every row needs a different parent in this column."""
-    return isinstance(column.table, Table) and column in set(_unique_columns(column.table))
+    return isinstance(column.table, sa.Table) and column in set(_unique_columns(column.table))
 
 
-def parents_needed(table: Table, given: Iterable[str]) -> list[ForeignKeyConstraint]:
+def parents_needed(table: sa.Table, given: Iterable[str]) -> list[sa.ForeignKeyConstraint]:
     """Return the foreign keys for which rows need parents, but those of the columns given."""
     return [
         constraint
@@ -269,7 +257,7 @@ def given_rows(factory: Factory | None, count: int) -> list[dict[str, Any]]:
 def _values(given: Any) -> dict[str, Any] | None:
     if isinstance(given, Mapping):
         return {str(getattr(name, "key", name)): value for name, value in given.items()}
-    state = sa_inspect(given, raiseerr=False)
+    state = sa.inspect(given, raiseerr=False)
     if not isinstance(state, InstanceState):
         return None
     found = {}
@@ -285,7 +273,7 @@ def mapper_of(given: Any) -> Mapper[Any] | None:
     return given.mapper if isinstance(given, JobTable) else mapper_of_class(given)
 
 
-def tables_of(given: Any) -> list[Table]:
+def tables_of(given: Any) -> list[sa.Table]:
     """Return the tables that hold the jobs, several for joined table inheritance.
 
     Raises:
@@ -294,7 +282,7 @@ def tables_of(given: Any) -> list[Table]:
     mapper = mapper_of(given)
     table = given.table if isinstance(given, JobTable) else given
     found: list[Any] = [table] if mapper is None else list(mapper.tables)
-    if not all(isinstance(table, Table) for table in found):
+    if not all(isinstance(table, sa.Table) for table in found):
         raise CommandError(
             f"table= is {given!r}; expected a Table, a mapped class or a JobTable of a module"
         )

@@ -10,20 +10,7 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import (
-    URL,
-    CheckConstraint,
-    Column,
-    Connection,
-    Engine,
-    RowMapping,
-    Table,
-    bindparam,
-    delete,
-    inspect,
-    select,
-    text,
-)
+import sqlalchemy as sa
 from sqlalchemy.exc import NoReferenceError, SQLAlchemyError
 from sqlalchemy.schema import sort_tables
 
@@ -46,7 +33,7 @@ CURE = (
     "; rows are made to satisfy NOT NULL, types, lengths, enums, foreign keys and unique "
     "constraints: give others with factory="
 )
-Added = dict[Table, list[RowMapping]]
+Added = dict[sa.Table, list[sa.RowMapping]]
 """The rows that were inserted, by table, parents first: their keys, and the referenced columns."""
 
 # A table that another transaction reads cannot be dropped; the wait is bounded.
@@ -58,7 +45,7 @@ LOCK_TIMEOUTS = {
 
 @contextmanager
 def filled(
-    engine: Engine, given: Any, count: int, *, factory: Factory | None, existing: bool
+    engine: sa.Engine, given: Any, count: int, *, factory: Factory | None, existing: bool
 ) -> Iterator[frozenset[Key]]:
     """Create the table with a number of free rows and their parents; undo it afterwards.
 
@@ -98,19 +85,19 @@ def filled(
             _undo(engine, new, added)
 
 
-def _key(table: Table, row: RowMapping) -> tuple[Any, ...]:
+def _key(table: sa.Table, row: sa.RowMapping) -> tuple[Any, ...]:
     return tuple(row[column] for column in table.primary_key.columns)
 
 
-def _there(engine: Engine, tables: Iterable[Table]) -> list[Table]:
-    look = inspect(engine)
+def _there(engine: sa.Engine, tables: Iterable[sa.Table]) -> list[sa.Table]:
+    look = sa.inspect(engine)
     try:
         return [table for table in tables if look.has_table(table.name, schema=table.schema)]
     except SQLAlchemyError as error:
         raise complaint(f"cannot look into {masked(engine.url)}", error, engine.url) from None
 
 
-def _with_parents(tables: Sequence[Table]) -> list[Table]:
+def _with_parents(tables: Sequence[sa.Table]) -> list[sa.Table]:
     """Return the tables and all that their foreign keys refer to, parents first."""
     found = list(tables)
     for table in found:
@@ -127,7 +114,7 @@ def _with_parents(tables: Sequence[Table]) -> list[Table]:
     return sort_tables(found)
 
 
-def _make(engine: Engine, tables: Sequence[Table]) -> None:
+def _make(engine: sa.Engine, tables: Sequence[sa.Table]) -> None:
     try:
         with engine.begin() as connection:
             for table in tables:
@@ -141,15 +128,15 @@ def _make(engine: Engine, tables: Sequence[Table]) -> None:
         raise CommandError(f"{said}; name a database that can with url=") from None
 
 
-def _drop(engine: Engine, tables: Sequence[Table]) -> None:
+def _drop(engine: sa.Engine, tables: Sequence[sa.Table]) -> None:
     with engine.begin() as connection:
         if (statement := LOCK_TIMEOUTS.get(family(engine.url))) is not None:
-            connection.execute(text(statement))
+            connection.execute(sa.text(statement))
         for table in reversed(tables):
             table.metadata.drop_all(connection, tables=[table])
 
 
-def _undo(engine: Engine, new: Sequence[Table], added: Added) -> None:
+def _undo(engine: sa.Engine, new: Sequence[sa.Table], added: Added) -> None:
     """Drop what was made, and delete what was put into tables that were there."""
     before = sys.exception()
     try:
@@ -157,9 +144,9 @@ def _undo(engine: Engine, new: Sequence[Table], added: Added) -> None:
             for table, rows in reversed(added.items()):
                 key = {f"key_{place}": each for place, each in enumerate(table.primary_key.columns)}
                 values = [{name: row[column] for name, column in key.items()} for row in rows]
-                same = [column == bindparam(name) for name, column in key.items()]
+                same = [column == sa.bindparam(name) for name, column in key.items()]
                 if table not in new:
-                    connection.execute(delete(table).where(*same), values)
+                    connection.execute(sa.delete(table).where(*same), values)
         _drop(engine, new)
     except SQLAlchemyError as error:
         names = ", ".join(table.fullname for table in dict.fromkeys([*new, *added]))
@@ -170,12 +157,12 @@ def _undo(engine: Engine, new: Sequence[Table], added: Added) -> None:
         raise found from None
 
 
-def _rows_needed(jobs: Sequence[Table], given: Sequence[Row]) -> dict[Table, Sequence[Row]]:
+def _rows_needed(jobs: Sequence[sa.Table], given: Sequence[Row]) -> dict[sa.Table, Sequence[Row]]:
     """Return the values given for each row to insert, by table, parents first."""
-    rows: dict[Table, Sequence[Row]] = {}
-    graph: dict[Table, set[Table]] = {}
+    rows: dict[sa.Table, Sequence[Row]] = {}
+    graph: dict[sa.Table, set[sa.Table]] = {}
 
-    def need(table: Table, wanted: Sequence[Row]) -> None:
+    def need(table: sa.Table, wanted: Sequence[Row]) -> None:
         if len(wanted) > len(rows.get(table, ())):
             rows[table] = wanted
             keys = parents_needed(table, wanted[0])
@@ -195,7 +182,7 @@ def _rows_needed(jobs: Sequence[Table], given: Sequence[Row]) -> dict[Table, Seq
 
 
 def _fill(
-    engine: Engine, needed: Mapping[Table, Sequence[Row]], known: JobColumns, cure: str
+    engine: sa.Engine, needed: Mapping[sa.Table, Sequence[Row]], known: JobColumns, cure: str
 ) -> Added:
     """Insert rows in each table; return their primary keys and the columns that others refer to."""
     added: Added = {}
@@ -217,11 +204,11 @@ def _fill(
 
 
 def _insert(
-    connection: Connection, maker: Maker, given: Sequence[Row], read: Sequence[Column[Any]]
-) -> list[RowMapping]:
+    connection: sa.Connection, maker: Maker, given: Sequence[Row], read: Sequence[sa.Column[Any]]
+) -> list[sa.RowMapping]:
     """Insert a row for each of those given; return these columns of them, by primary key."""
     table = maker.table
-    query = select(*read).order_by(*table.primary_key.columns)
+    query = sa.select(*read).order_by(*table.primary_key.columns)
     before = {_key(table, row) for row in connection.execute(query).mappings()}
     numbers = [part for key in before for part in key if isinstance(part, int)]
     maker.first = 1 + max(numbers, default=len(before))
@@ -242,11 +229,11 @@ def _insert(
     return new
 
 
-def _complaint(table: Table, error: Exception, url: URL) -> CommandError:
+def _complaint(table: sa.Table, error: Exception, url: sa.URL) -> CommandError:
     checks = [
         str(each.sqltext)
         for each in [*table.constraints, *(c for col in table.columns for c in col.constraints)]
-        if isinstance(each, CheckConstraint) and not getattr(each, "_type_bound", False)
+        if isinstance(each, sa.CheckConstraint) and not getattr(each, "_type_bound", False)
     ]
     said = f", which has the CHECK {'; '.join(checks)}" if checks else ""
     return complaint(f"cannot fill {table.fullname}{said}", error, url)

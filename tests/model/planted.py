@@ -95,7 +95,7 @@ BUGS: Final = (
         "guard of the lock removed on MySQL and MariaDB",
         "backends/innodb.py",
         "free = source.where(*plan.conditions)",
-        "free = source.where(true())",
+        "free = source.where(sa.true())",
         "mysql",
     ),
     Planted(
@@ -113,8 +113,8 @@ BUGS: Final = (
     Planted(
         "a claim does not check its own mark",
         "plan.py",
-        "found = case((and_(true(), *marks), wrong), else_=literal_column(str(NOT_MARKED)))",
-        'found = literal_column("0")',
+        "(sa.and_(sa.true(), *marks), wrong), else_=sa.literal_column(str(NOT_MARKED))",
+        "(sa.true(), sa.literal_column('0')), else_=sa.literal_column(str(NOT_MARKED))",
     ),
     Planted(
         "a session is not pinned to one connection",
@@ -170,7 +170,7 @@ BUGS: Final = (
     Planted(
         "only the first column of a key",
         "sql_elements.py",
-        "and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys",
+        "sa.and_(*(c == v for c, v in zip(key, values, strict=True))) for values in keys",
         "key[0] == values[0] for values in keys",
     ),
     Planted(
