@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import time
@@ -42,6 +43,7 @@ FIRST_OUTAGE_PAUSE = 0.1
 LONGEST_OUTAGE_PAUSE = 2.0
 NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
+TRANSACTION_EVENTS = operator.attrgetter("begin", "commit", "rollback")
 # The key, in the ``info`` of a DBAPI connection, of what Backend.process() returns.
 PROCESS = "atomic_claim_process"
 UNKNOWN = (
@@ -192,7 +194,6 @@ class Operation(Generic[R]):
                 with NOTHING if tx.autocommit else self._transaction(tx):
                     result = self.run(tx)
                     self.committing = self.ended = True
-                    tx.executor.commit()
             except BaseException as error:
                 _fail(tx, error)
                 raise
@@ -220,7 +221,7 @@ class Operation(Generic[R]):
         has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
         return (
             level == connection.dialect.default_isolation_level
-            and not (has_events and (connection.dispatch.begin or connection.dispatch.commit))
+            and not (has_events and any(TRANSACTION_EVENTS(connection.dispatch)))
             and not connection.get_execution_options()
             and connection.dialect.driver in drivers.AUTOCOMMIT
             and (driver := connection.connection.dbapi_connection) is not None
@@ -230,7 +231,7 @@ class Operation(Generic[R]):
 
     @contextmanager
     def _transaction(self, tx: Transaction) -> Iterator[None]:
-        """Begin a transaction, and clean up behind it."""
+        """Begin a transaction, commit it, and clean up behind it."""
         backend, connection = tx.backend, tx.connection
         with ExitStack() as stack:
             if self.keyed:
@@ -248,6 +249,7 @@ class Operation(Generic[R]):
             if self.keyed:
                 backend.key_locks.begin(connection)
             yield
+            tx.executor.commit()
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
