@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sqlalchemy import Column
-from sqlalchemy.sql.elements import ClauseElement, ColumnClause, False_, True_
+from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 from sqlalchemy.sql.selectable import SelectBase
 
 from .columns import as_sql, clause, listed, tables_of
 from .errors import ClaimError
 from .job_table import JobTable
 from .roles import check_duration
-from .sql_elements import DatabaseTime, InlineLiteral
+from .sql_elements import DatabaseTime
+from .state_values import declared, is_same
 
 
 def check_worker(job_table: JobTable, worker: Any) -> None:
@@ -51,28 +52,17 @@ def checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column
     for column in list(values):
         if column not in job_table.claimed:
             continue
-        declared, value = job_table.claimed[column], values[column]
-        if isinstance(declared, DatabaseTime) and value is not None:
+        mark, value = job_table.claimed[column], values[column]
+        if isinstance(mark, DatabaseTime) and value is not None:
             continue
-        if not _is_mark(declared, value):
+        if not is_same(mark, declared(column, value, "values", job_table.now)):
             raise ClaimError(
                 f"values sets {column.name!r} to {value!r}, but a claimed row is marked by "
-                f"{column.name} = {getattr(declared, 'value', declared)}: leave it out, or "
+                f"{column.name} = {getattr(mark, 'value', mark)}: leave it out, or "
                 "declare another JobTable(claimed=...)"
             )
         del values[column]
     return values
-
-
-def _is_mark(declared: Any, value: Any) -> bool:
-    """Check whether a value given by the call equals the mark that the claim writes."""
-    if isinstance(value, ClauseElement) or isinstance(declared, DatabaseTime):
-        return False
-    if isinstance(declared, (True_, False_)):
-        return value is not None and bool(value) == isinstance(declared, True_)
-    if isinstance(declared, InlineLiteral):
-        return bool(declared.value == value)
-    return declared is None and value is None
 
 
 def conditions_of(where: Any) -> tuple[Any, ...]:

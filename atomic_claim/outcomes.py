@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import ColumnElement, case, func, literal, not_, null
-from sqlalchemy.sql.elements import False_, True_
 from sqlalchemy.types import JSON, Float
 
 from .errors import ClaimError
@@ -17,6 +16,7 @@ from .job_table import JobTable
 from .predicates import is_unspent
 from .roles import check_duration
 from .sql_elements import RandomFraction
+from .state_values import opposite
 
 Values = dict[Any, Any]
 
@@ -119,8 +119,8 @@ def requeuing(job_table: JobTable, *, keep_error: bool) -> Sequence[Outcome]:
     for column, value in failed.items():
         if column in job_table.released:
             continue
-        if isinstance(value, (True_, False_)):
-            values[column] = not_(value)
+        if (other := opposite(value)) is not None:
+            values[column] = other
         elif column.nullable:
             values[column] = null()
         else:

@@ -11,13 +11,12 @@ from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Column, ColumnElement, and_, func, literal, not_, or_, true
-from sqlalchemy.sql.elements import ClauseElement, False_, Null, True_
 from sqlalchemy.types import DateTime, Float, Integer
 
 from .inference import ORDER, plain_type
 from .job_table import JobTable
 from .sql_elements import DatabaseTime, InlineLiteral
-from .state_values import is_same
+from .state_values import is_same, opposite
 
 T = TypeVar("T")
 Conditions = tuple[ColumnElement[bool], ...]
@@ -67,11 +66,11 @@ def bears(values: Mapping[Any, Any]) -> Iterator[ColumnElement[bool]]:
     A time counts as held if the column is not NULL.
     """
     for column, value in values.items():
-        if value is None or isinstance(value, Null):
+        if value is None:
             yield column.is_(None)
         elif isinstance(value, DatabaseTime):
             yield column.is_not(None)
-        elif isinstance(value, (InlineLiteral, True_, False_)):
+        elif isinstance(value, InlineLiteral):
             yield column == value
 
 
@@ -264,9 +263,11 @@ def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnEleme
 
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
-    """Build the condition that a column does not hold the value; it is true for NULL."""
-    if isinstance(value, DatabaseTime) or not isinstance(value, ClauseElement):
+    """Build the condition that a column does not hold the value; NULL is held by NULL alone."""
+    if value is None:
+        return column.is_not(None)
+    if isinstance(value, DatabaseTime):
         return column.is_(None)
-    if isinstance(value, (True_, False_)):
-        return column.is_not(value) if column.nullable else column == not_(value)
+    if (other := opposite(value)) is not None:
+        return column.is_not(value) if column.nullable else column == other
     return _null_or(column, column != value)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from datetime import datetime
 from itertools import product
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, false, or_, true
+from sqlalchemy import Column, ColumnElement, or_
 from sqlalchemy.schema import ColumnDefault
 from sqlalchemy.sql import functions, visitors
-from sqlalchemy.sql.elements import ClauseElement, False_, TextClause, True_
+from sqlalchemy.sql.elements import ClauseElement, False_, Null, TextClause, True_
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
@@ -21,14 +21,12 @@ from .inference import HELD, NOW, default_text, has_true, is_flag, members_of, p
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
-
-class _Unset:
-    def __repr__(self) -> str:
-        return "..."
-
-
-UNSET: Any = _Unset()
+UNSET: Any = ...
 Values = Mapping[Column[Any], Any]
+CONSTANTS: Mapping[type[Any], Any] = {Null: None, True_: True, False_: False}
+"""The values of SQL's own constants, in which form they are declared."""
+FLAG_TEXTS = {True: ("1", "true", "b'1"), False: ("0", "false", "b'0")}
+"""The texts of a flag's default."""
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
@@ -106,11 +104,10 @@ def _is_default(column: Column[Any], value: Any, now: Callable[[Column[Any]], An
         return default is not None or text not in {"", "null"}
     if isinstance(default, ColumnDefault) and default.is_scalar:
         return is_same(declared(column, default.arg, "default", now), value)
-    if isinstance(value, (True_, False_)):
-        return text in ({"1", "true", "b'1"} if isinstance(value, True_) else {"0", "false", "b'0"})
     stored = _stored(value) if isinstance(value, InlineLiteral) else None
+    texts = FLAG_TEXTS[stored] if isinstance(stored, bool) else (str(stored).lower(),)
     # PostgreSQL's has the type behind it.
-    return default is None and text.partition("'::")[0] == str(stored).lower()
+    return default is None and text.partition("'::")[0] in texts
 
 
 def is_same(one: Any, other: Any) -> bool:
@@ -193,6 +190,7 @@ def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[A
         ClaimError: the column cannot hold it.
     """
     value, type_ = clause(value), column.type
+    value = CONSTANTS.get(type(value), value)
     if isinstance(value, (functions.now, functions.current_timestamp)):
         return now(column)
     if value is None and not column.nullable:
@@ -211,27 +209,12 @@ def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[A
             "write the value as it stands in the column, or name another column with "
             f"{role}={{column: value}}"
         )
-    try:
-        is_truth = value in {0, 1} and isinstance(value, int) and is_flag(column)
-    except TypeError:
+    if not isinstance(value, Hashable):
         raise ClaimError(
             f"{column.name}={value!r} cannot be declared: the value must be hashable, since "
             "it is part of the statement; pass it in values=... of the call"
-        ) from None
-    if is_truth and not _converts(type_):
-        type_ = plain_type(type_)
-        if isinstance(type_, Boolean):
-            return true() if value else false()
-        return InlineLiteral(int(value), type_ if type_.__visit_name__ == "BIT" else Integer())
-    return InlineLiteral(value, type_)
-
-
-def _converts(type_: TypeEngine[Any]) -> bool:
-    """Check whether a decorated type stores another value than the one declared."""
-    return isinstance(type_, TypeDecorator) and any(
-        getattr(type(type_), name) is not getattr(TypeDecorator, name)
-        for name in ("process_bind_param", "process_literal_param")
-    )
+        )
+    return InlineLiteral(bool(value) if isinstance(type_, Boolean) else value, type_)
 
 
 def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> tuple[Any, Any]:
@@ -267,9 +250,17 @@ def is_one_of(state: Column[Any], values: Sequence[Any]) -> ColumnElement[bool]:
     found = state == held[0] if len(held) == 1 else state.in_(held)
     if len(held) == len(values):
         return found
-    if len(held) == 1 and isinstance(held[0], (True_, False_)):
-        return state.is_not(true() if isinstance(held[0], False_) else false())
+    if len(held) == 1 and (other := opposite(held[0])) is not None:
+        return state.is_not(other)
     return or_(state.is_(None), found)
+
+
+def opposite(value: Any) -> InlineLiteral | None:
+    """Return the other value of a declared boolean; None for a value of another type."""
+    if not isinstance(value, InlineLiteral) or not isinstance(value.value, bool):
+        return None
+    is_boolean = isinstance(plain_type(value.type), Boolean)
+    return InlineLiteral(not value.value, value.type) if is_boolean else None
 
 
 def undone(claimed: Values, state: Column[Any] | None, first_free: Any) -> dict[Column[Any], Any]:
@@ -283,8 +274,8 @@ def undone(claimed: Values, state: Column[Any] | None, first_free: Any) -> dict[
         elif isinstance(value, DatabaseTime) and column is not state:
             # The time stays where it cannot be NULL: the state frees the row.
             continue
-        elif is_flag(column) and isinstance(value, (True_, False_)):
-            found[column] = false() if isinstance(value, True_) else true()
+        elif (other := opposite(value)) is not None:
+            found[column] = other
         else:
             return {}
     return found

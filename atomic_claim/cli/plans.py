@@ -284,7 +284,7 @@ def _leads(needed: NeededIndex, index: Known) -> bool:
     if index.where:
         found = [part for each in needed.conditions for part in visitors.iterate(each)]
         values = [str(part.value) for part in found if isinstance(part, InlineLiteral)]
-        decided = all(word in index.where for word in (*equal, *values))
+        decided = all(word.lower() in index.where.lower() for word in (*equal, *values))
     else:
         decided = ahead
     return index.is_usable and decided and list(following[: len(order)]) == order

@@ -27,8 +27,6 @@ Row = dict[str, Any]
 """A row's values, by the keys of its columns."""
 
 FREE = "pending"
-# Declared values that SQLAlchemy writes as constants.
-CONSTANTS: Mapping[Any, Any] = {"true": True, "false": False, "null": None}
 # How a value is made of a number and a time.
 MAKE: Mapping[Any, Callable[[int, datetime], Any]] = {
     bool: lambda *_: False,
@@ -75,7 +73,6 @@ def job_columns(given: Any) -> JobColumns:
         said = [{"due": found.due, "order": found.order, "attempts": found.attempts}]
         for column, value in found.released.items():
             known = value.value if isinstance(value, InlineLiteral) else value
-            known = CONSTANTS.get(getattr(known, "__visit_name__", None), known)
             if not isinstance(known, sa.ClauseElement):
                 free[column] = known
     return JobColumns(

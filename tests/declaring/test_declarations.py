@@ -213,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     "withdrawn by a server's default": ({**STATUS, "withdrawn": {"e": 0}}, "no fresh row would"),
     "withdrawn by a flag's default": (
         {**STATUS, "withdrawn": {"hidden": True}},
-        "has true in 'hidden', which is the column's default",
+        "has True in 'hidden', which is the column's default",
     ),
     "withdrawn by a text's default": (
         {**STATUS, "withdrawn": {"stage": "new"}},
@@ -409,6 +409,23 @@ def test_an_end_of_several_values(database: Database) -> None:
     jobs = JobTable(table, state="processing", done=done, attempts="attempts", naive_times="utc")
     assert complete_jobs(engine, claim_jobs(engine, jobs, 2), unfenced=True) == 2
     assert ids(claim_jobs(engine, jobs, 5)) == [3]
+
+
+@pytest.mark.parametrize("null", [None, sa.null()], ids=["None", "SQL"])
+def test_an_end_that_clears_a_column(database: Database, null: Any) -> None:
+    """NULL is a value of an end like any other: a row that bears it, too, has ended."""
+    table = job_table(Column("finished_at", DateTime), Column("queue", String(9)))
+    engine = database.engine()
+    fill(engine, table, 2, queue="mail")
+    fill(engine, table, 1, first=3)
+    done = {"finished_at": NOW, "queue": null}
+    jobs = JobTable(table, state="processing", done=done, naive_times="utc")
+    assert complete_jobs(engine, claim_jobs(engine, jobs, 1), unfenced=True) == 1
+    claim = claim_jobs(engine, jobs, 5)
+    assert ids(claim) == [2, 3]
+    assert release_jobs(engine, claim, unfenced=True) == 2
+    routed = JobTable(table, state="processing", withdrawn={"queue": null})
+    assert ids(claim_jobs(engine, routed, 5)) == [2]
 
 
 NULLABLE = (True, False)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.sql import operators, visitors
-from sqlalchemy.sql.elements import BinaryExpression, False_, Null, True_
+from sqlalchemy.sql.elements import BinaryExpression, Null
 
 from atomic_claim import predicates
 from atomic_claim.inference import DUE, ORDER, is_flag, is_text, plain_type
@@ -81,13 +81,13 @@ def _always(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[bool]]
     }
 
 
-def _flags_of_ends(job_table: JobTable) -> dict[sa.Column[Any], sa.ColumnElement[Any]]:
+def _flags_of_ends(job_table: JobTable) -> dict[sa.Column[Any], InlineLiteral]:
     """Return the flags that mark an ended row, with their values there."""
     ends = {**job_table.failed, **job_table.done, **job_table.withdrawn}
     return {
         column: value
         for column, value in ends.items()
-        if is_flag(column) and isinstance(value, (True_, False_, InlineLiteral))
+        if is_flag(column) and isinstance(value, InlineLiteral)
     }
 
 
@@ -112,18 +112,15 @@ def _trapped(reading: Reading, column: sa.Column[Any], number: int, *, taken: bo
 
 def _unset(job_table: JobTable) -> dict[sa.Column[Any], Any]:
     """Return the values of a free row, as far as they can be told."""
-    found = {column: _opposite(value) for column, value in _flags_of_ends(job_table).items()}
+    flags = _flags_of_ends(job_table).items()
+    found: dict[sa.Column[Any], Any] = {
+        column: InlineLiteral(not flag.value, flag.type) for column, flag in flags
+    }
     if job_table.attempts is not None:
         found[job_table.attempts] = InlineLiteral(0, sa.Integer())
     if job_table.due is not None:
         found[job_table.due] = job_table.now(job_table.due)
     return {**found, **job_table.released}
-
-
-def _opposite(value: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
-    if isinstance(value, InlineLiteral):
-        return InlineLiteral(int(not value.value), value.type)
-    return sa.not_(value)
 
 
 def update_text(patient: Patient, values: Mapping[sa.Column[Any], Any], where: str) -> str:
