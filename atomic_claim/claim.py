@@ -104,7 +104,7 @@ class Claim(Sequence[J]):
 
     def __reduce__(self) -> Any:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return _unpickled, (pickled(values.pop("table")), values)
+        return _unpickled, (*pickled(values.pop("table")), values)
 
     def keys_of(self, jobs: Iterable[Any]) -> tuple[Key, ...]:
         """Return the primary keys of some of the claim's jobs.
@@ -183,8 +183,8 @@ class Claim(Sequence[J]):
         return Claim((found,), table=job_table, keys=(found,), token=token, lease=lease)
 
 
-def _unpickled(table: bytes, values: dict[str, Any]) -> Claim[Any]:
-    return Claim(table=unpickled(table), **values)
+def _unpickled(entity: type[Any] | None, table: bytes, values: dict[str, Any]) -> Claim[Any]:
+    return Claim(table=unpickled(entity, table), **values)
 
 
 def _identity(job: Any) -> Key | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -15,7 +14,6 @@ from sqlalchemy.engine.default import DefaultDialect
 
 from .errors import ClaimError
 from .job_table import JobTable
-from .orm import is_mapper
 
 THROUGH = "column"
 MICROSECOND = timedelta(microseconds=1)
@@ -91,41 +89,31 @@ def parts_of(ticket: Any) -> tuple[Any, Any, Any, timedelta | None]:
         ) from None
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles a mapped class's mapper and tables by reference to the class."""
+def pickled(job_table: JobTable) -> tuple[type[Any] | None, bytes]:
+    """Pickle a declaration: of a mapped class by references to it, of a ``Table`` with its metadata.
 
-    def __init__(self, file: io.BytesIO, entity: type[Any] | None) -> None:
-        super().__init__(file)
-        self.entity = entity
-        self.tables = [] if entity is None else list(sa.inspect(entity).tables)
-
-    def reducer_override(self, obj: Any) -> Any:
-        if is_mapper(obj):
-            return sa.inspect, (obj.class_,)
-        table = obj.table if isinstance(obj, sa.Column) else obj
-        if not isinstance(table, sa.Table) or table not in self.tables:
-            return NotImplemented
-        key = None if obj is table else obj.key
-        return _of_class, (self.entity, self.tables.index(table), key)
+    Returns:
+        The mapped class, if there is one, and the text.
+    """
+    entity = job_table.entity
+    return entity, _pickler(entity).dumps(job_table)
 
 
-def _of_class(entity: type[Any], place: int, key: str | None) -> Any:
-    """Return one of the class's tables, or its column with this key."""
-    table = sa.inspect(entity).tables[place]
-    return table if key is None else table.columns[key]
-
-
-def pickled(job_table: JobTable) -> bytes:
-    """Pickle a declaration: a mapped class by its name, a ``Table`` with its metadata."""
-    file = io.BytesIO()
-    _Pickler(file, job_table.entity).dump(job_table)
-    return file.getvalue()
-
-
-def unpickled(state: bytes) -> JobTable:
+def unpickled(entity: type[Any] | None, state: bytes) -> JobTable:
     """Return the declaration that :func:`pickled` has pickled."""
+    if entity is not None:
+        metadata = sa.inspect(entity).local_table.metadata
+        return cast("JobTable", _pickler(entity).loads(state, metadata))
     found: JobTable = pickle.loads(state)  # noqa: S301 - a part of the caller's own pickle
-    for column in found.table.columns if found.entity is None else ():
+    for column in found.table.columns:
         # SQLAlchemy keeps it, and unpickles it before the column has its type.
         column.__dict__.pop("comparator", None)
     return found
+
+
+def _pickler(entity: type[Any] | None) -> Any:
+    if entity is None:
+        return pickle
+    from sqlalchemy.ext import serializer  # noqa: PLC0415 - loads the ORM
+
+    return serializer
