@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
@@ -63,22 +63,6 @@ def column_of(table: sa.Table, mapper: Mapper[Any] | None, given: Any) -> sa.Col
         named = by_name(table, mapper).get(given)
     found = table.corresponding_column(named) if isinstance(named, ColumnClause) else None
     return found if isinstance(found, sa.Column) else None
-
-
-def table_with(tables: Sequence[sa.Table], wanted: Iterable[Any]) -> sa.Table:
-    """Return the first of the tables that has one of the columns.
-
-    Raises:
-        ClaimError: none of them has.
-    """
-    wanted = list(wanted)
-    for table in tables:
-        if any(column_of(table, None, each) is not None for each in wanted):
-            return table
-    raise ClaimError(
-        f"none of the tables {', '.join(t.fullname for t in tables)} has the state column "
-        f"{wanted!r}: name one of their columns with state=..."
-    )
 
 
 def listed(given: Any) -> tuple[Any, ...]:

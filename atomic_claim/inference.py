@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Column, Table, func
 from sqlalchemy.schema import DefaultClause
-from sqlalchemy.sql.elements import ClauseElement, True_
+from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
 from .columns import by_name, clause, listed
@@ -36,10 +36,10 @@ def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
 
 
 def members_of(type_: TypeEngine[Any]) -> dict[str, Any]:
-    """Return the members of an enum by their names, or its strings; empty for other types."""
-    if isinstance(type_, Enum) and type_.enum_class is not None:
-        return dict(type_.enum_class.__members__)
-    return {each: each for each in type_.enums} if isinstance(type_, Enum) else {}
+    """Return the members of an enum, or its strings, by their stored texts; of others none."""
+    if not isinstance(type_, Enum):
+        return {}
+    return dict(zip(type_.enums, type_.enum_class or type_.enums, strict=True))
 
 
 def is_flag(column: Column[Any]) -> bool:
@@ -55,14 +55,6 @@ def is_flag(column: Column[Any]) -> bool:
     if getattr(type_, "display_width", None) == 1:
         return True
     return default_text(column) in {"0", "1", "false", "true"}
-
-
-def has_true(values: Any) -> bool:
-    """Check whether true is one of a flag's values; of expressions only ``true()`` is."""
-    return any(
-        isinstance(value, True_) if isinstance(value, ClauseElement) else value
-        for value in listed(values)
-    )
 
 
 def is_time(column: Column[Any]) -> bool:
@@ -362,8 +354,7 @@ def _read_state(reading: Reading) -> None:
         return
     state = states[0]
     if is_flag(state):
-        free = has_true(reading.given.get("free", state in found[FREE_FLAG]))
-        values: dict[str, Any] = {"free": free, "claimed": not free}
+        values: dict[str, Any] = {"free": True} if state in found[FREE_FLAG] else {}
     elif state in times or isinstance(plain_type(state.type), DateTime):
         values = {"free": None, "claimed": NOW}
     else:
@@ -371,7 +362,8 @@ def _read_state(reading: Reading) -> None:
     reading.arguments = {"state": state} | values | reading.arguments | {"state": state}
     claimed = reading.arguments.get("claimed")
     if len(times) == 1 and times[0] is not state and not isinstance(claimed, Mapping):
-        reading.arguments["claimed"] = {state: claimed, times[0]: NOW}
+        mark = {state: claimed} if "claimed" in reading.arguments else {}
+        reading.arguments["claimed"] = {**mark, times[0]: NOW}
 
 
 def _read_status(reading: Reading, state: Column[Any]) -> dict[str, Any]:

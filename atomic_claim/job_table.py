@@ -13,7 +13,7 @@ from sqlalchemy.sql.elements import ClauseElement
 from sqlalchemy.types import DateTime, Float, Integer
 
 from . import roles, state_values
-from .columns import as_sql, by_name, clause, column_of, listed, mapper_of, table_with, tables_of
+from .columns import as_sql, by_name, clause, column_of, listed, mapper_of, tables_of
 from .errors import AmbiguousTable, ClaimError
 from .inference import Reading, is_text, plain_type
 from .layouts import read_table
@@ -129,7 +129,8 @@ class JobTable(Preparing):
         self._set("entity", mapper.class_ if mapper is not None else None)
         marked = self.claimed if isinstance(self.claimed, Mapping) else ()
         state = marked if self.state is None else (self.state,)
-        self._set("table", tables[0] if len(tables) == 1 else table_with(tables, state))
+        holders = (t for t in tables for each in state if column_of(t, None, each) is not None)
+        self._set("table", next(holders, tables[0]))
         if not self.table.primary_key.columns:
             raise ClaimError(
                 f"table {self.table.fullname!r} has no primary key, so its rows cannot be told "
@@ -167,7 +168,7 @@ class JobTable(Preparing):
         # A lease that is the state is claimed and released by different times.
         marks["released"].pop(self.lease, None)
         state_values.check_marks(marks, self.state, self.free_values)
-        written = {column for role, column in self.role_columns if role in roles.WRITTEN_BY_CLAIMS}
+        written = {column for role, column in self.role_columns if role not in roles.READ_ONLY}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         others = {c: value for c, value in self.withdrawn.items() if c is not self.state}
         state_values.check_defaults(others, self.now)
@@ -176,8 +177,7 @@ class JobTable(Preparing):
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __repr__(self) -> str:
-        columns = {role: getattr(self, role) for role in roles.COLUMNS}
-        said = [f"{role}={c.name!r}" for role, c in columns.items() if c is not None]
+        said = [f"{role}={column.name!r}" for role, column in self.role_columns]
         return f"<JobTable({', '.join([repr(self.table.fullname), *said])})>"
 
     @classmethod
@@ -338,8 +338,10 @@ class JobTable(Preparing):
 
     def _read_state(self) -> None:
         """Bring ``free``, ``claimed`` and ``released`` into one form: expressions and mappings."""
-        free, claimed = self._completed()
         state: Column[Any] | None = self.state
+        free, claimed = clause(self.free), self._mapping(self.claimed, "claimed")
+        if free is UNSET or not claimed or (state is not None and state not in claimed):
+            free, claimed = self._completed(free, claimed)
         first_free: Any = UNSET
         if state is not None and state is self.lease and free is None and not state.nullable:
             # A lease that is over frees the row, and is what a release writes.
@@ -353,37 +355,23 @@ class JobTable(Preparing):
             found += [None] if self.null_is_free and state.nullable else []
             self._set("free_values", tuple(found))
             free = state_values.is_one_of(state, found)
-        mapping = self._mapping(claimed, "claimed")
-        if not mapping:
-            raise ClaimError(
-                "claimed={} marks nothing, so a claimed row would stay free: write the values of a "
-                "claimed row"
-            )
-        if state is not None and state not in mapping:
-            raise ClaimError(
-                f"claimed={self.claimed!r} leaves out the state column {state.name!r}: add it"
-            )
         self._set("free", free)
-        self._set("claimed", mapping)
+        self._set("claimed", claimed)
+        released = self._mapping(self.released, "released")
         if self.released is UNSET:
-            self._set("released", state_values.undone(mapping, state, first_free))
-        else:
-            self._set("released", self._mapping(self.released, "released"))
+            released = state_values.undone(claimed, state, first_free)
+        self._set("released", released)
 
-    def _completed(self) -> tuple[Any, Any]:
-        """Return ``free`` and ``claimed``, completed by the type of the state."""
-        state: Column[Any] | None = self.state
-        free, claimed = clause(self.free), self.claimed
-        if isinstance(claimed, Mapping):
-            claimed = self.values(claimed, "claimed")
-        if free is not UNSET and claimed is not UNSET:
-            return free, claimed
-        if state is None:
+    def _completed(self, free: Any, claimed: Mapping[Any, Any]) -> tuple[Any, Any]:
+        """Complete ``free`` and ``claimed`` by the type of the state."""
+        if (state := self.state) is None:
             raise AmbiguousTable(
                 f"JobTable({self.table.fullname!r}): name the state column with state=..., or "
                 "give free=<expression> and claimed={column: value}"
             )
-        return state_values.completed(state, free, claimed, is_time=self._holds_times(state))
+        marked, is_time = claimed.get(state, UNSET), self._holds_times(state)
+        free, marked = state_values.completed(state, free, marked, is_time=is_time)
+        return free, {**self._mapping({state: marked}, "claimed"), **claimed}
 
     def _state_of(self, value: Any, role: str) -> Column[Any]:
         """Return the state, in which a value is that is given alone.

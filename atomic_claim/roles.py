@@ -8,11 +8,10 @@ from itertools import combinations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.schema import DefaultClause
 from sqlalchemy.types import JSON, BigInteger, Integer, SmallInteger, TypeEngine
 
 from .errors import ClaimError
-from .inference import TOKEN_LENGTH, holds_tokens, is_text, plain_type
+from .inference import TOKEN_LENGTH, default_text, holds_tokens, is_text, plain_type
 
 KEYS = ("exclusive_by", "fair_by")
 COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", *KEYS)
@@ -49,7 +48,6 @@ ADDED: Mapping[str, str] = {
 BYTES = (sa.BINARY, sa.LargeBinary, sa.VARBINARY)
 # Of exclusive keys: their equal values are written alike.
 KEY_TYPES = (Integer, sa.String, sa.Uuid, sa.Date, sa.Boolean, *BYTES)
-WRITTEN_BY_CLAIMS = {"worker", "token", "lease", "attempts", "stamps"}
 READ_ONLY = {"due", "max_attempts", *KEYS}
 UNMOVED = {"state", "lease", "due", "token"}
 # The last day that every database can store in every time zone.
@@ -149,12 +147,9 @@ def check_claimed(
 
 def is_moved(column: sa.Column[Any]) -> bool:
     """Check whether an UPDATE that does not name the column changes it."""
-    if column.onupdate is not None or column.server_onupdate is not None:
-        return True
-    default = column.server_default
+    own = column.onupdate is not None or column.server_onupdate is not None
     # MySQL's ON UPDATE is reflected as a part of the default.
-    text = getattr(default.arg, "text", "") if isinstance(default, DefaultClause) else ""
-    return "on update" in text.lower()
+    return own or "on update" in default_text(column)
 
 
 def check_most_rows(most: Any, column: sa.Column[Any] | None) -> None:

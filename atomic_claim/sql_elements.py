@@ -134,12 +134,9 @@ class Preparing:
     def prepare(self, make: Callable[..., T], *given: Any) -> T:
         """Call ``make`` with this object and ``given`` once, and return its kept result."""
         key = (make, *given)
-        try:
-            return self.prepared[key]  # type: ignore[no-any-return]
-        except KeyError:
-            pass
-        found = self.prepared[key] = make(self, *given)
-        return found
+        if key not in self.prepared:
+            self.prepared[key] = make(self, *given)
+        return self.prepared[key]  # type: ignore[no-any-return]
 
 
 class ByKey:

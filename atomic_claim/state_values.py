@@ -15,9 +15,9 @@ from sqlalchemy.sql.elements import ClauseElement, False_, Null, TextClause, Tru
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
-from .columns import clause
+from .columns import clause, listed
 from .errors import AmbiguousTable, ClaimError
-from .inference import HELD, NOW, default_text, has_true, is_flag, members_of, plain_type
+from .inference import HELD, NOW, default_text, is_flag, members_of, plain_type
 from .roles import highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
@@ -135,14 +135,19 @@ def _shown(value: Any) -> str:
 def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
     """Describe what a column of the type holds; return None if the value is such."""
     type_, held, expected = plain_type(type_), True, ""
-    if isinstance(type_, Integer):
+    if isinstance(type_, Enum):
+        members = members_of(type_)
+        held, expected = value in members or value in members.values(), repr([*members])[1:-1]
+        right = [name for name, each in members.items() if getattr(each, "value", ...) == value]
+        expected += f" ({right[0]!r} is the name of that member)" if right else ""
+    elif isinstance(type_, Integer):
         most = highest(type_)
         held, expected = isinstance(value, int) and abs(value) <= most, f"integers up to {most}"
     elif isinstance(type_, String):
         held = isinstance(value, str) and len(value) <= (type_.length or len(value))
-        expected = f"strings of up to {type_.length or 'any number of'} characters"
-        if held and UNSTORABLE.search(value):
-            held, expected = False, "strings without NUL and surrogates"
+        held = held and not UNSTORABLE.search(value)
+        size = type_.length or "any number of"
+        expected = f"strings of up to {size} characters without NUL and surrogates"
     elif isinstance(type_, Boolean):
         held, expected = value in (0, 1), "true and false"
     elif isinstance(type_, DateTime):
@@ -151,17 +156,6 @@ def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
         # MySQL's; PostgreSQL's, which may vary, is a text.
         held, expected = isinstance(value, (int, bytes)), "integers and booleans"
     return None if held else expected
-
-
-def _check_member(column: Column[Any], type_: Enum, value: Any, role: str) -> None:
-    members = members_of(type_)
-    if value in type_.enums or any(value == member for member in members.values()):
-        return
-    right = [name for name, member in members.items() if getattr(member, "value", None) == value]
-    raise ClaimError(
-        f"{role} has {value!r} in {column.name!r}, which holds {', '.join(map(repr, type_.enums))}"
-        ": write " + (f"{right[0]!r}, the name of that member" if right else "one of them")
-    )
 
 
 def free_values(free: Any) -> list[Any]:
@@ -200,37 +194,35 @@ def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[A
         )
     if value is None or isinstance(value, ClauseElement):
         return value
-    # What a decorated type accepts is its own affair.
-    if isinstance(type_, Enum):
-        _check_member(column, type_, value, role)
-    elif not isinstance(type_, TypeDecorator) and (expected := _expected(type_, value)):
-        raise ClaimError(
-            f"{role} has {value!r} in {column.name!r}, which is {type_!r} and holds {expected}: "
-            "write the value as it stands in the column, or name another column with "
-            f"{role}={{column: value}}"
-        )
     if not isinstance(value, Hashable):
         raise ClaimError(
             f"{column.name}={value!r} cannot be declared: the value must be hashable, since "
             "it is part of the statement; pass it in values=... of the call"
         )
+    # What a decorated type accepts is its own affair.
+    if not isinstance(type_, TypeDecorator) and (expected := _expected(type_, value)):
+        raise ClaimError(
+            f"{role} has {value!r} in {column.name!r}, which is {type_!r} and holds {expected}: "
+            "write the value as it stands in the column, or name another column with "
+            f"{role}={{column: value}}"
+        )
     return InlineLiteral(bool(value) if isinstance(type_, Boolean) else value, type_)
 
 
 def completed(state: Column[Any], free: Any, claimed: Any, *, is_time: bool) -> tuple[Any, Any]:
-    """Infer missing values of ``free`` and ``claimed`` from the type of the state column.
+    """Infer missing values of a state that is free and claimed from the type of its column.
 
     Args:
         state: the column.
         free: its free values, or ``UNSET``.
-        claimed: its claimed value or a mapping of columns to values, or ``UNSET``.
+        claimed: its claimed value as it stands in a statement, or ``UNSET``.
         is_time: whether the column holds times.
     """
     if is_flag(state):
-        marked = claimed.get(state, UNSET) if isinstance(claimed, Mapping) else claimed
         if free is UNSET:
-            free = marked is not UNSET and not has_true(marked)
-        return free, (not has_true(free) if claimed is UNSET else claimed)
+            free = claimed is not UNSET and not getattr(claimed, "value", False)
+        others = (CONSTANTS.get(type(value), value) for value in listed(free))
+        return free, ({True}.isdisjoint(others) if claimed is UNSET else claimed)
     if is_time:
         return (None if free is UNSET else free), (NOW if claimed is UNSET else claimed)
     given, type_ = {"free": free, "claimed": claimed}, plain_type(state.type)

@@ -85,15 +85,10 @@ def claim_statement(
     """
     request = ClaimRequest(checked_limit(limit), where, order_by, values, worker, lease)
     job_table = job_table_of(table, ordered=order_by is not None)
-    if job_table.exclusive_by is not None:
+    if job_table.has_keys:
         raise ClaimError(
-            f"{job_table!r} lets {job_table.max_per_key} jobs of a key run at once, which takes "
-            "more than one statement: use claim_jobs(bind, table, ...)"
-        )
-    if job_table.fair_by is not None:
-        raise ClaimError(
-            f"{job_table!r} has claims take turns by {job_table.fair_by.name!r}, which takes a "
-            "statement for each turn: use claim_jobs(bind, table, ...)"
+            f"{job_table!r} has exclusive_by or fair_by, whose claims take more than one "
+            "statement: use claim_jobs(bind, table, ...)"
         )
     plan = build_plan(job_table, request, entities=job_table.entity is not None)
     if plan.multi_table:

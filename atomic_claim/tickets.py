@@ -90,7 +90,7 @@ def parts_of(ticket: Any) -> tuple[Any, Any, Any, timedelta | None]:
 
 
 def pickled(job_table: JobTable) -> tuple[type[Any] | None, bytes]:
-    """Pickle a declaration: of a mapped class by references to it, of a ``Table`` with its metadata.
+    """Pickle a declaration: a mapped class by references to it, a ``Table`` with its metadata.
 
     Returns:
         The mapped class, if there is one, and the text.

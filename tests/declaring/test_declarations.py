@@ -153,11 +153,11 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     "a number beyond its type": ({"state": "size", "free": 0, "claimed": 40_000}, "up to 32767"),
     "an enum's value": (
         {"state": "kind", "free": "pending", "claimed": "RUNNING"},
-        "write 'PENDING', the name of that member",
+        "holds 'PENDING', 'RUNNING', 'ENDED' ('PENDING' is the name of that member)",
     ),
     "no value of the enum": (
         {"state": "kind", "free": "PENDING", "claimed": "WORKING"},
-        "claimed has 'WORKING' in 'kind', which holds 'PENDING', 'RUNNING', 'ENDED'",
+        "and holds 'PENDING', 'RUNNING', 'ENDED': write the value as it stands",
     ),
     "NULL in NOT NULL": ({"state": "must", "free": None, "claimed": "run"}, "is NOT NULL"),
     "a time that is never NULL": ({"state": "locked_at"}, "free has NULL in 'locked_at'"),
