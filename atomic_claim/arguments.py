@@ -55,7 +55,8 @@ def checked_values(job_table: JobTable, given: Mapping[Any, Any]) -> dict[Column
         mark, value = job_table.claimed[column], values[column]
         if isinstance(mark, DatabaseTime) and value is not None:
             continue
-        if not is_same(mark, declared(column, value, "values", job_table.now)):
+        written = value if value is None else declared(column, value, "values", job_table.now)
+        if not is_same(mark, written):
             raise ClaimError(
                 f"values sets {column.name!r} to {value!r}, but a claimed row is marked by "
                 f"{column.name} = {getattr(mark, 'value', mark)}: leave it out, or "

@@ -231,7 +231,7 @@ CALLS: dict[str, tuple[Arguments, tuple[str, ...]]] = {
     ),
     "values that undo the mark": (
         lambda _: {"values": {"processing": False}},
-        ("values sets 'processing' to False", "processing = true", "leave it out"),
+        ("values sets 'processing' to False", "processing = True", "leave it out"),
     ),
     "values that empty the mark": (
         lambda t: {"values": {t.c.processing: None}},
@@ -319,14 +319,14 @@ DECLARATIONS: dict[str, tuple[Roles, type[Exception], tuple[str, ...]]] = {
         ("claimed=nope is not a column",),
     ),
     "a mark without the state": (
-        {"claimed": {"note": "x"}},
-        ClaimError,
-        ("claimed={'note': 'x'} leaves out the state column 'processing'",),
+        {"state": "short", "free": "a", "claimed": {"note": "x"}},
+        AmbiguousTable,
+        ("jobs.short is String(length=10), whose values are not declared: give claimed=...",),
     ),
     "no mark": (
         {"state": None, "free": sa.true(), "claimed": {}},
-        ClaimError,
-        ("claimed={} marks nothing",),
+        AmbiguousTable,
+        ("give free=<expression> and claimed={column: value}",),
     ),
     "a value without a state": (
         {"state": None, "free": 0, "claimed": {"processing": True}},

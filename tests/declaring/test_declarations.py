@@ -330,6 +330,20 @@ def test_the_free_value_of_a_flag(claimed: Any) -> None:
     assert str(JobTable(table, state="flag", claimed=claimed).free) == "jobs.flag = false"
 
 
+@once
+@pytest.mark.parametrize(("state", "mark"), [("flag", "true"), ("locked_at", "CURRENT_TIMESTAMP")])
+def test_a_mark_that_leaves_out_the_state(state: str, mark: str) -> None:
+    """A mapping is completed by the value of the state that its type tells."""
+    table = table_of(
+        *(Column("flag", sa.Boolean), Column("locked_at", DateTime), Column("note", String(9)))
+    )
+    claimed = JobTable(table, state=state, claimed={"note": "x"}).claimed
+    assert {column.name: str(value) for column, value in claimed.items()} == {
+        state: mark,
+        "note": "'x'",
+    }
+
+
 class Inverted(sa.TypeDecorator[bool]):
     """A flag that is stored as its contrary."""
 
