@@ -9,7 +9,6 @@ import sqlalchemy as sa
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
 from .errors import ClaimError
-from .orm import is_mapper
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
@@ -19,10 +18,8 @@ T = TypeVar("T")
 
 def mapper_of(given: Any) -> Mapper[Any] | None:
     """Return the mapper of a mapped class, or None for anything else."""
-    if not isinstance(given, type):
-        return None
-    mapper: Any = sa.inspect(given, raiseerr=False)
-    return mapper if is_mapper(mapper) else None
+    found: Any = sa.inspect(given, raiseerr=False) if isinstance(given, type) else None
+    return found  # type: ignore[no-any-return]
 
 
 def tables_of(given: Any) -> list[sa.Table]:

@@ -36,10 +36,10 @@ def plain_type(type_: TypeEngine[Any]) -> TypeEngine[Any]:
 
 
 def members_of(type_: TypeEngine[Any]) -> dict[str, Any]:
-    """Return the members of an enum, or its strings, by their stored texts; of others none."""
-    if not isinstance(type_, Enum):
-        return {}
-    return dict(zip(type_.enums, type_.enum_class or type_.enums, strict=True))
+    """Return the members of an enum by their names, or its strings; empty for other types."""
+    if isinstance(type_, Enum) and type_.enum_class is not None:
+        return dict(type_.enum_class.__members__)
+    return {each: each for each in type_.enums} if isinstance(type_, Enum) else {}
 
 
 def is_flag(column: Column[Any]) -> bool:

@@ -164,10 +164,12 @@ class JobTable(Preparing):
 
     def _check_marks(self) -> None:
         """Refuse marks that contradict each other or leave a claimed row free."""
-        marks = {role: dict(getattr(self, role)) for role in MARKS}
+        marks: dict[str, Any] = {role: [getattr(self, role)] for role in MARKS}
         # A lease that is the state is claimed and released by different times.
-        marks["released"].pop(self.lease, None)
-        state_values.check_marks(marks, self.state, self.free_values)
+        others = {c: value for c, value in self.released.items() if c is not self.lease}
+        marks |= {"free": [{self.state: value} for value in self.free_values], "released": [others]}
+        marks["withdrawn"] = [{column: value} for column, value in self.withdrawn.items()]
+        state_values.check_marks(marks)
         written = {column for role, column in self.role_columns if role not in roles.READ_ONLY}
         state_values.check_free_changes(self.free, written | set(self.claimed))
         others = {c: value for c, value in self.withdrawn.items() if c is not self.state}
@@ -401,10 +403,8 @@ class JobTable(Preparing):
             return {}
         if not isinstance(given, Mapping):
             given = {self._state_of(given, role): given}
-        values = self.values(given, role)
-        for column in values:
-            roles.check_writable(role, column)
-        return {c: state_values.declared(c, v, role, self.now) for c, v in values.items()}
+        values = self.values(given, role).items()
+        return {c: state_values.declared(c, v, role, self.now) for c, v in values}
 
 
 def job_table_of(given: Any, *, ordered: bool = False) -> JobTable:

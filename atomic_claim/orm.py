@@ -15,7 +15,7 @@ import sqlalchemy
 
 if TYPE_CHECKING:
     import sqlalchemy.orm
-    from sqlalchemy.orm import Mapper, Session, sessionmaker
+    from sqlalchemy.orm import Session, sessionmaker
 
 ASYNC = ("AsyncSession", "AsyncConnection", "AsyncEngine")
 ASYNC_MAKERS = ("async_scoped_session", "async_sessionmaker")
@@ -33,11 +33,6 @@ def is_own(bind: object) -> TypeGuard[sqlalchemy.Engine | sessionmaker[Any]]:
     """Check whether a call by the bind has a transaction of its own."""
     makers = (sqlalchemy.orm.sessionmaker,) if hasattr(sqlalchemy, "orm") else ()
     return isinstance(bind, (sqlalchemy.Engine, *makers))
-
-
-def is_mapper(given: object) -> TypeGuard[Mapper[Any]]:
-    """Check whether the object is a mapped class's ``Mapper``."""
-    return hasattr(sqlalchemy, "orm") and isinstance(given, sqlalchemy.orm.Mapper)
 
 
 def async_types() -> tuple[type[Any], ...]:

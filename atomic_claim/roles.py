@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.types import JSON, BigInteger, Integer, SmallInteger, TypeEngine
+from sqlalchemy.types import JSON, Integer, TypeEngine
 
 from .errors import ClaimError
 from .inference import TOKEN_LENGTH, default_text, holds_tokens, is_text, plain_type
@@ -50,16 +50,16 @@ BYTES = (sa.BINARY, sa.LargeBinary, sa.VARBINARY)
 KEY_TYPES = (Integer, sa.String, sa.Uuid, sa.Date, sa.Boolean, *BYTES)
 READ_ONLY = {"due", "max_attempts", *KEYS}
 UNMOVED = {"state", "lease", "due", "token"}
+BITS = {"small_integer": 16, "SMALLINT": 16, "big_integer": 64, "BIGINT": 64}
+BITS |= {"TINYINT": 8, "MEDIUMINT": 24}
 # The last day that every database can store in every time zone.
 LAST = datetime(9999, 12, 30, tzinfo=UTC)
 
 
 def highest(type_: TypeEngine[Any]) -> int:
     """Return the largest number that a column of this integer type can hold."""
-    plain, bits = plain_type(type_), 32
-    for size, kind in {16: SmallInteger, 64: BigInteger}.items():
-        bits = size if isinstance(plain, kind) else bits
-    bits = {"TINYINT": 8, "MEDIUMINT": 24}.get(plain.__visit_name__, bits)
+    plain = plain_type(type_)
+    bits = BITS.get(plain.__visit_name__, 32)
     return int(2 ** (bits if getattr(plain, "unsigned", False) else bits - 1)) - 1
 
 

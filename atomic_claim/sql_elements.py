@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import datetime
 from functools import cached_property
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import (
-    BindParameter,
-    UnaryExpression,
-)
+from sqlalchemy.sql.elements import BindParameter
 from sqlalchemy.sql.visitors import InternalTraversal
 from sqlalchemy.types import Float, TypeEngine
 
@@ -26,6 +23,7 @@ KEYS = "atomic_claim_keys"
 ORDER = "claim_order_"
 
 
+@dataclass(eq=False, repr=False)
 class InlineLiteral(sa.ColumnElement[Any]):
     """A value known when the table is declared, rendered as a literal by its type.
 
@@ -34,15 +32,14 @@ class InlineLiteral(sa.ColumnElement[Any]):
     key, so that another value never reuses this one's text.
     """
 
+    value: object
+    type: TypeEngine[Any] = field()
+
     # What makes up the cache key, in the form that SQLAlchemy documents for its extensions.
     _traverse_internals = [  # noqa: RUF012
         ("value", InternalTraversal.dp_plain_obj),
         ("type", InternalTraversal.dp_type),
     ]
-
-    def __init__(self, value: object, type_: TypeEngine[Any]) -> None:
-        self.value = value
-        self.type = type_
 
 
 @compiles(InlineLiteral)
@@ -57,6 +54,7 @@ def _inline(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
     return compiler.render_literal_value(value, type_)
 
 
+@dataclass(eq=False, repr=False)
 class DatabaseTime(sa.ColumnElement[datetime]):
     """The database's clock at the start of the statement, in the form in which a column stores it.
 
@@ -72,6 +70,13 @@ class DatabaseTime(sa.ColumnElement[datetime]):
     longer than asked, and never shorter. A negative offset takes the earlier one.
     """
 
+    type: TypeEngine[Any] = field()
+    clock: str
+    offset: sa.ColumnElement[Any] | None = None
+    _: KW_ONLY
+    floor: bool = False
+    form: str | None = None
+
     _traverse_internals = [  # noqa: RUF012
         ("type", InternalTraversal.dp_type),
         ("clock", InternalTraversal.dp_string),
@@ -81,22 +86,11 @@ class DatabaseTime(sa.ColumnElement[datetime]):
         ("form", InternalTraversal.dp_string),
     ]
 
-    def __init__(
-        self,
-        type_: TypeEngine[Any],
-        clock: str,
-        offset: sa.ColumnElement[Any] | None = None,
-        *,
-        floor: bool = False,
-        form: str | None = None,
-    ) -> None:
-        self.type = type_
-        self.clock = clock
-        self.offset = offset
-        self.floor = floor
-        self.form = form
-        value = offset.value if isinstance(offset, BindParameter) else None
-        self.later = value is None or value >= 0
+    @property
+    def later(self) -> bool:
+        """Whether the later of two times is taken where the clock repeats an hour."""
+        value = self.offset.value if isinstance(self.offset, BindParameter) else None
+        return value is None or value >= 0
 
 
 class RandomFraction(sa.ColumnElement[float]):
@@ -184,14 +178,13 @@ class OrderTerm:
     @classmethod
     def of(cls, term: sa.ColumnElement[Any]) -> OrderTerm:
         """Take a term apart."""
-        descending, nulls_first = False, None
-        while isinstance(term, UnaryExpression) and term.modifier in _MODIFIERS:
-            if term.modifier is operators.desc_op:
-                descending = True
-            elif term.modifier is not operators.asc_op:
-                nulls_first = term.modifier is operators.nulls_first_op
-            term = term.element
-        return cls(term, descending, nulls_first)
+        found, element = set[Any](), cast("Any", term)
+        while operators.is_ordering_modifier(getattr(element, "modifier", cast("Any", None))):
+            found.add(element.modifier)
+            element = element.element
+        nulls_first = operators.nulls_first_op in found
+        placed = nulls_first or operators.nulls_last_op in found
+        return cls(element, operators.desc_op in found, nulls_first if placed else None)
 
     def applied(self, element: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Order another element in the same direction, with NULLs in the same place."""
@@ -211,11 +204,3 @@ def labelled_terms(order: Iterable[sa.ColumnElement[Any]]) -> list[sa.ColumnElem
     """Return what the terms of an order compare, as columns named ``claim_order_1`` and so on."""
     terms = enumerate(order, 1)
     return [OrderTerm.of(term).element.label(f"{ORDER}{place}") for place, term in terms]
-
-
-_MODIFIERS = (
-    operators.asc_op,
-    operators.desc_op,
-    operators.nulls_first_op,
-    operators.nulls_last_op,
-)

@@ -18,7 +18,7 @@ from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecor
 from .columns import clause, listed
 from .errors import AmbiguousTable, ClaimError
 from .inference import HELD, NOW, default_text, is_flag, members_of, plain_type
-from .roles import highest
+from .roles import check_writable, highest
 from .sql_elements import DatabaseTime, InlineLiteral
 
 UNSET: Any = ...
@@ -39,34 +39,31 @@ EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
 """By mark, the other marks that its rows must not bear."""
 
 
-def check_marks(
-    marks: Mapping[str, Values], state: Column[Any] | None, free: Sequence[Any]
-) -> None:
+def check_marks(marks: Mapping[str, Sequence[Values]]) -> None:
     """Raise if rows that bear one mark bear another that excludes it, where values compare.
 
     Args:
-        marks: the values of each mark, by role. A row is withdrawn by any of its values; it bears
-            another mark if it has all of them.
-        state: the column of the values in ``free``.
-        free: the values that are free; empty if an expression says it.
+        marks: by role, the sets of values of which a row has to have one to bear the mark. None is
+            free if an expression says what is.
     """
-    several = {role: [values] for role, values in marks.items()}
-    several["withdrawn"] = [{column: value} for column, value in marks["withdrawn"].items()]
-    several["free"] = [] if state is None else [{state: value} for value in free]
     for one, other in ((one, other) for one, others in EXCLUSIVE.items() for other in others):
-        for given, wanted in product(several[one], several[other]):
-            if wanted and all(c in given and is_same(given[c], v) for c, v in wanted.items()):
-                common = ", ".join(f"{c.name} = {_shown(v)}" for c, v in wanted.items())
+        for given, wanted in product(marks[one], marks[other]):
+            if wanted and _has(given, wanted):
+                common = ", ".join(f"{c.name} = {_shown(value)}" for c, value in wanted.items())
                 raise ClaimError(
                     f"{one} and {other} have {common} in common, so a {one} row would count as "
                     f"{other}: let them differ in the value of a column"
                 )
-    value = UNSET if state is None else marks["released"].get(state, UNSET)
-    if free and value is not UNSET and not any(is_same(value, each) for each in free):
-        raise ClaimError(
-            f"released writes {_shown(value)} to {state}, which is not free, so a "
-            "released row would never be claimed: write one of the values of free"
-        )
+    for released, (state, *_) in product(marks["released"], marks["free"][:1]):
+        if state in released and not any(_has(released, each) for each in marks["free"]):
+            raise ClaimError(
+                f"released writes {_shown(released[state])} to {state}, which is not free, so a "
+                "released row would never be claimed: write one of the values of free"
+            )
+
+
+def _has(values: Values, wanted: Values) -> bool:
+    return all(c in values and is_same(values[c], value) for c, value in wanted.items())
 
 
 def check_free_changes(free: ColumnElement[bool], written: Collection[Column[Any]]) -> None:
@@ -137,7 +134,7 @@ def _expected(type_: TypeEngine[Any], value: Any) -> str | None:
     type_, held, expected = plain_type(type_), True, ""
     if isinstance(type_, Enum):
         members = members_of(type_)
-        held, expected = value in members or value in members.values(), repr([*members])[1:-1]
+        held, expected = value in [*type_.enums, *members.values()], repr(type_.enums)[1:-1]
         right = [name for name, each in members.items() if getattr(each, "value", ...) == value]
         expected += f" ({right[0]!r} is the name of that member)" if right else ""
     elif isinstance(type_, Integer):
@@ -183,6 +180,7 @@ def declared(column: Column[Any], value: Any, role: str, now: Callable[[Column[A
     Raises:
         ClaimError: the column cannot hold it.
     """
+    check_writable(role, column)
     value, type_ = clause(value), column.type
     value = CONSTANTS.get(type(value), value)
     if isinstance(value, (functions.now, functions.current_timestamp)):
