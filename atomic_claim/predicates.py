@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import Column, ColumnElement, and_, func, literal, not_, or_, true
+from sqlalchemy.sql.elements import Null
 from sqlalchemy.types import DateTime, Float, Integer
 
 from .inference import ORDER, plain_type
@@ -66,7 +67,7 @@ def bears(values: Mapping[Any, Any]) -> Iterator[ColumnElement[bool]]:
     A time counts as held if the column is not NULL.
     """
     for column, value in values.items():
-        if value is None:
+        if value is None or isinstance(value, Null):
             yield column.is_(None)
         elif isinstance(value, DatabaseTime):
             yield column.is_not(None)
