@@ -265,7 +265,7 @@ def _null_or(column: Column[Any], condition: ColumnElement[bool]) -> ColumnEleme
 
 def _is_not(column: Column[Any], value: Any) -> ColumnElement[bool]:
     """Build the condition that a column does not hold the value; NULL is held by NULL alone."""
-    if value is None:
+    if value is None or isinstance(value, Null):
         return column.is_not(None)
     if isinstance(value, DatabaseTime):
         return column.is_(None)

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, or_
 from sqlalchemy.schema import ColumnDefault
 from sqlalchemy.sql import functions, visitors
-from sqlalchemy.sql.elements import ClauseElement, False_, Null, TextClause, True_
+from sqlalchemy.sql.elements import ClauseElement, False_, TextClause, True_
 from sqlalchemy.sql.selectable import SelectBase
 from sqlalchemy.types import Boolean, DateTime, Enum, Integer, String, TypeDecorator, TypeEngine
 
@@ -23,8 +23,8 @@ from .sql_elements import DatabaseTime, InlineLiteral
 
 UNSET: Any = ...
 Values = Mapping[Column[Any], Any]
-CONSTANTS: Mapping[type[Any], Any] = {Null: None, True_: True, False_: False}
-"""The values of SQL's own constants, in which form they are declared."""
+CONSTANTS: Mapping[type[Any], bool] = {True_: True, False_: False}
+"""The values of SQL's booleans, in which form they are declared."""
 FLAG_TEXTS = {True: ("1", "true", "b'1"), False: ("0", "false", "b'0")}
 """The texts of a flag's default."""
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")
