@@ -144,7 +144,9 @@ class JobTable(Preparing):
             self._set("max_attempts", self.column(self.max_attempts, "max_attempts"))
         self._set("stamps", tuple(self.column(c, "stamps") for c in listed(self.stamps)))
         self._set("order", self.terms(self.order))
-        roles.check_roles(self.role_columns)
+        written = self.values(self.claimed, "claimed") if isinstance(self.claimed, Mapping) else {}
+        marking = (("claimed", column) for column in written if column is not self.state)
+        roles.check_roles([*self.role_columns, *marking])
         roles.check_attempts(self.attempts, self.max_attempts)
         if self.naive_times not in {None, "utc", "server"}:
             raise ClaimError(
@@ -157,7 +159,6 @@ class JobTable(Preparing):
         tells_age = self.lease is not None and bool(self.claim_times or self.stamps)
         roles.check_unleased(self.unleased, tells_age=tells_age)
         roles.check_most_rows(self.max_per_key, self.exclusive_by)
-        roles.check_claimed(self.role_columns, self.claimed, self.state)
         self._check_marks()
         for column in self.time_columns:
             self.now(column)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import combinations
 from typing import Any
@@ -18,6 +18,7 @@ COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", *KEY
 """The arguments of ``JobTable`` that name one column."""
 USES: Mapping[str, str] = {
     "state": "tells free rows from claimed ones",
+    "claimed": "marks a claimed row, beside the state",
     "due": "says from when a row may run",
     "worker": "gets the worker's name",
     "token": "gets the token of the claim",
@@ -33,6 +34,9 @@ USES: Mapping[str, str] = {
 MAY_SHARE: Mapping[frozenset[str], str] = {
     frozenset({"state", "lease"}): "the row is free once its lease is over; claims need lease=",
     frozenset({"due", "lease"}): "a row is due once its lease is over",
+    frozenset({"claimed", "due"}): "a claimed row is due at another time",
+    frozenset({"claimed", "error"}): "a claimed row has another text",
+    frozenset({"claimed", "stamps"}): "the value of the mark is written",
     frozenset({"max_attempts", "exclusive_by"}): "both are only read",
     frozenset({"max_attempts", "fair_by"}): "both are only read",
     frozenset(KEYS): "of one key only some rows run, and claims take turns",
@@ -129,20 +133,6 @@ def check_writable(role: str, column: sa.Column[Any]) -> None:
             f"{role} writes {column.name!r}, which the database computes (GENERATED): name the "
             "column that it is computed from, or give free=<expression>"
         )
-
-
-def check_claimed(
-    pairs: Iterable[tuple[str, sa.Column[Any]]],
-    claimed: Collection[sa.Column[Any]],
-    state: sa.Column[Any] | None,
-) -> None:
-    """Raise if the values that mark a claim are written to a column that has another role."""
-    for role, column in pairs:
-        if column in claimed and column is not state and role not in {"due", "stamps", "error"}:
-            raise ClaimError(
-                f"claimed writes {column.name!r}, but {role} {USES[role]}: leave it out of "
-                "claimed, or name another column"
-            )
 
 
 def is_moved(column: sa.Column[Any]) -> bool:
