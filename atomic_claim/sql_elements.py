@@ -47,6 +47,8 @@ def _inline(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
     # A DOMAIN of PostgreSQL's has no literals of its own.
     type_ = getattr(element.type, "data_type", element.type)
     value = element.value
+    if isinstance(type_, sa.Boolean):
+        return str(compiler.process(sa.true() if value else sa.false()))
     if type_.__visit_name__ == "BIT" and not isinstance(value, str):
         # MySQL's; PostgreSQL's is a text.
         number = int.from_bytes(value) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
@@ -88,7 +90,7 @@ class DatabaseTime(sa.ColumnElement[datetime]):
 
     @property
     def later(self) -> bool:
-        """Whether the later of two times is taken where the clock repeats an hour."""
+        """Return True if the later of two times is meant where the clock repeats an hour."""
         value = self.offset.value if isinstance(self.offset, BindParameter) else None
         return value is None or value >= 0
 

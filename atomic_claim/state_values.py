@@ -43,8 +43,8 @@ def check_marks(marks: Mapping[str, Sequence[Values]]) -> None:
     """Raise if rows that bear one mark bear another that excludes it, where values compare.
 
     Args:
-        marks: by role, the sets of values of which a row has to have one to bear the mark. None is
-            free if an expression says what is.
+        marks: by role, the mappings of values that mark a row, each on its own. There are none for
+            ``free`` if an expression says which rows are free.
     """
     for one, other in ((one, other) for one, others in EXCLUSIVE.items() for other in others):
         for given, wanted in product(marks[one], marks[other]):
