@@ -321,9 +321,7 @@ def _claim(
         _refuse_unflushed(tx.executor, plan)
     if tx.after_disconnect and (keys := traced(tx, plan, params)):
         return Claimed(read_back(tx, plan, keys, None))
-    # Other backends begin a claim by exclusive keys with a lock or a check of their own.
-    by_key = plan.job_table.exclusive_by is not None and tx.backend.key_locks.needs_own
-    claim = claim_by_key if by_key else tx.backend.claim
+    claim = tx.backend.claim if plan.job_table.exclusive_by is None else claim_by_key
     for _ in range(ROUNDS):
         before = len(passed)
         try:
@@ -362,7 +360,7 @@ def dequeue_jobs(
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
 
     def run(tx: Transaction) -> KeyedRows:
-        keys = tx.backend.lock(tx, plan, request.parameters(), deletes=True)
+        keys = tx.backend.lock(tx, plan, request.parameters())
         found = read_back(tx, plan, keys, None)
         if plan.entities and not isinstance(tx.executor, sa.Connection):
             if tx.own:

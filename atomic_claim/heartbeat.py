@@ -220,7 +220,7 @@ class Beat(Keeper):
     def _extend(self, tx: Transaction) -> set[Key]:
         job_table, guard = self.owned.job_table, self.owned.lasting()
         # Keys before rows, as everywhere: else two extensions of a row could wait for each other.
-        tx.lock_keys(job_table)
+        tx.backend.key_locks.lock_table(tx, job_table)
         free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
         # SQLite locks nothing: the block may have ended some of them meanwhile.
         changes = tx.backend.changes(job_table, guard, self.values)

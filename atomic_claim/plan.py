@@ -90,6 +90,7 @@ class ClaimPlan(Preparing):
         entities: whether entities are wanted, rather than rows.
         single: whether the limit is one, so that there is no order to keep.
         marks: the conditions that a claimed row meets, without its lease.
+        deletes: whether the rows are going to be deleted.
     """
 
     job_table: JobTable
@@ -100,6 +101,7 @@ class ClaimPlan(Preparing):
     entities: bool
     single: bool
     marks: tuple[sa.ColumnElement[bool], ...]
+    deletes: bool = False
 
     def fault(self, *, later: bool = False) -> sa.ColumnElement[int]:
         """Return what is wrong with a row after its claim: ``NOT_MARKED``, ``CLAIMABLE`` or 0.
@@ -228,7 +230,7 @@ class ClaimPlan(Preparing):
 
     @property
     def changes_key(self) -> bool:
-        """Return True if the claim writes a column that a foreign key may reference."""
+        """Return True if the claim changes a column that a foreign key may reference."""
         table: sa.Table = self.job_table.table
         unique = {
             column
@@ -236,7 +238,7 @@ class ClaimPlan(Preparing):
             if isinstance(item, sa.UniqueConstraint) or (isinstance(item, sa.Index) and item.unique)
             for column in item.columns
         }
-        return not unique.union(self.job_table.key).isdisjoint(self.values)
+        return self.deletes or not unique.union(self.job_table.key).isdisjoint(self.values)
 
     @property
     def changes_order(self) -> bool:
@@ -334,6 +336,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         entities=entities,
         single=request.limit == 1,
         marks=_marks(job_table, request),
+        deletes=request.deletes,
     )
 
 

@@ -13,7 +13,7 @@ from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import ByKey
 
-from .base import KeyLocks, Transaction
+from .base import KeyLocks, Transaction, Tried
 from .reading import Candidate, Key
 
 TABLE = "atomic_claim_table"
@@ -55,6 +55,10 @@ def require_locks(dialect: sa.Dialect) -> None:
 class AdvisoryLocks(KeyLocks):
     """An advisory lock for each key."""
 
+    def check(self, tx: Transaction, job_table: JobTable) -> None:
+        require_locks(tx.connection.dialect)
+        super().check(tx, job_table)
+
     def number(self, key: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Return the number of a key's lock.
 
@@ -66,7 +70,7 @@ class AdvisoryLocks(KeyLocks):
 
     def lock(
         self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+    ) -> Tried:
         numbers = list(dict.fromkeys(each.lock for each in candidates if each.lock is not None))
         if not numbers:
             return candidates, ()

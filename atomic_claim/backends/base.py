@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -25,7 +25,7 @@ from atomic_claim.statement import ClaimStatement
 
 from .drivers import code_of, in_transaction
 from .reading import Candidate, Key, KeyedRows, Reading, instant
-from .tables import hinted
+from .tables import check_once, hinted, refuse_view
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -49,8 +49,8 @@ class Transaction:
         autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         after_disconnect: whether an earlier try lost its connection while it was committed.
         marked: the keys of the rows that the operation has marked so far, in claim order.
-        outlasting: takes what ends after the transaction, where that is the call's own and its
-            exclusive keys are not locked yet.
+        outlasting: takes what ends after the transaction, where that is the call's own and has
+            exclusive keys.
     """
 
     backend: Backend
@@ -61,13 +61,6 @@ class Transaction:
     after_disconnect: bool = False
     marked: list[Key] = field(default_factory=list)
     outlasting: ExitStack | None = None
-
-    def lock_keys(self, job_table: JobTable) -> None:
-        """Lock all exclusive keys of a table, where one lock around the transaction does it."""
-        if self.outlasting is not None:
-            around = self.backend.key_locks.around(self.connection, job_table)
-            self.outlasting.enter_context(around)
-            self.outlasting = None
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -140,6 +133,8 @@ class Unreadable(Exception):
 
 Mark = Callable[[Transaction, ClaimPlan, Sequence[Key], Mapping[str, Any]], KeyedRows]
 """Marks rows that are locked, and returns them."""
+Tried = tuple[Sequence[Candidate], Sequence[Candidate]]
+"""The candidates that were taken, and those that were not tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,13 +171,20 @@ class KeyLocks:
     needs_own: ClassVar[str | None] = None
     """Why a claim needs a transaction of its own, where it does."""
 
+    def check(self, tx: Transaction, job_table: JobTable) -> None:
+        """Raise if the keys of this table cannot be locked."""
+        check_once(tx.connection, job_table.table, refuse_view)
+
+    def lock_table(self, tx: Transaction, job_table: JobTable) -> None:
+        """Lock all keys of a table at once, where there is one lock; otherwise do nothing."""
+
     def number(self, key: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
         """Return the number of a key's lock, where keys are locked one by one, or NULL."""
         return sa.null()
 
     def lock(
         self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-    ) -> tuple[Sequence[Candidate], Sequence[Candidate]]:
+    ) -> Tried:
         """Lock the keys of the first candidates until the transaction ends, as many as are wanted.
 
         Returns:
@@ -194,12 +196,6 @@ class KeyLocks:
         self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
     ) -> AbstractContextManager[None]:
         """Lock the exclusive keys of some rows before their leases are extended."""
-        return nullcontext()
-
-    def around(
-        self, connection: sa.Connection, job_table: JobTable
-    ) -> AbstractContextManager[None]:
-        """Lock a table's exclusive keys until a transaction of the call's own has ended."""
         return nullcontext()
 
     def begin(self, connection: sa.Connection) -> None:
@@ -290,20 +286,20 @@ class Backend(ABC):
     def claim(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
     ) -> KeyedRows:
-        """Claim, and return the rows or entities in claim order.
+        """Claim without regard to exclusive keys; return the rows or entities in claim order.
 
         ``mark`` marks and reads rows in a way of its own, after they were found and locked.
         """
         return (mark or mark_and_load)(tx, plan, self.lock(tx, plan, params), params)
 
-    @abstractmethod
-    def lock(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
-    ) -> list[Key]:
-        """Lock the rows that a claim would claim, and leave them as they are.
+    def before_search(self, tx: Transaction, job_table: JobTable) -> None:  # noqa: B027
+        """Check the session, or take a lock, before a claim reads candidates."""
 
-        ``deletes`` says that they are going to be deleted. What is returned are their keys, in
-        claim order.
+    @abstractmethod
+    def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
+        """Lock the rows that a claim would claim, whatever their exclusive keys.
+
+        They stay as they are. What is returned are their primary keys, in claim order.
         """
 
     @abstractmethod
@@ -335,7 +331,6 @@ class Backend(ABC):
             Their keys, in no order.
         """
         if extends is not None and extends.exclusive_by is not None:
-            tx.lock_keys(extends)
             with self.key_locks.held(tx, extends, keys):
                 return self.change(tx, keys, changes, params)
         changed: list[Key] = []
@@ -412,6 +407,46 @@ class Backend(ABC):
         )
 
 
+def take_first(
+    batches: Iterable[Sequence[Candidate]],
+    limit: int,
+    take: Callable[[Sequence[Candidate], int], Tried],
+) -> list[Candidate]:
+    """Take the first candidates, batch by batch, until there are as many as the limit.
+
+    Those of a batch may be claimed together, and with those of other batches but for a row that is
+    claimed alone.
+    """
+    found: list[Candidate] = []
+    for batch in batches:
+        rest = [] if found and batch[0].alone else batch
+        while rest and len(found) < limit:
+            taken, rest = take(rest, limit - len(found))
+            found += taken
+        if len(found) == limit or (found and found[0].alone):
+            break
+    return found
+
+
+def locking_by_key(plan: ClaimPlan, backend: Backend, *columns: Any) -> ByKey:
+    """Return the SELECT that locks the rows given by key that are free and not locked."""
+    locking = locking_rows(plan, backend, *columns).where(*plan.conditions)
+    return ByKey(plan.job_table.key, locking.where)
+
+
+def locking_rows(plan: ClaimPlan, backend: Backend, *columns: Any) -> sa.Select[Any]:
+    """Return the SELECT of keys that locks the rows that are not locked, and no others."""
+    table, asked = plan.job_table.table, plan.source(*plan.key_attributes, *columns)
+    if plan.multi_table:
+        # Else the subclass's table may come first, and MariaDB locks every row of it.
+        for dialect_name in backend.hints:
+            asked = asked.prefix_with("STRAIGHT_JOIN", dialect=dialect_name)
+    of = table if plan.multi_table else None
+    return hinted(asked, table, backend.hints).with_for_update(
+        skip_locked=True, key_share=not plan.changes_key, of=of
+    )
+
+
 def mark_and_load(
     tx: Transaction, plan: ClaimPlan, keys: Sequence[Key], params: Mapping[str, Any]
 ) -> KeyedRows:
@@ -424,7 +459,8 @@ def mark_and_load(
     backend = tx.backend
     if len(set(keys)) < len(keys):
         plan.refuse_shared_keys(keys)
-    given = {name: params[name] for name in params.keys() - {LIMIT, SCAN_LIMIT}}
+    given = dict(params)
+    del given[LIMIT], given[SCAN_LIMIT]
     if keys and (asking := plan.prepare(instant)) is not None:
         given[INSTANT] = tx.connection.scalar(asking, given)
     for chunk, result in tx.by_key(plan.prepare(marking_by_key, backend), keys, given):

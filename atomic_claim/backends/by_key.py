@@ -21,7 +21,7 @@ million waiting rows costs a step, and the cost grows with the number of keys th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -42,8 +42,11 @@ from .base import (
     Backend,
     Mark,
     Transaction,
+    Tried,
+    locking_by_key,
     mark_and_load,
     marked_by_key,
+    take_first,
 )
 from .fair import (
     FairSearch,
@@ -52,12 +55,8 @@ from .fair import (
     without_terms,
 )
 from .reading import KEY, LOCK, ROOM, Candidate, Key, KeyedRows
-from .tables import hinted
 
 PLACE = "atomic_claim_place"
-BRANCH = "atomic_claim_branch"
-_branch_of = attrgetter(BRANCH)
-FOUND = "atomic_claim_found"
 # Rows of one key that its heads find at most.
 MOST_HEADS = 10
 
@@ -79,26 +78,23 @@ class KeySearch:
     @cached_property
     def window(self) -> sa.Select[Any]:
         """The first rows in claim order, whether their keys have room or not."""
-        return self._told(self._numbered("first", *self._branches))
+        return self._first("first", *self._branches)
 
     @cached_property
     def heads(self) -> sa.Select[Any]:
-        """The first rows of every key that has free rows, if they have room; and others.
+        """The first rows in claim order of all keys that have free rows and room; and others.
 
-        Those are rows without a key and rows whose lease is over, up to a limit of each kind, and
-        whether they have room or not: it tells whether there are more.
+        Those are rows without a key and rows whose lease is over, whether they have room or not.
         """
         first, *expired = self._branches
         keys = self._walked_keys() if self.backend.walks_keys else self._distinct_keys()
         free = first.order_by(None).order_by(self._column, *self.plan.order)
         of_key = free.where(self._column == keys.columns[KEY])
         of_key = of_key.order_by(*tie_breakers(self.plan))
-        heads = [self._one_by_one(of_key, place, keys) for place in range(self._most_heads)]
-        rows = self._numbered("heads", *heads, first.where(self._column.is_(None)), *expired)
-        branch = rows.columns[BRANCH]
-        is_wanted = sa.or_(branch >= self._most_heads, branch < self._room(rows))
-        most = sa.bindparam(FOUND, 1, sa.Integer(), literal_execute=True)
-        return self._told(rows).where(is_wanted).limit(most)
+        most = min(self.plan.job_table.max_per_key, MOST_HEADS)
+        heads = [self._one_by_one(of_key, place, keys) for place in range(most)]
+        without = first.where(self._column.is_(None))
+        return self._first("heads", *heads, without, *expired)
 
     @cached_property
     def chosen(self) -> ByKey:
@@ -121,19 +117,7 @@ class KeySearch:
     @cached_property
     def locking(self) -> ByKey:
         """Lock the rows given by key that are free and not locked; return both their keys."""
-        plan = self.plan
-        table = plan.job_table.table
-        asked = plan.source(*plan.key_attributes, self._column).where(*plan.conditions)
-        if plan.multi_table:
-            # Else the subclass's table may come first, and MariaDB locks every row of it.
-            for dialect_name in self.backend.hints:
-                asked = asked.prefix_with("STRAIGHT_JOIN", dialect=dialect_name)
-        locking = hinted(asked, table, self.backend.hints).with_for_update(
-            skip_locked=True,
-            key_share=not plan.changes_key,
-            of=table if plan.multi_table else None,
-        )
-        return ByKey(plan.job_table.key, locking.where)
+        return locking_by_key(self.plan, self.backend, self._column)
 
     @cached_property
     def turns(self) -> FairSearch | None:
@@ -153,24 +137,20 @@ class KeySearch:
         """
         tried: set[Key] = set()
         pending: list[Candidate] = []
-        scan_limit = limit + MARGIN
-        found = tx.execute(self.window, {SCAN_LIMIT: scan_limit}).all()
+        number = limit + MARGIN
+        found = tx.execute(self.window, {SCAN_LIMIT: number}).all()
         if not found:
             return
         if self.turns is not None:
             # Not all rows are looked at: most keys may be busy.
-            first = islice(self.turns.turn(tx, limit), limit + MARGIN)
+            first = islice(self.turns.turn(tx, limit), number)
             pending = list(islice(_having_room(first), limit))
             tried.update(each.row for each in pending)
             if len(pending) == limit:
                 yield from in_one_claim(pending, attrgetter("alone"))
                 pending = []
-        free = [place for place, row in enumerate(found) if _branch_of(row) == 0]
-        is_all = len(found) < scan_limit
-        if len(free) == scan_limit:
-            # There may be more free rows before those whose lease is over.
-            found = found[: free[-1] + 1]
         while True:
+            is_all = len(found) < number
             candidates = (Candidate.of(row, self.plan.job_table) for row in found)
             fresh = [each for each in candidates if each.row not in tried]
             pending = list(_having_room([*pending, *fresh]))
@@ -180,12 +160,8 @@ class KeySearch:
                 pending = []
             if is_all:
                 return
-            most = scan_limit * (1 + len(self._branches))
-            found = tx.execute(self.heads, {SCAN_LIMIT: scan_limit, FOUND: most}).all()
-            counts = Counter(map(_branch_of, found))
-            others = [number for place, number in counts.items() if place >= self._most_heads]
-            is_all = len(found) < most and all(number < scan_limit for number in others)
-            scan_limit *= 4
+            number *= 4
+            found = tx.execute(self.heads, {SCAN_LIMIT: number}).all()
 
     def lock(
         self, tx: Transaction, candidates: Sequence[Candidate], limit: int
@@ -196,7 +172,6 @@ class KeySearch:
             Their primary keys in claim order, and the candidates that were not tried.
         """
         job_table = self.plan.job_table
-        tx.lock_keys(job_table)
         tried, rest = tx.backend.key_locks.lock(tx, job_table, candidates[:CHUNK], limit)
         rest = [*rest, *candidates[CHUNK:]]
         tx.refuse_autocommit("the locks would be gone before the rows are marked")
@@ -222,24 +197,16 @@ class KeySearch:
         return self.plan.job_table.exclusive_by
 
     @property
-    def _most_heads(self) -> int:
-        return min(self.plan.job_table.max_per_key, MOST_HEADS)
-
-    @property
     def _branches(self) -> list[sa.Select[Any]]:
-        scan_limit = sa.bindparam(SCAN_LIMIT, 1, sa.Integer(), literal_execute=True)
-        key = self._column.label(KEY)
-        return [b.add_columns(key).limit(scan_limit) for b in self.plan.candidates.branches]
+        key, found = self._column.label(KEY), self.plan.candidates
+        return [branch.add_columns(key).limit(found.scan_limit) for branch in found.branches]
 
-    def _numbered(self, name: str, *branches: sa.Select[Any]) -> sa.CTE:
-        """All that several SELECTs find, and the number of each, in a CTE: MySQL reads it once."""
-        numbered = [
-            branch.add_columns(_number(place).label(BRANCH))
-            for place, branch in enumerate(branches)
-        ]
-        only = len(numbered) == 1
-        found = numbered[0] if only else self.plan.candidates.together(*numbered)
-        return found.cte(f"atomic_claim_{name}")
+    def _first(self, name: str, *branches: sa.Select[Any]) -> sa.Select[Any]:
+        """Select the first rows that these SELECTs find, in a CTE, which MySQL reads once."""
+        only, found = len(branches) == 1, self.plan.candidates
+        rows: sa.Select[Any] | sa.CompoundSelect[Any]
+        rows = branches[0] if only else found.together(*branches)
+        return self._told(rows.cte(f"atomic_claim_{name}")).limit(found.scan_limit)
 
     def _room(self, rows: sa.FromClause) -> sa.ColumnElement[int]:
         """Count how many more rows may run that have the key of a row."""
@@ -288,7 +255,7 @@ class KeySearch:
         return sa.select(some.columns[KEY].label(KEY)).distinct().cte("atomic_claim_free_keys")
 
     def _one_by_one(self, rows: sa.Select[Any], place: int, keys: sa.CTE) -> sa.Select[Any]:
-        """Select one row of each key, with a scalar subquery for each column."""
+        """Select a row of each key that has room for it, with a scalar subquery for each column."""
         row = rows.limit(_number(1)).offset(_number(place)).correlate(keys)
         columns = list(row.selected_columns)[:-1]
         # The order may be that of the primary key, which need not be looked for twice.
@@ -297,6 +264,7 @@ class KeySearch:
             for element in map(_unlabelled, columns)
         }
         found = sa.select(*asked.values(), keys.columns[KEY].label(KEY)).select_from(keys)
+        found = found.where(self._room(keys) > _number(place))
         values = list(found.subquery("atomic_claim_head").columns)
         places = {element: place for place, element in enumerate(asked)}
         named = [values[places[_unlabelled(column)]].label(column.key) for column in columns]
@@ -323,22 +291,23 @@ def _unlabelled(column: Any) -> Any:
 
 
 def statements_of(
-    backend: Backend, plan: ClaimPlan, finding: sa.Select[Any], *locking: Executable | ByKey
+    backend: Backend, plan: ClaimPlan, *finding: Executable | ByKey
 ) -> Sequence[Executable | ByKey]:
     """Return the statements of a claim in steps, but for the locks of exclusive keys."""
     job_table = plan.job_table
-    found: Sequence[Executable | ByKey] = (finding, *locking)
+    found: Sequence[Executable | ByKey] = finding
     if job_table.exclusive_by is not None:
         search = plan.prepare(KeySearch, backend)
         turn = () if search.turns is None else search.turns.statements
         found = (search.window, *turn, search.chosen, search.locking)
     elif job_table.fair_by is not None:
-        found = (*plan.prepare(FairSearch, backend).statements, *locking)
+        locking = plan.prepare(locking_by_key, backend)
+        found = (*plan.prepare(FairSearch, backend).statements, locking)
     return (*found, *marked_by_key(plan, backend))
 
 
 def claim_by_key(
-    tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any], mark: Mark | None = None
+    tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
 ) -> KeyedRows:
     """Claim by exclusive keys as many rows as the limit allows, as far as their keys have room.
 
@@ -347,16 +316,20 @@ def claim_by_key(
     """
     search, limit = plan.prepare(KeySearch, tx.backend), params[LIMIT]
     found: KeyedRows = []
-    for batch in search.batches(tx, limit):
-        if found and batch[0].alone:
-            continue
-        rest: Sequence[Candidate] = batch
-        while rest and len(found) < limit:
-            ours, rest = search.lock(tx, rest, limit - len(found))
-            found += (mark or mark_and_load)(tx, plan, ours, params)
-        if search.turns is not None:
-            taken = {key for key, _ in found}
-            search.turns.remember(tx, [each for each in batch if each.row in taken])
-        if len(found) == limit or (found and batch[0].alone):
-            break
+
+    def take(candidates: Sequence[Candidate], wanted: int) -> Tried:
+        ours, rest = search.lock(tx, candidates, wanted)
+        marked = (mark or mark_and_load)(tx, plan, ours, params)
+        found.extend(marked)
+        keys = {key for key, _ in marked}
+        return [each for each in candidates if each.row in keys], rest
+
+    try:
+        tx.backend.before_search(tx, plan.job_table)
+    finally:
+        # Of a view, SQLite says no more than that it cannot be changed.
+        tx.backend.key_locks.check(tx, plan.job_table)
+    taken = take_first(search.batches(tx, limit), limit, take)
+    if search.turns is not None:
+        search.turns.remember(tx, taken)
     return found

@@ -30,7 +30,7 @@ import sqlalchemy as sa
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm
 
-from .base import Backend, Transaction
+from .base import Backend, Transaction, Tried, locking_by_key, take_first
 from .reading import FAIR, KEY, Candidate, Key
 
 T = TypeVar("T")
@@ -173,12 +173,12 @@ class FairSearch:
 
     def remember(self, tx: Transaction, taken: Sequence[Candidate]) -> None:
         """Remember the last of the rows that a claim has taken in a turn."""
-        if not taken or not taken[-1].fair:
+        if not (last := [each for each in taken if each.fair][-1:]):
             return
         kept = positions.setdefault(tx.connection.dialect, {})
         for name in self._names(tx):
             kept.pop(name, None)
-            kept[name] = Position(taken[-1].fair[0], taken[-1].row)
+            kept[name] = Position(last[0].fair[0], last[0].row)
         for name in list(kept)[:-MOST_KEPT]:
             kept.pop(name, None)
 
@@ -251,29 +251,25 @@ class FairSearch:
         return tx.execute(statement, given).all()
 
 
-def lock_in_turn(
-    tx: Transaction, search: FairSearch, limit: int, locking: ByKey | None
-) -> list[Key]:
-    """Lock the first rows of a turn, and return their keys in its order.
+def lock_in_turn(tx: Transaction, plan: ClaimPlan, limit: int) -> list[Key]:
+    """Lock the first rows of a turn, and return their keys in its order."""
+    search = plan.prepare(FairSearch, tx.backend)
+    locking, turn = plan.prepare(locking_by_key, tx.backend), search.turn(tx, limit)
 
-    Args:
-        tx: where it runs.
-        search: the statements of the turn.
-        limit: how many rows at most.
-        locking: locks those of some rows that are free and not locked; None if no other
-            transaction can lock any.
-    """
-    turn, found = search.turn(tx, limit), list[Candidate]()
-    while fresh := list(islice(turn, limit - len(found))):
-        for batch in in_one_claim(fresh, attrgetter("alone")):
-            if found and (batch[0].alone or found[0].alone):
-                continue
-            rows: Any = [each.row for each in batch]
-            if locking is not None:
-                rows = {tuple(row) for _, held in tx.by_key(locking, rows) for row in held}
-            found += (each for each in batch if locking is None or each.row in rows)
-        if found and found[0].alone:
-            break
+    def batches() -> Iterator[list[Candidate]]:
+        while fresh := list(islice(turn, limit)):
+            yield from in_one_claim(fresh, attrgetter("alone"))
+
+    def lock(candidates: Sequence[Candidate], wanted: int) -> Tried:
+        tried = candidates[:wanted]
+        locked = {
+            tuple(row)
+            for _, rows in tx.by_key(locking, [each.row for each in tried])
+            for row in rows
+        }
+        return [each for each in tried if each.row in locked], candidates[wanted:]
+
+    found = take_first(batches(), limit, lock)
     search.remember(tx, found)
     return [each.row for each in found]
 

@@ -14,10 +14,9 @@ from sqlalchemy.types import Integer, String
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey
 
-from .base import CHUNK, Backend, Transaction
+from .base import CHUNK, Backend, Transaction, locking_rows
 from .drivers import code_of
 from .reading import Key
-from .tables import hinted
 
 NAMES = ("mysql", "mariadb")
 # A hint for "mysql" renders nothing for mariadb://, so both names are said.
@@ -57,16 +56,7 @@ class InnoDBStatements:
     """
 
     def __init__(self, plan: ClaimPlan, backend: Backend, is_mariadb: bool) -> None:
-        table, key = plan.job_table.table, plan.job_table.key
-        of = table if plan.multi_table else None
-        source = plan.source(*plan.key_attributes)
-        if plan.multi_table:
-            # Else the subclass's table may come first, and MariaDB locks every row of it.
-            source = source.prefix_with("STRAIGHT_JOIN")
-
-        def by_key(statement: sa.Select[Any], **how: bool) -> ByKey:
-            return ByKey(key, hinted(statement.with_for_update(of=of, **how), table, HINTS).where)
-
+        key, of = plan.job_table.key, plan.job_table.table if plan.multi_table else None
         # What has to be known of the session comes with the candidates, for no further round trip.
         level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
         session: list[sa.ColumnElement[Any]] = [sa.literal_column(level, String())]
@@ -82,16 +72,15 @@ class InnoDBStatements:
         # All but the first step find all free rows.
         self.free_at = self.width - 2 if steps[0].tells_free else None
 
-        free = source.where(*plan.conditions)
-        self.lock = by_key(free, skip_locked=True)
+        free = locking_rows(plan, backend).where(*plan.conditions)
+        self.lock = ByKey(key, free.where)
         limit = sa.bindparam(LIMIT, 1, Integer(), literal_execute=True)
-        first = free.order_by(*plan.key_attributes).limit(limit)
-        self.lock_first = by_key(first, skip_locked=True)
+        self.lock_first = ByKey(key, free.order_by(*plan.key_attributes).limit(limit).where)
         # That it returns whether a row is free is also what makes it read by key: a SELECT of
         # nothing but the key is covered by the index, and then scans all of it, forced or not.
-        all_rows = source.add_columns(sa.and_(*plan.conditions))
-        self.lock_all = by_key(all_rows, skip_locked=True)
-        self.lock_unless_held = by_key(all_rows, nowait=True)
+        all_rows = locking_rows(plan, backend, sa.and_(*plan.conditions))
+        self.lock_all = ByKey(key, all_rows.where)
+        self.lock_unless_held = ByKey(key, all_rows.with_for_update(nowait=True, of=of).where)
         latest = list(plan.candidates.shared_branches)
         if (fair := plan.job_table.fair_by) is not None:
             # In the order of the index that there is.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import filterfalse, islice
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -32,14 +32,15 @@ from .base import (
     Find,
     KeyLocks,
     Transaction,
+    Tried,
 )
 from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim
-from .innodb import HINTS, NAMES, InnoDBStatements, Search
+from .innodb import HINTS, NAMES, SKEW, InnoDBStatements, Search
 from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
 from .reading import Candidate, Key
-from .tables import check_once, hinted, refuse_view
+from .tables import check_once, hinted
 
 # https://dev.mysql.com/doc/mysql-errors/8.4/en/server-error-reference.html:
 # ER_CHECKREAD, ER_LOCK_WAIT_TIMEOUT, ER_LOCK_DEADLOCK, ER_TRANSACTION_ROLLBACK_DURING_COMMIT.
@@ -69,20 +70,29 @@ class NamedLocks(KeyLocks):
 
     needs_own = NEEDS_OWN
 
-    def held(
-        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
-    ) -> AbstractContextManager[None]:
-        """Wait for no row for long, while other claims wait for the lock of the keys."""
-        return tx.backend.limit_wait(tx, 1)
+    def check(self, tx: Transaction, job_table: JobTable) -> None:
+        check_once(tx.connection, job_table.table, _check_engine)
+        super().check(tx, job_table)
+        if tx.backend.naive_columns(job_table) and (skew := tx.connection.scalar(sa.select(SKEW))):
+            _refuse_skew(job_table, skew)
+
+    def lock(
+        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
+    ) -> Tried:
+        self.lock_table(tx, job_table)
+        return super().lock(tx, job_table, candidates, wanted)
 
     @contextmanager
-    def around(self, connection: sa.Connection, job_table: JobTable) -> Iterator[None]:
-        check_once(connection, job_table.table, _check_engine)
-        check_once(connection, job_table.table, refuse_view)
-        with named_lock(connection, job_table.table) as skew:
-            if skew and MySQL().naive_columns(job_table):
-                _refuse_skew(job_table, skew)
+    def held(self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> Iterator[None]:
+        """Wait for no row for long, while other claims wait for the lock of the keys."""
+        self.lock_table(tx, job_table)
+        with tx.backend.limit_wait(tx, 1):
             yield
+
+    def lock_table(self, tx: Transaction, job_table: JobTable) -> None:
+        if tx.outlasting is not None:
+            tx.outlasting.enter_context(named_lock(tx.connection, job_table.table))
+            tx.outlasting = None
 
     def begin(self, connection: sa.Connection) -> None:
         read_committed(connection)
@@ -118,12 +128,10 @@ class MySQL(Backend):
     walks_keys = False
     key_locks = NamedLocks()
 
-    def lock(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
-    ) -> list[Key]:
-        dialect, table, limit = tx.connection.dialect, plan.job_table.table, params[LIMIT]
-        check_once(tx.connection, table, _check_engine)
-        is_mariadb: bool = dialect.is_mariadb  # type: ignore[attr-defined]
+    def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
+        limit = params[LIMIT]
+        check_once(tx.connection, plan.job_table.table, _check_engine)
+        is_mariadb: bool = tx.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         statements = plan.prepare(InnoDBStatements, self, is_mariadb)
         search = Search(tx, statements, limit)
         width = len(plan.job_table.key)

@@ -12,8 +12,6 @@ from sqlalchemy.exc import DBAPIError
 
 from atomic_claim.errors import ClaimConflict, ClaimError
 
-from .innodb import SKEW
-
 # Seconds that a claim waits for those before it, which take some milliseconds each; and for
 # which a holder may have been asleep.
 PATIENCE = 5
@@ -41,8 +39,8 @@ SEVERAL_WRITERS = (
 
 
 @contextmanager
-def named_lock(connection: Connection, table: Table) -> Iterator[int]:
-    """Hold the lock of a table's exclusive keys, and yield the session's :data:`SKEW`.
+def named_lock(connection: Connection, table: Table) -> Iterator[None]:
+    """Hold the lock of a table's exclusive keys.
 
     It is taken in a transaction, and released after that has ended. The transaction is READ
     COMMITTED, so that each look for running rows sees what is committed.
@@ -51,7 +49,8 @@ def named_lock(connection: Connection, table: Table) -> Iterator[int]:
     name = _name(connection, table)
     released = None
     try:
-        yield _acquire(connection, name, table.fullname)
+        _acquire(connection, name, table.fullname)
+        yield
         # The transaction has been committed, and the lock ends with the session.
         with suppress(DBAPIError):
             released = connection.scalar(select(func.release_lock(name)))
@@ -98,13 +97,11 @@ def _name(connection: Connection, table: Table) -> str:
     return f"atomic_claim.{hashlib.sha256(full_name.encode()).hexdigest()}"[:MOST_LENGTH]
 
 
-def _acquire(connection: Connection, name: str, table: str) -> int:
+def _acquire(connection: Connection, name: str, table: str) -> None:
     holder: Any = None
-    asking = select(func.get_lock(name, literal_column(str(PATIENCE))), SKEW)
     for _ in range(2):
-        is_ours, skew = connection.execute(asking).one()
-        if is_ours == 1:
-            return int(skew)
+        if connection.scalar(select(func.get_lock(name, literal_column(str(PATIENCE))))) == 1:
+            return
         holder = connection.scalar(select(func.is_used_lock(name)))
         _end_if_asleep(connection, holder)
     raise ClaimConflict(

@@ -16,6 +16,7 @@ from sqlalchemy.types import DateTime
 from atomic_claim.candidates import ALONE, Candidates
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
+from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan
 from atomic_claim.sql_elements import (
     ORDER,
@@ -26,13 +27,12 @@ from atomic_claim.sql_elements import (
 )
 from atomic_claim.statement import ClaimStatement, statement_of
 
-from .advisory import AdvisoryLocks, require_locks
-from .base import Backend, Find, Mark, Transaction, mark_and_load, marked_by_key
-from .by_key import claim_by_key, statements_of
+from .advisory import AdvisoryLocks
+from .base import Backend, Find, Mark, Transaction
+from .by_key import statements_of
 from .drivers import is_stale
-from .fair import FairSearch, lock_in_turn
+from .fair import lock_in_turn
 from .reading import Key, KeyedRows, Reading
-from .tables import check_once, refuse_view
 
 NAMES = ("postgresql", "cockroachdb", "yugabytedb")
 UTC = ("utc", "gmt", "zulu", "uct", "universal", "greenwich", "gmt0", "gmt+0", "gmt-0")
@@ -93,28 +93,20 @@ class PostgreSQL(Backend):
     def claim(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
     ) -> KeyedRows:
-        if plan.job_table.exclusive_by is not None:
-            require_locks(tx.connection.dialect)
-            check_once(tx.connection, plan.job_table.table, refuse_view)
-            self._check_zone(tx, plan)
-            return claim_by_key(tx, plan, params, mark or mark_and_load)
         is_plain = tx.own and not plan.entities
         single = None if mark else plan.prepare(self._single)
         if single is None or not (is_plain or not tx.needs_steps(plan)):
             return super().claim(tx, plan, params, mark)
-        self._check_zone(tx, plan)
+        self.before_search(tx, plan.job_table)
         return single.keyed(tx.execute(single.statement, params))
 
-    def lock(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
-    ) -> list[Key]:
+    def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""
-        self._check_zone(tx, plan)
+        self.before_search(tx, plan.job_table)
         if plan.job_table.fair_by is None:
-            locked = tx.tuples(plan.prepare(_locked_candidates, deletes), params)
+            locked = tx.tuples(plan.prepare(_locked_candidates), params)
         else:
-            locking = plan.prepare(_locking_by_key, deletes)
-            locked = lock_in_turn(tx, plan.prepare(FairSearch, self), params[LIMIT], locking)
+            locked = lock_in_turn(tx, plan, params[LIMIT])
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         return locked
 
@@ -125,20 +117,17 @@ class PostgreSQL(Backend):
     def _single(self, plan: ClaimPlan) -> Reading | None:
         return Reading(plan, claiming(plan)) if self.is_single(plan) else None
 
-    def _check_zone(self, tx: Transaction, plan: ClaimPlan) -> None:
+    def before_search(self, tx: Transaction, job_table: JobTable) -> None:
         """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""
-        if not plan.job_table.prepare(self.naive_columns):
+        if not job_table.prepare(self.naive_columns):
             return
         if (zone := _time_zone(tx)).lower() not in UTC_NAMES:
-            self.refuse_naive(plan.job_table, repr(zone))
+            self.refuse_naive(job_table, repr(zone))
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):
             return (claiming(plan),)
-        if plan.job_table.has_keys:
-            lock = plan.prepare(_locking_by_key, False)
-            return statements_of(self, plan, plan.candidates.select(), lock)
-        return (plan.prepare(_locked_candidates, False), *marked_by_key(plan, self))
+        return statements_of(self, plan, plan.prepare(_locked_candidates))
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         milliseconds = max(1, round(seconds * 1000))
@@ -267,18 +256,9 @@ def _lock(of: Any, changes_key: bool) -> Lock:
     return lambda branch: branch.with_for_update(skip_locked=True, key_share=not changes_key, of=of)
 
 
-def _lock_of(plan: ClaimPlan, deletes: bool) -> Lock:
-    of = plan.job_table.table if plan.multi_table else None
-    return _lock(of, deletes or plan.changes_key)
-
-
-def _locking_by_key(plan: ClaimPlan, deletes: bool) -> ByKey:
-    rows = _lock_of(plan, deletes)(plan.candidates.rows)
-    return ByKey(plan.key_attributes, rows.where)
-
-
-def _locked_candidates(plan: ClaimPlan, deletes: bool) -> sa.Select[Any]:
-    lock, found = _lock_of(plan, deletes), plan.candidates
+def _locked_candidates(plan: ClaimPlan) -> sa.Select[Any]:
+    lock = _lock(plan.job_table.table if plan.multi_table else None, plan.changes_key)
+    found = plan.candidates
     if found.is_plain:
         return found.select(lock=lock)
     return found.only_keys(found.ordered(_claimable(found, lock).subquery()))

@@ -34,29 +34,29 @@ class Candidate(NamedTuple):
 
     Attributes:
         row: the row's primary key.
+        alone: 1 if the row is claimed alone, else 0.
         key: its exclusive key.
         lock: the number of the key's lock, where keys are locked one by one.
         room: how many rows of its exclusive key could be claimed when it was found.
-        alone: 1 if the row is claimed alone, else 0.
         fair: the key by which claims take turns, if it was found in one.
     """
 
     row: Key
-    key: Any
-    lock: int | None
-    room: int
-    alone: int
-    fair: tuple[Any, ...]
+    alone: int = 0
+    key: Any = None
+    lock: int | None = None
+    room: int = 0
+    fair: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, found: Row[Any], job_table: JobTable) -> Candidate:
         """Return the candidate of a row that a search has found."""
         return cls(
             tuple(found[: len(job_table.key)]),
+            getattr(found, ALONE, 0),
             getattr(found, KEY, None),
             getattr(found, LOCK, None),
             getattr(found, ROOM, 0),
-            getattr(found, ALONE, 0),
             (getattr(found, FAIR),) if FAIR in found._fields else (),
         )
 

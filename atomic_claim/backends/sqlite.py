@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -30,10 +29,9 @@ from .base import (
     Mark,
     Transaction,
 )
-from .by_key import claim_by_key, statements_of
-from .fair import FairSearch, lock_in_turn
+from .by_key import statements_of
+from .fair import lock_in_turn
 from .reading import Key, KeyedRows, Reading, instant
-from .tables import check_once, refuse_view
 
 MARK = "/* claimable */"
 TRIGGERS = sa.text(
@@ -84,13 +82,6 @@ class SQLite(Backend):
     def claim(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
     ) -> KeyedRows:
-        if plan.job_table.exclusive_by is not None:
-            try:
-                self._take_write_lock(tx, plan.job_table)
-            except DBAPIError:
-                check_once(tx.connection, plan.job_table.table, refuse_view)
-                raise
-            return claim_by_key(tx, plan, params, mark)
         fits = params[LIMIT] <= CHUNK and not tx.needs_steps(plan)
         if mark or not fits or not plan.prepare(self.is_single):
             return super().claim(tx, plan, params, mark)
@@ -115,19 +106,17 @@ class SQLite(Backend):
             return (plan.prepare(_claiming), plan.prepare(_reading).statement)
         return (_lock(plan.job_table), *statements_of(self, plan, plan.prepare(_candidates)))
 
-    def lock(
-        self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, deletes: bool = False
-    ) -> list[Key]:
-        self._take_write_lock(tx, plan.job_table)
-        if plan.job_table.fair_by is not None:
-            return lock_in_turn(tx, plan.prepare(FairSearch, self), params[LIMIT], None)
-        return tx.tuples(plan.prepare(_candidates), params)
+    def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
+        self.before_search(tx, plan.job_table)
+        if plan.job_table.fair_by is None:
+            return tx.tuples(plan.prepare(_candidates), params)
+        return lock_in_turn(tx, plan, params[LIMIT])
 
     def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
-        self._take_write_lock(tx, find.job_table)
+        self.before_search(tx, find.job_table)
         return find.statement
 
-    def _take_write_lock(self, tx: Transaction, job_table: JobTable) -> None:
+    def before_search(self, tx: Transaction, job_table: JobTable) -> None:
         """Take the write lock as the transaction's first statement would, and change nothing."""
         tx.execute(job_table.prepare(_lock))
         tx.refuse_autocommit("another claim could come between this one's statements")

@@ -489,6 +489,12 @@ class Unlocked(Invented):
     key_locks = backends.Backend.key_locks
 
 
+class Inheriting(Invented):
+    """The same with the claim that every backend has."""
+
+    claim = backends.Backend.claim
+
+
 class InventedDialect(SQLiteDialect_pysqlite):
     """SQLite by another name."""
 
@@ -571,6 +577,20 @@ def test_a_backend_without_locks_of_keys(
                 claim_jobs(bind, jobs)
             with pytest.raises(UnsupportedDialect, match="'invented' has no key_locks"):
                 extend_jobs(bind, claim, lease=lease)
+    assert taken(database.engine(), table) == [1]
+
+
+@pytest.mark.databases("sqlite")
+def test_a_backend_that_inherits_its_claim(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exclusive keys are searched and locked for every backend alike."""
+    table = job_table(Column("customer", sa.Integer))
+    fill(database.engine(), table, 2, customer=1)
+    jobs = JobTable(table, state="processing", exclusive_by="customer")
+    with registered(database, monkeypatch, Inheriting) as engine:
+        assert ids(claim_jobs(engine, jobs, 2)) == [1]
+        assert ids(claim_jobs(engine, jobs, 2)) == []
     assert taken(database.engine(), table) == [1]
 
 

@@ -196,10 +196,10 @@ BUGS: Final = (
     Planted(
         "the lock of the keys ends before the commit on MySQL and MariaDB",
         "backends/named_lock.py",
-        "        yield _acquire(connection, name, table.fullname)\n",
-        "        skew = _acquire(connection, name, table.fullname)\n"
+        "        _acquire(connection, name, table.fullname)\n        yield\n",
+        "        _acquire(connection, name, table.fullname)\n"
         "        connection.execute(select(func.release_lock(name)))\n"
-        "        yield skew\n",
+        "        yield\n",
         "mysql",
     ),
     Planted(

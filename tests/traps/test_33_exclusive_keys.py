@@ -86,9 +86,9 @@ def test_another_claim_is_not_committed(database: Database) -> None:
 
 
 @contextmanager
-def no_lock(*_: Any) -> Iterator[int]:
+def no_lock(*_: Any) -> Iterator[None]:
     """Hold no lock."""
-    yield 0
+    yield
 
 
 def without_lock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_the_write_lock_comes_before_the_search(
         assert second.go() == [2]
     complete(engine, jobs, 2)
     engine = database.engine(isolation_level="AUTOCOMMIT")
-    monkeypatch.setattr(sqlite.SQLite, "_take_write_lock", lambda *_: None)
+    monkeypatch.setattr(sqlite.SQLite, "before_search", lambda *_: None)
     monkeypatch.setattr(Transaction, "refuse_autocommit", lambda *_: None)
     with engine.begin() as connection:
         connection.execute(jobs.table.insert(), [{"id": n, "customer_id": 1} for n in (3, 4)])
