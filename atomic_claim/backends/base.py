@@ -331,6 +331,7 @@ class Backend(ABC):
             Their keys, in no order.
         """
         if extends is not None and extends.exclusive_by is not None:
+            self.key_locks.lock_table(tx, extends)
             with self.key_locks.held(tx, extends, keys):
                 return self.change(tx, keys, changes, params)
         changed: list[Key] = []

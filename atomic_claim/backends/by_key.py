@@ -172,6 +172,7 @@ class KeySearch:
             Their primary keys in claim order, and the candidates that were not tried.
         """
         job_table = self.plan.job_table
+        tx.backend.key_locks.lock_table(tx, job_table)
         tried, rest = tx.backend.key_locks.lock(tx, job_table, candidates[:CHUNK], limit)
         rest = [*rest, *candidates[CHUNK:]]
         tx.refuse_autocommit("the locks would be gone before the rows are marked")

@@ -50,8 +50,8 @@ class InnoDBStatements:
         asks_zone: whether that includes the session's time zone.
         lock: locks those of the rows that are free and not locked.
         lock_first: the same, but only the first ones in the order of the key.
-        lock_all: locks those of the rows that are not locked, and returns whether they are free.
-        lock_unless_held: the same, but fails if another transaction has locked one of them.
+        lock_unless_held: locks the rows, and returns whether they are free; it fails if another
+            transaction has locked one of them.
         latest: a locking read of the keys of each branch of the candidates.
     """
 
@@ -79,7 +79,6 @@ class InnoDBStatements:
         # That it returns whether a row is free is also what makes it read by key: a SELECT of
         # nothing but the key is covered by the index, and then scans all of it, forced or not.
         all_rows = locking_rows(plan, backend, sa.and_(*plan.conditions))
-        self.lock_all = ByKey(key, all_rows.where)
         self.lock_unless_held = ByKey(key, all_rows.with_for_update(nowait=True, of=of).where)
         latest = list(plan.candidates.shared_branches)
         if (fair := plan.job_table.fair_by) is not None:
@@ -101,7 +100,6 @@ class Search:
         limit: how many rows are wanted.
         step: which of the statements finds the candidates.
         taken: the keys of the rows that are locked and free.
-        may_fail: whether a lock that fails leaves the transaction as it was.
         patience: how many more locks may fail before rows are put aside.
         aside: rows in the order of their keys that are tried again at the end.
         is_stale: whether a candidate was claimed or gone, which shows that the snapshot is old.
@@ -113,7 +111,6 @@ class Search:
     limit: int
     step: int = 0
     taken: set[Key] = field(default_factory=set)
-    may_fail: bool = False
     patience: int = PATIENCE
     aside: list[list[Key]] = field(default_factory=list)
     is_stale: bool = False
@@ -130,7 +127,8 @@ class Search:
 
         READ COMMITTED at once unlocks rows that do not meet the WHERE; a transaction of the
         call's own is over soon. So that may try more rows after those that others hold, and leave
-        some locked that it does not claim.
+        some locked that it does not claim. There is no other way either where a lock that fails
+        rolls back the whole transaction.
         """
         wanted = self.limit - len(self.taken)
         window = fresh[:CHUNK]
@@ -157,11 +155,10 @@ class Search:
         tried = ahead = len(keys)
         if are_numbers:
             keys.sort()
-        lock = self.statements.lock_unless_held if self.may_fail else self.statements.lock_all
         while keys:
             part = keys[:ahead]
             try:
-                rows = self.tx.execute(*lock.of(part)).all()
+                rows = self.tx.execute(*self.statements.lock_unless_held.of(part)).all()
             except DBAPIError as error:
                 if code_of(error, int) not in HELD:
                     raise
@@ -179,7 +176,7 @@ class Search:
                     self.taken.add(row[:-1])
                 else:
                     self.is_stale = True
-            if self.may_fail and len(rows) < len(part):
+            if len(rows) < len(part):
                 self.is_stale = True
             del keys[:ahead]
             ahead *= 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import filterfalse, islice
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -32,13 +32,12 @@ from .base import (
     Find,
     KeyLocks,
     Transaction,
-    Tried,
 )
 from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim
 from .innodb import HINTS, NAMES, SKEW, InnoDBStatements, Search
-from .named_lock import NEEDS_OWN, end_session, named_lock, read_committed
+from .named_lock import NEEDS_OWN, end, end_session, named_lock, read_committed
 from .reading import Candidate, Key
 from .tables import check_once, hinted
 
@@ -53,9 +52,6 @@ MOST_READ = 10_000
 # Candidates read beyond those that are wanted: others may hold the first ones.
 WINDOW = 16
 
-
-# A proxy may have given the process to another client since.
-PROCESS = sa.text("SELECT id FROM information_schema.processlist WHERE id = :id AND time >= :since")
 
 SERIALIZABLE = "SERIALIZABLE"
 PLAIN_READS_WAIT = (
@@ -76,23 +72,16 @@ class NamedLocks(KeyLocks):
         if tx.backend.naive_columns(job_table) and (skew := tx.connection.scalar(sa.select(SKEW))):
             _refuse_skew(job_table, skew)
 
-    def lock(
-        self, tx: Transaction, job_table: JobTable, candidates: Sequence[Candidate], wanted: int
-    ) -> Tried:
-        self.lock_table(tx, job_table)
-        return super().lock(tx, job_table, candidates, wanted)
-
-    @contextmanager
-    def held(self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]) -> Iterator[None]:
-        """Wait for no row for long, while other claims wait for the lock of the keys."""
-        self.lock_table(tx, job_table)
-        with tx.backend.limit_wait(tx, 1):
-            yield
-
     def lock_table(self, tx: Transaction, job_table: JobTable) -> None:
         if tx.outlasting is not None:
             tx.outlasting.enter_context(named_lock(tx.connection, job_table.table))
             tx.outlasting = None
+
+    def held(
+        self, tx: Transaction, job_table: JobTable, keys: Sequence[Key]
+    ) -> AbstractContextManager[None]:
+        """Wait for no row for long, while other claims wait for the lock of the keys."""
+        return tx.backend.limit_wait(tx, 1)
 
     def begin(self, connection: sa.Connection) -> None:
         read_committed(connection)
@@ -143,15 +132,13 @@ class MySQL(Backend):
             # A row costs a probe.
             scan_limit, turn = limit, plan.prepare(FairSearch, self).turn(tx, limit)
         while True:
-            rows, level = self._candidates(search, plan, scan_limit, read, turn)
+            rows, may_lock_gaps = self._candidates(search, plan, scan_limit, read, turn)
             seen = list(map(key_of, rows))
             if statements.tells_alone:
                 alone.update(key_of(row) for row in rows if row[width])
             fresh = list(filterfalse(tried.__contains__, seen))
             tried.update(fresh)
-            # In a transaction of the call's own, the gaps are locked for a moment.
-            is_brief = tx.own or level != "REPEATABLE-READ"
-            lock = search.lock_free if is_brief else search.lock_without_gaps
+            lock = search.lock_free if may_lock_gaps else search.lock_without_gaps
             for part in in_one_claim(fresh, alone.__contains__) if alone else [fresh]:
                 if alone and search.taken and (part[0] in alone or search.taken & alone):
                     continue
@@ -182,8 +169,8 @@ class MySQL(Backend):
         scan_limit: int,
         read: list[Candidate],
         turn: Iterator[Candidate] | None,
-    ) -> tuple[Sequence[Any], str | None]:
-        """Read the first keys in claim order, and the isolation level if that matters.
+    ) -> tuple[Sequence[Any], bool]:
+        """Read the first keys in claim order, and tell whether gaps may be locked.
 
         Raises:
             ClaimError: the session's settings do not allow a claim.
@@ -212,7 +199,7 @@ class MySQL(Backend):
             raise
         tx.refuse_autocommit("the row locks would be gone before the rows are marked")
         if not rows and tx.own and not statements.asks_zone:
-            return rows, None
+            return rows, True
         # Rows of a turn come without it.
         session = (rows and rows[0][statements.width :]) or tx.tuples(statements.session)[0]
         level, rolls_back, *skew = session
@@ -220,8 +207,10 @@ class MySQL(Backend):
             raise ClaimError(PLAIN_READS_WAIT)
         if any(skew):
             _refuse_skew(plan.job_table, skew[0])
-        search.may_fail = not rolls_back
-        return rows, level
+        # In a transaction of the call's own, the gaps are locked for a moment.
+        is_brief = tx.own or level != "REPEATABLE-READ"
+        search.is_stale |= bool(rolls_back) and not is_brief
+        return rows, is_brief or bool(rolls_back)
 
     def lock_read(self, tx: Transaction, find: Find) -> sa.Select[Any]:
         """Lock the keys by a claim's search, and return the SELECT restricted to these keys.
@@ -286,12 +275,7 @@ class MySQL(Backend):
         return (connection.scalar(sa.select(sa.func.connection_id())),), None
 
     def asks_to_end(self, connection: sa.Connection, process: Any, seconds: float) -> bool:
-        asked = {"id": process[0], "since": int(seconds)}
-        if connection.execute(PROCESS, asked).first() is None:
-            return False
-        with suppress(DBAPIError):  # It may have ended since.
-            connection.execute(sa.text(self.ending.format(process[0])))
-        return True
+        return end(connection, process[0], seconds, "%")
 
     def is_naive(self, type_: DateTime) -> bool:
         """DATETIME has no zone, whatever was asked for; TIMESTAMP is a point in time."""

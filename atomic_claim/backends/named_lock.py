@@ -22,6 +22,11 @@ NEEDS_OWN = (
     "transaction of the call's own: pass the Engine or the sessionmaker in place of a Session or "
     "Connection"
 )
+# A proxy may have given the process to another client since.
+PROCESS = text(
+    "SELECT id FROM information_schema.processlist "
+    "WHERE id = :id AND time >= :since AND command LIKE :doing"
+)
 SINGLE_PRIMARY = "group_replication_single_primary_mode"
 # By whether the server is MariaDB.
 CLUSTER = {
@@ -103,19 +108,19 @@ def _acquire(connection: Connection, name: str, table: str) -> None:
         if connection.scalar(select(func.get_lock(name, literal_column(str(PATIENCE))))) == 1:
             return
         holder = connection.scalar(select(func.is_used_lock(name)))
-        _end_if_asleep(connection, holder)
+        end(connection, holder, PATIENCE, "Sleep")
     raise ClaimConflict(
         f"the lock of the exclusive keys of {table!r} was not free within {2 * PATIENCE} s; the "
         f"server's connection {holder} holds it: claim again, or KILL {holder} if it is stuck"
     )
 
 
-def _end_if_asleep(connection: Connection, holder: Any) -> None:
-    """End a connection that holds the lock and does nothing, where the server allows it."""
-    processes = connection.execute(text("SHOW PROCESSLIST")).mappings()
-    for process in processes.all():
-        is_holder = process["Id"] == holder and process["Command"] == "Sleep"
-        if is_holder and int(process["Time"]) >= PATIENCE:
-            # It may be gone already, or belong to another client.
-            with suppress(DBAPIError):
-                connection.execute(text(f"KILL {int(holder)}"))
+def end(connection: Connection, process: Any, seconds: float, doing: str) -> bool:
+    """End what a process has done for so long, if the server allows it; False if it does not."""
+    asked = {"id": process, "since": int(seconds), "doing": doing}
+    if connection.execute(PROCESS, asked).first() is None:
+        return False
+    # It may have ended since.
+    with suppress(DBAPIError):
+        connection.execute(text(f"KILL {int(process)}"))
+    return True

@@ -943,7 +943,7 @@ def test_a_holder_that_is_awake_is_waited_for(
     """A claim that gets no lock names the holder, and writes nothing."""
     jobs = filled(database, [1])
     monkeypatch.setattr(named_lock, "PATIENCE", 0)
-    monkeypatch.setattr(named_lock, "_end_if_asleep", lambda *_: None)
+    monkeypatch.setattr(named_lock, "end", lambda *_: False)
     monkeypatch.setattr(execution, "TRIES", 1)
     engine, others = database.engine(), database.engine()
     with others.connect() as other, named_lock.named_lock(other, jobs.table):
