@@ -215,7 +215,7 @@ class Operation(Generic[R]):
     def _may_autocommit(self, tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
         """Return True if AUTOCOMMIT makes no difference but of round trips."""
         backend, connection = tx.backend, tx.connection
-        if tx.executor is not connection or not backend.commits_singly:
+        if tx.executor is not connection:
             return False
         # Asked of the dispatcher only where there are any: every Connection would build its own.
         has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test

@@ -23,7 +23,7 @@ from atomic_claim.plan import INSTANT, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
 from atomic_claim.statement import ClaimStatement
 
-from .drivers import code_of, in_transaction
+from .drivers import code_of, in_transaction, product_of
 from .reading import Candidate, Key, KeyedRows, Reading, instant
 from .tables import check_once, hinted, refuse_view
 
@@ -222,8 +222,6 @@ class Backend(ABC):
     """The statement that ends the server's process with a number."""
     has_returning: ClassVar[bool] = True
     """Whether an UPDATE returns rows."""
-    commits_singly: ClassVar[bool] = False
-    """Whether a claim of one statement saves round trips in AUTOCOMMIT."""
     has_lateral: ClassVar[bool] = False
     """Whether a recursive CTE can join a LATERAL subquery."""
     walks_keys: ClassVar[bool] = True
@@ -237,8 +235,7 @@ class Backend(ABC):
 
     def check(self, dialect: sa.Dialect) -> None:
         """Raise ``UnsupportedDialect`` if the server is too old to claim atomically."""
-        name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
-        product, least, cause = self.required.get(name, ("", (), ""))
+        product, least, cause = self.required.get(product_of(dialect), ("", (), ""))
         # A dialect that never connected has no version.
         found = tuple(dialect.server_version_info or least)
         if found[:3] == OLD_CLIENTS:

@@ -42,6 +42,11 @@ AUTOCOMMIT = frozenset({"asyncpg", "pg8000", "psycopg", "psycopg2"})
 """SQLAlchemy's names of drivers known in AUTOCOMMIT; any other one runs BEGIN … COMMIT only."""
 
 
+def product_of(dialect: Dialect) -> str:
+    """Return ``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``, whatever the URL says."""
+    return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+
+
 def in_transaction(driver: Any) -> bool:
     """Return True if a transaction is open on a driver's connection; False where it cannot tell."""
     for _, attribute, asks in IN_TRANSACTION:

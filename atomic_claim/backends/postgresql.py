@@ -82,7 +82,6 @@ class PostgreSQL(Backend):
     names = NAMES
     required = {"postgresql": ("PostgreSQL", (9, 5), "SKIP LOCKED")}  # noqa: RUF012
     conflicts = CONFLICTS
-    commits_singly = True
     has_lateral = True
     key_locks = AdvisoryLocks()
     ending = "SELECT pg_terminate_backend({})"

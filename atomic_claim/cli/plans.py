@@ -15,6 +15,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement, ColumnClause
 
 from atomic_claim.backends import backend_for
+from atomic_claim.backends.drivers import product_of
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import InlineLiteral, OrderTerm
@@ -22,7 +23,7 @@ from atomic_claim.statement import ClaimStatement
 
 from .checks.catalog import query
 from .indexes import INNODB, NeededIndex, needed_indexes
-from .texts import dialect_of, for_keys, product_of
+from .texts import dialect_of, for_keys
 
 EXPLAIN = {
     "postgresql": "EXPLAIN (FORMAT JSON) ",

@@ -29,11 +29,6 @@ def dialect_of(name: str) -> Dialect:
     return made
 
 
-def product_of(dialect: Dialect) -> str:
-    """Return ``postgresql``, ``mysql``, ``mariadb`` or ``sqlite``, whatever the URL says."""
-    return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
-
-
 def quoted_literal(text: str) -> str:
     """Return a string literal as Python's formatters write it."""
     found = json.dumps(text, ensure_ascii=False)

@@ -14,6 +14,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 
 from atomic_claim.backends import backend_for
+from atomic_claim.backends.drivers import product_of
 from atomic_claim.errors import ClaimError, UnsupportedDialect
 
 # Other drivers of a database than SQLAlchemy's default, the best first.
@@ -239,7 +240,7 @@ def _secrets(url: URL) -> Iterator[str]:
 def server_title(connection: Connection) -> str:
     """Return the database's product and version, such as ``PostgreSQL 15.20``."""
     dialect = connection.dialect
-    name = "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+    name = product_of(dialect)
     product, *_ = backend_for(dialect).required.get(name, (name,))
     # What comes after the third number is the packager's.
     version = ".".join(str(part) for part in (dialect.server_version_info or ())[:3])

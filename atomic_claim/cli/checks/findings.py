@@ -10,7 +10,8 @@ from typing import Any
 
 from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table, text
 
-from atomic_claim.cli.texts import dialect_of, literal_text, product_of
+from atomic_claim.backends.drivers import product_of
+from atomic_claim.cli.texts import dialect_of, literal_text
 from atomic_claim.job_table import JobTable
 
 
