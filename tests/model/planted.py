@@ -94,8 +94,8 @@ BUGS: Final = (
     Planted(
         "guard of the lock removed on MySQL and MariaDB",
         "backends/innodb.py",
-        "free = source.where(*plan.conditions)",
-        "free = source.where(sa.true())",
+        "free = locking_rows(plan, backend).where(*plan.conditions)",
+        "free = locking_rows(plan, backend).where(sa.true())",
         "mysql",
     ),
     Planted(
