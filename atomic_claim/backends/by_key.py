@@ -48,12 +48,7 @@ from .base import (
     marked_by_key,
     take_first,
 )
-from .fair import (
-    FairSearch,
-    in_one_claim,
-    tie_breakers,
-    without_terms,
-)
+from .fair import FairSearch, in_one_claim, tie_breakers, without_terms
 from .reading import KEY, LOCK, ROOM, Candidate, Key, KeyedRows
 
 PLACE = "atomic_claim_place"

@@ -19,20 +19,10 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
-from atomic_claim.sql_elements import (
-    ByKey,
-    DatabaseTime,
-    key_equals,
-    key_in,
-)
+from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
-from .base import (
-    Backend,
-    Find,
-    KeyLocks,
-    Transaction,
-)
+from .base import Backend, Find, KeyLocks, Transaction
 from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim

@@ -18,13 +18,7 @@ from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
 from atomic_claim.plan import LIMIT, ClaimPlan
-from atomic_claim.sql_elements import (
-    ORDER,
-    ByKey,
-    DatabaseTime,
-    OrderTerm,
-    key_equals,
-)
+from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm, key_equals
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import AdvisoryLocks

@@ -230,10 +230,7 @@ def load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
         return
     mapper = plan.job_table.mapper
     assert mapper is not None
-    from sqlalchemy.orm import (  # noqa: PLC0415 - deferred: the ORM takes time to import
-        selectin_polymorphic,
-        undefer,
-    )
+    from sqlalchemy.orm import selectin_polymorphic, undefer  # noqa: PLC0415 - deferred: the ORM takes time to import
 
     options: list[Any] = [undefer("*")]
     if subclasses := [m.class_ for m in mapper.self_and_descendants if m is not mapper]:

@@ -21,14 +21,7 @@ from atomic_claim.plan import INSTANT, LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, DatabaseTime, OrderTerm
 from atomic_claim.statement import ClaimStatement
 
-from .base import (
-    CHUNK,
-    Backend,
-    Find,
-    KeyLocks,
-    Mark,
-    Transaction,
-)
+from .base import CHUNK, Backend, Find, KeyLocks, Mark, Transaction
 from .by_key import statements_of
 from .fair import lock_in_turn
 from .reading import Key, KeyedRows, Reading, instant

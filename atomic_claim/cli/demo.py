@@ -15,15 +15,7 @@ from atomic_claim.testing.results import Counted, Race
 from .drawing import SvgOption, check_picture
 from .file_workload import FILE_HALVES, run_file_half
 from .measures import extra_runs, report
-from .options import (
-    Flag,
-    JobsOption,
-    JsonOption,
-    UrlOption,
-    WorkersOption,
-    end,
-    typed,
-)
+from .options import Flag, JobsOption, JsonOption, UrlOption, WorkersOption, end, typed
 from .progress import with_progress
 from .workload import HALVES, Workload, run_half
 

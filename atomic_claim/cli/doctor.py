@@ -19,16 +19,7 @@ from . import watching
 from .checks import trial
 from .checks.findings import Finding, Level, count
 from .examination import Examination, examine
-from .options import (
-    Flag,
-    Seconds,
-    StuckAfterOption,
-    UrlOption,
-    console,
-    end,
-    is_unicode,
-    server,
-)
+from .options import Flag, Seconds, StuckAfterOption, UrlOption, console, end, is_unicode, server
 from .targets import TableOption, chosen
 
 MARKS = {

@@ -15,16 +15,7 @@ from atomic_claim.testing.results import Race
 
 from .drawing import SvgOption, check_picture
 from .measures import MEASURES, MILLISECONDS, report
-from .options import (
-    Flag,
-    JobsOption,
-    JsonOption,
-    Seconds,
-    UrlOption,
-    WorkersOption,
-    end,
-    typed,
-)
+from .options import Flag, JobsOption, JsonOption, Seconds, UrlOption, WorkersOption, end, typed
 from .progress import with_progress
 from .targets import TableOption, chosen
 

@@ -9,14 +9,7 @@ from atomic_claim.errors import ClaimError
 
 from . import listing
 from .claimed import StrPath, checked_name, full_path, new_id
-from .system import (
-    NoReplaceUnknownError,
-    refused,
-    remove,
-    rename_new,
-    sync_folder,
-    write_new,
-)
+from .system import NoReplaceUnknownError, refused, remove, rename_new, sync_folder, write_new
 
 PREFIX = ".put-"
 

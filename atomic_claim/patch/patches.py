@@ -16,13 +16,7 @@ from atomic_claim.errors import ClaimError
 from .calls import Call, bound_call
 from .holders import MISSING, Attribute, Place, find_places
 from .main_module import check_module, is_main, loaded_module, when_defined
-from .targets import (
-    PatchWrapper,
-    Target,
-    named_target,
-    object_target,
-    parts_of,
-)
+from .targets import PatchWrapper, Target, named_target, object_target, parts_of
 
 on_failure: Callable[[ClaimError], Any] | None = None
 """What ends a program that was started to be patched, and cannot be."""

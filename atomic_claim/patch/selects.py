@@ -13,13 +13,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.annotation import _deep_deannotate
-from sqlalchemy.sql.elements import (
-    BindParameter,
-    ColumnClause,
-    FunctionFilter,
-    Over,
-    WithinGroup,
-)
+from sqlalchemy.sql.elements import BindParameter, ColumnClause, FunctionFilter, Over, WithinGroup
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.sql.selectable import Alias, FromClause, TextualSelect
 
