@@ -250,7 +250,7 @@ class JobTable(Preparing):
         if isinstance(plain_type(column.type), Integer):
             return {column: func.coalesce(column, 0) + 1}
         next_one = partial(make, None)
-        return {column: bindparam("atomic_claim_version", callable_=next_one, type_=column.type)}
+        return {column: bindparam("_atomic_claim_version", callable_=next_one, type_=column.type)}
 
     @property
     def has_keys(self) -> bool:

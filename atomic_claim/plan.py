@@ -34,13 +34,14 @@ from .predicates import marks as declared_marks
 from .roles import highest
 from .sql_elements import InlineLiteral, Preparing, key_in, labelled_terms
 
-LIMIT = "atomic_claim_limit"
-SCAN_LIMIT = "atomic_claim_reach"
-TOKEN = "atomic_claim_token"  # noqa: S105 - the name of a parameter
-WORKER = "atomic_claim_worker"
-LEASE = "atomic_claim_lease"
-LEAST = "atomic_claim_least"
-INSTANT = "atomic_claim_instant"
+# Parameters; SQLAlchemy would write one that has a column's name to that column.
+LIMIT = "_atomic_claim_limit"
+SCAN_LIMIT = "_atomic_claim_reach"
+TOKEN = "_atomic_claim_token"  # noqa: S105 - the name of a parameter
+WORKER = "_atomic_claim_worker"
+LEASE = "_atomic_claim_lease"
+LEAST = "_atomic_claim_least"
+INSTANT = "_atomic_claim_instant"
 FAULT = "atomic_claim_fault"
 NOT_MARKED = 1
 CLAIMABLE = 2
@@ -207,7 +208,7 @@ class ClaimPlan(Preparing):
         raise ClaimError(
             f"{row!r} of {job_table.table.fullname!r} does not bear the mark of its claim, by the "
             f"condition {wanted}: look for a trigger that changes it or keeps it from being "
-            "changed, and for a column that cannot hold the value"
+            "changed, a column that cannot hold the value, and a key that is NULL"
         )
 
     @property

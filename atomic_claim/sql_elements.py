@@ -19,7 +19,7 @@ from sqlalchemy.types import Float, TypeEngine
 
 T = TypeVar("T")
 
-KEYS = "atomic_claim_keys"
+KEYS = "_atomic_claim_keys"
 ORDER = "claim_order_"
 
 
@@ -49,10 +49,11 @@ def _inline(element: InlineLiteral, compiler: SQLCompiler, **_: Any) -> str:
     value = element.value
     if isinstance(type_, sa.Boolean):
         return str(compiler.process(sa.true() if value else sa.false()))
-    if type_.__visit_name__ == "BIT" and not isinstance(value, str):
-        # MySQL's; PostgreSQL's is a text.
-        number = int.from_bytes(value) if isinstance(value, bytes) else int(value)  # type: ignore[call-overload]
-        return f"b'{number:b}'"
+    if type_.__visit_name__ == "BIT":
+        # PostgreSQL's are texts; MySQL's are numbers.
+        number = int.from_bytes(value) if isinstance(value, bytes) else value
+        digits = number if isinstance(number, str) else f"{number:b}"
+        return "b" + compiler.render_literal_value(digits, sa.String())
     return compiler.render_literal_value(value, type_)
 
 

@@ -259,7 +259,7 @@ def _locked_candidates(plan: ClaimPlan) -> sa.Select[Any]:
 
 def _claimable(candidates: Candidates, lock: Lock) -> sa.Select[Any]:
     """Build the SELECT of the candidates that locks no more rows than it returns."""
-    prefix = "claim_"
+    prefix = "atomic_claim_"
     if candidates.is_plain:
         return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit

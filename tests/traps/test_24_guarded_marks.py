@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from atomic_claim import claim_jobs
 from atomic_claim.backends import base
 from atomic_claim.backends.innodb import InnoDBStatements
-from atomic_claim.plan import ClaimPlan
+from atomic_claim.plan import LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey
 from tests.databases import Database
 from tests.jobs import fill, ids, job_table
@@ -49,7 +49,7 @@ def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.Monke
         usual(self, plan, *how)
         locking = plan.source(*plan.key_attributes).with_for_update(skip_locked=True)
         locking = locking.order_by(*plan.key_attributes)
-        locking = locking.limit(sa.bindparam("atomic_claim_limit", 1))
+        locking = locking.limit(sa.bindparam(LIMIT, 1))
         self.lock = self.lock_first = ByKey(plan.job_table.key, locking.where)
 
     monkeypatch.setattr(InnoDBStatements, "__init__", prepare)
