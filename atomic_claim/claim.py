@@ -27,7 +27,9 @@ from .backends.recovery import (
 from .errors import ClaimError
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
+from .orm import note_change
 from .plan import TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
+from .sql_elements import key_in
 from .telemetry import logs_claims, report_claim, subscribers
 from .tickets import parts_of, pickled, read, unpickled, written
 
@@ -337,6 +339,9 @@ def _claim(
         gives_up = len(passed) > before
         if found or not gives_up:
             break
+    if plan.entities and not isinstance(tx.executor, sa.Connection):
+        for _, entity in found:
+            note_change(tx.executor, entity)
     refused = None if found else refusal(plan, passed, gives_up=gives_up)
     return Claimed(found, list(passed), refused)
 
@@ -358,6 +363,11 @@ def dequeue_jobs(
     request = ClaimRequest(checked_limit(limit), where, order_by, deletes=True)
     by_session = not isinstance(bind, (sa.Connection, sa.Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
+    if plan.multi_table and not plan.entities:
+        raise ClaimError(
+            f"{job_table.entity!r} has its columns in several tables, and a DELETE would leave the "
+            "rows of all but one: use a Session or sessionmaker"
+        )
 
     def run(tx: Transaction) -> KeyedRows:
         keys = tx.backend.lock(tx, plan, request.parameters())
@@ -368,14 +378,10 @@ def dequeue_jobs(
             for _, entity in found:
                 tx.executor.delete(entity)
             tx.executor.flush()
-        elif keys:
-            names = [f"atomic_claim_key_{place}" for place, _ in enumerate(job_table.key)]
-            same = [c == sa.bindparam(name) for c, name in zip(job_table.key, names, strict=True)]
+        else:
             # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
-            tx.executor.execute(
-                sa.delete(job_table.table).where(*same),
-                [dict(zip(names, key, strict=True)) for key in keys],
-            )
+            for key in keys:
+                tx.execute(sa.delete(job_table.table).where(key_in(job_table.key, [key])))
         return found
 
     found = Operation(bind, job_table, run).execute()

@@ -26,7 +26,7 @@ from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .orm import is_own
+from .orm import is_own, note_change
 from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
@@ -528,8 +528,9 @@ def _expire(
     mapper = job_table.mapper
     if mapper is None:
         return
-    names = [mapper.get_property_by_column(column).key for column in columns]
-    for key in keys:
-        entity = session.identity_map.get(mapper.identity_key_from_primary_key(key))
-        if entity is not None:
-            session.expire(entity, names)
+    written = {*columns, *(c for c in job_table.table.columns if c.onupdate or c.server_onupdate)}
+    names = [each.key for each in mapper.column_attrs if not written.isdisjoint(each.columns)]
+    identities = map(mapper.identity_key_from_primary_key, keys)
+    for entity in filter(None, map(session.identity_map.get, identities)):
+        session.expire(entity, names)
+        note_change(session, entity)

@@ -35,6 +35,11 @@ def is_own(bind: object) -> TypeGuard[sqlalchemy.Engine | sessionmaker[Any]]:
     return isinstance(bind, (sqlalchemy.Engine, *makers))
 
 
+def note_change(session: Session, entity: object) -> None:
+    """Let a rollback to a savepoint expire an entity, as after an UPDATE of SQLAlchemy's own."""
+    session._register_altered([sqlalchemy.inspect(entity)])  # noqa: SLF001 - it has no public name
+
+
 def async_types() -> tuple[type[Any], ...]:
     """Return the asynchronous bind classes, or an empty tuple if they are not imported."""
     module = sys.modules.get("sqlalchemy.ext.asyncio")

@@ -6,8 +6,9 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, Integer, String, Table
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.orm import Session, registry
 
-from atomic_claim import JobTable, claim_jobs, extend_jobs
+from atomic_claim import JobTable, claim_jobs, complete_jobs, extend_jobs
 from tests.databases import Database
 from tests.jobs import BINDS, START, bound, fill, ids, job_table
 
@@ -20,6 +21,71 @@ def token_table(*more: Any) -> Table:
 
 
 ROLES: dict[str, Any] = {"state": "processing", "token": "claim_token", "done": {"done": 1}}
+
+
+# --- what a class leaves out
+
+
+@pytest.mark.parametrize("kind", ["session", "sessionmaker"])
+def test_columns_that_a_class_leaves_out(database: Database, kind: str) -> None:
+    """A role may have a column that the mapped class excludes; its jobs are claimed and ended."""
+    engine, table = database.engine(), token_table()
+    fill(engine, table, 3)
+    job = registry().map_imperatively(
+        type("Job", (), {}), table, exclude_properties=["claim_token", "done", "processing"]
+    )
+    jobs = JobTable(job.class_, **ROLES)
+    with bound(engine, kind) as bind:
+        claim = claim_jobs(bind, jobs, 2)
+        assert complete_jobs(bind, claim) == 2
+        if kind == "session":
+            bind.commit()
+    assert claim.keys == ((1,), (2,))
+    assert ids(claim_jobs(engine, jobs, 5)) == [3]
+
+
+def test_what_an_update_sets_by_itself_is_read_again(database: Database) -> None:
+    """After an end by Session, an entity has what the database or ``onupdate`` made of it."""
+    engine = database.engine()
+    table = token_table(
+        Column("ends", Integer, sa.Computed("done * 2", persisted=True)),
+        Column("touched", Integer, onupdate=7),
+    )
+    fill(engine, table, 1)
+    job = registry().map_imperatively(type("Job", (), {}), table)
+    with Session(engine) as session:
+        claim = claim_jobs(session, JobTable(job.class_, **ROLES))
+        session.execute(table.update().values(touched=0))
+        session.refresh(claim[0])
+        complete_jobs(session, claim)
+        assert (claim[0].done, claim[0].ends, claim[0].touched) == (1, 2, 7)
+
+
+# --- savepoints
+
+
+def test_entities_after_a_rollback_to_a_savepoint(database: Database) -> None:
+    """They are as the row is then, with their version, and can be changed and flushed."""
+    engine, table = database.engine(), token_table(Column("version", Integer, nullable=False))
+    fill(engine, table, 1, version=1)
+    job = registry().map_imperatively(type("Job", (), {}), table, version_id_col=table.c.version)
+    jobs = JobTable(job.class_, **ROLES)
+    with Session(engine) as session:
+        found = session.get(job.class_, 1)
+        savepoint = session.begin_nested()
+        [claimed] = claim_jobs(session, jobs)
+        assert (claimed is found, found.processing, found.version) == (True, True, 2)
+        savepoint.rollback()
+        assert (found.processing, found.claim_token, found.version) == (False, None, 1)
+        claim = claim_jobs(session, jobs)
+        savepoint = session.begin_nested()
+        complete_jobs(session, claim)
+        assert (found.done, found.version) == (1, 3)
+        savepoint.rollback()
+        assert (found.done, found.version) == (None, 2)
+        found.note = "flushed"
+        session.commit()
+        assert (found.note, found.version) == ("flushed", 3)
 
 
 # --- names and types
