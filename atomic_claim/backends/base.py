@@ -457,6 +457,8 @@ def mark_and_load(
     backend = tx.backend
     if len(set(keys)) < len(keys):
         plan.refuse_shared_keys(keys)
+    if any(None in key for key in keys):
+        plan.refuse_fault(None, keys)
     given = dict(params)
     del given[LIMIT], given[SCAN_LIMIT]
     if keys and (asking := plan.prepare(instant)) is not None:

@@ -57,7 +57,7 @@ class NamedLocks(KeyLocks):
     needs_own = NEEDS_OWN
 
     def check(self, tx: Transaction, job_table: JobTable) -> None:
-        check_once(tx.connection, job_table.table, _check_engine)
+        check_once(tx.connection, job_table.table, _check_table)
         super().check(tx, job_table)
         if tx.backend.naive_columns(job_table) and (skew := tx.connection.scalar(sa.select(SKEW))):
             _refuse_skew(job_table, skew)
@@ -109,7 +109,7 @@ class MySQL(Backend):
 
     def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
         limit = params[LIMIT]
-        check_once(tx.connection, plan.job_table.table, _check_engine)
+        check_once(tx.connection, plan.job_table.table, _check_table)
         is_mariadb: bool = tx.connection.dialect.is_mariadb  # type: ignore[attr-defined]
         statements = plan.prepare(InnoDBStatements, self, is_mariadb)
         search = Search(tx, statements, limit)
@@ -304,21 +304,33 @@ class MySQL(Backend):
         return f"{'GREATEST' if element.later else 'LEAST'}({of_zone}, {by_wall})"
 
 
-ENGINE = sa.text(
-    "SELECT engine FROM information_schema.tables "
-    "WHERE table_schema = coalesce(:schema, database()) AND table_name = :name"
+FACTS = sa.text(
+    "SELECT t.engine, s.column_name FROM information_schema.tables t "
+    "LEFT JOIN information_schema.statistics s ON s.table_schema = t.table_schema "
+    "AND s.table_name = t.table_name AND s.index_name = 'PRIMARY' "
+    "WHERE t.table_schema = coalesce(:schema, database()) AND t.table_name = :name"
 )
 
 
-def _check_engine(connection: sa.Connection, table: sa.Table, schema: str | None) -> None:
-    """Refuse a table that has no row locks."""
-    # Temporary tables are not listed; no other session reads them.
-    engine = connection.scalar(ENGINE, {"schema": schema, "name": table.name})
+def _check_table(connection: sa.Connection, table: sa.Table, schema: str | None) -> None:
+    """Refuse a table that has no row locks, or whose rows are not locked by the declared key."""
+    found = connection.execute(FACTS, {"schema": schema, "name": table.name}).all()
+    if not found:
+        # Temporary tables are not listed; no other session reads them.
+        return
+    engine, primary = found[0][0], [name for _, name in found if name is not None]
+    key = {column.name.lower() for column in table.primary_key}
     if engine is not None and engine.lower() != "innodb":
         raise ClaimError(
             f"the storage engine of {table.fullname!r} is {engine}, which has no row locks that "
             "a claim could rest on: two workers would get the same rows; convert it with "
             f"ALTER TABLE {table.fullname} ENGINE=InnoDB"
+        )
+    if not primary or not key.issuperset(map(str.lower, primary)):
+        raise ClaimError(
+            f"a claim locks rows by the primary key, which is {sorted(key)!r} in the Table of "
+            f"{table.fullname!r} and {primary!r} in the database: declare the one that is there, "
+            "add it, or declare the table that a view reads"
         )
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import ClauseElement, UnaryExpression
 from sqlalchemy.sql.operators import custom_op
-from sqlalchemy.types import String
+from sqlalchemy.types import Integer, String
 
 from atomic_claim.errors import UnsupportedDialect
 from atomic_claim.job_table import JobTable
@@ -27,9 +27,7 @@ from .fair import lock_in_turn
 from .reading import Key, KeyedRows, Reading, instant
 
 MARK = "/* claimable */"
-TRIGGERS = sa.text(
-    "SELECT 1 FROM sqlite_master WHERE type = 'trigger' AND tbl_name = :name LIMIT 1"
-)
+IS_TRIGGER = sa.text("type = 'trigger' AND lower(tbl_name) = lower(:name)")
 
 
 class SQLite(Backend):
@@ -89,8 +87,8 @@ class SQLite(Backend):
             plan.refuse_fault(None, set(keys).difference(key for key, _ in found).pop())
         # What is claimed alone may be left for the next claim.
         left = params[LIMIT] - len(keys) if not (keys and plan.candidates.tells_alone) else 0
-        if left and tx.tuples(TRIGGERS, {"name": plan.job_table.table.name}):
-            # A trigger may keep rows from being marked without an error; this way they are counted.
+        if left and tx.tuples(plan.prepare(_hindrances), {"name": plan.job_table.table.name}):
+            # Some rows may be found and not marked, without an error; this way they are counted.
             found += super().claim(tx, plan, {**params, LIMIT: left})
         return found
 
@@ -181,6 +179,15 @@ def _gate(found: sa.Select[Any], limit: Any, is_open: sa.ColumnElement[bool]) ->
 
 def _candidates(plan: ClaimPlan) -> sa.Select[Any]:
     return plan.candidates.gated(_gate).select()
+
+
+def _hindrances(plan: ClaimPlan) -> sa.CompoundSelect[Any]:
+    """Select what may keep a row from being marked without an error: triggers, and NULL keys."""
+    table, one = plan.job_table.table, sa.literal_column("1", Integer())
+    masters = sa.table("sqlite_master", schema=table.schema), sa.table("sqlite_temp_master")
+    triggers = (sa.select(one).select_from(each).where(IS_TRIGGER) for each in masters)
+    has_null = sa.or_(*(column.is_(None) for column in plan.job_table.key))
+    return sa.union_all(*triggers, sa.select(one).select_from(table).where(has_null)).limit(1)
 
 
 def _has_cte(*clauses: Any) -> bool:

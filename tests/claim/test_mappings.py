@@ -8,9 +8,9 @@ from sqlalchemy import Column, Integer, String, Table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Session, registry
 
-from atomic_claim import JobTable, claim_jobs, complete_jobs, extend_jobs
+from atomic_claim import ClaimError, JobTable, claim_jobs, complete_jobs, extend_jobs
 from tests.databases import Database
-from tests.jobs import BINDS, START, bound, fill, ids, job_table
+from tests.jobs import BINDS, START, bound, fill, ids, job_table, rows
 
 once = pytest.mark.databases("sqlite")
 
@@ -86,6 +86,36 @@ def test_entities_after_a_rollback_to_a_savepoint(database: Database) -> None:
         found.note = "flushed"
         session.commit()
         assert (found.note, found.version) == ("flushed", 3)
+
+
+# --- triggers
+
+
+@pytest.mark.parametrize("kind", BINDS)
+@pytest.mark.parametrize("name", ["attached.jobs", "JOBS"])
+@once
+def test_a_veto_by_a_trigger_elsewhere(database: Database, name: str, kind: str) -> None:
+    """A trigger of an attached database, or under a name in other letters, is looked for too."""
+    engine = database.engine()
+
+    @sa.event.listens_for(engine, "connect")
+    def attach(connection: Any, _: object) -> None:
+        connection.execute(f"ATTACH '{database.url.database}.other' AS attached")
+
+    schema, _, bare = name.rpartition(".")
+    table = job_table(name=bare, schema=schema or None)
+    where = schema or "main"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE {where}.jobs (id INTEGER PRIMARY KEY, processing, created_at, note)"
+        )
+        connection.exec_driver_sql(
+            f"CREATE TRIGGER {where}.veto BEFORE UPDATE ON jobs BEGIN SELECT RAISE(IGNORE); END"
+        )
+        connection.execute(table.insert(), rows(2))
+    for limit in (1, 5):
+        with bound(engine, kind) as bind, pytest.raises(ClaimError, match="look for a trigger"):
+            claim_jobs(bind, table, limit)
 
 
 # --- names and types
