@@ -134,9 +134,12 @@ class JobTable(Preparing):
         if not self.table.primary_key.columns:
             raise ClaimError(
                 f"table {self.table.fullname!r} has no primary key, so its rows cannot be told "
-                "apart while they are claimed: add one, or name the columns that are unique with "
-                "PrimaryKeyConstraint(...) in the Table"
+                "apart while they are claimed: add one, or (not on MySQL and MariaDB) name the "
+                "columns that are unique with PrimaryKeyConstraint(...) in the Table"
             )
+        roles.check_roles([("primary_key", column) for column in self.key])
+        if mapper is not None:
+            self._check_mapper(mapper)
         for name in roles.COLUMNS:
             if (column := getattr(self, name)) is not None:
                 self._set(name, self.column(column, name))
@@ -162,6 +165,21 @@ class JobTable(Preparing):
         self._check_marks()
         for column in self.time_columns:
             self.now(column)
+
+    def _check_mapper(self, mapper: Mapper[Any]) -> None:
+        """Refuse a class whose identity or version is not in the table that a claim updates."""
+        mapped = {column for each in mapper.column_attrs for column in each.columns}
+        own = tuple(column for column in mapper.primary_key if column.table is self.table)
+        version, found = mapper.version_id_col, ""
+        if not mapped.issuperset(self.key) or own not in {(), self.key}:
+            found = f"has the primary key {', '.join(map(str, mapper.primary_key))}"
+        elif version is not None and version.table is not self.table:
+            found = f"has its version in {version}"
+        if found:
+            raise ClaimError(
+                f"{mapper.class_.__name__} {found}, which is not that of {self.table.fullname!r}, "
+                "the table that a claim updates: map it to that, or declare the Table"
+            )
 
     def _check_marks(self) -> None:
         """Refuse marks that contradict each other or leave a claimed row free."""
@@ -245,7 +263,7 @@ class JobTable(Preparing):
         """The value of a mapped ``version_id_col`` after a change, as a flush would write it."""
         column: Any = getattr(self.mapper, "version_id_col", None)
         make: Any = getattr(self.mapper, "version_id_generator", None)
-        if column is None or column.table is not self.table or not callable(make):
+        if column is None or not callable(make):
             return {}
         if isinstance(plain_type(column.type), Integer):
             return {column: func.coalesce(column, 0) + 1}

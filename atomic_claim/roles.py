@@ -17,6 +17,7 @@ KEYS = ("exclusive_by", "fair_by")
 COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", *KEYS)
 """The arguments of ``JobTable`` that name one column."""
 USES: Mapping[str, str] = {
+    "primary_key": "finds the claimed rows again",
     "state": "tells free rows from claimed ones",
     "claimed": "marks a claimed row, beside the state",
     "due": "says from when a row may run",
@@ -49,10 +50,12 @@ ADDED: Mapping[str, str] = {
     "lease": "lease_until TIMESTAMP",
 }
 """The columns to add where a call needs a role that the table lacks."""
+# Bits of a FLOAT that is stored in single precision.
+SINGLE = 24
 BYTES = (sa.BINARY, sa.LargeBinary, sa.VARBINARY)
 # Of exclusive keys: their equal values are written alike.
 KEY_TYPES = (Integer, sa.String, sa.Uuid, sa.Date, sa.Boolean, *BYTES)
-READ_ONLY = {"due", "max_attempts", *KEYS}
+READ_ONLY = {"primary_key", "due", "max_attempts", *KEYS}
 UNMOVED = {"state", "lease", "due", "token"}
 BITS = {"small_integer": 16, "SMALLINT": 16, "big_integer": 64, "BIGINT": 64}
 BITS |= {"TINYINT": 8, "MEDIUMINT": 24}
@@ -71,7 +74,19 @@ def _is_integer(column: sa.Column[Any]) -> bool:
     return isinstance(plain_type(column.type), Integer)
 
 
+def _finds_rows(column: sa.Column[Any]) -> bool:
+    """Check whether values of the column can be kept in a set, and are equal when they come back.
+
+    Numbers of single precision are not.
+    """
+    type_ = plain_type(column.type)
+    if isinstance(type_, sa.Float) and not isinstance(type_, sa.Double):
+        return (type_.precision or 0) > SINGLE
+    return column.type.hashable and type_.__visit_name__ != "SET"
+
+
 NEEDS: Mapping[str, tuple[str, Callable[[sa.Column[Any]], bool]]] = {
+    "primary_key": ("hashable values, and Double in place of Float", _finds_rows),
     "state": ("one value", lambda c: not isinstance(plain_type(c.type), (sa.ARRAY, JSON))),
     "worker": ("a string", is_text),
     "token": (f"a string of at least {TOKEN_LENGTH} characters", holds_tokens),

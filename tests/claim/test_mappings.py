@@ -1,16 +1,19 @@
 """Classes that map less, or more, than the table of a claim; and keys that do not find rows."""
 
-from typing import Any
+import enum
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Column, Integer, String, Table
-from sqlalchemy.dialects import postgresql
-from sqlalchemy.orm import Session, registry
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, String, Table
+from sqlalchemy.dialects import mysql, postgresql
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, registry, sessionmaker
 
 from atomic_claim import ClaimError, JobTable, claim_jobs, complete_jobs, extend_jobs
+from atomic_claim.claim import dequeue_jobs
 from tests.databases import Database
-from tests.jobs import BINDS, START, bound, fill, ids, job_table, rows
+from tests.jobs import BINDS, START, bound, fill, ids, job_table, rows, taken
 
 once = pytest.mark.databases("sqlite")
 
@@ -86,6 +89,240 @@ def test_entities_after_a_rollback_to_a_savepoint(database: Database) -> None:
         found.note = "flushed"
         session.commit()
         assert (found.note, found.version) == ("flushed", 3)
+
+
+# --- classes that a table does not identify
+
+
+class Base(DeclarativeBase):
+    """A class in two tables, with its state in the second one."""
+
+
+class Thing(Base):
+    """What has a version."""
+
+    __tablename__ = "things"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    v: Mapped[int] = mapped_column()
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_on": kind, "version_id_col": v}
+
+
+class VersionedJob(Thing):
+    """What is claimed."""
+
+    __tablename__ = "versioned_jobs"
+    __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "job"}
+
+    id: Mapped[int] = mapped_column(ForeignKey(Thing.id), primary_key=True)
+    processing: Mapped[bool]
+
+
+def by_another_key() -> Any:
+    """Return a class that has another primary key than its table."""
+    table = job_table(Column("code", String(20), unique=True))
+    return (
+        registry().map_imperatively(type("Job", (), {}), table, primary_key=[table.c.code]).class_
+    )
+
+
+def by_a_query() -> Any:
+    """Return a class that is mapped to a SELECT."""
+    query = sa.select(job_table()).subquery()
+    return registry().map_imperatively(type("Job", (), {}), query, primary_key=[query.c.id]).class_
+
+
+CLASSES: dict[str, tuple[Callable[[], Any], str]] = {
+    "another key": (by_another_key, "has the primary key jobs.code, which is not that of 'jobs'"),
+    "a query": (by_a_query, "has the primary key anon_1.id, which is not that of 'jobs'"),
+    "a version elsewhere": (
+        lambda: VersionedJob,
+        "has its version in things.v, which is not that of 'versioned_jobs'",
+    ),
+}
+
+
+@once
+@pytest.mark.parametrize("kind", CLASSES)
+def test_classes_that_are_refused(kind: str) -> None:
+    """A claim updates one table, so the identity and the version have to be there."""
+    make, words = CLASSES[kind]
+    given = make()
+    with pytest.raises(ClaimError, match="declare the Table") as raised:
+        JobTable(given, state="processing")
+    assert words in str(raised.value)
+
+
+def test_deletion_of_a_class_in_several_tables(database: Database) -> None:
+    """By engine it would leave the rows of all but one table; by session all of them go."""
+    engine, metadata = database.engine(), MetaData()
+    table = job_table().to_metadata(metadata)
+    more = Table("more", metadata, Column("job_id", ForeignKey(table.c.id), primary_key=True))
+    job = registry(metadata=metadata).map_imperatively(
+        type("Job", (), {}), sa.join(table, more), properties={"id": [table.c.id, more.c.job_id]}
+    )
+    fill(engine, table, 2)
+    with engine.begin() as connection:
+        connection.execute(more.insert(), [{"job_id": 1}, {"job_id": 2}])
+    jobs = JobTable(job.class_, state="processing")
+    for kind in ("engine", "connection"):
+        with bound(engine, kind) as bind, pytest.raises(ClaimError, match="several tables"):
+            dequeue_jobs(bind, jobs)
+    assert dequeue_jobs(sessionmaker(engine), jobs).keys == ((1,),)
+    with engine.connect() as connection:
+        assert list(connection.scalars(sa.select(table.c.id))) == [2]
+        assert list(connection.scalars(sa.select(more.c.job_id))) == [2]
+
+
+# --- keys
+
+
+class Kind(enum.Enum):
+    """A key that is a member."""
+
+    B = 2
+    A = 1
+
+
+KEYS: dict[str, Any] = {
+    "single precision": sa.Float(),
+    "REAL": sa.REAL(),
+    "JSON": sa.JSON(),
+    "an array": postgresql.ARRAY(Integer),
+    "a set": mysql.SET("a", "b"),
+}
+
+
+@once
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_that_do_not_find_their_rows(kind: str) -> None:
+    """Rows could not be marked, or ended, by a value that comes back changed or has no hash."""
+    table = Table(
+        "jobs",
+        MetaData(),
+        Column("id", KEYS[kind], primary_key=True),
+        Column("processing", sa.Boolean),
+    )
+    with pytest.raises(ClaimError, match=r"primary_key='id' is .* expected hashable values"):
+        JobTable(table, state="processing")
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_key_of_single_precision(database: Database) -> None:
+    """The twin: the value that was read finds no row."""
+    engine = database.engine()
+    table = Table("jobs", MetaData(), Column("id", sa.Float(), primary_key=True))
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(table.insert(), {"id": 0.1})
+        found = connection.scalars(sa.select(table.c.id)).one()
+        assert not list(connection.scalars(sa.select(table.c.id).where(table.c.id == found)))
+
+
+@pytest.mark.parametrize(
+    ("type_", "keys"),
+    [
+        (sa.Double(), [0.1, 3.3, -2.0]),
+        (sa.Enum(Kind, name="kind"), [Kind.B, Kind.A]),
+        (sa.Enum(Kind, native_enum=False), [Kind.B, Kind.A]),
+    ],
+    ids=["double", "enum", "enum as text"],
+)
+@pytest.mark.parametrize("kind", ["engine", "session"])
+def test_keys_that_find_their_rows(
+    database: Database, kind: str, type_: Any, keys: list[Any]
+) -> None:
+    """The twin: such keys are read and found again."""
+    table = Table(
+        "jobs",
+        MetaData(),
+        Column("id", type_, primary_key=True),
+        *(column._copy() for column in token_table().columns if column.name != "id"),
+    )
+    engine = database.engine()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        values = [rows(1, first=n)[0] | {"id": key} for n, key in enumerate(keys)]
+        connection.execute(table.insert(), values)
+    jobs = JobTable(table, order="created_at", **ROLES)
+    with bound(engine, kind) as bind:
+        claim = claim_jobs(bind, jobs, 5)
+        assert claim.keys == tuple((key,) for key in keys)
+        assert complete_jobs(bind, claim) == len(keys)
+
+
+@pytest.mark.parametrize("kind", BINDS)
+@pytest.mark.databases("sqlite", "postgresql")
+def test_a_key_that_is_null(database: Database, kind: str) -> None:
+    """The first row has no key, so it cannot be marked: the claim says so, and claims nothing."""
+    engine = database.engine()
+    text = "TEXT PRIMARY KEY" if database.name == "sqlite" else "TEXT UNIQUE"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE jobs (id {text}, processing BOOL, created_at TIMESTAMP)"
+        )
+        for key in ("NULL", "'a'"):
+            connection.exec_driver_sql(f"INSERT INTO jobs VALUES ({key}, false, '2024-01-01')")
+    table = Table(
+        "jobs",
+        MetaData(),
+        Column("id", String, primary_key=True),
+        Column("processing", sa.Boolean),
+        Column("created_at", sa.DateTime),
+    )
+    jobs = JobTable(table, state="processing", order=[table.c.id.is_(None).desc()])
+    for limit in (1, 2):
+        with bound(engine, kind) as bind, pytest.raises(ClaimError, match="a key that is NULL"):
+            claim_jobs(bind, jobs, limit)
+    assert taken(engine, table) == []
+
+
+OTHER_KEYS = {
+    "none": ("id INT NOT NULL UNIQUE", "['id'] in the Table of 'jobs' and [] in the database"),
+    "another": ("no INT PRIMARY KEY AUTO_INCREMENT, id INT NOT NULL UNIQUE", "and ['no'] in the"),
+    "a view": ("id INT PRIMARY KEY", "a view reads"),
+}
+
+
+@pytest.mark.parametrize("kind", BINDS)
+@pytest.mark.parametrize("key", OTHER_KEYS)
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_key_that_is_not_the_tables_own(database: Database, key: str, kind: str) -> None:
+    """InnoDB would lock every row on the way to those that are claimed."""
+    engine, (columns, words) = database.engine(), OTHER_KEYS[key]
+    name = "jobs_" if key == "a view" else "jobs"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            f"CREATE TABLE {name} ({columns}, processing BOOL NOT NULL, "
+            "created_at DATETIME NOT NULL, note VARCHAR(50))"
+        )
+        if key == "a view":
+            connection.exec_driver_sql(f"CREATE VIEW jobs AS SELECT * FROM {name}")
+    table = job_table()
+    fill(engine, table, 2)
+    with bound(engine, kind) as bind, pytest.raises(ClaimError) as raised:
+        claim_jobs(bind, JobTable(table, state="processing"))
+    assert words in str(raised.value)
+
+
+@pytest.mark.databases("mysql", "mariadb")
+def test_a_part_of_the_declared_key_may_be_the_tables_own(database: Database) -> None:
+    """A key that holds the table's own in other letters, and more, finds each row by it."""
+    engine, table = database.engine(), job_table()
+    fill(engine, table, 2)
+    declared = Table(
+        "jobs",
+        MetaData(),
+        Column("ID", Integer, primary_key=True),
+        Column("note", String(50), primary_key=True),
+        Column("processing", sa.Boolean),
+    )
+    with engine.begin() as connection:
+        connection.execute(table.update().values(note="x"))
+    assert claim_jobs(engine, JobTable(declared, state="processing"), 5).keys == (
+        (1, "x"),
+        (2, "x"),
+    )
 
 
 # --- triggers
