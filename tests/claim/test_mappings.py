@@ -99,7 +99,7 @@ class Base(DeclarativeBase):
 
 
 class Thing(Base):
-    """What has a version."""
+    """A thing with a version."""
 
     __tablename__ = "things"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -109,7 +109,7 @@ class Thing(Base):
 
 
 class VersionedJob(Thing):
-    """What is claimed."""
+    """A thing that is claimed."""
 
     __tablename__ = "versioned_jobs"
     __mapper_args__: ClassVar[dict[str, Any]] = {"polymorphic_identity": "job"}
