@@ -17,7 +17,6 @@ KEYS = ("exclusive_by", "fair_by")
 COLUMNS = ("state", "due", "worker", "token", "lease", "attempts", "error", *KEYS)
 """The arguments of ``JobTable`` that name one column."""
 USES: Mapping[str, str] = {
-    "primary_key": "finds the claimed rows again",
     "state": "tells free rows from claimed ones",
     "claimed": "marks a claimed row, beside the state",
     "due": "says from when a row may run",
@@ -129,7 +128,8 @@ def _check_role(role: str, column: sa.Column[Any]) -> None:
     expected, fits = NEEDS.get(role, ("", None))
     if fits is not None and not fits(column):
         raise ClaimError(
-            f"{role}={column.name!r} is {column.type!r}; expected {expected}, since it {USES[role]}"
+            f"{role}={column.name!r} is {column.type!r}; expected {expected}, since it "
+            + USES.get(role, "finds the claimed rows again")
         )
     if role not in READ_ONLY:
         check_writable(role, column)
