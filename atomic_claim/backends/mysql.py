@@ -57,8 +57,8 @@ class NamedLocks(KeyLocks):
     needs_own = NEEDS_OWN
 
     def check(self, tx: Transaction, job_table: JobTable) -> None:
-        check_once(tx.connection, job_table.table, _check_table)
         super().check(tx, job_table)
+        check_once(tx.connection, job_table.table, _check_table)
         if tx.backend.naive_columns(job_table) and (skew := tx.connection.scalar(sa.select(SKEW))):
             _refuse_skew(job_table, skew)
 
