@@ -92,7 +92,9 @@ class Waiting(ClauseElement):
         if (rest := self._rest(classes)) is None:
             yield ordered, sa.false()
             return
-        yield (*ordered, self._sorted(classes, sa.Select.limit)), self._is_much(classes)
+        found = self._found_by_index(classes)
+        much = _is_much(found.subquery("claim_counted"))
+        yield (*ordered, self._sorted(found.subquery("claim_rest"))), much
         yield (*ordered, self.rows.where(rest).limit(self.limit)), sa.false()
 
     def gated(
@@ -105,26 +107,24 @@ class Waiting(ClauseElement):
             gate: limits a SELECT so that it reads no row unless a condition is true.
 
         Returns:
-            the SELECTs, and the condition that there may be rows behind what they find.
+            the SELECTs, and the condition that the first of them finds rows.
         """
         near = self._first.cte("claim_near")
-        is_cut = sa.func.count() >= self.scan_limit
-        enough = sa.func.count(sa.case((near.columns[DUE], _ONE))) >= self.limit
-        is_near = sa.or_(sa.not_(is_cut), enough)
-        step = sa.case((is_near, _ZERO), (self._is_much(self.unsplit), _TWO), else_=_ONE)
-        steps = (
-            sa.select(step.label("step"), is_cut.label("cut")).select_from(near).cte("claim_step")
-        )
-        now = sa.select(steps.columns.step).scalar_subquery()
+        due = sa.select(near).where(near.columns[DUE]).limit(self.limit).subquery("claim_enough")
+        is_near = sa.or_(count_of(due) >= self.limit, count_of(near) < self.scan_limit)
         classes, rest = self.unsplit, self._rest(self.unsplit)
         assert rest is not None
+        others = self._found_by_index(classes).cte("claim_rest")
+        step = sa.case((is_near, _ZERO), (_is_much(others), _TWO), else_=_ONE)
+        steps = sa.select(step.label("step")).cte("claim_step")
+        now = sa.select(steps.columns.step).scalar_subquery()
         found = [
             gate(self._chosen(near), limit, now == _ZERO),
             *self._ordered(classes, limit, lambda rows, most: gate(rows, most, now != _ZERO)),
-            self._sorted(classes, lambda rows, most: gate(rows, most, now == _ONE)),
+            gate(self._sorted(others), limit, now == _ONE),
             gate(self.rows.where(rest), limit, now == _TWO),
         ]
-        return found, sa.and_(now == _ZERO, sa.select(steps.columns.cut).scalar_subquery())
+        return found, now == _ZERO
 
     @property
     def _is_claimable(self) -> sa.ColumnElement[bool]:
@@ -149,20 +149,15 @@ class Waiting(ClauseElement):
                 found = limited(timeless.add_columns(due.is_(None).label(DUE)), limit)
                 yield self._chosen(found.subquery("claim_timeless"))
 
-    def _sorted(self, classes: Classes, limited: Limited) -> sa.Select[Any]:
-        """Select the others, and sort them."""
-        found = limited(self._by_index(classes), _ripe()).subquery("claim_rest")
+    def _sorted(self, found: FromClause) -> sa.Select[Any]:
+        """Put what an index found in claim order."""
         return sa.select(*found.columns).order_by(*_terms(self.order, found)).limit(self.scan_limit)
 
-    def _is_much(self, classes: Classes) -> sa.ColumnElement[bool]:
-        """Build the condition that too many would be sorted."""
-        counted = self._by_index(classes).limit(_ripe()).subquery("claim_counted")
-        return sa.select(sa.func.count() == _ripe()).select_from(counted).scalar_subquery()
-
-    def _by_index(self, classes: Classes) -> sa.Select[Any]:
+    def _found_by_index(self, classes: Classes) -> sa.Select[Any]:
+        """Select the others, unless there are too many to sort."""
         rest = self._rest(classes)
         assert rest is not None
-        return self.rows.where(rest).order_by(None).order_by(*classes.order)
+        return self.rows.where(rest).order_by(None).order_by(*classes.order).limit(_ripe())
 
     def _rest(self, classes: Classes) -> sa.ColumnElement[bool] | None:
         """Build the condition for the others, if there are any."""
@@ -303,10 +298,11 @@ class Candidates(ClauseElement):
     @property
     def shared_branches(self) -> list[sa.Select[Any]]:
         """The branches without the rows that are claimed alone."""
+        free, *others = self.branches
         if not self.tells_alone:
-            return list(self.branches)
-        flags = [cast("Any", branch.selected_columns[ALONE]).element for branch in self.branches]
-        return [b.where(flag == _ZERO) for b, flag in zip(self.branches, flags, strict=True)]
+            return [free, *others]
+        flags = [cast("Any", branch.selected_columns[ALONE]).element for branch in others]
+        return [free, *(b.where(flag == _ZERO) for b, flag in zip(others, flags, strict=True))]
 
     def _first(self, lock: Callable[[sa.Select[Any]], sa.Select[Any]]) -> sa.Select[Any]:
         together = self.together(*map(lock, self.branches)).subquery("branches")
@@ -347,6 +343,16 @@ class Candidates(ClauseElement):
         return branch.with_only_columns(*list(branch.selected_columns)[:width])
 
 
+def _is_much(found: FromClause) -> sa.ColumnElement[bool]:
+    """Build the condition that too many would be sorted."""
+    return count_of(found) == _ripe()
+
+
+def count_of(found: FromClause) -> sa.ColumnElement[int]:
+    """Count the rows of what has been found."""
+    return sa.select(sa.func.count()).select_from(found).scalar_subquery()
+
+
 def _ripe() -> sa.ColumnElement[int]:
     """Return the limit in the text, where PostgreSQL's planner sees it."""
     return sa.literal_column(str(RIPE), sa.Integer())
@@ -365,3 +371,4 @@ def alone_if(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
 
 
 _ZERO, _ONE, _TWO = (sa.literal_column(number, sa.Integer()) for number in "012")
+NOT_ALONE = _ZERO.label(ALONE)

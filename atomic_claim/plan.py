@@ -16,7 +16,7 @@ from sqlalchemy.sql.selectable import ScalarSelect
 from sqlalchemy.types import Float
 
 from .arguments import check_lease, check_tables, check_worker, checked_values, conditions_of
-from .candidates import Candidates, Waiting, alone_if
+from .candidates import NOT_ALONE, Candidates, Waiting, alone_if
 from .errors import ClaimError
 from .job_table import JobTable
 from .predicates import (
@@ -309,13 +309,14 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     limit = sa.bindparam(LIMIT, request.limit, sa.Integer(), literal_execute=True)
     shares = request.limit > 1 and not request.deletes
     alone = is_last_chance(job_table) if shares else None
-    flag = [] if alone is None else [alone_if(alone)]
-    source = _source(job_table, *key, *flag, *labelled_terms(order))
+    flags: list[list[Any]] = [[], []] if alone is None else [[NOT_ALONE], [alone_if(alone)]]
+    free, other = (_source(job_table, *key, *flag, *labelled_terms(order)) for flag in flags)
     scan_limit = sa.bindparam(
         SCAN_LIMIT, request.limit + MARGIN, sa.Integer(), literal_execute=True
     )
     branches = [
-        source.where(*branch.conditions, *where)
+        (other if place else free)
+        .where(*branch.conditions, *where)
         .order_by(*(branch.order or order))
         .limit(scan_limit if place else limit)
         for place, branch in enumerate(claimable_branches(job_table))
@@ -323,7 +324,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     rows = _source(job_table, *key).where(claimable(job_table), *where)
     waiting = None
     if is_due(job_table):
-        free = source.where(is_free(job_table), *where).order_by(*order)
+        free = free.where(is_free(job_table), *where).order_by(*order)
         unspent, due = sa.and_(sa.true(), *is_unspent(job_table)), job_table.due
         ripe = sa.true() if due is None else is_ripe(job_table)
         classes = classes_by_value(job_table)

@@ -10,10 +10,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.base import Executable
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.selectable import FromClause
 from sqlalchemy.types import DateTime
 
-from atomic_claim.candidates import ALONE, Candidates
+from atomic_claim.candidates import ALONE, Candidates, count_of
 from atomic_claim.errors import ClaimError
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
@@ -60,10 +59,12 @@ class PostgreSQL(Backend):
         SELECT claimed.* FROM claimed JOIN claimable ON claimed.id = claimable.id
         ORDER BY claimable.claim_order_1
 
-    Where leases that have run out are a second reason for a row to be free, the first rows of each
-    reason are read without locks and put in order, and LATERAL locks them one after the other
+    Where leases have run out, which are a second reason for a row to be free, the first rows of
+    each reason are read without locks and put in order, and LATERAL locks them one after the other
     until there are enough: a lock on each reason's first rows would hold twice as many. Only where
-    others hold most of what was looked at are the farther rows locked reason by reason.
+    others hold most of what was looked at are the farther rows locked reason by reason. All of it
+    is one UNION ALL under the limit, which PostgreSQL reads, and locks, no farther than it has to:
+    where no lease has run out, nothing but the SELECT of the free rows.
 
     Where a listener may add criteria to a session's SELECTs, the rows are locked by a SELECT of the
     session's own, and marked by key.
@@ -263,12 +264,19 @@ def _claimable(candidates: Candidates, lock: Lock) -> sa.Select[Any]:
     if candidates.is_plain:
         return candidates.select(terms=True, lock=lock)
     limit, scan_limit = candidates.limit, candidates.scan_limit
-    free, *expired = (branch.limit(scan_limit) for branch in candidates.branches)
-    found, may_miss = [free], cast("sa.ColumnElement[bool]", sa.false())
+    free, *reasons = candidates.branches
+    found, may_be_free = [free.limit(scan_limit)], cast("sa.ColumnElement[bool]", sa.true())
     if (waiting := candidates.stepwise) is not None:
-        found, may_miss = waiting.gated(scan_limit, _gate)
-    near = candidates.together(*found, *expired).subquery("branches")
-    nearest = candidates.ordered(near).cte(f"{prefix}nearest")
+        found, may_be_free = waiting.gated(scan_limit, _gate)
+    near, *found = found
+    is_deep: list[sa.ColumnElement[bool]] = []
+    if reasons:
+        expired = sa.union_all(*reasons).cte(f"{prefix}expired")
+        # Only where there are any must the first free rows be put in order with them.
+        found = [near.where(sa.exists().select_from(expired)), *found, sa.select(expired)]
+        is_deep = [count_of(expired) >= scan_limit] * len(reasons)
+    nearest = candidates.ordered(sa.union_all(*found).subquery("branches")).cte(f"{prefix}nearest")
+    is_deep = [sa.or_(may_be_free, count_of(nearest) >= scan_limit), *is_deep]
     key = list(nearest.columns)[: len(candidates.rows.selected_columns)]
 
     # One after the other, until there are enough: LATERAL leaves the planner no other way.
@@ -276,41 +284,24 @@ def _claimable(candidates: Candidates, lock: Lock) -> sa.Select[Any]:
     held = lock(candidates.rows.where(key_equals(own, key))).lateral("held")
     locked = sa.select(*held.columns, *list(nearest.columns)[len(key) :])
     locked = locked.select_from(nearest.join(held, sa.true()))
-    taken: list[sa.CTE] = []
-    # Other transactions hold most of the first rows, so later ones are tried.
-    is_deep = [sa.or_(_count(nearest) >= scan_limit, may_miss)]
-
+    taken: list[sa.Select[Any]] = []
+    may_share: list[sa.ColumnElement[bool]] = []
     if candidates.tells_alone:
         first = locked.limit(sa.literal_column("1")).cte(f"{prefix}first")
-        taken.append(first)
+        taken.append(sa.select(first))
         is_alone = sa.select(first.columns[ALONE]).scalar_subquery()
-        may_share = sa.func.coalesce(is_alone, sa.literal_column("0")) == sa.literal_column("0")
-        shares = nearest.columns[ALONE] == sa.literal_column("0")
-        locked = locked.where(may_share, shares, *_not_in(taken, key))
-        is_deep.append(may_share)
-    missing = _missing(limit, taken)
-    taken.append(locked.limit(missing).cte(f"{prefix}taken"))
-    for place, branch in enumerate(candidates.shared_branches, 1):
-        unless = _not_in(taken, list(branch.selected_columns)[: len(key)])
-        farther = lock(branch.where(*is_deep, *unless).limit(_missing(limit, taken)))
-        # There are no more in any case; but so the planner knows it.
-        few = sa.select(farther.subquery(f"{prefix}farther_{place}")).limit(limit)
-        taken.append(few.cte(f"{prefix}taken_{place}"))
-    together = sa.union_all(*(sa.select(found) for found in taken)).subquery(f"{prefix}all")
-    return sa.select(*together.columns).limit(limit)
+        zero: sa.ColumnElement[int] = sa.literal_column("0")
+        may_share.append(sa.func.coalesce(is_alone, zero) == zero)
+        shares = nearest.columns[ALONE] == zero
+        locked = locked.where(*may_share, shares, _not_in(key, first))
+    taken.append(locked)
+    for branch, goes_on in zip(candidates.shared_branches, is_deep, strict=True):
+        untried = _not_in(list(branch.selected_columns)[: len(key)], nearest)
+        taken.append(lock(branch.where(goes_on, *may_share, untried).limit(limit)))
+    # Each is read, and locks, only as far as those before it are not enough.
+    return sa.select(candidates.together(*taken).subquery(f"{prefix}all")).limit(limit)
 
 
-def _not_in(
-    taken: Sequence[sa.CTE], key: Sequence[sa.ColumnElement[Any]]
-) -> list[sa.ColumnElement[bool]]:
-    """Build the conditions that a row is none of those that are taken."""
-    keys = [sa.select(*list(found.columns)[: len(key)]) for found in taken]
-    return [sa.tuple_(*key).not_in(each) for each in keys]
-
-
-def _missing(limit: sa.ColumnElement[Any], taken: Sequence[sa.CTE]) -> sa.ColumnElement[Any]:
-    return limit - sum(map(_count, taken), sa.literal_column("0")) if taken else limit
-
-
-def _count(found: FromClause) -> sa.ColumnElement[int]:
-    return sa.select(sa.func.count()).select_from(found).scalar_subquery()
+def _not_in(key: Sequence[sa.ColumnElement[Any]], found: sa.CTE) -> sa.ColumnElement[bool]:
+    """Build the condition that a row is none of those that are found."""
+    return sa.tuple_(*key).not_in(sa.select(*list(found.columns)[: len(key)]))

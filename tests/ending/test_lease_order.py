@@ -9,9 +9,11 @@ from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
 
 from atomic_claim import JobTable, claim_jobs
 from atomic_claim.plan import MARGIN
+from tests.benchmarks.ground import add_indexes
 from tests.databases import Database
 from tests.ending.test_lease import made
 from tests.jobs import ids, mapped
+from tests.traps.test_09_or import plan_of
 
 LEASE = timedelta(minutes=5)
 
@@ -93,6 +95,18 @@ def test_a_long_line_of_rows_that_others_hold_is_passed(database: Database, limi
     assert sorted(one + two) == list(range(count + 1, count + 2 * limit + 1))
     assert one == sorted(one)
     assert two == sorted(two)
+
+
+@pytest.mark.databases("postgresql")
+def test_free_rows_alone_are_read_no_farther_than_they_are_locked(database: Database) -> None:
+    """Where no lease has run out, a claim reads the rows that others hold, and its own."""
+    engine, jobs = made(database, 10 * MARGIN)
+    add_indexes(engine, jobs)
+    with engine.connect() as holder:
+        held = len(claim_jobs(holder, jobs, MARGIN // 2, lease=LEASE))
+        plan = plan_of(engine, 1, lambda bind: claim_jobs(bind, jobs, 1, lease=LEASE))
+    # Its own is looked at, locked and marked.
+    assert plan.effort <= held + 3
 
 
 @pytest.mark.databases("postgresql")
