@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, Update, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.pool import PoolProxiedConnection, SingletonThreadPool, StaticPool
 from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for, drivers
-from .backends.recovery import end_process, pause
+from .backends.recovery import end_process, logger, pause
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_own, session_of
@@ -175,28 +175,36 @@ class Operation(Generic[R]):
         backend_for(engine.dialect)
         if isinstance(engine.pool, SHARED):
             _refuse_shared(engine)
-        with session or NOTHING, engine.connect() as connection:
-            backend = backend_for(connection.dialect)
-            tx = Transaction(backend, session or connection, connection, own=True)
-            tx.after_disconnect = self.unknown
+        connection = engine.connect()
+        pooled = connection.connection
+        try:
+            with session or NOTHING:
+                backend = backend_for(connection.dialect)
+                tx = Transaction(backend, session or connection, connection, own=True)
+                tx.after_disconnect = self.unknown
+                try:
+                    if self.unknown:
+                        lost_for = time.monotonic() - self.lost_at
+                        end_process(backend, connection, self.process, lost_for)
+                    found = connection.info.get(PROCESS)
+                    if found is None and self.recoverable:
+                        found = connection.info[PROCESS] = backend.process(connection)
+                        connection.rollback()
+                    self.process, level = found or (None, None)
+                    if self.single is not None and self._may_autocommit(tx, self.single, level):
+                        connection.execution_options(isolation_level="AUTOCOMMIT")
+                        self.committing = tx.autocommit = True
+                    with NOTHING if tx.autocommit else self._transaction(tx):
+                        result = self.run(tx)
+                        self.committing = self.ended = True
+                except BaseException as error:
+                    _fail(tx, error)
+                    raise
+        finally:
             try:
-                if self.unknown:
-                    lost_for = time.monotonic() - self.lost_at
-                    end_process(backend, connection, self.process, lost_for)
-                found = connection.info.get(PROCESS)
-                if found is None and self.recoverable:
-                    found = connection.info[PROCESS] = backend.process(connection)
-                    connection.rollback()
-                self.process, level = found or (None, None)
-                if self.single is not None and self._may_autocommit(tx, self.single, level):
-                    connection.execution_options(isolation_level="AUTOCOMMIT")
-                    self.committing = tx.autocommit = True
-                with NOTHING if tx.autocommit else self._transaction(tx):
-                    result = self.run(tx)
-                    self.committing = self.ended = True
-            except BaseException as error:
-                _fail(tx, error)
-                raise
+                connection.close()
+            except Exception:  # noqa: BLE001 - drivers and listeners raise what they like
+                _give_up(pooled)
         return result
 
     def _session(self) -> tuple[Session, Engine]:
@@ -253,10 +261,18 @@ class Operation(Generic[R]):
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
-        if isinstance(error, DBAPIError):
-            # Only a statement's error names a statement, a refusal to connect does not.
-            return error.connection_invalidated or (self.lost and error.statement is None)
-        return self.lost and isinstance(error, outages(self.bind, self.job_table))
+        if drivers.is_lost(error):
+            return True
+        # Only a statement's error names a statement, a refusal to connect does not.
+        is_refusal = self.lost and getattr(error, "statement", None) is None
+        return is_refusal and isinstance(error, outages(self.bind, self.job_table))
+
+
+def _give_up(pooled: PoolProxiedConnection) -> None:
+    """End a connection that the pool could not reset, which changes no outcome."""
+    logger.warning("a connection cannot be reset, and is closed", exc_info=True)
+    if pooled.is_valid:
+        pooled.invalidate()
 
 
 @contextmanager
@@ -270,8 +286,12 @@ def _out_of_autocommit(connection: Connection) -> Iterator[None]:
         yield
     finally:
         if not connection.invalidated:
-            connection.connection.rollback()
-            dialect.set_isolation_level(driver, "AUTOCOMMIT")
+            pooled = connection.connection
+            try:
+                pooled.rollback()
+                dialect.set_isolation_level(driver, "AUTOCOMMIT")
+            except dialect.loaded_dbapi.Error:
+                _give_up(pooled)
 
 
 def _fail(tx: Transaction, error: BaseException) -> None:
@@ -283,7 +303,7 @@ def _fail(tx: Transaction, error: BaseException) -> None:
     backend, connection = tx.backend, tx.connection
     if not (connection.closed or connection.invalidated or connection.in_transaction()):
         connection.connection.rollback()
-    if not isinstance(error, DBAPIError) or error.connection_invalidated:
+    if not isinstance(error, DBAPIError) or drivers.is_lost(error):
         return
     if drivers.is_stale(error) and not connection.invalidated:
         # The driver would send the prepared statement again and again.
@@ -387,11 +407,12 @@ def _refuse_shared(engine: Engine) -> None:
     else:
         with engine.connect() as connection:
             shared = drivers.in_transaction(connection.connection.driver_connection)
-    if shared:
+    if shared is not False:
+        finding = "and" if shared else f"and the driver {engine.dialect.driver!r} does not tell if"
         raise ClaimError(
-            f"the engine's {type(pool).__name__} has one connection, and a transaction is open "
-            "on it, which a claim by engine would commit: pass the Session or Connection that "
-            "owns the transaction, or end it first"
+            f"the engine's {type(pool).__name__} has one connection, {finding} a transaction is "
+            "open on it, which a claim by engine would commit: pass the Session or Connection that "
+            "owns the transaction, or end it first and use another pool"
         )
 
 

@@ -23,7 +23,7 @@ from atomic_claim.plan import INSTANT, LIMIT, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
 from atomic_claim.statement import ClaimStatement
 
-from .drivers import code_of, in_transaction, product_of
+from .drivers import code_of, in_transaction, is_lost, product_of
 from .reading import Candidate, Key, KeyedRows, Reading, instant
 from .tables import check_once, hinted, refuse_view
 
@@ -472,8 +472,7 @@ def mark_and_load(
     try:
         return read_back(tx, plan, keys, given)
     except Exception as error:
-        is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
-        if is_lost or isinstance(error, ClaimError):
+        if is_lost(error) or isinstance(error, ClaimError):
             raise
         raise Unreadable(keys) from error
 

@@ -16,10 +16,11 @@ IN_TRANSACTION: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("psycopg", "pgconn", lambda driver: driver.pgconn.transaction_status != IDLE),
     ("asyncpg", "is_in_transaction", lambda driver: driver.is_in_transaction()),
     ("pg8000", "_transaction_status", lambda driver: driver._transaction_status != b"I"),  # noqa: SLF001 - it has no public name
-    ("psycopg2", "info", lambda driver: driver.info.transaction_status != IDLE),
+    # mysqlclient has a method of the name "info".
+    ("psycopg2", "get_transaction_status", lambda d: d.get_transaction_status() != IDLE),
     ("sqlite3, aiosqlite, mysql-connector", "in_transaction", lambda driver: driver.in_transaction),
     (
-        "PyMySQL, asyncmy, aiomysql",
+        "PyMySQL, asyncmy, aiomysql, mariadbconnector",
         "server_status",
         lambda driver: driver.server_status & SERVER_STATUS_IN_TRANS,
     ),
@@ -47,12 +48,12 @@ def product_of(dialect: Dialect) -> str:
     return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
 
 
-def in_transaction(driver: Any) -> bool:
-    """Return True if a transaction is open on a driver's connection; False where it cannot tell."""
+def in_transaction(driver: Any) -> bool | None:
+    """Return True if a transaction is open on a driver's connection; None if it does not tell."""
     for _, attribute, asks in IN_TRANSACTION:
         if hasattr(driver, attribute):
             return bool(asks(driver))
-    return False
+    return None
 
 
 def code_of(error: DBAPIError, type_: type) -> Any:
@@ -62,6 +63,12 @@ def code_of(error: DBAPIError, type_: type) -> Any:
         return None
     codes = (ask(found) for _, ask in CODES)
     return next((code for code in codes if isinstance(code, type_)), None)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return True if the connection was lost; SQLAlchemy does not know mysql-connector's text."""
+    lost: bool = getattr(error, "connection_invalidated", False)
+    return lost or "MySQL Connection not available" in str(getattr(error, "orig", error))
 
 
 def is_stale(error: DBAPIError) -> bool:

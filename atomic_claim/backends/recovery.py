@@ -23,7 +23,7 @@ from atomic_claim.plan import TOKEN, ClaimPlan
 from atomic_claim.sql_elements import ByKey
 
 from .base import Backend, Transaction, Unreadable, mark_and_load, read_back
-from .drivers import code_of
+from .drivers import code_of, is_lost
 from .reading import Key, KeyedRows
 
 # How often a claim skips rows if none of them can be marked and read.
@@ -94,13 +94,13 @@ def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | 
 
 def is_general(error: Exception) -> bool:
     """Check whether an error is none of one row: a lost connection, a wrong name."""
-    if not isinstance(error, DBAPIError):
-        return False
-    if error.connection_invalidated:
+    if is_lost(error):
         return True
     # psycopg has RAISE EXCEPTION of a trigger as a ProgrammingError, too.
+    if not isinstance(error, ProgrammingError):
+        return False
     code = code_of(error, str)
-    return isinstance(error, ProgrammingError) and (code is None or code.startswith("42"))
+    return code is None or code.startswith("42")
 
 
 def salvage(
@@ -115,7 +115,7 @@ def salvage(
         BaseException: the claim's own error, where it has marked nothing, or has marked what it
             must not hand out, or was interrupted: then its rows are free again.
     """
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
+    if is_lost(error):
         raise error
     try:
         keys = tx.marked or traced(tx, plan, params)
