@@ -27,7 +27,6 @@ from . import claim as _claim
 from . import lifecycle as _lifecycle
 from .claim import Claim, ClaimOptions
 from .errors import ClaimError
-from .execution import patiently
 from .heartbeat import LONGEST_END, Beat, Keeper, OnLost, prepared_beat
 from .orm import async_types, sync_bind
 
@@ -56,8 +55,7 @@ def _twin(
 
     @wraps(function, assigned=("__name__", "__qualname__"))
     async def twin(bind: AsyncBind, /, *args: P.args, **options: P.kwargs) -> R:
-        call = partial(patiently, function, _checked(bind), *args, **options)
-        found: R = await greenlet_spawn(call)
+        found: R = await greenlet_spawn(partial(function, _checked(bind), *args, **options))
         return found
 
     summary = (function.__doc__ or "").partition("\n")[0]
@@ -99,7 +97,7 @@ async def keep_claims(
 
     See :func:`atomic_claim.keep_claims`; ``on_lost`` is called from the task.
     """
-    beat: Beat = await greenlet_spawn(patiently, prepared_beat, _checked(bind), claim, every)
+    beat: Beat = await greenlet_spawn(prepared_beat, _checked(bind), claim, every)
     stopped = asyncio.get_running_loop().create_future()
 
     def wait(seconds: float) -> bool:

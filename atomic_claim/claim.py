@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
 
 import sqlalchemy as sa
 
@@ -19,7 +19,7 @@ from .backends.recovery import (
     Passed,
     free_traced,
     load_fully,
-    mark_one_by_one,
+    mark_carefully,
     refusal,
     salvage,
     traced,
@@ -40,21 +40,6 @@ if TYPE_CHECKING:
 
 Key = tuple[Any, ...]
 J = TypeVar("J")
-
-
-class Claimed(NamedTuple):
-    """The result of a claim in one transaction.
-
-    Attributes:
-        rows: the rows or entities with their keys, in claim order.
-        passed: the keys of rows that cannot be marked or read.
-        error: what a claim raises that hands out nothing: only once the attempts that are counted
-            for such rows are committed, so that ``max_attempts`` retires them.
-    """
-
-    rows: KeyedRows
-    passed: Sequence[Key] = ()
-    error: ClaimError | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -272,78 +257,8 @@ def claim_jobs(
         UnsupportedDialect: the database has no atomic claim.
         ValueError, TypeError: ``limit`` is not an ``int`` of at least 1.
     """
-    began, job_table = time.perf_counter(), job_table_of(table, ordered=order_by is not None)
-    if type(limit) is not int or limit < 1:
-        checked_limit(limit)
-    request = ClaimRequest(limit, where, order_by, values, worker, lease)
-    by_session = not isinstance(bind, (sa.Connection, sa.Engine))
-    plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
-    params = request.parameters(token=job_table.token is not None)
-    run = partial(_claim, plan=plan, params=params)
-    has_token = TOKEN in params
-    claimed = Operation(
-        bind,
-        job_table,
-        run,
-        keyed=job_table.exclusive_by is not None,
-        recoverable=has_token,
-        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
-        single=plan if has_token and job_table.released else None,
-        careful=partial(run, one_by_one=True),
-        undo=partial(free_traced, plan=plan, params=params),
-    ).execute()
-    if claimed.error is not None:
-        raise claimed.error
-    keys, jobs = zip(*claimed.rows, strict=True) if claimed.rows else ((), ())
-    claim = Claim(
-        jobs,
-        table=job_table,
-        keys=keys,
-        token=params.get(TOKEN),
-        worker=worker,
-        lease=lease,
-        unreadable=tuple(claimed.passed),
-    )
-    if subscribers or logs_claims():
-        report_claim(claim, began)
-    return claim
-
-
-def _claim(
-    tx: Transaction, plan: ClaimPlan, params: dict[str, Any], *, one_by_one: bool = False
-) -> Claimed:
-    """Claim, and hand out what can be read of rows that are not rolled back.
-
-    ``one_by_one`` is for after a failure: pass over the rows that cause it.
-    """
-    found, passed, gives_up, mark = KeyedRows(), Passed(), False, None
-    if one_by_one:
-        mark = partial(mark_one_by_one, passed=passed)
-    if plan.entities and not isinstance(tx.executor, sa.Connection) and not tx.executor.autoflush:
-        _refuse_unflushed(tx.executor, plan)
-    if tx.after_disconnect and (keys := traced(tx, plan, params)):
-        return Claimed(read_back(tx, plan, keys, None))
-    claim = tx.backend.claim if plan.job_table.exclusive_by is None else claim_by_key
-    for _ in range(ROUNDS):
-        before = len(passed)
-        try:
-            narrowed = plan.passing_over(list(passed)) if passed else plan
-            found = claim(tx, narrowed, params, mark)
-            if plan.entities and tx.own:
-                load_fully(tx, plan, found)
-        except BaseException as error:
-            if tx.own and not tx.autocommit:
-                raise
-            found, failed = salvage(tx, plan, params, error)
-            passed |= failed
-        gives_up = len(passed) > before
-        if found or not gives_up:
-            break
-    if plan.entities and not isinstance(tx.executor, sa.Connection):
-        for _, entity in found:
-            note_change(tx.executor, entity)
-    refused = None if found else refusal(plan, passed, gives_up=gives_up)
-    return Claimed(found, list(passed), refused)
+    job_table = job_table_of(table, ordered=order_by is not None)
+    return _claimed(bind, job_table, ClaimRequest(limit, where, order_by, values, worker, lease))
 
 
 def dequeue_jobs(
@@ -354,42 +269,122 @@ def dequeue_jobs(
     The rows are locked, read, and deleted by key; entities by their session, with the cascades of
     their mapping. Nothing brings them back: a worker that dies after the commit loses them.
     """
-    began, job_table = time.perf_counter(), job_table_of(table)
+    job_table = job_table_of(table)
     if job_table.exclusive_by is not None:
         raise ClaimError(
             f"{job_table!r} has exclusive keys, and a row that is deleted does not run: use "
             "claim_jobs(), and delete the row when its job is done"
         )
-    request = ClaimRequest(checked_limit(limit), where, order_by, deletes=True)
+    return _claimed(bind, job_table, ClaimRequest(limit, where, order_by, deletes=True))
+
+
+def _claimed(bind: Bind, job_table: JobTable, request: ClaimRequest) -> Claim[Any]:
+    began, limit = time.perf_counter(), request.limit
+    if type(limit) is not int or limit < 1:
+        checked_limit(limit)
     by_session = not isinstance(bind, (sa.Connection, sa.Engine))
     plan = claim_plan(job_table, request, entities=by_session and job_table.entity is not None)
-    if plan.multi_table and not plan.entities:
+    if plan.multi_table and not plan.entities and request.deletes:
         raise ClaimError(
             f"{job_table.entity!r} has its columns in several tables, and a DELETE would leave the "
             "rows of all but one: use a Session or sessionmaker"
         )
-
-    def run(tx: Transaction) -> KeyedRows:
-        keys = tx.backend.lock(tx, plan, request.parameters())
-        found = read_back(tx, plan, keys, None)
-        if plan.entities and not isinstance(tx.executor, sa.Connection):
-            if tx.own:
-                load_fully(tx, plan, found)
-            for _, entity in found:
-                tx.executor.delete(entity)
-            tx.executor.flush()
-        else:
-            # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
-            for key in keys:
-                tx.execute(sa.delete(job_table.table).where(key_in(job_table.key, [key])))
-        return found
-
-    found = Operation(bind, job_table, run).execute()
+    has_token = job_table.token is not None and not request.deletes
+    params = request.parameters(token=has_token)
+    operation = _Claiming(
+        bind,
+        job_table,
+        plan,
+        params,
+        runs=True,
+        token=params.get(TOKEN),
+        # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
+        single=plan if has_token and job_table.released else None,
+        careful=None if request.deletes else False,
+        undo=partial(free_traced, plan=plan, params=params),
+    )
+    found, passed, error = operation.execute()
+    if error is not None:
+        raise error
     keys, jobs = zip(*found, strict=True) if found else ((), ())
-    claim = Claim(jobs, table=job_table, keys=keys)
+    claim = Claim(
+        jobs,
+        table=job_table,
+        keys=keys,
+        token=params.get(TOKEN),
+        worker=request.worker,
+        lease=request.lease,
+        unreadable=tuple(passed),
+    )
     if subscribers or logs_claims():
         report_claim(claim, began)
     return claim
+
+
+@dataclass
+class _Claiming(Operation[tuple[KeyedRows, Passed, ClaimError | None]]):
+    """A claim, which hands out what can be read of rows that are not rolled back.
+
+    It returns the rows or entities with their keys, in claim order; the keys that it passed over;
+    and what it raises if nothing can be handed out: only once the attempts that are counted are
+    committed, so that ``max_attempts`` retires the rows.
+    """
+
+    plan: ClaimPlan
+    params: dict[str, Any]
+
+    def run(self, tx: Transaction) -> tuple[KeyedRows, Passed, ClaimError | None]:
+        plan, params, passed, mark = self.plan, self.params, Passed(), None
+        if plan.deletes:
+            mark = _delete
+        elif tx.careful:
+            mark = partial(mark_carefully, passed=passed)
+        session = tx.executor
+        if plan.entities and not (isinstance(session, sa.Connection) or session.autoflush):
+            _refuse_unflushed(session, plan)
+        if tx.after_disconnect and (keys := traced(tx, plan, params)):
+            return read_back(tx, plan, keys, None), passed, None
+        claim = tx.backend.claim if plan.job_table.exclusive_by is None else claim_by_key
+        for _ in range(ROUNDS):
+            before = len(passed)
+            try:
+                narrowed = plan.passing_over(list(passed)) if passed else plan
+                found = claim(tx, narrowed, params, mark)
+                if plan.entities and tx.own:
+                    load_fully(tx, plan, found)
+            except BaseException as error:
+                if tx.own and not tx.autocommit:
+                    raise
+                found, failed = salvage(tx, plan, params, error)
+                passed |= failed
+            if found or len(passed) == before:
+                break
+        if plan.entities and not (isinstance(session, sa.Connection) or plan.deletes):
+            for _, entity in found:
+                note_change(session, entity)
+        refused = None if found else refusal(plan, passed, gives_up=len(passed) > before)
+        return found, passed, refused
+
+
+def _delete(
+    tx: Transaction,
+    plan: ClaimPlan,
+    keys: Sequence[Key],
+    params: Mapping[str, Any],  # noqa: ARG001 - of the claim, which writes nothing
+) -> KeyedRows:
+    """Delete rows that are locked, and return them as they were."""
+    found = read_back(tx, plan, keys, None)
+    if plan.entities and not isinstance(tx.executor, sa.Connection):
+        if tx.own:
+            load_fully(tx, plan, found)
+        for _, entity in found:
+            tx.executor.delete(entity)
+        tx.executor.flush()
+    else:
+        # One by one: for a list of keys, MySQL and MariaDB may lock what they scan.
+        for each in keys:
+            tx.execute(sa.delete(plan.job_table.table).where(key_in(plan.job_table.key, [each])))
+    return found
 
 
 def _refuse_unflushed(session: Session, plan: ClaimPlan) -> None:

@@ -6,18 +6,18 @@ import operator
 import random
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, Update, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
 from sqlalchemy.pool import PoolProxiedConnection, SingletonThreadPool, StaticPool
-from sqlalchemy.util import await_only
 
 from .backends import Backend, Transaction, backend_for, drivers
-from .backends.recovery import end_process, logger, pause
+from .backends.recovery import end_process, logger, wait
 from .errors import ClaimConflict, ClaimError
 from .job_table import JobTable
 from .orm import is_own, session_of
@@ -34,7 +34,7 @@ else:
     Bind = OwnBind = Any
 
 R = TypeVar("R")
-Run = Callable[[Transaction], R]
+T = TypeVar("T")
 
 TRIES = 8
 FIRST_PAUSE = 0.005
@@ -53,24 +53,24 @@ UNKNOWN = (
 
 
 @dataclass
-class Operation(Generic[R]):
+class Operation(ABC, Generic[R]):
     """Statements in the caller's transaction, or in one of the call's own, which may take tries.
 
     Attributes:
         bind: ``Session``, ``scoped_session``, ``Connection``, ``Engine`` or ``sessionmaker``.
         job_table: the table that the statements are for.
-        run: executes them. In a transaction of its own it runs again after a conflict.
-        keyed: whether it makes or keeps rows with exclusive keys running.
-        recoverable: whether ``run`` finds out from the table what became of an earlier try, so
-            that it runs again after a lost connection whatever the outcome of the COMMIT.
+        runs: whether it makes or keeps rows running.
+        token: the claim's, if ``run`` finds out by it what became of an earlier try, so that it
+            runs again after a lost connection whatever the outcome of the COMMIT.
         single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
-        careful: takes the place of ``run`` after that has failed in a transaction of its own.
+        careful: whether an earlier try has failed, so that ``run`` passes over the rows that cause
+            it; None if it cannot.
         undo: runs in a transaction of its own after an interrupt, if the operation may have been
             committed.
         tries: how often a transaction of its own runs at most.
+        dialect: the one of the last try.
         process: identifies the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
-        ended: whether the operation itself was over when the last try failed.
         lost: whether an earlier try lost its connection.
         unknown: whether an earlier try lost it while it may have been committed.
         lost_at: when it was lost, by ``time.monotonic()``.
@@ -78,19 +78,23 @@ class Operation(Generic[R]):
 
     bind: Any
     job_table: JobTable
-    run: Run[R]
-    keyed: bool = False
-    recoverable: bool = False
+    _: KW_ONLY
+    runs: bool = False
+    token: str | None = None
     single: ClaimPlan | None = None
-    careful: Run[R] | None = None
-    undo: Run[None] | None = None
+    careful: bool | None = None
+    undo: Callable[[Transaction], None] | None = None
     tries: int = TRIES
+    dialect: Any = None
     process: Any = None
     committing: bool = False
-    ended: bool = False
     lost: bool = False
     unknown: bool = False
     lost_at: float = 0.0
+
+    @abstractmethod
+    def run(self, tx: Transaction) -> R:
+        """Execute the statements; again after a conflict in a transaction of the call's own."""
 
     def execute(self) -> R:
         """Run it: never end the caller's transaction, always end the call's own.
@@ -102,40 +106,40 @@ class Operation(Generic[R]):
         # An Engine is told without a look at sqlalchemy.orm.
         if not (isinstance(self.bind, Engine) or is_own(self.bind)):
             return self._in_callers()
-        for tried in range(1, self.tries + 1):
+        tried = 0
+        while True:
+            tried += 1
             try:
-                return self.run_once()
+                return self.run_once(self.run)
             except ClaimConflict:
-                if tried == self.tries:
+                if tried >= self.tries:
                     raise
             except ClaimError:
                 raise
             except Exception as error:
                 if not self._is_outage(error):
-                    if self.careful is None or self.unknown or self.ended:
+                    if self.careful is not False or self.unknown:
                         raise
-                    self.run, self.careful, self.single = self.careful, None, None
+                    self.careful, self.single = True, None
                     continue
-                if tried == self.tries or (self.committing and not self.recoverable):
+                if tried >= self.tries or (self.committing and self.token is None):
                     if self.committing and isinstance(error, DBAPIError):
                         error.add_detail(UNKNOWN)
                     raise
                 self.lost, self.unknown = True, self.unknown or self.committing
                 self.lost_at = time.monotonic()
             except BaseException:
-                if self.undo is not None and self.committing and self.recoverable:
+                if self.undo is not None and self.committing and self.token is not None:
                     # On another connection: the interrupted one is in no known state.
-                    undoing: Operation[Any] = self
-                    undoing = replace(undoing, run=self.undo, keyed=False, single=None)
-                    undoing.unknown, undoing.lost_at = True, time.monotonic()
-                    undoing.run_once()
+                    self.runs, self.single = False, None
+                    self.unknown, self.lost_at = True, time.monotonic()
+                    self.run_once(self.undo)
                 raise
             report(Retried(self.job_table.table.fullname, (), tried, self.lost))
             # Full jitter, so that the ones in each other's way do not meet again.
             longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
             first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
-            pause.get()(random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
-        raise AssertionError("unreachable")
+            wait(self.dialect, random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
 
     def _in_callers(self) -> R:
         """Run in a transaction that the caller begins and ends."""
@@ -157,7 +161,7 @@ class Operation(Generic[R]):
             pinning = nullcontext(bind)
         with pinning as connection:
             backend = backend_for(connection.dialect)
-            if self.keyed:
+            if self.runs and self.job_table.exclusive_by is not None:
                 backend.check_key_locks(connection.dialect.name, own=False)
             try:
                 return self.run(Transaction(backend, session or bind, connection, own=False))
@@ -165,12 +169,13 @@ class Operation(Generic[R]):
                 _raise_conflict(backend, error)
                 raise
 
-    def run_once(self) -> R:
+    def run_once(self, run: Callable[[Transaction], T]) -> T:
         """Run once in a transaction of the call's own, and commit."""
-        self.committing = self.ended = False
+        self.committing = False
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
+        self.dialect = engine.dialect
         # A database that is not known is refused before it is connected to.
         backend_for(engine.dialect)
         if isinstance(engine.pool, SHARED):
@@ -181,13 +186,13 @@ class Operation(Generic[R]):
             with session or NOTHING:
                 backend = backend_for(connection.dialect)
                 tx = Transaction(backend, session or connection, connection, own=True)
-                tx.after_disconnect = self.unknown
+                tx.after_disconnect, tx.careful = self.unknown, bool(self.careful)
                 try:
                     if self.unknown:
                         lost_for = time.monotonic() - self.lost_at
                         end_process(backend, connection, self.process, lost_for)
                     found = connection.info.get(PROCESS)
-                    if found is None and self.recoverable:
+                    if found is None and self.token is not None:
                         found = connection.info[PROCESS] = backend.process(connection)
                         connection.rollback()
                     self.process, level = found or (None, None)
@@ -195,8 +200,10 @@ class Operation(Generic[R]):
                         connection.execution_options(isolation_level="AUTOCOMMIT")
                         self.committing = tx.autocommit = True
                     with NOTHING if tx.autocommit else self._transaction(tx):
-                        result = self.run(tx)
-                        self.committing = self.ended = True
+                        if tx.careful:
+                            backend.check_at_once(connection)
+                        result = run(tx)
+                        self.committing = True
                 except BaseException as error:
                     _fail(tx, error)
                     raise
@@ -241,8 +248,9 @@ class Operation(Generic[R]):
     def _transaction(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction, commit it, and clean up behind it."""
         backend, connection = tx.backend, tx.connection
+        keyed = self.runs and self.job_table.exclusive_by is not None
         with ExitStack() as stack:
-            if self.keyed:
+            if keyed:
                 backend.check_key_locks(connection.dialect.name, own=True)
                 tx.outlasting = stack.enter_context(ExitStack())
                 # The lock of the keys outlasts the rollback.
@@ -254,7 +262,7 @@ class Operation(Generic[R]):
                 connection.begin()
             if tx.in_autocommit():
                 stack.enter_context(_out_of_autocommit(connection))
-            if self.keyed:
+            if keyed:
                 backend.key_locks.begin(connection)
             yield
             tx.executor.commit()
@@ -265,7 +273,11 @@ class Operation(Generic[R]):
             return True
         # Only a statement's error names a statement, a refusal to connect does not.
         is_refusal = self.lost and getattr(error, "statement", None) is None
-        return is_refusal and isinstance(error, outages(self.bind, self.job_table))
+        return is_refusal and self.is_unreachable(error)
+
+    def is_unreachable(self, error: Exception) -> bool:
+        """Check whether the error is one that is raised when the database cannot be reached."""
+        return self.dialect is not None and isinstance(error, drivers.outages(self.dialect))
 
 
 def _give_up(pooled: PoolProxiedConnection) -> None:
@@ -273,6 +285,17 @@ def _give_up(pooled: PoolProxiedConnection) -> None:
     logger.warning("a connection cannot be reset, and is closed", exc_info=True)
     if pooled.is_valid:
         pooled.invalidate()
+
+
+@dataclass
+class Statements(Operation[R]):
+    """An operation that a function executes."""
+
+    function: Callable[[Transaction], R]
+
+    def run(self, tx: Transaction) -> R:
+        """Execute the statements."""
+        return self.function(tx)
 
 
 @contextmanager
@@ -363,14 +386,6 @@ def _raise_conflict(backend: Backend, error: DBAPIError) -> None:
         ) from error
 
 
-def outages(bind: OwnBind, job_table: JobTable) -> tuple[type[Exception], ...]:
-    """Return the exceptions that are raised when a bind's database cannot be reached."""
-    if isinstance(bind, Engine):
-        return drivers.outages(bind.dialect)
-    with bind() as session:
-        return drivers.outages(_engine_of(session, job_table).dialect)
-
-
 def _writing(job_table: JobTable) -> Update:
     return update(job_table.table)
 
@@ -414,14 +429,3 @@ def _refuse_shared(engine: Engine) -> None:
             "open on it, which a claim by engine would commit: pass the Session or Connection that "
             "owns the transaction, or end it first and use another pool"
         )
-
-
-def patiently(function: Callable[..., R], *args: Any, **options: Any) -> R:
-    """Run beside an event loop, with pauses that leave it to others."""
-    import asyncio  # noqa: PLC0415 - loaded already beside an event loop
-
-    token = pause.set(lambda seconds: await_only(asyncio.sleep(seconds)))
-    try:
-        return function(*args, **options)
-    finally:
-        pause.reset(token)

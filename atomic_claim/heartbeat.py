@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, Float, and_, literal, or_
+from sqlalchemy import Engine, Float, and_, literal, or_
 from sqlalchemy.exc import SQLAlchemyError
 
 from . import predicates
@@ -18,8 +18,8 @@ from .backends import Transaction
 from .backends.recovery import logger, reason
 from .claim import Claim, Key
 from .errors import ClaimConflict, ClaimError, ClaimLost, UnsupportedDialect
-from .execution import SHARED, Operation, OwnBind, outages
-from .lifecycle import Ended, Owned, ended_here, owned_rows
+from .execution import SHARED, OwnBind, Statements
+from .lifecycle import EndedHere, ended_here, is_ended, lasting, owned_rows, visible
 from .orm import is_own
 from .outcomes import extension
 from .telemetry import Lost, report
@@ -40,13 +40,13 @@ class Keeper:
         error: why leases are not extended: the first error since the last extension, or None.
     """
 
-    def __init__(self, owned: Owned) -> None:
-        assert owned.lease is not None
-        assert owned.token is not None
-        self.owned = owned
-        self.lease = owned.lease.total_seconds()
-        self.remaining = owned.keys
-        self.ended = ended_here.setdefault(owned.token, Ended())
+    def __init__(self, claim: Claim[Any]) -> None:
+        assert claim.lease is not None
+        assert claim.token is not None
+        self.claim = claim
+        self.lease = claim.lease.total_seconds()
+        self.remaining = claim.keys
+        self.ended = ended_here.setdefault(claim.token, EndedHere())
         self.error: Exception | None = None
         self.reached = time.monotonic()
         self.stopped: float | None = None
@@ -61,7 +61,7 @@ class Keeper:
         All of them, if none could be extended for the length of the lease.
         """
         gone = self.ended.lost.union(self.remaining if self.is_over else ())
-        return tuple(key for key in self.owned.keys if key in gone and key not in self.ended)
+        return tuple(key for key in self.claim.keys if key in gone and key not in self.ended)
 
     @property
     def is_over(self) -> bool:
@@ -130,14 +130,13 @@ def keep_claims(
 class Beat(Keeper):
     """One claim's heartbeat: what is done each time, and what it found out."""
 
-    def __init__(self, bind: Any, owned: Owned, every: timedelta) -> None:
-        super().__init__(owned)
+    def __init__(self, bind: Any, claim: Claim[Any], every: timedelta) -> None:
+        super().__init__(claim)
         self.bind = bind
         self.every = every.total_seconds()
-        self.values = extension(owned.job_table, owned.lease)
+        self.guard = lasting(claim.table, claim.token)
+        self.values = extension(claim.table, claim.lease)
         self.crash: Exception | None = None
-        unreachable = outages(bind, owned.job_table)
-        self.failures: tuple[type[Exception], ...] = (ClaimConflict, SQLAlchemyError, *unreachable)
 
     def stop(self) -> None:
         """Keep the present result: later changes of the rows do not concern the block."""
@@ -174,7 +173,7 @@ class Beat(Keeper):
         if not self.remaining:
             return ()
         began = time.monotonic()
-        found = self._run(self._extend, keyed=self.owned.job_table.exclusive_by is not None)
+        found = self._run(self._extend, runs=True)
         if found is not None:
             self.reached, self.error = began, None
             return self._keep(found)
@@ -193,37 +192,40 @@ class Beat(Keeper):
         self.remaining = tuple(key for key in self.remaining if key in ours)
         self.ended.lost = self.ended.lost.union(lost)
         if lost:
-            report(Lost(self.owned.job_table.table.fullname, lost))
+            report(Lost(self.claim.table.table.fullname, lost))
         return lost
 
     def _run(
-        self, run: Callable[[Transaction], set[Key]], *, keyed: bool = False
+        self, run: Callable[[Transaction], set[Key]], *, runs: bool = False
     ) -> set[Key] | None:
         """Run it and return the keys that it finds, or None if the attempt failed."""
-        job_table = self.owned.job_table
 
         def patient(tx: Transaction) -> set[Key]:
             with tx.backend.limit_wait(tx, min(self.every / 4, LONGEST_WAIT)):
                 return run(tx)
 
+        operation = Statements(self.bind, self.claim.table, patient, runs=runs, tries=1)
         try:
-            return Operation(self.bind, job_table, patient, keyed, tries=1).execute()
+            return operation.execute()
         except UnsupportedDialect:
             raise
-        except self.failures as error:
+        except Exception as error:
+            is_failure = isinstance(error, (ClaimConflict, SQLAlchemyError))
+            if not (is_failure or operation.is_unreachable(error)):
+                raise
             if self.error is None:
                 self.error = error
-                name, keys = job_table.table.fullname, self.remaining
+                name, keys = self.claim.table.table.fullname, self.remaining
                 logger.warning(LATE, len(keys), name, reason(error), keys)
             return None
 
     def _extend(self, tx: Transaction) -> set[Key]:
-        job_table, guard = self.owned.job_table, self.owned.lasting()
+        job_table = self.claim.table
         # Keys before rows, as everywhere: else two extensions of a row could wait for each other.
         tx.backend.key_locks.lock_table(tx, job_table)
-        free = tx.backend.unlocked(tx, job_table, self.remaining, guard)
+        free = tx.backend.unlocked(tx, job_table, self.remaining, self.guard)
         # SQLite locks nothing: the block may have ended some of them meanwhile.
-        changes = tx.backend.changes(job_table, guard, self.values)
+        changes = tx.backend.changes(job_table, self.guard, self.values)
         ours = set(tx.backend.change(tx, free, changes, extends=job_table))
         # Running, and still this claim's: an end that the block had begun was rolled back.
         self.ended.difference_update(ours)
@@ -235,11 +237,11 @@ class Beat(Keeper):
         A row that was not extended in time may be claimed at any moment, unless the block has
         ended it and not committed yet.
         """
-        lasting, held = self.owned.lasting(), predicates.is_held(self.owned.job_table)
-        ours = set(self.owned.visible(tx, tuple(keys), lasting, held))
-        ours.update(self.owned.visible(tx, tuple(keys & self.ended), lasting))
-        if rest := tuple(keys.difference(ours)):
-            self.ended.update(self.owned.visible(tx, rest, self.owned.is_ended()))
+        job_table, token = self.claim.table, self.claim.token
+        ours = set(visible(tx, job_table, keys, self.guard, predicates.is_held(job_table)))
+        ours.update(visible(tx, job_table, keys & self.ended, self.guard))
+        if rest := keys.difference(ours):
+            self.ended.update(visible(tx, job_table, rest, is_ended(job_table, token)))
         return ours
 
 
@@ -250,27 +252,31 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
             f"keep_claims needs an Engine or sessionmaker, for a connection of its own; {bind!r} "
             "is the caller's"
         )
-    owned = owned_rows(claim, None, unfenced=False)
-    if owned.lease is None:
+    claim = owned_rows(claim, None, unfenced=False)
+    job_table, lease = claim.table, claim.lease
+    if lease is None:
         raise ClaimError("the claim has no lease to keep: claim_jobs(..., lease=timedelta(...))")
-    every = owned.lease / 3 if every is None else every
-    if not timedelta(0) < every < owned.lease:
-        raise ClaimError(f"every is {every!r}; expected less than the lease, {owned.lease!r}")
+    every = lease / 3 if every is None else every
+    if not timedelta(0) < every < lease:
+        raise ClaimError(f"every is {every!r}; expected less than the lease, {lease!r}")
 
-    beat, job_table = Beat(bind, owned, every), owned.job_table
+    beat = Beat(bind, claim, every)
     # A row whose lease lasts as long needs no extension before the first beat.
     least = max(beat.lease / 2, 2 * beat.every)
     beat.reached -= max(0, beat.lease - least)
     lasts = job_table.lease > job_table.now(job_table.lease, literal(least, Float()))
+    # As it was before a claim that is not committed.
+    others = or_(job_table.token.is_(None), job_table.token != claim.token)
+    unclaimed = and_(others, predicates.is_unowned(job_table))
 
     def look(tx: Transaction) -> tuple[list[Key], set[Key], list[Key]]:
         _refuse_single(tx.connection.engine)
-        seen = set(owned.visible(tx, owned.keys, owned.lasting()))
-        safe = set(owned.visible(tx, owned.keys, owned.lasting(), lasts))
-        missing = [key for key in owned.keys if key not in seen]
-        return missing, seen - safe, owned.visible(tx, missing, _is_unclaimed(owned))
+        seen = set(visible(tx, job_table, claim.keys, beat.guard))
+        safe = visible(tx, job_table, claim.keys, beat.guard, lasts)
+        missing = [key for key in claim.keys if key not in seen]
+        return missing, seen.difference(safe), visible(tx, job_table, missing, unclaimed)
 
-    missing, urgent, uncommitted = Operation(bind, job_table, look).execute()
+    missing, urgent, uncommitted = Statements(bind, job_table, look).execute()
     if uncommitted:
         raise ClaimError(
             f"the claim of {uncommitted!r} is not visible to other connections: commit it before "
@@ -278,7 +284,7 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
         )
     if missing:
         raise ClaimLost(
-            f"{len(missing)} of {len(owned.keys)} jobs are not this claim's before keep_claims, "
+            f"{len(missing)} of {len(claim.keys)} jobs are not this claim's before keep_claims, "
             f"their keys: {missing!r}. They have ended, or another worker has them: pass a slice "
             "of the claim without them",
             keys=missing,
@@ -287,13 +293,6 @@ def prepared_beat(bind: Any, claim: Claim[Any], every: timedelta | None) -> Beat
         # Claimed a while ago: the first beat may not wait.
         beat.once()
     return beat
-
-
-def _is_unclaimed(owned: Owned) -> ColumnElement[bool]:
-    """Build the condition that a row is as it was before a claim that is not committed."""
-    job_table = owned.job_table
-    others = or_(job_table.token.is_(None), job_table.token != owned.token)
-    return and_(others, predicates.is_unowned(job_table))
 
 
 def _refuse_single(engine: Engine) -> None:

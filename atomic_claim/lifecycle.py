@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, not_, select
@@ -21,12 +21,12 @@ from sqlalchemy.exc import DBAPIError
 from . import predicates
 from .arguments import conditions_of
 from .backends import Transaction
-from .backends.recovery import is_general
+from .backends.recovery import in_parts, is_general
 from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .orm import is_own, note_change
+from .orm import note_change
 from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
@@ -39,44 +39,7 @@ LONGEST_LOOK = 0.25
 """Seconds that is waited for others before rows are left to the end of their lease."""
 
 
-@dataclass(frozen=True)
-class Owned:
-    """The rows of one call, and what proves that they are ours."""
-
-    job_table: JobTable
-    keys: tuple[Key, ...]
-    token: str | None
-    lease: timedelta | None
-
-    def guard(self) -> ColumnElement[bool]:
-        """Build the condition that a row still belongs to this claim."""
-        return _owning(self.job_table, self.token)
-
-    def lasting(self) -> ColumnElement[bool]:
-        """Build the condition that a row still belongs to this claim and may be extended."""
-        return and_(self.guard(), *lasting(self.job_table))
-
-    def is_ended(self) -> ColumnElement[bool]:
-        """Build the condition that this claim was a row's last owner and has ended it."""
-        return and_(self.job_table.token == self.token, not_(predicates.is_running(self.job_table)))
-
-    def changed_before(self, tx: Transaction, keys: Sequence[Key], outcome: Outcome) -> list[Key]:
-        """Return the keys of rows that an earlier try ended before its connection was lost."""
-        otherwise = predicates.not_ended_in(self.job_table, outcome.values)
-        return self.visible(
-            tx, keys, self.is_ended(), *predicates.bears(outcome.values), *otherwise
-        )
-
-    def visible(
-        self, tx: Transaction, keys: Sequence[Key], *conditions: ColumnElement[bool]
-    ) -> list[Key]:
-        """Return the keys of the rows that meet the conditions, as this transaction sees them."""
-        key = self.job_table.key
-        query = ByKey(key, select(*key).where(*conditions).where)
-        return [tuple(row) for _, rows in tx.by_key(query, keys) for row in rows]
-
-
-class Ended(set[Key]):
+class EndedHere(set[Key]):
     """The rows of a claim that this process has ended: gone, but not lost.
 
     Attributes:
@@ -86,7 +49,7 @@ class Ended(set[Key]):
     lost: frozenset[Key] = frozenset()
 
 
-ended_here: WeakValueDictionary[str, Ended] = WeakValueDictionary()
+ended_here: WeakValueDictionary[str, EndedHere] = WeakValueDictionary()
 """By token, for the claims whose leases are being kept."""
 
 
@@ -119,7 +82,7 @@ def complete_jobs(
             error is raised.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _apply(bind, owned, owned.job_table.prepare(completion))
+    return _apply(bind, owned, owned.table.prepare(completion))
 
 
 def fail_jobs(
@@ -153,8 +116,8 @@ def fail_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    outcomes = partial(failures, owned.job_table, retry=retry, error=error)
-    has_text = error is not None and owned.job_table.error is not None
+    outcomes = partial(failures, owned.table, retry=retry, error=error)
+    has_text = error is not None and owned.table.error is not None
     return _apply(bind, owned, outcomes(), outcomes(plain=True) if has_text else None)
 
 
@@ -176,7 +139,7 @@ def release_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=unfenced)
-    return _apply(bind, owned, release(owned.job_table))
+    return _apply(bind, owned, release(owned.table))
 
 
 def release_left(bind: Bind, claim: Claim[Any]) -> int:
@@ -188,18 +151,14 @@ def release_left(bind: Bind, claim: Claim[Any]) -> int:
         How many rows were freed.
     """
     owned = owned_rows(claim, None, unfenced=False)
-    outcomes = release(owned.job_table)
-    change = UnlockedChange(
-        bind, owned.job_table, owned.guard(), outcomes, owned.keys, longest=LONGEST_LOOK
-    )
-    try:
-        change.run(owned.keys, tries=1)
-    finally:
-        if change.changed:
-            report_ends(owned.job_table, change.changed)
+    job_table, guard = owned.table, owning(owned.table, owned.token)
+    outcomes, longest = release(job_table), LONGEST_LOOK
+    change = Change(bind, job_table, guard, outcomes, owned.keys, longest=longest, tries=1)
+    if changed := change.execute():
+        report_ends(job_table, changed)
     for error in change.refused.values():
         raise error
-    return len(change.changed)
+    return len(changed)
 
 
 def extend_jobs(
@@ -227,9 +186,8 @@ def extend_jobs(
         ClaimLost, ClaimConflict, ClaimError: as for :func:`complete_jobs`.
     """
     owned = owned_rows(claim, jobs, unfenced=False)
-    values = extension(owned.job_table, lease or owned.lease)
-    outcomes = [Outcome(values, lasting(owned.job_table))]
-    return _apply(bind, owned, outcomes, ends=False)
+    outcomes = [Outcome(extension(owned.table, lease or owned.lease))]
+    return _apply(bind, owned, outcomes, runs=True)
 
 
 def sweep_jobs(bind: Bind, table: Any) -> int:
@@ -259,7 +217,7 @@ def sweep_jobs(bind: Bind, table: Any) -> int:
         )
     spent = and_(*map(not_, unspent), predicates.is_unowned(job_table))
     query = select(*job_table.key).where(spent)
-    return UnlockedChange(bind, job_table, spent, sweeping(job_table), query=query).apply(Swept)
+    return Change(bind, job_table, spent, sweeping(job_table), query=query).reported(Swept)
 
 
 def requeue_jobs(
@@ -294,19 +252,15 @@ def requeue_jobs(
     job_table = job_table_of(table, ordered=True)
     outcomes = requeuing(job_table, keep_error=keep_error)
     # The lock and the change ask it again: another program may have changed a row that was found.
-    failed = and_(
-        *predicates.bears(job_table.failed),
-        *predicates.not_ended_in(job_table, job_table.failed),
-        *conditions_of(where),
-    )
+    failed = and_(predicates.is_failed(job_table), *conditions_of(where))
     query = select(*job_table.key).where(failed).order_by(*job_table.order)
     if limit is not None:
         query = query.limit(checked_limit(limit))
-    return UnlockedChange(bind, job_table, failed, outcomes, query=query).apply(Requeued)
+    return Change(bind, job_table, failed, outcomes, query=query).reported(Requeued)
 
 
-def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Owned:
-    """Return the rows of a claim, or only those of ``jobs``."""
+def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Claim[Any]:
+    """Return a claim, or only its part with ``jobs``; raise if it does not tell its rows."""
     if not isinstance(claim, Claim):
         is_ticket = isinstance(claim, Mapping)
         cure = "Claim.from_ticket(table, ticket)" if is_ticket else "what claim_jobs returned"
@@ -317,110 +271,99 @@ def owned_rows(claim: Any, jobs: Iterable[Any] | None, *, unfenced: bool) -> Own
             "was freed and claimed again cannot be told from this claim's: name one with "
             "JobTable(token=...), or agree to that with unfenced=True"
         )
-    keys = claim.keys if jobs is None else claim.keys_of(jobs)
-    return Owned(claim.table, keys, claim.token, claim.lease)
-
-
-def lasting(job_table: JobTable) -> tuple[ColumnElement[bool], ...]:
-    """Return the conditions of an extension beside the claim's own.
-
-    Once its lease is over, a row with an exclusive key has given the key away.
-    """
-    return () if job_table.exclusive_by is None else (predicates.is_held(job_table),)
+    if jobs is None:
+        return claim
+    keys = claim.keys_of(jobs)
+    return replace(claim, jobs=keys, keys=keys)
 
 
 @dataclass
-class Change:
-    """A change of rows: of all in one transaction, or in smaller parts if some are refused.
+class Change(Operation[dict[Key, str]]):
+    """A change of rows; if some are refused by ``Engine`` or ``sessionmaker``, of the others.
+
+    It returns the rows that were changed, and the names of their outcomes.
 
     Attributes:
-        bind: where it runs.
-        job_table: the table of the rows.
         guard: the condition that a row must meet.
         outcomes: what becomes of them; the first whose conditions are true counts.
         keys: the rows.
-        owned: the same, and what proves that they are a claim's, if they are.
         plain: the outcomes with an error's text that every column can hold, if there is a text.
-        ends: whether the rows run no longer afterwards.
-        changed: the rows that were changed, and the names of their outcomes.
+        query: finds the rows, where they are not known. Those that are locked are left.
+        longest: how many seconds it waits for tables and other locks, where locked rows are left.
         refused: the rows whose change the database has refused, and its errors.
     """
 
-    bind: Bind
-    job_table: JobTable
     guard: ColumnElement[bool]
     outcomes: Sequence[Outcome]
     keys: Sequence[Key] = ()
-    owned: Owned | None = None
+    _: KW_ONLY
     plain: Sequence[Outcome] | None = None
-    ends: bool = True
-    changed: dict[Key, str] = field(default_factory=dict)
+    query: Select[Any] | None = None
+    longest: float | None = None
     refused: dict[Key, Exception] = field(default_factory=dict)
+    careful: bool | None = False
 
-    def run(self, keys: Sequence[Key], **options: Any) -> None:
-        """Change these rows; by ``Engine`` or ``sessionmaker`` those that are not refused.
+    def run(self, tx: Transaction) -> dict[Key, str]:
+        """Change the rows; after a failure, those that the database does not refuse."""
+        keys, change = self.keys, partial(self._change, tx, self.outcomes)
+        if self.plain and (tx.careful or (tx.backend.checks_text and not tx.own)):
+            change = partial(self._change_text, tx)
+        with nullcontext() if self.longest is None else tx.backend.limit_wait(tx, self.longest):
+            if self.query is not None:
+                keys = self.keys = tx.tuples(self.query)
+            if self.query is not None or self.longest is not None:
+                keys = tx.backend.unlocked(tx, self.job_table, keys, self.guard)
+            if not tx.careful:
+                return dict(change(keys))
+            self.refused.clear()
+            return dict(in_parts(tx, keys, change, self.refused.__setitem__))
 
-        If the database refuses some of them, even with a plain text, they are changed in two
-        transactions, and so on, until the ones refused are alone.
-        """
-        refused: Exception | None = None
-        for outcomes in filter(None, (self.outcomes, self.plain)):
-            try:
-                run = partial(self.change, keys=keys, outcomes=outcomes)
-                self.changed |= Operation(self.bind, self.job_table, run, **options).execute()
-                return
-            except (DBAPIError, UnicodeError) as error:
-                keys, refused = keys or self.keys, error
-                if is_general(error) or not is_own(self.bind) or not keys:
-                    raise
-        if refused is not None and len(keys) == 1:
-            self.refused[keys[0]] = refused
-            return
-        for part in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
-            self.run(part, **options)
+    def _change_text(self, tx: Transaction, keys: Sequence[Key]) -> list[tuple[Key, str]]:
+        """Change rows, with a plain text where the database refuses another."""
+        if not tx.connection.in_transaction():
+            tx.connection.begin()
+        try:
+            with nullcontext() if tx.in_autocommit() else tx.connection.begin_nested():
+                return self._change(tx, self.outcomes, keys)
+        except (DBAPIError, UnicodeError) as error:
+            if is_general(tx, error):
+                raise
+        return self._change(tx, self.plain or (), keys)
 
-    def change(
-        self, tx: Transaction, keys: Sequence[Key], outcomes: Sequence[Outcome]
-    ) -> dict[Key, str]:
-        """Change rows in a transaction, and return the names of their outcomes."""
-        if self.plain and tx.backend.checks_text and not tx.own:
-            return self._change_in_callers(tx, keys)
-        job_table, owned, changed = self.job_table, self.owned, dict[Key, str]()
-        params = {} if owned is None or owned.token is None else {TOKEN: owned.token}
+    def _change(
+        self, tx: Transaction, outcomes: Sequence[Outcome], keys: Sequence[Key]
+    ) -> list[tuple[Key, str]]:
+        job_table, changed = self.job_table, dict[Key, str]()
+        params = {} if self.token is None else {TOKEN: self.token}
         for outcome in outcomes:
             left = [key for key in keys if key not in changed] if changed else keys
             if (changes := outcome.statements.get(tx.backend)) is None:
                 guard = and_(self.guard, *outcome.conditions)
                 changes = tx.backend.changes(job_table, guard, outcome.values)
                 outcome.statements[tx.backend] = changes
-            extends = None if self.ends else job_table
+            extends = job_table if self.runs else None
             found = tx.backend.change(tx, left, changes, params, extends=extends)
             changed |= dict.fromkeys(found, outcome.name)
-        if owned is not None and tx.after_disconnect and self.ends:
+        if tx.after_disconnect and not self.runs:
             # Afterwards: the earlier try may have been running still, and the change waits for it.
             for outcome in outcomes:
                 left = [key for key in keys if key not in changed]
-                changed |= dict.fromkeys(owned.changed_before(tx, left, outcome), outcome.name)
-        if owned is not None and not isinstance(tx.executor, Connection):
+                found = _changed_before(tx, job_table, self.token, left, outcome)
+                changed |= dict.fromkeys(found, outcome.name)
+        if not isinstance(tx.executor, Connection):
             written = {column for outcome in outcomes for column in outcome.values}
             _expire(tx.executor, job_table, changed, written)
-        return changed
+        return list(changed.items())
 
-    def _change_in_callers(self, tx: Transaction, keys: Sequence[Key]) -> dict[Key, str]:
-        """Change the rows in the caller's transaction, which outlasts a text that is refused."""
-        plain, self.plain = self.plain, None
-        if not tx.connection.in_transaction():
-            tx.connection.begin()
-        try:
-            with nullcontext() if tx.in_autocommit() else tx.connection.begin_nested():
-                return self.change(tx, keys, self.outcomes)
-        except (DBAPIError, UnicodeError) as error:
-            conflicts = isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
-            if conflicts or is_general(error):
-                raise
-        return self.change(tx, keys, plain or ())
+    def reported(self, event: type[Event]) -> int:
+        """Change the rows and report it; raise for those that the database has refused."""
+        if changed := self.execute():
+            report(event(self.job_table.table.fullname, tuple(changed)))
+        if error := self.refusal(len(changed)):
+            raise error
+        return len(changed)
 
-    def refusal(self, left: str) -> ClaimError | None:
+    def refusal(self, changed: int) -> ClaimError | None:
         """Return the error that names the rows whose change the database has refused, if any."""
         if not self.refused:
             return None
@@ -428,97 +371,82 @@ class Change:
         error = ClaimError(
             f"the database refused the change of {len(self.refused)} of {len(self.keys)} jobs of "
             f"{self.job_table.table.fullname!r}, their keys: {list(self.refused)!r}, the last one: "
-            f"{getattr(cause, 'orig', cause)}. They are {left}, and the other {len(self.changed)} "
+            f"{getattr(cause, 'orig', cause)}. They are as they were, and the other {changed} "
             "were changed. Remove what refuses them, or end them in another way"
         )
         error.__cause__ = cause
         return error
 
 
-@dataclass
-class UnlockedChange(Change):
-    """A change that passes over rows that are locked elsewhere.
-
-    Attributes:
-        query: finds the rows, where they are not known.
-        longest: how many seconds it waits for other locks.
-    """
-
-    query: Select[Any] | None = None
-    longest: float | None = None
-
-    def apply(self, event: type[Event]) -> int:
-        """Change the rows that the query finds, report them, and raise for those refused."""
-        try:
-            self.run(())
-        finally:
-            if self.changed:
-                report(event(self.job_table.table.fullname, tuple(self.changed)))
-        if error := self.refusal("as they were"):
-            raise error
-        return len(self.changed)
-
-    def change(
-        self, tx: Transaction, keys: Sequence[Key], outcomes: Sequence[Outcome]
-    ) -> dict[Key, str]:
-        """Change those of the rows that are not locked."""
-        wait = nullcontext() if self.longest is None else tx.backend.limit_wait(tx, self.longest)
-        with wait:
-            if not keys and self.query is not None:
-                # Not again for each part: a limit of the query counts for all of them.
-                keys = self.keys = tx.tuples(self.query)
-            free = tx.backend.unlocked(tx, self.job_table, keys, self.guard)
-            return super().change(tx, free, outcomes)
-
-
 def _apply(
     bind: Bind,
-    owned: Owned,
+    claim: Claim[Any],
     outcomes: Sequence[Outcome],
     plain: Sequence[Outcome] | None = None,
     *,
-    ends: bool = True,
+    runs: bool = False,
 ) -> int:
-    """Change what is still owned, and raise for what is not, or what the database refuses."""
-    job_table, keys, token = owned.job_table, owned.keys, owned.token
-    guard = job_table.prepare(_owning)
-    change = Change(bind, job_table, guard, outcomes, keys, owned, plain, ends)
-    keyed = not ends and job_table.exclusive_by is not None
-    try:
-        change.run(keys, keyed=keyed, recoverable=token is not None)
-    finally:
-        if ends and token is not None:
-            ended_here.get(token, Ended()).update(change.changed)
-        if change.changed and ends and (subscribers or logs_claims()):
-            report_ends(job_table, change.changed)
-    if len(change.changed) < len(keys):
-        _raise_unchanged(owned, change)
-    return len(change.changed)
-
-
-def _raise_unchanged(owned: Owned, change: Change) -> NoReturn:
-    """Raise for the rows that are not the claim's, or that the database has refused."""
-    name, error = owned.job_table.table.fullname, change.refusal("still this claim's")
-    known = change.changed.keys() | change.refused.keys()
-    lost = [key for key in owned.keys if key not in known]
+    """Change what is still the claim's, and raise for what is not, or what is refused."""
+    job_table, keys, token = claim.table, claim.keys, claim.token
+    guard = job_table.prepare(lasting if runs else owning)
+    change = Change(bind, job_table, guard, outcomes, keys, token=token, plain=plain, runs=runs)
+    changed, here = change.execute(), ended_here.get(token or "", EndedHere())
+    if not runs:
+        here.update(changed)
+        if changed and (subscribers or logs_claims()):
+            report_ends(job_table, changed)
+    if len(changed) == len(keys):
+        return len(changed)
+    name, error = job_table.table.fullname, change.refusal(len(changed))
+    lost = [key for key in keys if key not in changed and key not in change.refused]
     if error is not None and not lost:
         raise error
-    told = ended_here.get(owned.token or "", Ended()).lost
-    if news := tuple(key for key in lost if key not in told):
+    if news := tuple(key for key in lost if key not in here.lost):
         report(Lost(name, news))
     raise ClaimLost(
-        f"{len(lost)} of {len(owned.keys)} jobs of {name!r} are no longer this claim's, their "
-        f"keys: {lost!r}. Another worker has them, or they have ended: do not apply their "
-        f"results. The other {len(change.changed)} were changed",
+        f"{len(lost)} of {len(keys)} jobs of {name!r} are no longer this claim's, their keys: "
+        f"{lost!r}. Another worker has them, or they have ended: do not apply their results. The "
+        f"other {len(changed)} were changed",
         keys=lost,
     ) from error
 
 
-def _owning(job_table: JobTable, value: str | None = None) -> ColumnElement[bool]:
+def owning(job_table: JobTable, value: str | None = None) -> ColumnElement[bool]:
     """Build the condition that a row runs for the claim whose token is a parameter."""
     token = job_table.token
     owned = [] if token is None else [token == bindparam(TOKEN, value, token.type)]
     return and_(*owned, predicates.is_running(job_table))
+
+
+def lasting(job_table: JobTable, value: str | None = None) -> ColumnElement[bool]:
+    """Build the condition that a row may be extended for the claim whose token is a parameter.
+
+    Once its lease is over, a row with an exclusive key has given the key away.
+    """
+    owned = owning(job_table, value)
+    return owned if job_table.exclusive_by is None else and_(owned, predicates.is_held(job_table))
+
+
+def is_ended(job_table: JobTable, token: str | None) -> ColumnElement[bool]:
+    """Build the condition that the claim with a token was a row's last owner and has ended it."""
+    return and_(job_table.token == token, not_(predicates.is_running(job_table)))
+
+
+def visible(
+    tx: Transaction, job_table: JobTable, keys: Iterable[Key], *conditions: ColumnElement[bool]
+) -> list[Key]:
+    """Return the keys of the rows that meet the conditions, as this transaction sees them."""
+    query = ByKey(job_table.key, select(*job_table.key).where(*conditions).where)
+    return [tuple(row) for _, rows in tx.by_key(query, tuple(keys)) for row in rows]
+
+
+def _changed_before(
+    tx: Transaction, job_table: JobTable, token: str | None, keys: Sequence[Key], outcome: Outcome
+) -> list[Key]:
+    """Return the keys of rows that an earlier try ended before its connection was lost."""
+    marks = predicates.bears(outcome.values)
+    otherwise = predicates.not_ended_in(job_table, outcome.values)
+    return visible(tx, job_table, keys, is_ended(job_table, token), *marks, *otherwise)
 
 
 def _expire(

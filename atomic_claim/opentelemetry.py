@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from datetime import datetime
 from typing import Any
 
 from opentelemetry.metrics import Meter, MeterProvider, Observation, get_meter_provider
@@ -33,6 +33,7 @@ COUNTERS: Mapping[type[Event], tuple[str, str]] = {
     Requeued: ("atomic_claim.jobs.requeued", "{job}"),
     Retried: ("atomic_claim.transaction.retries", "{retry}"),
 }
+Look = Callable[[Any], Iterator[Observation]]
 WAITS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 21_600, 86_400)
 
 
@@ -59,15 +60,47 @@ def instrument_opentelemetry(
     """
     meter = (meter_provider or get_meter_provider()).get_meter(NAME)
     tracer = (tracer_provider or get_tracer_provider()).get_tracer(NAME)
-    observed: list[tuple[Engine, JobTable]] = []
+    depths, ages = list[Look](), list[Look]()
     for engine, named in (tables or {}).items():
         if not isinstance(engine, Engine):
             raise ClaimError(f"tables has the key {engine!r}; expected an Engine")
-        observed += [(engine, job_table_of(table, ordered=True)) for table in named]
-    for look, unit, name, description in GAUGES:
-        looks = [partial(look, engine, job_table) for engine, job_table in observed]
+        for table in named:
+            job_table = job_table_of(table, ordered=True)
+            depths.append(_look(engine, job_table, int, func.count()))
+            if columns := job_table.prepare(predicates.waiting_since):
+                since = columns[0] if len(columns) == 1 else func.coalesce(*columns)
+                first = func.min(since, type_=columns[0].type)
+                ages.append(_look(engine, job_table, _age, first, job_table.now(columns[0])))
+    for looks, unit, name, description in (
+        (depths, "{job}", "atomic_claim.queue.depth", "Jobs that can be claimed now."),
+        (ages, "s", "atomic_claim.queue.oldest_age", "Wait of the oldest of these jobs."),
+    ):
         meter.create_observable_gauge(name, looks, unit, description)
     return subscribe(Instruments(meter, tracer))
+
+
+def _look(engine: Engine, job_table: JobTable, value: Callable[..., float], *columns: Any) -> Look:
+    """Make a gauge's callback, which yields a value of the rows that can be claimed."""
+    query = select(*columns).select_from(job_table.table).where(predicates.claimable(job_table))
+    name = job_table.table.fullname
+    attributes = {
+        "messaging.system": NAME,
+        "messaging.destination.name": name,
+        "db.collection.name": name,
+        "db.system.name": engine.dialect.name,
+    }
+
+    def look(_: object) -> Iterator[Observation]:
+        with engine.connect() as connection:
+            found = connection.execute(query).one()
+        yield Observation(value(*found), attributes)
+
+    return look
+
+
+def _age(first: datetime | None, now: datetime) -> float:
+    """Return how many seconds the row that has waited longest has waited; 0 if there is none."""
+    return 0.0 if first is None else max(0.0, (now - first).total_seconds())
 
 
 class Instruments:
@@ -98,71 +131,33 @@ class Instruments:
     def __call__(self, event: Event) -> None:
         """Record an event."""
         known = {"messaging.system": NAME, "messaging.destination.name": event.table}
-        if isinstance(event, Claimed):
-            self._record_claim(event, known)
-        elif isinstance(event, Ended):
+        counter = self.counters[type(event)]
+        if isinstance(event, Ended):
             for outcome in event.outcomes:
-                self.counters[Ended].add(1, {**known, "atomic_claim.outcome": outcome})
+                counter.add(1, known | {"atomic_claim.outcome": outcome})
         elif isinstance(event, Retried):
             cause = "disconnect" if event.disconnected else "conflict"
-            self.counters[Retried].add(1, {**known, "error.type": cause})
+            counter.add(1, known | {"error.type": cause})
+        elif isinstance(event, Claimed):
+            known |= {"messaging.operation.name": "claim", "messaging.operation.type": "receive"}
+            self._record_claim(event, known)
         else:
-            self.counters[type(event)].add(len(event.keys), known)
+            counter.add(len(event.keys), known)
 
-    def _record_claim(self, event: Claimed, known: dict[str, str]) -> None:
-        known |= {"messaging.operation.name": "claim", "messaging.operation.type": "receive"}
+    def _record_claim(self, event: Claimed, known: dict[str, Any]) -> None:
         self.duration.record(event.seconds, known)
         for wait in event.waits:
             if wait is not None:
                 self.wait.record(wait.total_seconds(), known)
         if event.unreadable:
             self.unreadable.add(len(event.unreadable), known)
-        if not event.keys:
+        if not (number := len(event.keys)):
             return
-        self.counters[Claimed].add(len(event.keys), known)
-        ended = time.time_ns()
-        began = ended - int(event.seconds * 1e9)
-        kind = SpanKind.CLIENT
-        span = self.tracer.start_span(f"claim {event.table}", None, kind, known, start_time=began)
-        span.set_attribute("messaging.batch.message_count", len(event.keys))
-        span.set_attribute("db.collection.name", event.table)
+        self.counters[Claimed].add(number, known)
+        said = {"messaging.batch.message_count": number, "db.collection.name": event.table}
         if event.worker is not None:
-            span.set_attribute("messaging.client.id", event.worker)
+            said |= {"messaging.client.id": event.worker}
+        ended, name = time.time_ns(), f"claim {event.table}"
+        began = ended - int(event.seconds * 1e9)
+        span = self.tracer.start_span(name, None, SpanKind.CLIENT, known | said, start_time=began)
         span.end(ended)
-
-
-def _depth(engine: Engine, job_table: JobTable, _: object) -> Iterator[Observation]:
-    """Yield the number of rows that can be claimed."""
-    query = select(func.count()).select_from(job_table.table)
-    with engine.connect() as connection:
-        number = connection.scalar(query.where(predicates.claimable(job_table)))
-    yield Observation(number or 0, _attributes(engine, job_table))
-
-
-def _oldest(engine: Engine, job_table: JobTable, _: object) -> Iterator[Observation]:
-    """Yield how many seconds the row that has waited longest has waited; 0 if there is none."""
-    if not (columns := job_table.prepare(predicates.waiting_since)):
-        return
-    since = columns[0] if len(columns) == 1 else func.coalesce(*columns)
-    query = select(func.min(since, type_=columns[0].type), job_table.now(columns[0]))
-    query = query.select_from(job_table.table).where(predicates.claimable(job_table))
-    with engine.connect() as connection:
-        first, now = connection.execute(query).one()
-    age = 0.0 if first is None else max(0.0, (now - first).total_seconds())
-    yield Observation(age, _attributes(engine, job_table))
-
-
-GAUGES = (
-    (_depth, "{job}", "atomic_claim.queue.depth", "Jobs that can be claimed now."),
-    (_oldest, "s", "atomic_claim.queue.oldest_age", "Wait of the oldest of these jobs."),
-)
-
-
-def _attributes(engine: Engine, job_table: JobTable) -> dict[str, str]:
-    name = job_table.table.fullname
-    return {
-        "messaging.system": NAME,
-        "messaging.destination.name": name,
-        "db.collection.name": name,
-        "db.system.name": engine.dialect.name,
-    }

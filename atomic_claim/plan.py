@@ -258,11 +258,11 @@ class ClaimPlan(Preparing):
 
 def checked_limit(limit: Any) -> int:
     """Return the limit, or raise if it is not an ``int`` of at least 1."""
-    if isinstance(limit, bool) or not isinstance(limit, int):
-        raise TypeError(f"limit is {limit!r}; expected an int of at least 1")
-    if limit < 1:
-        raise ValueError(f"limit is {limit!r}; expected an int of at least 1")
-    return limit
+    is_int = isinstance(limit, int) and not isinstance(limit, bool)
+    if not is_int or limit < 1:
+        error = ValueError if is_int else TypeError
+        raise error(f"limit is {limit!r}; expected an int of at least 1")
+    return int(limit)
 
 
 def claim_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) -> ClaimPlan:
@@ -298,7 +298,11 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
     order = order or key
     where = conditions_of(request.where)
     check_tables(job_table, (*where, *order))
-    values = _claim_values(job_table, request) | given
+    own = _claim_values(job_table, request)
+    values = own | given
+    marks = [
+        column == own[column] for column in (job_table.worker, job_table.token) if column in own
+    ]
     moved = [column.name for column in job_table.key if column in values]
     if moved and not request.deletes:
         raise ClaimError(
@@ -337,7 +341,7 @@ def build_plan(job_table: JobTable, request: ClaimRequest, *, entities: bool) ->
         values=values,
         entities=entities,
         single=request.limit == 1,
-        marks=_marks(job_table, request),
+        marks=(*declared_marks(job_table), *marks),
         deletes=request.deletes,
     )
 
@@ -356,16 +360,6 @@ def _key_attributes(job_table: JobTable) -> tuple[Any, ...]:
 def _source(job_table: JobTable, *columns: Any) -> sa.Select[Any]:
     found: sa.Select[Any] = cast("Any", sa.select(*columns))
     return found if job_table.entity is None else found.select_from(job_table.entity)
-
-
-def _marks(job_table: JobTable, request: ClaimRequest) -> tuple[sa.ColumnElement[bool], ...]:
-    """Return the conditions that a row bears the values of this claim, as they are stored."""
-    marks = declared_marks(job_table)
-    if request.worker is not None:
-        marks = (*marks, job_table.worker == sa.bindparam(WORKER, None, job_table.worker.type))
-    if (token := job_table.token) is not None:
-        marks = (*marks, token == sa.bindparam(TOKEN, None, token.type))
-    return marks
 
 
 def _claim_values(job_table: JobTable, request: ClaimRequest) -> dict[sa.Column[Any], Any]:

@@ -162,6 +162,12 @@ def any_of(branches: Collection[Branch]) -> ColumnElement[bool]:
 
 
 @_once
+def is_failed(job_table: JobTable) -> ColumnElement[bool]:
+    """Build the condition that a row is marked as failed, where there is such a mark."""
+    return and_(*bears(job_table.failed), *not_ended_in(job_table, job_table.failed))
+
+
+@_once
 def not_ended(job_table: JobTable) -> Conditions:
     """Build the conditions that a row is neither done nor failed nor withdrawn."""
     return not_ended_in(job_table, ())

@@ -6,11 +6,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, registry, sessionmaker
 
-from atomic_claim.execution import pause
+from atomic_claim import execution
 
 T = TypeVar("T")
 
@@ -82,11 +83,9 @@ def bound(engine: sa.Engine, kind: str) -> Iterator[Any]:
 @contextmanager
 def hurried() -> Iterator[None]:
     """Leave out the pauses between two tries."""
-    token = pause.set(lambda _: None)
-    try:
+    at_once = {"FIRST_PAUSE": 0.0, "FIRST_OUTAGE_PAUSE": 0.0}
+    with patch.multiple(execution, **at_once):
         yield
-    finally:
-        pause.reset(token)
 
 
 def mapped(table: sa.Table) -> Any:

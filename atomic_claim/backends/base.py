@@ -48,6 +48,7 @@ class Transaction:
         own: whether the transaction is the call's own.
         autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         after_disconnect: whether an earlier try lost its connection while it was committed.
+        careful: whether an earlier try has failed, so that rows that cause it are passed over.
         marked: the keys of the rows that the operation has marked so far, in claim order.
         outlasting: takes what ends after the transaction, where that is the call's own and has
             exclusive keys.
@@ -59,6 +60,7 @@ class Transaction:
     own: bool
     autocommit: bool = False
     after_disconnect: bool = False
+    careful: bool = False
     marked: list[Key] = field(default_factory=list)
     outlasting: ExitStack | None = None
 
@@ -364,6 +366,9 @@ class Backend(ABC):
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         """Wait for no lock longer than this."""
         return nullcontext()
+
+    def check_at_once(self, connection: sa.Connection) -> None:  # noqa: B027 - others have none
+        """Have deferred constraints checked by each statement of the transaction."""
 
     def process(self, connection: sa.Connection) -> tuple[Any, str | None]:
         """Return what identifies the server's process, and the session's isolation level.

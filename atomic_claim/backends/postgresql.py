@@ -128,6 +128,10 @@ class PostgreSQL(Backend):
         tx.connection.execute(sa.text(f"SET LOCAL lock_timeout = {milliseconds}"))
         return nullcontext()
 
+    def check_at_once(self, connection: sa.Connection) -> None:
+        if connection.dialect.name != "cockroachdb":
+            connection.execute(sa.text("SET CONSTRAINTS ALL IMMEDIATE"))
+
     def process(self, connection: sa.Connection) -> tuple[Any, str | None]:
         if connection.dialect.name != "postgresql":
             return None, None

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, and_, case, inspect, literal_column, select, true
+from sqlalchemy import Connection, Dialect, and_, case, inspect, literal_column, select, true
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.util import await_only
 
 from atomic_claim import predicates
 from atomic_claim.errors import ClaimConflict, ClaimError
@@ -26,6 +26,8 @@ from .base import Backend, Transaction, Unreadable, mark_and_load, read_back
 from .drivers import code_of, is_lost
 from .reading import Key, KeyedRows
 
+T = TypeVar("T")
+
 # How often a claim skips rows if none of them can be marked and read.
 ROUNDS = 10
 
@@ -33,15 +35,44 @@ ROUNDS = 10
 PATIENCE, PAUSE = 200, 0.05
 
 logger = logging.getLogger("atomic_claim")
-pause: ContextVar[Callable[[float], None]] = ContextVar("pause", default=time.sleep)
-"""How to wait between two tries; an event loop must not be blocked."""
-
-
 Passed = dict[Key, tuple[str, BaseException]]
 """Keys of rows that a claim passes over, whether they cannot be "marked" or "read", and why."""
 
 
-def mark_one_by_one(
+def in_parts(
+    tx: Transaction,
+    keys: Sequence[Key],
+    change: Callable[[Sequence[Key]], list[T]],
+    pass_over: Callable[[Key, Exception], object],
+) -> list[T]:
+    """Change rows under a savepoint; if that fails, each half of them, and so on.
+
+    Args:
+        tx: where it runs.
+        keys: the keys of the rows.
+        change: changes some of them, and returns something for each.
+        pass_over: takes the key of a row that cannot be changed even alone, and the error.
+
+    Returns:
+        What ``change`` returned, in the order of ``keys``.
+    """
+    try:
+        with tx.connection.begin_nested():
+            return change(keys)
+    except (ClaimError, CompileError):
+        raise
+    except Exception as error:
+        if is_general(tx, error) or not keys:
+            raise
+        if len(keys) == 1:
+            pass_over(keys[0], error)
+            return []
+    middle = len(keys) // 2
+    first = in_parts(tx, keys[:middle], change, pass_over)
+    return first + in_parts(tx, keys[middle:], change, pass_over)
+
+
+def mark_carefully(
     tx: Transaction,
     plan: ClaimPlan,
     keys: Sequence[Key],
@@ -49,28 +80,22 @@ def mark_one_by_one(
     *,
     passed: Passed,
 ) -> KeyedRows:
-    """Mark and read rows that are locked, each under a savepoint, and pass over those that fail."""
-    found: KeyedRows = []
-    for key in keys:
-        try:
-            with tx.connection.begin_nested():
-                claimed = mark_and_load(tx, plan, [key], params)
-                if plan.entities:
-                    load_fully(tx, plan, claimed)
-        except (ClaimError, CompileError):
-            raise
-        except Unreadable as error:
+    """Mark and read rows that are locked, and pass over those for which that fails."""
+
+    def mark(part: Sequence[Key]) -> KeyedRows:
+        claimed = mark_and_load(tx, plan, part, params)
+        if plan.entities:
+            load_fully(tx, plan, claimed)
+        return claimed
+
+    def pass_over(key: Key, error: Exception) -> None:
+        if isinstance(error, Unreadable):
             _pass_over(plan, key, "read", error.__cause__ or error, passed)
             _count_attempt(tx, plan, key)
-        except Exception as error:
-            if is_general(error) or (
-                isinstance(error, DBAPIError) and tx.backend.is_conflict(error)
-            ):
-                raise
-            _pass_over(plan, key, "marked", error, passed)
         else:
-            found += claimed
-    return found
+            _pass_over(plan, key, "marked", error, passed)
+
+    return in_parts(tx, keys, mark, pass_over)
 
 
 def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | None:
@@ -92,9 +117,9 @@ def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | 
     return error
 
 
-def is_general(error: Exception) -> bool:
-    """Check whether an error is none of one row: a lost connection, a wrong name."""
-    if is_lost(error):
+def is_general(tx: Transaction, error: Exception) -> bool:
+    """Check whether an error is none of one row: a lost connection, a conflict, a wrong name."""
+    if is_lost(error) or (isinstance(error, DBAPIError) and tx.backend.is_conflict(error)):
         return True
     # psycopg has RAISE EXCEPTION of a trigger as a ProgrammingError, too.
     if not isinstance(error, ProgrammingError):
@@ -141,6 +166,16 @@ def salvage(
     return found, passed
 
 
+def wait(dialect: Dialect, seconds: float) -> None:
+    """Wait between two tries; beside an event loop, leave it to others."""
+    if not dialect.is_async:
+        time.sleep(seconds)
+        return
+    import asyncio  # noqa: PLC0415 - loaded already beside an event loop
+
+    await_only(asyncio.sleep(seconds))
+
+
 def end_process(backend: Backend, connection: Connection, process: Any, seconds: float) -> None:
     """End the server's process of a connection that was lost ``seconds`` ago, and await it.
 
@@ -151,7 +186,7 @@ def end_process(backend: Backend, connection: Connection, process: Any, seconds:
         connection.rollback()
         if is_gone:
             return
-        pause.get()(PAUSE)
+        wait(connection.dialect, PAUSE)
     raise ClaimError(
         f"the server's process {process[0]} of a lost connection does not end, so the outcome "
         f"of the claim is unknown: end it with {backend.ending.format(process[0])}"

@@ -16,12 +16,10 @@ from sqlalchemy import Column, ColumnElement, Engine, Float, and_, func, literal
 from sqlalchemy.types import Enum
 
 from atomic_claim import predicates
-from atomic_claim.backends.base import Transaction
-from atomic_claim.execution import Operation
 from atomic_claim.inference import plain_type
 from atomic_claim.job_table import JobTable
-from atomic_claim.lifecycle import requeue_jobs
-from atomic_claim.outcomes import freeing
+from atomic_claim.lifecycle import Change, requeue_jobs
+from atomic_claim.outcomes import Outcome, freeing
 from atomic_claim.testing.database import CommandError
 
 from .checks.findings import count
@@ -39,7 +37,7 @@ CONVERT: Mapping[type, Callable[[str], Any]] = {
 }
 
 
-Change = Callable[[Engine, JobTable, ColumnElement[bool]], int]
+Freeing = Callable[[Engine, JobTable, ColumnElement[bool]], int]
 """Frees the jobs that meet a condition, and returns how many."""
 
 FailedOption = Annotated[bool, Flag("--failed", help="Jobs that have failed.")]
@@ -144,8 +142,7 @@ def _condition(job_table: JobTable, kind: str, stuck_after: float) -> ColumnElem
                 f"nothing marks a row of {job_table.table.fullname} as failed: say it with "
                 "JobTable(failed=...), and give that as --table"
             )
-        others = predicates.not_ended_in(job_table, job_table.failed)
-        return and_(*predicates.bears(job_table.failed), *others)
+        return predicates.is_failed(job_table)
     return _stuck(job_table, stuck_after)
 
 
@@ -232,18 +229,16 @@ def _agree(jobs: str, holders: str) -> None:
 
 def _release(engine: Engine, job_table: JobTable, condition: ColumnElement[bool]) -> int:
     """Free the rows that still match and that no other transaction has locked."""
-    values = freeing(job_table)
-
-    def run(tx: Transaction) -> int:
-        keys = [tuple(row) for row in tx.execute(select(*job_table.key).where(condition))]
-        free = tx.backend.unlocked(tx, job_table, keys, condition)
-        return len(tx.backend.change(tx, free, tx.backend.changes(job_table, condition, values)))
-
-    return Operation(engine, job_table, run).execute()
+    query = select(*job_table.key).where(condition)
+    change = Change(engine, job_table, condition, [Outcome(freeing(job_table))], query=query)
+    changed = len(change.execute())
+    if error := change.refusal(changed):
+        raise error
+    return changed
 
 
 # By the kind of jobs, what is done to them, and how.
-CHANGES: Mapping[str, tuple[str, Change]] = {
+CHANGES: Mapping[str, tuple[str, Freeing]] = {
     "failed": ("requeued", lambda engine, table, where: requeue_jobs(engine, table, where=where)),
     "stuck": ("released", _release),
 }

@@ -17,7 +17,7 @@ from sqlalchemy import Dialect
 from atomic_claim.backends import backend_for
 from atomic_claim.errors import ClaimError
 from atomic_claim.job_table import JobTable
-from atomic_claim.lifecycle import Owned
+from atomic_claim.lifecycle import owning
 from atomic_claim.outcomes import Outcome, completion, extension, failures, release
 from atomic_claim.plan import TOKEN, WORKER
 from atomic_claim.sql_elements import KEYS
@@ -150,7 +150,7 @@ def sequences(job_table: JobTable, dialect: Dialect, limit: int) -> Iterator[Seq
         f"release_jobs(engine, claim{consent})": release,
         "extend_jobs(engine, claim)": _shown_extension,
     }
-    guard = Owned(job_table, (), None if job_table.token is None else "", SHOWN_LEASE).guard()
+    guard = owning(job_table, "")
     for name, outcomes_of in endings.items():
         try:
             changes = backend.changes(job_table, guard, outcomes_of(job_table)[-1].values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,6 @@ from atomic_claim import predicates
 from atomic_claim.backends import CHUNK, Find
 from atomic_claim.claim import Claim, claim_jobs
 from atomic_claim.errors import ClaimConflict, ClaimLost, PatchError
-from atomic_claim.execution import patiently
 from atomic_claim.heartbeat import Beat
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.lifecycle import owned_rows, release_jobs, release_left
@@ -168,7 +167,8 @@ class ClaimWatch(Watch):
         # A claim changes what the conditions on the state ask for.
         state, others = filters.parted(conjuncts(find.statement), find.place, find.job_table)
         where, engine = _wanted(find, state, others), connection.engine
-        claim = self._ours(engine, partial(self._claim, engine, find, where))
+        with unwatched():
+            claim = self._claim(engine, find, where)
         self.patch.count(claimed=len(claim))
         if not claim:
             return with_conditions(find.statement, sa.false())
@@ -204,19 +204,16 @@ class ClaimWatch(Watch):
         ours = key_in(own.key, claim.keys) if has_few else own.token == claim.token
         return adapted(ours, own.table, place)
 
-    def _ours(self, engine: sa.Engine, run: Callable[[], R]) -> R:
-        """Run statements of our own, with pauses that an event loop survives."""
-        with unwatched():
-            return patiently(run) if engine.dialect.is_async else run()
-
     def tick(self) -> None:
         """Extend the leases, since the loop itself does not while it works."""
         if time.monotonic() < self._next_beat:
             return
-        beats = [(engine, beat) for engine, _, beat in self._claims if beat is not None]
-        self._next_beat = time.monotonic() + min((b.every for _, b in beats), default=float("inf"))
-        for engine, beat in beats:
-            if lost := self._ours(engine, beat.once):
+        beats = [beat for _, _, beat in self._claims if beat is not None]
+        self._next_beat = time.monotonic() + min((b.every for b in beats), default=float("inf"))
+        for beat in beats:
+            with unwatched():
+                lost = beat.once()
+            if lost:
                 raise ClaimLost(
                     f"{self.patch.target} stood still for longer than the lease of {self._lease}, "
                     f"and {len(lost)} of its jobs are other workers', their keys: {list(lost)!r}",
@@ -265,11 +262,11 @@ class ClaimWatch(Watch):
             logger.warning(UNMARKED, self.patch.target)
         while self._claims:
             engine, claim, _ = self._claims.pop()
-            with suppress(ClaimConflict, SQLAlchemyError):
+            with suppress(ClaimConflict, SQLAlchemyError), unwatched():
                 if claim.token is not None:
-                    self._ours(engine, partial(release_left, engine, claim))
+                    release_left(engine, claim)
                 elif not self._marks and (self.failed or self._done):
-                    self._ours(engine, partial(self._give_back, engine, claim))
+                    self._give_back(engine, claim)
 
     def _give_back(self, engine: sa.Engine, claim: Claim[Any]) -> None:
         """Free the rows that no session has marked.

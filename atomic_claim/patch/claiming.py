@@ -13,7 +13,6 @@ from sqlalchemy.util import greenlet_spawn
 from atomic_claim.claim import Claim, claim_jobs, dequeue_jobs
 from atomic_claim.columns import by_name
 from atomic_claim.errors import ClaimError, PatchError
-from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable, job_table_of
 from atomic_claim.lifecycle import release_jobs
 
@@ -282,4 +281,4 @@ async def _beside(opened: Opened, run: Callable[..., Any], *args: Any) -> Any:
     """Run a synchronous function, beside the event loop if its bind is an asynchronous one."""
     if opened.bind is opened.sync:
         return run(*args)
-    return await greenlet_spawn(patiently, run, *args)
+    return await greenlet_spawn(run, *args)

@@ -33,7 +33,6 @@ from sqlalchemy.util import greenlet_spawn
 
 from atomic_claim.backends import Find
 from atomic_claim.errors import ClaimLost, PatchError
-from atomic_claim.execution import patiently
 from atomic_claim.job_table import JobTable
 from atomic_claim.statement import ClaimStatement
 
@@ -185,7 +184,7 @@ async def _finished(watch: Watch, result: Awaitable[Any]) -> Any:
         with _watched(watch):
             return _read_already(await result, watch)
     finally:
-        await greenlet_spawn(patiently, _close_ended, watch)
+        await greenlet_spawn(_close_ended, watch)
 
 
 @contextmanager
@@ -279,7 +278,7 @@ class WatchedAsyncGenerator(AsyncGenerator[Any, Any]):
             with _step(self.watch):
                 return await step
         finally:
-            await greenlet_spawn(patiently, _close_ended, self.watch)
+            await greenlet_spawn(_close_ended, self.watch)
 
 
 def _read_already(result: Any, watch: Watch) -> Any:

@@ -433,3 +433,30 @@ def test_ends_look_their_rows_up_by_key(database: Database) -> None:
         plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters).all()
     assert plan[0].detail.endswith("USING INTEGER PRIMARY KEY (rowid=?)")
     leases.drop(engine)
+
+
+REFUSING_AT_COMMIT = """
+    CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        RAISE EXCEPTION 'refused' USING ERRCODE = '23514';
+    END $$;
+    CREATE CONSTRAINT TRIGGER refuse AFTER UPDATE ON jobs
+        DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.id IN (3, 6))
+        EXECUTE FUNCTION refuse();
+"""
+
+
+@pytest.mark.databases("postgresql")
+def test_a_row_that_is_refused_at_the_commit(database: Database) -> None:
+    """A deferred constraint costs neither a claim nor an end the other rows."""
+    engine, jobs = database.engine(), failing(sa.Text())
+    fill(engine, jobs.table, 6)
+    claim = claim_jobs(engine, jobs, 4)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(REFUSING_AT_COMMIT)
+    with pytest.raises(ClaimError, match=r"(?s)keys: \[\(3,\)\].* the other 3 were"):
+        complete_jobs(engine, claim)
+    done = [number for number in range(1, 7) if row(engine, jobs, number).done_at is not None]
+    assert done == [1, 2, 4]
+    others = claim_jobs(engine, jobs, 2)
+    assert (ids(others), others.unreadable) == ([5], ((6,),))

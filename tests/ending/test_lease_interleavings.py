@@ -27,10 +27,10 @@ from atomic_claim import (
     fail_jobs,
     release_jobs,
 )
-from atomic_claim.execution import pause
 from tests.counting import completions, make_counted
 from tests.databases import Database
 from tests.ending.test_lease import LEASE, PAST
+from tests.jobs import hurried
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.once
@@ -258,8 +258,8 @@ class Stage:
 
     def in_own_transaction(self, call: str) -> bool:
         """Perform a call by engine, where trying again does not take any time."""
-        pause.set(lambda _: None)
-        return self.call(self.engine, "b", call)
+        with hurried():
+            return self.call(self.engine, "b", call)
 
     def is_settled(self, future: Future[bool]) -> bool:
         """Return True if the second worker's call has ended or waits for a lock."""

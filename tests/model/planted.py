@@ -125,7 +125,7 @@ BUGS: Final = (
     Planted(
         "rows are not marked one by one after a failure",
         "claim.py",
-        "        careful=partial(run, one_by_one=True),\n",
+        "        careful=None if request.deletes else False,\n",
         "",
     ),
     Planted(
@@ -176,7 +176,7 @@ BUGS: Final = (
     Planted(
         "an end or an extension is not guarded by the token of its claim",
         "lifecycle.py",
-        "guard = job_table.prepare(_owning)",
+        "guard = job_table.prepare(lasting if runs else owning)",
         "guard = predicates.is_running(job_table)",
     ),
     Planted(

@@ -30,7 +30,7 @@ from atomic_claim import (
     sweep_jobs,
 )
 from atomic_claim.claim import dequeue_jobs
-from atomic_claim.execution import Operation
+from atomic_claim.execution import Statements
 from atomic_claim.heartbeat import Beat
 from atomic_claim.opentelemetry import instrument_opentelemetry
 from atomic_claim.telemetry import (
@@ -322,7 +322,7 @@ def test_a_transaction_that_runs_again(database: Database, events: list[Event]) 
         return len(tries)
 
     with hurried():
-        assert Operation(database.engine(), declared(), run).execute() == 3
+        assert Statements(database.engine(), declared(), run).execute() == 3
     assert events == [Retried("jobs", (), 1, False), Retried("jobs", (), 2, False)]
 
 

@@ -286,7 +286,7 @@ def test_an_extension_of_a_lease_that_is_over(
     claim = claim_jobs(engine, jobs, 1, lease=LEASE)
     expire(engine, jobs, 1)
     assert claims(engine, jobs, 2)() == [2]
-    monkeypatch.setattr(lifecycle, "lasting", lambda _: ())
+    monkeypatch.setattr(lifecycle, "lasting", lifecycle.owning)
     assert extend_jobs(engine, claim, lease=LEASE) == 1
     assert running(engine, jobs) == [1, 2]
 
