@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -462,7 +463,7 @@ def mark_and_load(
     backend = tx.backend
     if len(set(keys)) < len(keys):
         plan.refuse_shared_keys(keys)
-    if any(None in key for key in keys):
+    if None in itertools.chain.from_iterable(keys):
         plan.refuse_fault(None, keys)
     given = dict(params)
     del given[LIMIT], given[SCAN_LIMIT]

@@ -220,7 +220,7 @@ def check_a_connection_that_is_lost_between_two_statements(database: Database, d
 
 @SERVERS
 def test_a_connection_that_is_lost_on_its_way_back(database: Database) -> None:
-    """What was committed is handed out, though the isolation level cannot be reset."""
+    """Rows whose claim is committed are handed out, though the isolation level cannot be reset."""
     for driver in drivers_of(database):
         check_a_connection_that_is_lost_on_its_way_back(database, driver)
 
