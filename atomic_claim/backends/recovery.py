@@ -119,7 +119,9 @@ def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | 
 
 def is_general(tx: Transaction, error: Exception) -> bool:
     """Check whether an error is none of one row: a lost connection, a conflict, a wrong name."""
-    if is_lost(error) or (isinstance(error, DBAPIError) and tx.backend.is_conflict(error)):
+    if tx.connection.invalidated or is_lost(error):
+        return True
+    if isinstance(error, DBAPIError) and tx.backend.is_conflict(error):
         return True
     # psycopg has RAISE EXCEPTION of a trigger as a ProgrammingError, too.
     if not isinstance(error, ProgrammingError):
