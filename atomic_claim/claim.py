@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import reprlib
 import time
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from .backends.recovery import (
 from .errors import ClaimError
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .orm import note_change
+from .orm import note_changes
 from .plan import TOKEN, ClaimPlan, ClaimRequest, checked_limit, claim_plan
 from .sql_elements import key_in
 from .telemetry import logs_claims, report_claim, subscribers
@@ -345,6 +346,7 @@ class _Claiming(Operation[tuple[KeyedRows, Passed, ClaimError | None]]):
         if tx.after_disconnect and (keys := traced(tx, plan, params)):
             return read_back(tx, plan, keys, None), passed, None
         claim = tx.backend.claim if plan.job_table.exclusive_by is None else claim_by_key
+        found, before = KeyedRows(), 0
         for _ in range(ROUNDS):
             before = len(passed)
             try:
@@ -360,8 +362,7 @@ class _Claiming(Operation[tuple[KeyedRows, Passed, ClaimError | None]]):
             if found or len(passed) == before:
                 break
         if plan.entities and not (isinstance(session, sa.Connection) or plan.deletes):
-            for _, entity in found:
-                note_change(session, entity)
+            note_changes(session, map(operator.itemgetter(1), found))
         refused = None if found else refusal(plan, passed, gives_up=len(passed) > before)
         return found, passed, refused
 

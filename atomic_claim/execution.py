@@ -103,9 +103,11 @@ class Operation(ABC, Generic[R]):
             ClaimConflict: another transaction was in the way.
             ClaimError: the bind cannot be used.
         """
-        # An Engine is told without a look at sqlalchemy.orm.
-        if not (isinstance(self.bind, Engine) or is_own(self.bind)):
-            return self._in_callers()
+        # Connections and engines are told without a look at sqlalchemy.orm.
+        is_core = isinstance(self.bind, (Connection, Engine))
+        session = None if is_core else session_of(self.bind)
+        if session is not None or isinstance(self.bind, Connection):
+            return self._in_callers(session)
         tried = 0
         while True:
             tried += 1
@@ -141,30 +143,22 @@ class Operation(ABC, Generic[R]):
             first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
             wait(self.dialect, random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
 
-    def _in_callers(self) -> R:
+    def _in_callers(self, session: Session | None) -> R:
         """Run in a transaction that the caller begins and ends."""
-        bind, session = self.bind, session_of(self.bind)
-        pinning: AbstractContextManager[Connection]
+        pinning: AbstractContextManager[Connection] = nullcontext(self.bind)
         if session is not None:
             engine = _engine_of(session, self.job_table)
             # A database that is not known is refused before it is connected to.
             backend_for(engine.dialect)
             pinning = pinned(session, engine)
-        elif not isinstance(bind, Connection):
-            raise ClaimError(
-                f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine or "
-                "sessionmaker (the asynchronous ones go to atomic_claim.aio)"
-            )
-        elif bind.closed:
+        elif self.bind.closed:
             raise ClaimError("the Connection is closed; open one with engine.connect()")
-        else:
-            pinning = nullcontext(bind)
         with pinning as connection:
             backend = backend_for(connection.dialect)
             if self.runs and self.job_table.exclusive_by is not None:
                 backend.check_key_locks(connection.dialect.name, own=False)
             try:
-                return self.run(Transaction(backend, session or bind, connection, own=False))
+                return self.run(Transaction(backend, session or connection, connection, own=False))
             except DBAPIError as error:
                 _raise_conflict(backend, error)
                 raise
@@ -215,6 +209,12 @@ class Operation(ABC, Generic[R]):
         return result
 
     def _session(self) -> tuple[Session, Engine]:
+        bind = self.bind
+        if not is_own(bind):
+            raise ClaimError(
+                f"{bind!r} is not a bind: pass a Session, scoped_session, Connection, Engine "
+                "or sessionmaker (the asynchronous ones go to atomic_claim.aio)"
+            )
         # Expiring at commit would unload the entities that are about to be detached.
         session = self.bind(expire_on_commit=False)
         if not session.in_transaction():

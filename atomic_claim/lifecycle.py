@@ -26,7 +26,7 @@ from .claim import Claim, Key
 from .errors import ClaimError, ClaimLost
 from .execution import Bind, Operation
 from .job_table import JobTable, job_table_of
-from .orm import note_change
+from .orm import note_changes
 from .outcomes import Outcome, completion, extension, failures, release, requeuing, sweeping
 from .plan import TOKEN, checked_limit
 from .sql_elements import ByKey
@@ -459,6 +459,7 @@ def _expire(
     written = {*columns, *(c for c in job_table.table.columns if c.onupdate or c.server_onupdate)}
     names = [each.key for each in mapper.column_attrs if not written.isdisjoint(each.columns)]
     identities = map(mapper.identity_key_from_primary_key, keys)
-    for entity in filter(None, map(session.identity_map.get, identities)):
+    entities = list(filter(None, map(session.identity_map.get, identities)))
+    note_changes(session, entities)
+    for entity in entities:
         session.expire(entity, names)
-        note_change(session, entity)

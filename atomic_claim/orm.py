@@ -9,6 +9,7 @@ are led back to the synchronous ones behind them likewise.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import sqlalchemy
@@ -35,9 +36,9 @@ def is_own(bind: object) -> TypeGuard[sqlalchemy.Engine | sessionmaker[Any]]:
     return isinstance(bind, (sqlalchemy.Engine, *makers))
 
 
-def note_change(session: Session, entity: object) -> None:
-    """Let a rollback to a savepoint expire an entity, as after an UPDATE of SQLAlchemy's own."""
-    session._register_altered([sqlalchemy.inspect(entity)])  # noqa: SLF001 - it has no public name
+def note_changes(session: Session, entities: Iterable[object]) -> None:
+    """Let a rollback to a savepoint expire entities, as after an UPDATE of SQLAlchemy's own."""
+    session._register_altered(map(sqlalchemy.inspect, entities))  # noqa: SLF001 - it has no public name
 
 
 def async_types() -> tuple[type[Any], ...]:
