@@ -13,8 +13,8 @@ from atomic_claim.errors import ClaimError, UnsupportedDialect
 from atomic_claim.job_table import JobTable
 from atomic_claim.sql_elements import ByKey
 
-from .base import KeyLocks, Transaction, Tried
-from .reading import Candidate, Key
+from .base import KeyLocks, Transaction
+from .reading import Candidate, Key, Tried
 
 TABLE = "atomic_claim_table"
 LEVELS = {"read committed", "read uncommitted"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -25,7 +25,7 @@ from atomic_claim.sql_elements import ByKey, DatabaseTime, key_in
 from atomic_claim.statement import ClaimStatement
 
 from .drivers import code_of, in_transaction, is_lost, product_of
-from .reading import Candidate, Key, KeyedRows, Reading, instant
+from .reading import Candidate, Key, KeyedRows, Reading, Tried, instant
 from .tables import check_once, hinted, refuse_view
 
 if TYPE_CHECKING:
@@ -136,8 +136,6 @@ class Unreadable(Exception):
 
 Mark = Callable[[Transaction, ClaimPlan, Sequence[Key], Mapping[str, Any]], KeyedRows]
 """Marks rows that are locked, and returns them."""
-Tried = tuple[Sequence[Candidate], Sequence[Candidate]]
-"""The candidates that were taken, and those that were not tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,27 +407,6 @@ class Backend(ABC):
             'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
             'JobTable(naive_times="server")'
         )
-
-
-def take_first(
-    batches: Iterable[Sequence[Candidate]],
-    limit: int,
-    take: Callable[[Sequence[Candidate], int], Tried],
-) -> list[Candidate]:
-    """Take the first candidates, batch by batch, until there are as many as the limit.
-
-    Those of a batch may be claimed together, and with those of other batches but for a row that is
-    claimed alone.
-    """
-    found: list[Candidate] = []
-    for batch in batches:
-        rest = [] if found and batch[0].alone else batch
-        while rest and len(found) < limit:
-            taken, rest = take(rest, limit - len(found))
-            found += taken
-        if len(found) == limit or (found and found[0].alone):
-            break
-    return found
 
 
 def locking_by_key(plan: ClaimPlan, backend: Backend, *columns: Any) -> ByKey:

@@ -37,19 +37,9 @@ from atomic_claim import predicates
 from atomic_claim.plan import LIMIT, MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ByKey, labelled_terms
 
-from .base import (
-    CHUNK,
-    Backend,
-    Mark,
-    Transaction,
-    Tried,
-    locking_by_key,
-    mark_and_load,
-    marked_by_key,
-    take_first,
-)
+from .base import CHUNK, Backend, Mark, Transaction, locking_by_key, mark_and_load, marked_by_key
 from .fair import FairSearch, in_one_claim, tie_breakers, without_terms
-from .reading import KEY, LOCK, ROOM, Candidate, Key, KeyedRows
+from .reading import KEY, LOCK, ROOM, Candidate, Key, KeyedRows, Tried, take_first
 
 PLACE = "atomic_claim_place"
 # Rows of one key that its heads find at most.

@@ -30,8 +30,8 @@ import sqlalchemy as sa
 from atomic_claim.plan import MARGIN, SCAN_LIMIT, ClaimPlan
 from atomic_claim.sql_elements import ORDER, ByKey, OrderTerm
 
-from .base import Backend, Transaction, Tried, locking_by_key, take_first
-from .reading import FAIR, KEY, Candidate, Key
+from .base import Backend, Transaction, locking_by_key
+from .reading import FAIR, KEY, Candidate, Key, Tried, take_first
 
 T = TypeVar("T")
 Condition = Callable[[Any], sa.ColumnElement[bool]]

@@ -61,6 +61,31 @@ class Candidate(NamedTuple):
         )
 
 
+Tried = tuple[Sequence[Candidate], Sequence[Candidate]]
+"""The candidates that were taken, and those that were not tried."""
+
+
+def take_first(
+    batches: Iterable[Sequence[Candidate]],
+    limit: int,
+    take: Callable[[Sequence[Candidate], int], Tried],
+) -> list[Candidate]:
+    """Take the first candidates, batch by batch, until there are as many as the limit.
+
+    Those of a batch may be claimed together, and with those of other batches but for a row that is
+    claimed alone.
+    """
+    found: list[Candidate] = []
+    for batch in batches:
+        rest = [] if found and batch[0].alone else batch
+        while rest and len(found) < limit:
+            taken, rest = take(rest, limit - len(found))
+            found += taken
+        if len(found) == limit or (found and found[0].alone):
+            break
+    return found
+
+
 @dataclass
 class Reading:
     """Reads the rows or entities of one prepared statement.
