@@ -262,7 +262,10 @@ def unserved(connection: Connection, plan: ClaimPlan, request: ClaimRequest) -> 
         if needed.reason != "due"
         and not any(_serves(needed, access, known, connection, optional) for access in found)
         and not (is_small and any(fits(needed, index, connection) for index in known.values()))
-        and not (needed.reason in BY_KEY and any(_leads(needed, i) for i in known.values()))
+        and not (
+            needed.reason in BY_KEY
+            and any(_leads(needed, index, connection) for index in known.values())
+        )
     ]
 
 
@@ -276,7 +279,7 @@ def passes_slowly(connection: Connection, job_table: JobTable) -> NeededIndex | 
     return None
 
 
-def _leads(needed: NeededIndex, index: Known) -> bool:
+def _leads(needed: NeededIndex, index: Known, connection: Connection) -> bool:
     """Check whether an index serves a search by key, which EXPLAIN does not show."""
     order = [getattr(OrderTerm.of(term).element, "name", None) for term in needed.order]
     equal = {column.name for column in needed.equal}
@@ -284,7 +287,9 @@ def _leads(needed: NeededIndex, index: Known) -> bool:
     following = index.columns[len(equal) :] if ahead else index.columns
     if index.where:
         found = [part for each in needed.conditions for part in visitors.iterate(each)]
-        values = [str(part.value) for part in found if isinstance(part, InlineLiteral)]
+        dialect = dialect_of(product_of(connection.dialect))
+        literals = (part for part in found if isinstance(part, InlineLiteral))
+        values = [str(literal.compile(dialect=dialect)) for literal in literals]
         decided = all(word.lower() in index.where.lower() for word in (*equal, *values))
     else:
         decided = ahead

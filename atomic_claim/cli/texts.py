@@ -16,7 +16,7 @@ from atomic_claim.plan import ClaimPlan, ClaimRequest, build_plan
 from atomic_claim.sql_elements import KEYS, ByKey
 
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
-PREFIX = "atomic_claim_"
+PREFIX = "_atomic_claim_"
 SHOWN_LEASE = timedelta(minutes=5)
 
 

@@ -211,7 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | Roles, str]] = {
     ),
     "a text in MySQL's bit": (
         {"state": "bit", "free": "0", "claimed": "1"},
-        "'0' in 'bit', which is BIT(length=1) and holds integers and booleans",
+        "'1' in 'bit', which is BIT(length=1) and holds integers and booleans",
     ),
     "withdrawn by a default": ({**STATUS, "withdrawn": {"d": 0}}, "has 0 in 'd', which is the col"),
     "withdrawn by a server's default": ({**STATUS, "withdrawn": {"e": 0}}, "no fresh row would"),
