@@ -16,7 +16,7 @@ from atomic_claim.sql_elements import ByKey
 from .base import KeyLocks, Transaction
 from .reading import Candidate, Key, Tried
 
-TABLE = "atomic_claim_table"
+TABLE = "_atomic_claim_table"
 LEVELS = {"read committed", "read uncommitted"}
 LEVEL = sa.func.current_setting(sa.literal_column("'transaction_isolation'")).label("level")
 # A worker that stops between two statements of a claim would keep its keys until it goes on.

@@ -37,8 +37,8 @@ T = TypeVar("T")
 Condition = Callable[[Any], sa.ColumnElement[bool]]
 
 _fair_of = attrgetter(FAIR)
-AFTER = "atomic_claim_after"
-ROWS = "atomic_claim_rows"
+AFTER = "_atomic_claim_after"
+ROWS = "_atomic_claim_rows"
 # Rows that one probe reads: where keys have few rows each, it finds several keys.
 AHEAD = 10
 # Calls with a ``where`` of their own have turns of their own; the latest are remembered.

@@ -211,7 +211,9 @@ def test_keys_that_do_not_find_their_rows(kind: str) -> None:
 def test_a_key_of_single_precision(database: Database) -> None:
     """The twin: the value that was read finds no row."""
     engine = database.engine()
-    table = Table("jobs", MetaData(), Column("id", sa.Float(), primary_key=True))
+    table = Table(
+        "jobs", MetaData(), Column("id", sa.Float(), primary_key=True, autoincrement=False)
+    )
     table.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(table.insert(), {"id": 0.1})
@@ -236,7 +238,7 @@ def test_keys_that_find_their_rows(
     table = Table(
         "jobs",
         MetaData(),
-        Column("id", type_, primary_key=True),
+        Column("id", type_, primary_key=True, autoincrement=False),
         *(column._copy() for column in token_table().columns if column.name != "id"),
     )
     engine = database.engine()
