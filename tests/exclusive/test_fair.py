@@ -439,7 +439,7 @@ def test_the_statements_to_read(dialect: str, keys: dict[str, str]) -> None:
 
 def test_what_cannot_take_turns_refuses() -> None:
     """Each says what was found, and what to do."""
-    with pytest.raises(ClaimError, match="takes a statement for each turn: use claim_jobs"):
+    with pytest.raises(ClaimError, match="claims take more than one statement: use claim_jobs"):
         claim_statement(fair_table())
     with pytest.raises(ClaimError, match="order is that of its comparisons"):
         fair_table(sa.Column("k", sa.Enum("a", "b", name="k")), fair_by="k")
