@@ -1,7 +1,7 @@
 """Claims of rows that cannot be marked or read: the others are handed out, these are freed.
 
-In a transaction of the call's own everything is rolled back, and the rows are marked and read one
-by one under savepoints. What is committed already, or belongs to the caller's transaction, is
+In a transaction of the call's own everything is rolled back, and the rows are marked and read by
+halves under savepoints. What is committed already, or belongs to the caller's transaction, is
 read one by one, and what cannot be read is freed by key and token.
 """
 
