@@ -71,6 +71,7 @@ class Operation(ABC, Generic[R]):
         dialect: the one of the last try.
         process: identifies the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
+        ended: whether ``run`` itself was over when the last try failed.
         lost: whether an earlier try lost its connection.
         unknown: whether an earlier try lost it while it may have been committed.
         lost_at: when it was lost, by ``time.monotonic()``.
@@ -88,6 +89,7 @@ class Operation(ABC, Generic[R]):
     dialect: Any = None
     process: Any = None
     committing: bool = False
+    ended: bool = False
     lost: bool = False
     unknown: bool = False
     lost_at: float = 0.0
@@ -120,7 +122,9 @@ class Operation(ABC, Generic[R]):
                 raise
             except Exception as error:
                 if not self._is_outage(error):
-                    if self.careful is not False or self.unknown:
+                    # A listener may raise after the COMMIT.
+                    ended = self.ended and not isinstance(error, DBAPIError)
+                    if self.careful is not False or self.unknown or ended:
                         raise
                     self.careful, self.single = True, None
                     continue
@@ -165,7 +169,7 @@ class Operation(ABC, Generic[R]):
 
     def run_once(self, run: Callable[[Transaction], T]) -> T:
         """Run once in a transaction of the call's own, and commit."""
-        self.committing = False
+        self.committing = self.ended = False
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
@@ -197,7 +201,7 @@ class Operation(ABC, Generic[R]):
                         if tx.careful:
                             backend.check_at_once(connection)
                         result = run(tx)
-                        self.committing = True
+                        self.committing = self.ended = True
                 except BaseException as error:
                     _fail(tx, error)
                     raise

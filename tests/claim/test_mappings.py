@@ -413,3 +413,22 @@ def test_tables_called_like_parts_of_the_statement(database: Database, name: str
     lease = START.replace(year=2025) - START
     assert ids(claim_jobs(engine, jobs, 2, lease=lease)) == [1, 2]
     assert ids(claim_jobs(engine, jobs, 2, lease=lease)) == [3]
+
+
+def test_a_listener_that_raises_after_the_commit(database: Database) -> None:
+    """The claim is committed, so no second try marks further rows."""
+    engine, table = database.engine(), token_table()
+    table.metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(table.insert(), rows(8))
+    maker = sessionmaker(engine)
+
+    def fail(_: Session) -> None:
+        raise RuntimeError("after the commit")
+
+    sa.event.listen(maker, "after_commit", fail)
+    with pytest.raises(RuntimeError, match="after the commit"):
+        claim_jobs(maker, JobTable(table, order="created_at", **ROLES), 2)
+    with engine.connect() as connection:
+        marked = sa.select(sa.func.count()).where(table.c.processing)
+        assert connection.scalar(marked) == 2
