@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict, TypeVar, Unpack, overload
 
 import sqlalchemy as sa
 
@@ -290,19 +290,18 @@ def _claimed(bind: Bind, job_table: JobTable, request: ClaimRequest) -> Claim[An
             f"{job_table.entity!r} has its columns in several tables, and a DELETE would leave the "
             "rows of all but one: use a Session or sessionmaker"
         )
-    has_token = job_table.token is not None and not request.deletes
-    params = request.parameters(token=has_token)
+    params = request.parameters(token=job_table.token is not None and not request.deletes)
+    token = params.get(TOKEN)
     operation = _Claiming(
         bind,
         job_table,
         plan,
         params,
         runs=True,
-        token=params.get(TOKEN),
+        token=token,
         # In AUTOCOMMIT rows that cannot be read are committed, and freed by key and token.
-        single=plan if has_token and job_table.released else None,
+        single=plan if token is not None and job_table.released else None,
         careful=None if request.deletes else False,
-        undo=partial(free_traced, plan=plan, params=params),
     )
     found, passed, error = operation.execute()
     if error is not None:
@@ -312,7 +311,7 @@ def _claimed(bind: Bind, job_table: JobTable, request: ClaimRequest) -> Claim[An
         jobs,
         table=job_table,
         keys=keys,
-        token=params.get(TOKEN),
+        token=token,
         worker=request.worker,
         lease=request.lease,
         unreadable=tuple(passed),
@@ -333,6 +332,11 @@ class _Claiming(Operation[tuple[KeyedRows, Passed, ClaimError | None]]):
 
     plan: ClaimPlan
     params: dict[str, Any]
+    undoes: ClassVar[bool] = True
+
+    def undo(self, tx: Transaction) -> None:
+        """Free the rows that bear the claim's token."""
+        free_traced(tx, self.plan, self.params)
 
     def run(self, tx: Transaction) -> tuple[KeyedRows, Passed, ClaimError | None]:
         plan, params, passed, mark = self.plan, self.params, Passed(), None

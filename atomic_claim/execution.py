@@ -9,8 +9,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, Update, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
@@ -65,8 +65,7 @@ class Operation(ABC, Generic[R]):
         single: the plan of a claim for which AUTOCOMMIT may do, if it is one statement.
         careful: whether an earlier try has failed, so that ``run`` passes over the rows that cause
             it; None if it cannot.
-        undo: runs in a transaction of its own after an interrupt, if the operation may have been
-            committed.
+        undoes: whether :meth:`undo` undoes what may have been committed before an interrupt.
         tries: how often a transaction of its own runs at most.
         dialect: the one of the last try.
         process: identifies the server's process of the last try.
@@ -84,19 +83,22 @@ class Operation(ABC, Generic[R]):
     token: str | None = None
     single: ClaimPlan | None = None
     careful: bool | None = None
-    undo: Callable[[Transaction], None] | None = None
+    undoes: ClassVar[bool] = False
     tries: int = TRIES
-    dialect: Any = None
-    process: Any = None
-    committing: bool = False
-    ended: bool = False
-    lost: bool = False
-    unknown: bool = False
-    lost_at: float = 0.0
+    dialect: Any = field(init=False, default=None)
+    process: Any = field(init=False, default=None)
+    committing: bool = field(init=False, default=False)
+    ended: bool = field(init=False, default=False)
+    lost: bool = field(init=False, default=False)
+    unknown: bool = field(init=False, default=False)
+    lost_at: float = field(init=False, default=0.0)
 
     @abstractmethod
     def run(self, tx: Transaction) -> R:
         """Execute the statements; again after a conflict in a transaction of the call's own."""
+
+    def undo(self, tx: Transaction) -> None:
+        """Undo them in a transaction of its own."""
 
     def execute(self) -> R:
         """Run it: never end the caller's transaction, always end the call's own.
@@ -135,7 +137,7 @@ class Operation(ABC, Generic[R]):
                 self.lost, self.unknown = True, self.unknown or self.committing
                 self.lost_at = time.monotonic()
             except BaseException:
-                if self.undo is not None and self.committing and self.token is not None:
+                if self.undoes and self.committing and self.token is not None:
                     # On another connection: the interrupted one is in no known state.
                     self.runs, self.single = False, None
                     self.unknown, self.lost_at = True, time.monotonic()
@@ -173,38 +175,38 @@ class Operation(ABC, Generic[R]):
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
-        self.dialect = engine.dialect
-        # A database that is not known is refused before it is connected to.
-        backend_for(engine.dialect)
+        dialect = self.dialect = engine.dialect
+        if not dialect.server_version_info:
+            # A database that is not known is refused before it is connected to.
+            backend_for(dialect)
         if isinstance(engine.pool, SHARED):
             _refuse_shared(engine)
         connection = engine.connect()
         pooled = connection.connection
         try:
-            with session or NOTHING:
-                backend = backend_for(connection.dialect)
-                tx = Transaction(backend, session or connection, connection, own=True)
-                tx.after_disconnect, tx.careful = self.unknown, bool(self.careful)
-                try:
-                    if self.unknown:
-                        lost_for = time.monotonic() - self.lost_at
-                        end_process(backend, connection, self.process, lost_for)
-                    found = connection.info.get(PROCESS)
-                    if found is None and self.token is not None:
-                        found = connection.info[PROCESS] = backend.process(connection)
-                        connection.rollback()
-                    self.process, level = found or (None, None)
-                    if self.single is not None and self._may_autocommit(tx, self.single, level):
-                        connection.execution_options(isolation_level="AUTOCOMMIT")
-                        self.committing = tx.autocommit = True
-                    with NOTHING if tx.autocommit else self._transaction(tx):
-                        if tx.careful:
-                            backend.check_at_once(connection)
-                        result = run(tx)
-                        self.committing = self.ended = True
-                except BaseException as error:
-                    _fail(tx, error)
-                    raise
+            backend = backend_for(dialect)
+            tx = Transaction(backend, session or connection, connection, own=True)
+            tx.after_disconnect, tx.careful = self.unknown, bool(self.careful)
+            try:
+                if self.unknown:
+                    lost_for = time.monotonic() - self.lost_at
+                    end_process(backend, connection, self.process, lost_for)
+                found = pooled.info.get(PROCESS)
+                if found is None and self.token is not None:
+                    found = pooled.info[PROCESS] = backend.process(connection)
+                    connection.rollback()
+                self.process, level = found or (None, None)
+                if self.single is not None and _may_autocommit(tx, self.single, level):
+                    connection.execution_options(isolation_level="AUTOCOMMIT")
+                    self.committing = tx.autocommit = True
+                with NOTHING if tx.autocommit else self._transaction(tx):
+                    if tx.careful:
+                        backend.check_at_once(connection)
+                    result = run(tx)
+                    self.committing = self.ended = True
+            except BaseException as error:
+                _fail(tx, error)
+                raise
         finally:
             try:
                 connection.close()
@@ -231,23 +233,6 @@ class Operation(ABC, Generic[R]):
             )
         return session, engine
 
-    def _may_autocommit(self, tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
-        """Return True if AUTOCOMMIT makes no difference but of round trips."""
-        backend, connection = tx.backend, tx.connection
-        if tx.executor is not connection:
-            return False
-        # Asked of the dispatcher only where there are any: every Connection would build its own.
-        has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
-        return (
-            level == connection.dialect.default_isolation_level
-            and not (has_events and any(TRANSACTION_EVENTS(connection.dispatch)))
-            and not connection.get_execution_options()
-            and connection.dialect.driver in drivers.AUTOCOMMIT
-            and (driver := connection.connection.dbapi_connection) is not None
-            and not connection.dialect.detect_autocommit_setting(driver)
-            and plan.prepare(backend.is_single)
-        )
-
     @contextmanager
     def _transaction(self, tx: Transaction) -> Iterator[None]:
         """Begin a transaction, commit it, and clean up behind it."""
@@ -260,8 +245,8 @@ class Operation(ABC, Generic[R]):
                 # The lock of the keys outlasts the rollback.
                 stack.push(lambda _, error, __: None if error is None else _fail(tx, error))
             if not isinstance(tx.executor, Connection):
+                stack.enter_context(tx.executor)
                 stack.enter_context(pinned(tx.executor, connection.engine, connection))
-                stack.callback(tx.executor.close)
             if not connection.in_transaction():
                 connection.begin()
             if tx.in_autocommit():
@@ -282,6 +267,23 @@ class Operation(ABC, Generic[R]):
     def is_unreachable(self, error: Exception) -> bool:
         """Check whether the error is one that is raised when the database cannot be reached."""
         return self.dialect is not None and isinstance(error, drivers.outages(self.dialect))
+
+
+def _may_autocommit(tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
+    """Return True if AUTOCOMMIT makes no difference but of round trips."""
+    connection, dialect = tx.connection, tx.connection.dialect
+    # Asked of the dispatcher only where there are any: every Connection would build its own.
+    has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
+    return (
+        tx.executor is connection
+        and level == dialect.default_isolation_level
+        and dialect.driver in drivers.AUTOCOMMIT
+        and not (has_events and any(TRANSACTION_EVENTS(connection.dispatch)))
+        and not connection.get_execution_options()
+        and (driver := connection.connection.dbapi_connection) is not None
+        and not dialect.detect_autocommit_setting(driver)
+        and plan.prepare(tx.backend.is_single)
+    )
 
 
 def _give_up(pooled: PoolProxiedConnection) -> None:

@@ -84,9 +84,19 @@ def _finds_rows(column: sa.Column[Any]) -> bool:
     return column.type.hashable and type_.__visit_name__ != "SET"
 
 
+def _is_comparable(column: sa.Column[Any]) -> bool:
+    """Check whether the column holds one value that the database compares with another.
+
+    PostgreSQL has no operators for a DOMAIN of an ENUM.
+    """
+    type_ = column.type
+    is_domain = getattr(type_, "data_type", None) is not None
+    return not isinstance(plain_type(type_), (sa.ARRAY, JSON, *[sa.Enum] * is_domain))
+
+
 NEEDS: Mapping[str, tuple[str, Callable[[sa.Column[Any]], bool]]] = {
     "primary_key": ("hashable values, and Double in place of Float", _finds_rows),
-    "state": ("one value", lambda c: not isinstance(plain_type(c.type), (sa.ARRAY, JSON))),
+    "state": ("one value, and no DOMAIN of an ENUM, which cannot be compared", _is_comparable),
     "worker": ("a string", is_text),
     "token": (f"a string of at least {TOKEN_LENGTH} characters", holds_tokens),
     "attempts": ("an integer", _is_integer),
@@ -94,7 +104,7 @@ NEEDS: Mapping[str, tuple[str, Callable[[sa.Column[Any]], bool]]] = {
     "error": ("a string or JSON", lambda c: is_text(c) or isinstance(plain_type(c.type), JSON)),
     "exclusive_by": (
         "an integer, string, enum, UUID, date, boolean or bytes, whose equal values look alike",
-        lambda c: isinstance(plain_type(c.type), KEY_TYPES),
+        lambda c: isinstance(plain_type(c.type), KEY_TYPES) and _is_comparable(c),
     ),
     "fair_by": (
         "an integer, string, UUID, date, boolean or bytes, whose order is that of its comparisons",

@@ -38,7 +38,7 @@ CHUNK = 500
 OLD_CLIENTS = (5, 5, 5)
 
 
-@dataclass(slots=True)
+@dataclass
 class Transaction:
     """The transaction in which the statements of one operation run.
 
@@ -47,10 +47,10 @@ class Transaction:
         executor: a session, so that its events see the statements, or the connection itself.
         connection: the connection that all statements go to.
         own: whether the transaction is the call's own.
-        autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         after_disconnect: whether an earlier try lost its connection while it was committed.
         careful: whether an earlier try has failed, so that rows that cause it are passed over.
         marked: the keys of the rows that the operation has marked so far, in claim order.
+        autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         outlasting: takes what ends after the transaction, where that is the call's own and has
             exclusive keys.
     """
@@ -59,11 +59,11 @@ class Transaction:
     executor: Session | sa.Connection
     connection: sa.Connection
     own: bool
-    autocommit: bool = False
     after_disconnect: bool = False
     careful: bool = False
     marked: list[Key] = field(default_factory=list)
-    outlasting: ExitStack | None = None
+    autocommit: bool = field(init=False, default=False)
+    outlasting: ExitStack | None = field(init=False, default=None)
 
     def execute(
         self, statement: Executable, params: Mapping[str, Any] | None = None
@@ -98,7 +98,7 @@ class Transaction:
         if not self.own and (job_table.token is None or not job_table.released):
             return True
         session = self.executor
-        if isinstance(session, sa.Connection) or not plan.entities:
+        if not plan.entities or isinstance(session, sa.Connection):
             return False
         return bool(session.dispatch.do_orm_execute)
 

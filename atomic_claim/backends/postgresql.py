@@ -87,11 +87,12 @@ class PostgreSQL(Backend):
     def claim(
         self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any], mark: Mark | None = None
     ) -> KeyedRows:
+        single, asks_zone = plan.prepare(self._single)
         is_plain = tx.own and not plan.entities
-        single = None if mark else plan.prepare(self._single)
-        if single is None or not (is_plain or not tx.needs_steps(plan)):
+        if mark or single is None or not (is_plain or not tx.needs_steps(plan)):
             return super().claim(tx, plan, params, mark)
-        self.before_search(tx, plan.job_table)
+        if asks_zone:
+            self.before_search(tx, plan.job_table)
         return single.keyed(tx.execute(single.statement, params))
 
     def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
@@ -108,8 +109,9 @@ class PostgreSQL(Backend):
         tx.refuse_autocommit("a row lock is gone as soon as the row is read")
         return find.statement.with_for_update(of=find.place, skip_locked=True, key_share=True)
 
-    def _single(self, plan: ClaimPlan) -> Reading | None:
-        return Reading(plan, claiming(plan)) if self.is_single(plan) else None
+    def _single(self, plan: ClaimPlan) -> tuple[Reading | None, bool]:
+        single = Reading(plan, claiming(plan)) if self.is_single(plan) else None
+        return single, bool(self.naive_columns(plan.job_table))
 
     def before_search(self, tx: Transaction, job_table: JobTable) -> None:
         """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""

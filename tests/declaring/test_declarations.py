@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, DateTime, Integer, String
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import ProgrammingError
 
 from atomic_claim import (
     ClaimError,
@@ -416,6 +417,28 @@ def test_columns_of_domains(database: Database) -> None:
     claim = claim_jobs(engine, table, 5, lease=LEASE, worker="w")
     assert (ids(claim), claim[0].worker) == ([1], "w")
     assert extend_jobs(engine, claim) == complete_jobs(engine, claim) == 1
+
+
+@pytest.mark.databases("postgresql")
+@pytest.mark.parametrize("role", ["state", "exclusive_by"])
+def test_a_domain_of_an_enum(database: Database, role: str) -> None:
+    """PostgreSQL compares no such column with anything, so it is refused where it is declared."""
+    engine = database.engine()
+    with engine.begin() as connection:
+        for text in (
+            "CREATE TYPE stage AS ENUM ('new', 'run')",
+            "CREATE DOMAIN stage_of_a_job AS stage",
+            "CREATE TABLE jobs (id int PRIMARY KEY, processing boolean, stage stage_of_a_job)",
+        ):
+            connection.exec_driver_sql(text)
+    table = sa.Table("jobs", sa.MetaData(), autoload_with=engine)
+    others = {"state": "processing", "free": "new", "claimed": "run"}
+    if role == "exclusive_by":
+        others |= {"free": False, "claimed": True}
+    with pytest.raises(ClaimError, match=r"; expected (one value|an integer)"):
+        JobTable(table, **{**others, role: "stage"})
+    with engine.connect() as connection, pytest.raises(ProgrammingError, match="does not exist"):
+        connection.execute(sa.select(table).where(table.c.stage == "new"))
 
 
 def test_an_end_of_several_values(database: Database) -> None:
