@@ -131,7 +131,7 @@ BUGS: Final = (
     Planted(
         "an isolation level of the connection's own is ignored",
         "execution.py",
-        "level == connection.dialect.default_isolation_level",
+        "level == dialect.default_isolation_level",
         "level is not None",
         "postgresql",
     ),
@@ -251,8 +251,12 @@ def apply(bug: Planted, folder: Path) -> None:
     path.write_text(source.replace(bug.old, bug.new), encoding="utf-8")
 
 
-def caught_by(folder: Path, tests: tuple[str, ...], database: str = "") -> str | None:
-    """Run a database's tests in a copy, or all of them, and return the first that fails."""
+def caught_by(folder: Path, tests: tuple[str, ...], database: str = "") -> tuple[str, str] | None:
+    """Run a database's tests in a copy, or all of them.
+
+    Returns:
+        The first test that fails and pytest's output, or None.
+    """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--dist", "worksteal"]
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-k", database, *tests],
@@ -267,7 +271,7 @@ def caught_by(folder: Path, tests: tuple[str, ...], database: str = "") -> str |
     failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     if failed is None:
         raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return failed[1].removeprefix("tests/")
+    return failed[1].removeprefix("tests/"), done.stdout
 
 
 def main() -> int:
@@ -280,7 +284,7 @@ def main() -> int:
     missed = 0
     with tempfile.TemporaryDirectory() as name:
         if (failed := caught_by(copied(Path(name)), (*MODEL, *FAST))) is not None:
-            print(f"{failed} fails without a bug", file=sys.stderr)  # noqa: T201 - a command
+            print(f"{failed[1]}{failed[0]} fails without a bug", file=sys.stderr)  # noqa: T201 - a command
             return 2
     print("| bug | caught by |\n|---|---|")  # noqa: T201 - a command
     for bug in (bug for bug in BUGS if bug.name in wanted):
@@ -293,7 +297,7 @@ def main() -> int:
                 return 2
             found = caught_by(folder, FAST, bug.on) or caught_by(folder, MODEL, bug.on)
         missed += found is None
-        print(f"| {bug.name} | {found or '-'} |", flush=True)  # noqa: T201 - a command
+        print(f"| {bug.name} | {found[0] if found else '-'} |", flush=True)  # noqa: T201 - a command
     return int(missed > 0)
 
 
