@@ -17,8 +17,9 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionErro
 from sqlalchemy.pool import PoolProxiedConnection, SingletonThreadPool, StaticPool
 
 from .backends import Backend, Transaction, backend_for, drivers
+from .backends.base import NO_KEY_LOCKS
 from .backends.recovery import end_process, logger, wait
-from .errors import ClaimConflict, ClaimError
+from .errors import ClaimConflict, ClaimError, UnsupportedDialect
 from .job_table import JobTable
 from .orm import is_own, session_of
 from .plan import ClaimPlan
@@ -162,7 +163,7 @@ class Operation(ABC, Generic[R]):
         with pinning as connection:
             backend = backend_for(connection.dialect)
             if self.runs and self.job_table.exclusive_by is not None:
-                backend.check_key_locks(connection.dialect.name, own=False)
+                _check_key_locks(backend, connection.dialect.name, own=False)
             try:
                 return self.run(Transaction(backend, session or connection, connection, own=False))
             except DBAPIError as error:
@@ -240,7 +241,7 @@ class Operation(ABC, Generic[R]):
         keyed = self.runs and self.job_table.exclusive_by is not None
         with ExitStack() as stack:
             if keyed:
-                backend.check_key_locks(connection.dialect.name, own=True)
+                _check_key_locks(backend, connection.dialect.name, own=True)
                 tx.outlasting = stack.enter_context(ExitStack())
                 # The lock of the keys outlasts the rollback.
                 stack.push(lambda _, error, __: None if error is None else _fail(tx, error))
@@ -267,6 +268,17 @@ class Operation(ABC, Generic[R]):
     def is_unreachable(self, error: Exception) -> bool:
         """Check whether the error is one that is raised when the database cannot be reached."""
         return self.dialect is not None and isinstance(error, drivers.outages(self.dialect))
+
+
+def _check_key_locks(backend: Backend, name: str, *, own: bool) -> None:
+    """Raise if exclusive keys cannot be locked in a transaction, which may be the call's own."""
+    if backend.key_locks is NO_KEY_LOCKS:
+        raise UnsupportedDialect(
+            f"the backend of {name!r} has no key_locks, so two rows of one key could run at a "
+            "time: leave exclusive_by out, or use PostgreSQL, MySQL, MariaDB or SQLite"
+        )
+    if backend.key_locks.needs_own and not own:
+        raise ClaimError(backend.key_locks.needs_own)
 
 
 def _may_autocommit(tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:

@@ -223,10 +223,10 @@ class Beat(Keeper):
         job_table = self.claim.table
         # Keys before rows, as everywhere: else two extensions of a row could wait for each other.
         tx.backend.key_locks.lock_table(tx, job_table)
-        free = tx.backend.unlocked(tx, job_table, self.remaining, self.guard)
+        free = tx.unlocked(job_table, self.remaining, self.guard)
         # SQLite locks nothing: the block may have ended some of them meanwhile.
         changes = tx.backend.changes(job_table, self.guard, self.values)
-        ours = set(tx.backend.change(tx, free, changes, extends=job_table))
+        ours = set(tx.change(free, changes, extends=job_table))
         # Running, and still this claim's: an end that the block had begun was rolled back.
         self.ended.difference_update(ours)
         return ours | self._standing(tx, set(self.remaining).difference(ours))

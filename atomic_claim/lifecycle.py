@@ -312,7 +312,7 @@ class Change(Operation[dict[Key, str]]):
             if self.query is not None:
                 keys = self.keys = tx.tuples(self.query)
             if self.query is not None or self.longest is not None:
-                keys = tx.backend.unlocked(tx, self.job_table, keys, self.guard)
+                keys = tx.unlocked(self.job_table, keys, self.guard)
             if not tx.careful:
                 return dict(change(keys))
             self.refused.clear()
@@ -342,7 +342,7 @@ class Change(Operation[dict[Key, str]]):
                 changes = tx.backend.changes(job_table, guard, outcome.values)
                 outcome.statements[tx.backend] = changes
             extends = job_table if self.runs else None
-            found = tx.backend.change(tx, left, changes, params, extends=extends)
+            found = tx.change(left, changes, params, extends=extends)
             changed |= dict.fromkeys(found, outcome.name)
         if tx.after_disconnect and not self.runs:
             # Afterwards: the earlier try may have been running still, and the change waits for it.

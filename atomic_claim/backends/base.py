@@ -87,6 +87,47 @@ class Transaction:
             chunk = keys[start : start + CHUNK]
             yield chunk, self.execute(*statement.of(chunk, params))
 
+    def change(
+        self,
+        keys: Sequence[Key],
+        changes: Sequence[ByKey],
+        params: Mapping[str, Any] | None = None,
+        *,
+        extends: JobTable | None = None,
+    ) -> list[Key]:
+        """Change the rows that the guard of :meth:`Backend.changes` is true for.
+
+        Where one statement cannot return what it has changed, the first locks the rows. Before an
+        extension of their leases, their exclusive keys are locked.
+
+        Returns:
+            Their keys, in no order.
+        """
+        if extends is not None and extends.exclusive_by is not None:
+            locks = self.backend.key_locks
+            locks.lock_table(self, extends)
+            with locks.held(self, extends, keys):
+                return self.change(keys, changes, params)
+        changed: list[Key] = []
+        first, *others = changes
+        for _, result in self.by_key(first, keys, params):
+            changed += (found := list(map(tuple, result)))
+            if others:
+                self.refuse_autocommit("the row locks would be gone before the rows are changed")
+            for other in others if found else ():
+                self.execute(*other.of(found))
+        return changed
+
+    def unlocked(
+        self, job_table: JobTable, keys: Sequence[Key], guard: sa.ColumnElement[bool]
+    ) -> list[Key]:
+        """Lock those of the rows that the guard is true for and that are not locked."""
+        locking = sa.select(*job_table.key).where(guard)
+        locking = hinted(locking, job_table.table, self.backend.hints)
+        locking = locking.with_for_update(skip_locked=True, key_share=True)
+        found = self.by_key(ByKey(job_table.key, locking.where), keys)
+        return [tuple(row) for _, result in found for row in result]
+
     def needs_steps(self, plan: ClaimPlan) -> bool:
         """Return True if a claim has to lock, mark and read by a statement each.
 
@@ -248,21 +289,6 @@ class Backend(ABC):
                 f"{needs}; upgrade the server"
             )
 
-    def check_key_locks(self, name: str, *, own: bool) -> None:
-        """Raise if exclusive keys cannot be locked in a transaction, which may be the call's own.
-
-        Raises:
-            UnsupportedDialect: the backend has no locks of keys.
-            ClaimError: they need a transaction of the call's own.
-        """
-        if self.key_locks is NO_KEY_LOCKS:
-            raise UnsupportedDialect(
-                f"the backend of {name!r} has no key_locks, so two rows of one key could run at a "
-                "time: leave exclusive_by out, or use PostgreSQL, MySQL, MariaDB or SQLite"
-            )
-        if self.key_locks.needs_own and not own:
-            raise ClaimError(self.key_locks.needs_own)
-
     def compile_claim(self, element: ClaimStatement, compiler: SQLCompiler, **kw: Any) -> str:
         """Render a claim as one statement."""
         raise UnsupportedDialect(
@@ -311,56 +337,12 @@ class Backend(ABC):
         For people to read, and for EXPLAIN.
         """
 
-    def change(
-        self,
-        tx: Transaction,
-        keys: Sequence[Key],
-        changes: Sequence[ByKey],
-        params: Mapping[str, Any] | None = None,
-        *,
-        extends: JobTable | None = None,
-    ) -> list[Key]:
-        """Change the rows that the guard of :meth:`changes` is true for.
-
-        Where one statement cannot return what it has changed, the first locks the rows. Before an
-        extension of their leases, their exclusive keys are locked.
-
-        Returns:
-            Their keys, in no order.
-        """
-        if extends is not None and extends.exclusive_by is not None:
-            self.key_locks.lock_table(tx, extends)
-            with self.key_locks.held(tx, extends, keys):
-                return self.change(tx, keys, changes, params)
-        changed: list[Key] = []
-        first, *others = changes
-        for _, result in tx.by_key(first, keys, params):
-            changed += (found := list(map(tuple, result)))
-            if others:
-                tx.refuse_autocommit("the row locks would be gone before the rows are changed")
-            for other in others if found else ():
-                tx.execute(*other.of(found))
-        return changed
-
     def changes(
         self, job_table: JobTable, guard: sa.ColumnElement[bool], values: Mapping[Any, Any]
     ) -> Sequence[ByKey]:
-        """Return the statements of :meth:`change` in execution order."""
+        """Return the statements of :meth:`Transaction.change` in execution order."""
         statement = sa.update(job_table.table).values(dict(values)).returning(*job_table.key)
         return (ByKey(job_table.key, lambda is_one: statement.where(is_one, guard)),)
-
-    def unlocked(
-        self,
-        tx: Transaction,
-        job_table: JobTable,
-        keys: Sequence[Key],
-        guard: sa.ColumnElement[bool],
-    ) -> list[Key]:
-        """Lock those of the rows that the guard is true for and that are not locked."""
-        locking = hinted(sa.select(*job_table.key).where(guard), job_table.table, self.hints)
-        locking = locking.with_for_update(skip_locked=True, key_share=True)
-        found = tx.by_key(ByKey(job_table.key, locking.where), keys)
-        return [tuple(row) for _, result in found for row in result]
 
     def limit_wait(self, tx: Transaction, seconds: float) -> AbstractContextManager[None]:
         """Wait for no lock longer than this."""
@@ -389,24 +371,26 @@ class Backend(ABC):
         """Check whether a time column of this type has no time zone on this database."""
         return not type_.timezone
 
-    def naive_columns(self, job_table: JobTable) -> list[str]:
-        """Return the names of naive datetime columns, or none if ``naive_times`` is declared."""
-        if job_table.naive_times is not None:
-            return []
-        return [
-            column.name
-            for column in job_table.time_columns
-            if isinstance(type_ := plain_type(column.type), DateTime) and self.is_naive(type_)
-        ]
 
-    def refuse_naive(self, job_table: JobTable, zone: str) -> NoReturn:
-        """Refuse to guess what times without a zone mean in a session that is not in UTC."""
-        names = ", ".join(repr(name) for name in self.naive_columns(job_table))
-        raise ClaimError(
-            f"the session's time zone is {zone}, and {names} of {job_table.table.fullname!r} "
-            'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
-            'JobTable(naive_times="server")'
-        )
+def naive_columns(job_table: JobTable, backend: Backend) -> list[str]:
+    """Return the names of naive datetime columns, or none if ``naive_times`` is declared."""
+    if job_table.naive_times is not None:
+        return []
+    return [
+        column.name
+        for column in job_table.time_columns
+        if isinstance(type_ := plain_type(column.type), DateTime) and backend.is_naive(type_)
+    ]
+
+
+def refuse_naive(job_table: JobTable, backend: Backend, zone: str) -> NoReturn:
+    """Refuse to guess what times without a zone mean in a session that is not in UTC."""
+    names = ", ".join(map(repr, naive_columns(job_table, backend)))
+    raise ClaimError(
+        f"the session's time zone is {zone}, and {names} of {job_table.table.fullname!r} "
+        'hold times without a zone: say what they mean with JobTable(naive_times="utc") or '
+        'JobTable(naive_times="server")'
+    )
 
 
 def locking_by_key(plan: ClaimPlan, backend: Backend, *columns: Any) -> ByKey:

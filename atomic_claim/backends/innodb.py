@@ -14,7 +14,7 @@ from sqlalchemy.types import Integer, String
 from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey
 
-from .base import CHUNK, Backend, Transaction, locking_rows
+from .base import CHUNK, Backend, Transaction, locking_rows, naive_columns
 from .drivers import code_of
 from .reading import Key
 
@@ -61,7 +61,7 @@ class InnoDBStatements:
         level, rolls_back = MARIADB_SESSION if is_mariadb else MYSQL_SESSION
         session: list[sa.ColumnElement[Any]] = [sa.literal_column(level, String())]
         session.append(sa.literal_column(rolls_back, Integer()))
-        self.asks_zone = bool(backend.naive_columns(plan.job_table))
+        self.asks_zone = bool(naive_columns(plan.job_table, backend))
         if self.asks_zone:
             session.append(SKEW)
         self.session = sa.select(*session)

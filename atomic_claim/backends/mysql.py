@@ -22,7 +22,7 @@ from atomic_claim.plan import LIMIT, ClaimPlan, ClaimRequest
 from atomic_claim.sql_elements import ByKey, DatabaseTime, key_equals, key_in
 from atomic_claim.statement import ClaimStatement
 
-from .base import Backend, Find, KeyLocks, Transaction
+from .base import Backend, Find, KeyLocks, Transaction, naive_columns, refuse_naive
 from .by_key import statements_of
 from .drivers import code_of
 from .fair import FairSearch, in_one_claim
@@ -59,8 +59,9 @@ class NamedLocks(KeyLocks):
     def check(self, tx: Transaction, job_table: JobTable) -> None:
         super().check(tx, job_table)
         check_once(tx.connection, job_table.table, _check_table)
-        if tx.backend.naive_columns(job_table) and (skew := tx.connection.scalar(sa.select(SKEW))):
-            _refuse_skew(job_table, skew)
+        naive = naive_columns(job_table, tx.backend)
+        if naive and (skew := tx.connection.scalar(sa.select(SKEW))):
+            _refuse_skew(job_table, tx.backend, skew)
 
     def lock_table(self, tx: Transaction, job_table: JobTable) -> None:
         if tx.outlasting is not None:
@@ -196,7 +197,7 @@ class MySQL(Backend):
         if level == SERIALIZABLE:
             raise ClaimError(PLAIN_READS_WAIT)
         if any(skew):
-            _refuse_skew(plan.job_table, skew[0])
+            _refuse_skew(plan.job_table, self, skew[0])
         # In a transaction of the call's own, the gaps are locked for a moment.
         is_brief = tx.own or level != "REPEATABLE-READ"
         search.is_stale |= bool(rolls_back) and not is_brief
@@ -334,9 +335,9 @@ def _check_table(connection: sa.Connection, table: sa.Table, schema: str | None)
         )
 
 
-def _refuse_skew(job_table: JobTable, seconds: Any) -> NoReturn:
+def _refuse_skew(job_table: JobTable, backend: Backend, seconds: Any) -> NoReturn:
     """Refuse naive times in a session that is ahead of UTC by these seconds, or behind it."""
-    MySQL().refuse_naive(job_table, f"{int(seconds) / 3600:+g} h from UTC")
+    refuse_naive(job_table, backend, f"{int(seconds) / 3600:+g} h from UTC")
 
 
 def _set_session(tx: Transaction, settings: Mapping[str, int]) -> None:

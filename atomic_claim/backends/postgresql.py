@@ -21,7 +21,7 @@ from atomic_claim.sql_elements import ORDER, ByKey, DatabaseTime, OrderTerm, key
 from atomic_claim.statement import ClaimStatement, statement_of
 
 from .advisory import AdvisoryLocks
-from .base import Backend, Find, Mark, Transaction
+from .base import Backend, Find, Mark, Transaction, naive_columns, refuse_naive
 from .by_key import statements_of
 from .drivers import is_stale
 from .fair import lock_in_turn
@@ -111,14 +111,14 @@ class PostgreSQL(Backend):
 
     def _single(self, plan: ClaimPlan) -> tuple[Reading | None, bool]:
         single = Reading(plan, claiming(plan)) if self.is_single(plan) else None
-        return single, bool(self.naive_columns(plan.job_table))
+        return single, bool(naive_columns(plan.job_table, self))
 
     def before_search(self, tx: Transaction, job_table: JobTable) -> None:
         """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""
-        if not job_table.prepare(self.naive_columns):
+        if not job_table.prepare(naive_columns, self):
             return
         if (zone := _time_zone(tx)).lower() not in UTC_NAMES:
-            self.refuse_naive(job_table, repr(zone))
+            refuse_naive(job_table, self, repr(zone))
 
     def statements(self, plan: ClaimPlan) -> Sequence[Executable | ByKey]:
         if self.is_single(plan):

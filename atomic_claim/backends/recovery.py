@@ -228,8 +228,8 @@ def _undo(
         if isinstance(cause, ClaimConflict):
             raise cause
         is_ours = job_table.token == params[TOKEN] if TOKEN in params else true()
-        tx.backend.change(tx, keys, tx.backend.changes(job_table, is_ours, freeing(job_table)))
-        free = tx.backend.unlocked(tx, job_table, keys, predicates.is_free(job_table))
+        tx.change(keys, tx.backend.changes(job_table, is_ours, freeing(job_table)))
+        free = tx.unlocked(job_table, keys, predicates.is_free(job_table))
         if len(free) < len(keys) and not tx.autocommit:
             raise ClaimError(f"{len(keys) - len(free)} rows could not be freed again")
     except (SQLAlchemyError, ClaimError) as error:
@@ -246,7 +246,7 @@ def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
     job_table = plan.job_table
     if job_table.attempts is not None:
         counted = {job_table.attempts: plan.values[job_table.attempts]}
-        tx.backend.change(tx, [key], tx.backend.changes(job_table, true(), counted))
+        tx.change([key], tx.backend.changes(job_table, true(), counted))
 
 
 def _pass_over(plan: ClaimPlan, key: Key, what: str, error: BaseException, passed: Passed) -> None:

@@ -27,7 +27,7 @@ from atomic_claim import (
     keep_claims,
     release_jobs,
 )
-from atomic_claim.backends.sqlite import SQLite
+from atomic_claim.backends import Transaction
 from atomic_claim.heartbeat import prepared_beat
 from tests.claim.test_aio import DRIVERS
 from tests.counting import counted_jobs
@@ -296,7 +296,7 @@ def test_what_is_freed_while_leases_are_extended(
     engine, jobs = made(database, 2)
     claim = claim_jobs(engine, jobs, 2, lease=LEASE)
     beat = prepared_beat(engine, claim, EVERY)
-    look = SQLite.unlocked
+    look = Transaction.unlocked
 
     def then_release(*arguments: Any) -> Any:
         found = look(*arguments)
@@ -305,7 +305,7 @@ def test_what_is_freed_while_leases_are_extended(
         assert ids(claim_jobs(engine, jobs, lease=LEASE)) == [1]
         return found
 
-    monkeypatch.setattr(SQLite, "unlocked", then_release)
+    monkeypatch.setattr(Transaction, "unlocked", then_release)
     assert [beat.once(), beat.once()] == [(), ()]
     assert beat.lost == ()
 

@@ -178,13 +178,13 @@ class Model:
             return False
         return (job.state == "free" and job.due) or (job.state == "running" and job.lease == "over")
 
-    def claimable(self, actor: Actor, step: Claim) -> list[Job]:
-        """Return the jobs that a claim may take, in its order."""
+    def claimable(self, actor: Actor, step: Claim, *, held: bool = False) -> list[Job]:
+        """Return the jobs that a claim may take, in its order; `held` adds the other actor's."""
         found = [
             job
             for job in self.seen(actor).values()
             if self.is_claimable(job)
-            and not self.is_locked(actor, job.ident)
+            and (held or not self.is_locked(actor, job.ident))
             and (step.where is None or job.ident > step.where)
         ]
         return sorted(found, key=lambda job: self.place(job, step))
@@ -246,10 +246,17 @@ class Model:
             self.turns[name] = handed[-1].tenant
         if not exact or said.label("exclusive_by") is not None:
             return []
-        jobs = self.claimable(actor, step)
         found = [(job.tenant, self.place(job, step)) for job in handed]
-        turns = [self._in_one_claim(self._in_turn(jobs, start), step) for start in starts]
-        possible = [[(job.tenant, self.place(job, step)) for job in turn] for turn in turns]
+        # A job that the other actor has locked has its place in a turn, and is passed over.
+        turns = [
+            [each for each in self._in_turn(jobs, start) if not self.is_locked(actor, each.ident)]
+            for jobs in (self.claimable(actor, step, held=held) for held in (False, True))
+            for start in starts
+        ]
+        possible = [
+            [(job.tenant, self.place(job, step)) for job in self._in_one_claim(turn, step)]
+            for turn in turns
+        ]
         return [] if found in possible else [f"not a turn: {found} in place of {possible}"]
 
     def _in_turn(self, jobs: list[Job], start: int | None) -> list[Job]:

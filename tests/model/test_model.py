@@ -15,7 +15,17 @@ from tests.conftest import fresh_database
 from tests.databases import NAMES
 from tests.model.known import KNOWN, known_fault
 from tests.model.runner import Violation, run
-from tests.model.scenario import Column, Declaration, Outside, Row, Scenario, Sweep, Table
+from tests.model.scenario import (
+    Bind,
+    Claim,
+    Column,
+    Declaration,
+    Outside,
+    Row,
+    Scenario,
+    Sweep,
+    Table,
+)
 from tests.model.strategies import incoherent, scenarios, turns
 from tests.model.world import Places
 
@@ -90,6 +100,22 @@ def test_a_refused_row_does_not_stop_a_sweep(shared: dict[str, Places], name: st
     """The other rows are marked, whose change the trigger does not refuse."""
     rows = (Row(attempts=2, hooked=True), Row(attempts=2), Row(attempts=2))
     run(spent(*rows, trigger="refuse"), shared[name])
+
+
+def test_a_turn_beside_an_open_claim(shared: dict[str, Places]) -> None:
+    """A tenant's first row, which an open claim has locked, keeps its place in the turn."""
+    scenario = Scenario(
+        Table(
+            (Column("key0", "integer", nullable=False),),
+            Column("state", "status", nullable=False),
+            (Column("tenant", "integer"),),
+        ),
+        Declaration(roles=(("state", "state"), ("fair_by", "tenant"))),
+        (Row(tenant=0), Row(tenant=1), Row(tenant=0)),
+        (Claim("a"), Claim("b", limit=3)),
+        (Bind("connection"), Bind("engine")),
+    )
+    run(scenario, shared["postgresql"])
 
 
 @pytest.mark.parametrize("trigger", ["veto", "refuse"])

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import TextClause, text
 
 from atomic_claim.backends import backend_for
+from atomic_claim.backends.base import naive_columns
 from atomic_claim.backends.postgresql import UTC_NAMES
 from atomic_claim.cli.indexes import needed_indexes
 
@@ -109,7 +110,7 @@ def of_claims(reading: Reading) -> Iterator[Finding]:
         "needed": [needed.name for needed in needed_indexes(job_table)],
         "utc": sorted(UTC_NAMES),
     }
-    naive = backend_for(reading.connection.dialect).naive_columns(job_table)
+    naive = naive_columns(job_table, backend_for(reading.connection.dialect))
     given = {name: json.dumps(each) for name, each in names.items()}
     return _findings(reading, {**given, "naive": ", ".join(naive)})
 
