@@ -242,11 +242,13 @@ def claim_jobs(
 
     Returns:
         A :class:`Claim` in claim order, or in that of the turn where the ``JobTable`` has
-        ``fair_by``; empty if nothing is free and due. A mapped class gives entities: attached to
-        the ``Session``, or, by ``sessionmaker``, detached with every column loaded. A ``Table``,
-        and anything by ``Connection`` or ``Engine``, gives rows. In a transaction of the caller's
-        at MySQL's or MariaDB's REPEATABLE READ the order is best effort, since the transaction
-        reads from a snapshot that may be old.
+        ``fair_by``; empty if nothing is free and due. It can have fewer rows than ``limit`` though
+        more are free, where others claim at the same time or rows are passed over (see
+        :attr:`Claim.unreadable`). A mapped class gives entities: attached to the ``Session``, or,
+        by ``sessionmaker``, detached with every column loaded. A ``Table``, and anything by
+        ``Connection`` or ``Engine``, gives rows. In a transaction of the caller's at MySQL's or
+        MariaDB's REPEATABLE READ the order is best effort, since the transaction reads from a
+        snapshot that may be old.
 
     Raises:
         ClaimConflict: another transaction was in the way; roll back and claim again. Own
