@@ -109,6 +109,7 @@ BUGS: Final = (
         "backends/base.py",
         "return ByKey(plan.job_table.key, marking.where(claimable).where)",
         "return ByKey(plan.job_table.key, marking.where)",
+        "mysql",
     ),
     Planted(
         "a claim does not check its own mark",

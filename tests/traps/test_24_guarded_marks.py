@@ -41,6 +41,21 @@ def test_the_lock_looks_again_in_another_order(database: Database) -> None:
     assert between(database, JOBS.c.id.desc()) == ([1], [3, 2])
 
 
+def test_the_lock_looks_again_in_the_callers_transaction(database: Database) -> None:
+    """There is no second try there, in which the mark's guard would be enough."""
+    engine = database.engine()
+    fill(engine, JOBS, 3)
+
+    def claim() -> list[int]:
+        level = {"isolation_level": "READ COMMITTED"}
+        with engine.connect().execution_options(**level) as connection, connection.begin():
+            return ids(claim_jobs(connection, JOBS, 2))
+
+    with stopped(engine, claim, "FOR UPDATE") as first:
+        assert ids(claim_jobs(database.engine(), JOBS, 2)) == [1, 2]
+        assert first.go() == [3]
+
+
 def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: both get the same rows."""
     usual = InnoDBStatements.__init__
@@ -53,8 +68,9 @@ def test_a_lock_that_does_not_look(database: Database, monkeypatch: pytest.Monke
         self.lock = self.lock_first = ByKey(plan.job_table.key, locking.where)
 
     monkeypatch.setattr(InnoDBStatements, "__init__", prepare)
-    # The mark looks once more, and the claim is tried again.
-    assert between(database) == ([3], [1, 2])
+    # The mark looks once more, and the claim is tried again. An order of its own has the plan, and
+    # so the statements, made anew.
+    assert between(database, JOBS.c.id.asc()) == ([3], [1, 2])
     monkeypatch.setattr(base.predicates, "claimable", lambda _: sa.true())
     monkeypatch.setattr(ClaimPlan, "refuse_fault", lambda *_: None)
     engine = database.engine()
