@@ -72,6 +72,7 @@ class Operation(ABC, Generic[R]):
         process: identifies the server's process of the last try.
         committing: whether the last try may have been committed, if its connection was lost.
         ended: whether ``run`` itself was over when the last try failed.
+        dropped: whether the last try lost its connection by an error that a listener has replaced.
         lost: whether an earlier try lost its connection.
         unknown: whether an earlier try lost it while it may have been committed.
         lost_at: when it was lost, by ``time.monotonic()``.
@@ -90,6 +91,7 @@ class Operation(ABC, Generic[R]):
     process: Any = field(init=False, default=None)
     committing: bool = field(init=False, default=False)
     ended: bool = field(init=False, default=False)
+    dropped: bool = field(init=False, default=False)
     lost: bool = field(init=False, default=False)
     unknown: bool = field(init=False, default=False)
     lost_at: float = field(init=False, default=0.0)
@@ -127,6 +129,8 @@ class Operation(ABC, Generic[R]):
                 if not self._is_outage(error):
                     # A listener may raise after the COMMIT.
                     ended = self.ended and not isinstance(error, DBAPIError)
+                    if ended:
+                        self._take_back(unknown=False)
                     if self.careful is not False or self.unknown or ended:
                         raise
                     self.careful, self.single = True, None
@@ -138,17 +142,20 @@ class Operation(ABC, Generic[R]):
                 self.lost, self.unknown = True, self.unknown or self.committing
                 self.lost_at = time.monotonic()
             except BaseException:
-                if self.undoes and self.committing and self.token is not None:
-                    # On another connection: the interrupted one is in no known state.
-                    self.runs, self.single = False, None
-                    self.unknown, self.lost_at = True, time.monotonic()
-                    self.run_once(self.undo)
+                self._take_back(unknown=True)
                 raise
             report(Retried(self.job_table.table.fullname, (), tried, self.lost))
             # Full jitter, so that the ones in each other's way do not meet again.
             longest = LONGEST_OUTAGE_PAUSE if self.lost else LONGEST_PAUSE
             first = FIRST_OUTAGE_PAUSE if self.lost else FIRST_PAUSE
             wait(self.dialect, random.uniform(0, min(longest, first * 2**tried)))  # noqa: S311 - no secret
+
+    def _take_back(self, *, unknown: bool) -> None:
+        """Undo what is committed; on another connection where this one is in no known state."""
+        if self.undoes and self.committing and self.token is not None:
+            self.runs, self.single = False, None
+            self.unknown, self.lost_at = unknown, time.monotonic()
+            self.run_once(self.undo)
 
     def _in_callers(self, session: Session | None) -> R:
         """Run in a transaction that the caller begins and ends."""
@@ -172,7 +179,7 @@ class Operation(ABC, Generic[R]):
 
     def run_once(self, run: Callable[[Transaction], T]) -> T:
         """Run once in a transaction of the call's own, and commit."""
-        self.committing = self.ended = False
+        self.committing = self.ended = self.dropped = False
         session, engine = None, self.bind
         if not isinstance(engine, Engine):
             session, engine = self._session()
@@ -184,6 +191,7 @@ class Operation(ABC, Generic[R]):
             _refuse_shared(engine)
         connection = engine.connect()
         pooled = connection.connection
+        driver = pooled.dbapi_connection
         try:
             backend = backend_for(dialect)
             tx = Transaction(backend, session or connection, connection, own=True)
@@ -194,18 +202,16 @@ class Operation(ABC, Generic[R]):
                     end_process(backend, connection, self.process, lost_for)
                 found = pooled.info.get(PROCESS)
                 if found is None and self.token is not None:
-                    found = pooled.info[PROCESS] = backend.process(connection)
-                    connection.rollback()
+                    found = pooled.info[PROCESS] = _process_of(tx)
                 self.process, level = found or (None, None)
                 if self.single is not None and _may_autocommit(tx, self.single, level):
                     connection.execution_options(isolation_level="AUTOCOMMIT")
                     self.committing = tx.autocommit = True
                 with NOTHING if tx.autocommit else self._transaction(tx):
-                    if tx.careful:
-                        backend.check_at_once(connection)
                     result = run(tx)
                     self.committing = self.ended = True
             except BaseException as error:
+                self.dropped = connection.invalidated and drivers.has_lost(error, dialect, driver)
                 _fail(tx, error)
                 raise
         finally:
@@ -254,12 +260,17 @@ class Operation(ABC, Generic[R]):
                 stack.enter_context(_out_of_autocommit(connection))
             if keyed:
                 backend.key_locks.begin(connection)
+            if tx.careful:
+                backend.check_at_once(connection)
             yield
             tx.executor.commit()
+            if connection.in_transaction():
+                # A session does not end what a listener has begun before it.
+                connection.commit()
 
     def _is_outage(self, error: Exception) -> bool:
         """Check whether the error is a lost connection, or a failed reconnect after one."""
-        if drivers.is_lost(error):
+        if self.dropped or drivers.is_lost(error):
             return True
         # Only a statement's error names a statement, a refusal to connect does not.
         is_refusal = self.lost and getattr(error, "statement", None) is None
@@ -281,9 +292,21 @@ def _check_key_locks(backend: Backend, name: str, *, own: bool) -> None:
         raise ClaimError(backend.key_locks.needs_own)
 
 
+def _process_of(tx: Transaction) -> tuple[Any, str | None]:
+    """Ask what :meth:`Backend.process` does, and leave a transaction that a listener has begun."""
+    connection = tx.connection
+    driver = connection.connection.driver_connection
+    begun = connection.in_transaction() or drivers.in_transaction(driver)
+    found = tx.backend.process(connection)
+    if not begun:
+        connection.rollback()
+    return found
+
+
 def _may_autocommit(tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
     """Return True if AUTOCOMMIT makes no difference but of round trips."""
     connection, dialect = tx.connection, tx.connection.dialect
+    pooled = connection.connection
     # Asked of the dispatcher only where there are any: every Connection would build its own.
     has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
     return (
@@ -292,8 +315,10 @@ def _may_autocommit(tx: Transaction, plan: ClaimPlan, level: str | None) -> bool
         and dialect.driver in drivers.AUTOCOMMIT
         and not (has_events and any(TRANSACTION_EVENTS(connection.dispatch)))
         and not connection.get_execution_options()
-        and (driver := connection.connection.dbapi_connection) is not None
+        and (driver := pooled.dbapi_connection) is not None
         and not dialect.detect_autocommit_setting(driver)
+        # A listener may have begun a transaction, and have set something in it.
+        and not drivers.in_transaction(pooled.driver_connection)
         and plan.prepare(tx.backend.is_single)
     )
 

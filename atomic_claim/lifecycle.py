@@ -459,7 +459,8 @@ def _expire(
     written = {*columns, *(c for c in job_table.table.columns if c.onupdate or c.server_onupdate)}
     names = [each.key for each in mapper.column_attrs if not written.isdisjoint(each.columns)]
     identities = map(mapper.identity_key_from_primary_key, keys)
-    entities = list(filter(None, map(session.identity_map.get, identities)))
+    found = map(session.identity_map.get, identities)
+    entities = [entity for entity in found if entity is not None]
     note_changes(session, entities)
     for entity in entities:
         session.expire(entity, names)

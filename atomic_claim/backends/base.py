@@ -50,6 +50,7 @@ class Transaction:
         after_disconnect: whether an earlier try lost its connection while it was committed.
         careful: whether an earlier try has failed, so that rows that cause it are passed over.
         marked: the keys of the rows that the operation has marked so far, in claim order.
+        tokens: those that were stored of a mark at fault, which a trigger may have changed.
         autocommit: whether every statement is committed by itself, by SQLAlchemy's AUTOCOMMIT.
         outlasting: takes what ends after the transaction, where that is the call's own and has
             exclusive keys.
@@ -62,6 +63,7 @@ class Transaction:
     after_disconnect: bool = False
     careful: bool = False
     marked: list[Key] = field(default_factory=list)
+    tokens: set[Any] = field(default_factory=set)
     autocommit: bool = field(init=False, default=False)
     outlasting: ExitStack | None = field(init=False, default=None)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Dialect
@@ -13,19 +15,19 @@ NOT_SUPPORTED = "0A000"
 SERVER_STATUS_IN_TRANS = 1
 
 IN_TRANSACTION: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
-    ("psycopg", "pgconn", lambda driver: driver.pgconn.transaction_status != IDLE),
-    ("asyncpg", "is_in_transaction", lambda driver: driver.is_in_transaction()),
-    ("pg8000", "_transaction_status", lambda driver: driver._transaction_status != b"I"),  # noqa: SLF001 - it has no public name
+    ("psycopg", "pgconn.transaction_status", partial(operator.ne, IDLE)),
+    ("asyncpg", "is_in_transaction", bool),
+    ("pg8000", "_transaction_status", partial(operator.ne, b"I")),
     # mysqlclient has a method of the name "info".
-    ("psycopg2", "get_transaction_status", lambda d: d.get_transaction_status() != IDLE),
-    ("sqlite3, aiosqlite, mysql-connector", "in_transaction", lambda driver: driver.in_transaction),
+    ("psycopg2", "get_transaction_status", partial(operator.ne, IDLE)),
+    ("sqlite3, aiosqlite, mysql-connector", "in_transaction", bool),
     (
         "PyMySQL, asyncmy, aiomysql, mariadbconnector",
         "server_status",
-        lambda driver: driver.server_status & SERVER_STATUS_IN_TRANS,
+        partial(operator.and_, SERVER_STATUS_IN_TRANS),
     ),
 )
-"""Drivers, an attribute that their connections have, and whether a transaction is open on one."""
+"""Drivers, what their connections tell of a transaction, and whether one is open by that."""
 
 CODES: tuple[tuple[str, Callable[[Any], Any]], ...] = (
     ("psycopg, asyncpg", lambda error: getattr(error, "sqlstate", None)),
@@ -50,9 +52,10 @@ def product_of(dialect: Dialect) -> str:
 
 def in_transaction(driver: Any) -> bool | None:
     """Return True if a transaction is open on a driver's connection; None if it does not tell."""
-    for _, attribute, asks in IN_TRANSACTION:
-        if hasattr(driver, attribute):
-            return bool(asks(driver))
+    for _, name, is_open in IN_TRANSACTION:
+        if hasattr(driver, name.partition(".")[0]):
+            found = operator.attrgetter(name)(driver)
+            return bool(is_open(found() if callable(found) else found))
     return None
 
 
@@ -69,6 +72,21 @@ def is_lost(error: BaseException) -> bool:
     """Return True if the connection was lost; SQLAlchemy does not know mysql-connector's text."""
     lost: bool = getattr(error, "connection_invalidated", False)
     return lost or "MySQL Connection not available" in str(getattr(error, "orig", error))
+
+
+def has_lost(error: BaseException, dialect: Dialect, driver: Any) -> bool:
+    """Check whether a lost connection caused an error, which a listener may have replaced.
+
+    Args:
+        error: the error.
+        dialect: the one of the connection.
+        driver: the DBAPI connection.
+    """
+    cause: Any = error
+    while (cause := cause.__cause__) is not None:
+        if isinstance(cause, dialect.loaded_dbapi.Error):
+            return dialect.is_disconnect(cause, driver, None)
+    return False
 
 
 def is_stale(error: DBAPIError) -> bool:

@@ -93,7 +93,7 @@ class PostgreSQL(Backend):
             return super().claim(tx, plan, params, mark)
         if asks_zone:
             self.before_search(tx, plan.job_table)
-        return single.keyed(tx.execute(single.statement, params))
+        return single.keyed(tx.execute(single.statement, params), tx)
 
     def lock(self, tx: Transaction, plan: ClaimPlan, params: dict[str, Any]) -> list[Key]:
         """Lock the candidates; for a DELETE, skip rows that inserts of child rows have locked."""

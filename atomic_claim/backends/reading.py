@@ -14,7 +14,7 @@ from sqlalchemy.types import Float
 
 from atomic_claim.candidates import ALONE
 from atomic_claim.job_table import JobTable
-from atomic_claim.plan import LEAST, ClaimPlan
+from atomic_claim.plan import CLAIMABLE, LEAST, ClaimPlan
 from atomic_claim.sql_elements import ByKey
 
 Key = tuple[Any, ...]
@@ -102,8 +102,12 @@ class Reading:
     checks: bool = True
     make: Callable[[Iterable[Any]], Row[Any]] | None = None
 
-    def keyed(self, result: Result[Any]) -> KeyedRows:
+    def keyed(self, result: Result[Any], tx: Any = None) -> KeyedRows:
         """Pair rows or entities with their keys, in the order of the result.
+
+        Args:
+            result: of the statement.
+            tx: where it runs, if the statement is the mark itself: told what is marked at fault.
 
         Raises:
             ClaimError: a row does not bear the mark of the claim, or is claimable still; or
@@ -120,6 +124,8 @@ class Reading:
         if self.checks:
             for row in rows:
                 if row[width] != 0:
+                    if tx is not None:
+                        self._trace(tx, rows)
                     plan.refuse_fault(row[width], tuple(row[:width]))
         if plan.entities:
             items = list(map(operator.itemgetter(0), rows))
@@ -132,6 +138,16 @@ class Reading:
         if len(set(keys)) < len(keys):
             plan.refuse_shared_keys(keys)
         return list(zip(keys, items, strict=True))
+
+    def _trace(self, tx: Any, rows: Sequence[Row[Any]]) -> None:
+        """Tell what finds the marked rows again: their keys, and tokens as they were stored."""
+        plan, token = self.plan, self.plan.job_table.token
+        marked = [row for row in rows if row[plan.width] is not None]
+        tx.marked += [plan.key_of(row[0] if plan.entities else row) for row in marked]
+        if token is not None and not plan.entities:
+            place = [column is token for column in plan.columns].index(True)
+            # A row that is claimable may be another's by now.
+            tx.tokens.update(row[place] for row in marked if row[plan.width] != CLAIMABLE)
 
 
 def instant(plan: ClaimPlan) -> Executable | None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Dialect, and_, case, inspect, literal_column, select, true
+import sqlalchemy as sa
 from sqlalchemy.exc import CompileError, DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.util import await_only
 
@@ -142,7 +142,7 @@ def salvage(
         BaseException: the claim's own error, where it has marked nothing, or has marked what it
             must not hand out, or was interrupted: then its rows are free again.
     """
-    if is_lost(error):
+    if tx.connection.invalidated or is_lost(error):
         raise error
     try:
         keys = tx.marked or traced(tx, plan, params)
@@ -168,7 +168,7 @@ def salvage(
     return found, passed
 
 
-def wait(dialect: Dialect, seconds: float) -> None:
+def wait(dialect: sa.Dialect, seconds: float) -> None:
     """Wait between two tries; beside an event loop, leave it to others."""
     if not dialect.is_async:
         time.sleep(seconds)
@@ -178,7 +178,7 @@ def wait(dialect: Dialect, seconds: float) -> None:
     await_only(asyncio.sleep(seconds))
 
 
-def end_process(backend: Backend, connection: Connection, process: Any, seconds: float) -> None:
+def end_process(backend: Backend, connection: sa.Connection, process: Any, seconds: float) -> None:
     """End the server's process of a connection that was lost ``seconds`` ago, and await it.
 
     Afterwards a row that bears the claim's token was committed, and no other will be.
@@ -201,9 +201,10 @@ def traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> Seque
     if TOKEN not in params:
         return ()
     # A state that a trigger has made NULL is not free either.
-    is_free = case((predicates.is_free(job_table), literal_column("1")), else_=literal_column("0"))
-    ours = and_(job_table.token == params[TOKEN], is_free == literal_column("0"))
-    return tx.tuples(select(*job_table.key).where(ours).order_by(*plan.order))
+    zero: sa.ColumnElement[int] = sa.literal_column("0")
+    is_free = sa.case((predicates.is_free(job_table), sa.literal_column("1")), else_=zero)
+    ours = sa.and_(job_table.token == params[TOKEN], is_free == zero)
+    return tx.tuples(sa.select(*job_table.key).where(ours).order_by(*plan.order))
 
 
 def free_traced(tx: Transaction, plan: ClaimPlan, params: Mapping[str, Any]) -> None:
@@ -221,13 +222,17 @@ def _undo(
 ) -> None:
     """Free rows that this claim has marked; if that fails, keep them from being committed.
 
-    In a transaction the rows are locked; in AUTOCOMMIT they must bear the claim's token still.
+    Rows that were marked in this transaction are locked; others must bear the claim's token still,
+    as it was stored.
     """
     job_table = plan.job_table
     try:
         if isinstance(cause, ClaimConflict):
             raise cause
-        is_ours = job_table.token == params[TOKEN] if TOKEN in params else true()
+        is_ours: sa.ColumnElement[bool] = sa.true()
+        if TOKEN in params and (tx.autocommit or not tx.marked):
+            stored = {params[TOKEN], *tx.tokens}
+            is_ours = sa.or_(*map(job_table.token.is_not_distinct_from, stored))
         tx.change(keys, tx.backend.changes(job_table, is_ours, freeing(job_table)))
         free = tx.unlocked(job_table, keys, predicates.is_free(job_table))
         if len(free) < len(keys) and not tx.autocommit:
@@ -246,7 +251,7 @@ def _count_attempt(tx: Transaction, plan: ClaimPlan, key: Key) -> None:
     job_table = plan.job_table
     if job_table.attempts is not None:
         counted = {job_table.attempts: plan.values[job_table.attempts]}
-        tx.change([key], tx.backend.changes(job_table, true(), counted))
+        tx.change([key], tx.backend.changes(job_table, sa.true(), counted))
 
 
 def _pass_over(plan: ClaimPlan, key: Key, what: str, error: BaseException, passed: Passed) -> None:
@@ -281,5 +286,5 @@ def load_fully(tx: Transaction, plan: ClaimPlan, found: KeyedRows) -> None:
 
 
 def _unloaded(entity: Any) -> list[str]:
-    state = inspect(entity)
+    state = sa.inspect(entity)
     return sorted(state.unloaded.intersection(state.mapper.column_attrs.keys()))

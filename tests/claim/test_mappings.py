@@ -415,20 +415,31 @@ def test_tables_called_like_parts_of_the_statement(database: Database, name: str
     assert ids(claim_jobs(engine, jobs, 2, lease=lease)) == [3]
 
 
-def test_a_listener_that_raises_after_the_commit(database: Database) -> None:
-    """The claim is committed, so no second try marks further rows."""
+@pytest.mark.parametrize("event", ["after_commit", "after_transaction_end"])
+def test_a_listener_that_raises_after_the_commit(database: Database, event: str) -> None:
+    """What is committed is freed again, since it is not handed out; no other row is tried."""
     engine, table = database.engine(), token_table()
     table.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(table.insert(), rows(8))
     maker = sessionmaker(engine)
 
-    def fail(_: Session) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("after the commit")
 
-    sa.event.listen(maker, "after_commit", fail)
+    sa.event.listen(maker, event, fail)
     with pytest.raises(RuntimeError, match="after the commit"):
         claim_jobs(maker, JobTable(table, order="created_at", **ROLES), 2)
-    with engine.connect() as connection:
-        marked = sa.select(sa.func.count()).where(table.c.processing)
-        assert connection.scalar(marked) == 2
+    assert taken(engine, table) == []
+
+
+def test_entities_that_are_false(database: Database) -> None:
+    """A class may have a length; its entities are expired like others."""
+    engine, table = database.engine(), token_table()
+    fill(engine, table, 1)
+    job = registry().map_imperatively(type("Job", (), {"__len__": lambda _: 0}), table).class_
+    with Session(engine) as session:
+        claim = claim_jobs(session, JobTable(job, order="created_at", **ROLES), 1)
+        assert claim[0].processing
+        assert complete_jobs(session, claim) == 1
+        assert claim[0].done == 1

@@ -255,6 +255,25 @@ def test_a_trigger_that_rewrites_the_mark(database: Database, kind: str) -> None
     assert taken(engine, jobs.table) == []
 
 
+@pytest.mark.parametrize("stored", ["reverse(new.claim_token)", "NULL", "'another'"])
+@pytest.mark.parametrize("kind", ["connection", "session", "engine", "sessionmaker"])
+@SERVERS
+def test_a_trigger_that_changes_the_token(database: Database, kind: str, stored: str) -> None:
+    """Rows that bear another token than the claim's are found by their keys, and freed."""
+    engine, jobs = hooked(database)
+    is_postgresql = database.name == "postgresql"
+    change = (
+        f"new.claim_token := {stored};" if is_postgresql else f"SET new.claim_token = {stored};"
+    )
+    trigger(database, change)
+    with bound(engine, kind) as bind:
+        with pytest.raises(ClaimError, match="does not bear the mark"):
+            claim_jobs(bind, jobs, 3)
+        if hasattr(bind, "commit"):
+            bind.commit()
+    assert taken(engine, jobs.table) == []
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 @pytest.mark.parametrize("kind", ["connection", "engine", "sessionmaker"])
 @pytest.mark.databases("postgresql", "sqlite")

@@ -20,7 +20,7 @@ from sqlalchemy import Column, String
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from atomic_claim import ClaimError, JobTable, claim_jobs, claim_statement
+from atomic_claim import ClaimError, JobTable, claim_jobs, claim_statement, complete_jobs
 from tests.databases import Database
 from tests.jobs import OWN, bound, fill, ids, job_table, mapped, rows, taken
 
@@ -504,3 +504,66 @@ def test_a_sessionmaker_without_autobegin(database: Database) -> None:
     fill(engine, table, 4)
     assert ids(claim_jobs(sessionmaker(engine, autobegin=False), table, 2)) == [1, 2]
     assert taken(engine, table) == [1, 2]
+
+
+# A transaction that a listener has begun.
+
+
+def pings(connection: sa.Connection) -> None:
+    """Execute a statement on each connection that an engine opens, as a pessimistic ping does."""
+    connection.scalar(sa.select(1))
+
+
+@by_both
+def test_a_listener_that_has_begun(database: Database, own: Own) -> None:
+    """Claims and completions are committed all the same."""
+    engine, table = with_token(database, 4)
+    sa.event.listen(engine, "engine_connect", pings)
+    for token in (None, "claim_token"):
+        jobs = JobTable(table, state="processing", token=token, done={"note": "done"})
+        for _ in range(2):
+            claim = claim_jobs(own(engine), jobs, 1)
+            assert complete_jobs(own(engine), claim, unfenced=True) == 1
+    with Session(database.engine()) as session:
+        ended = sa.select(table.c.id).where(table.c.note == "done").order_by(table.c.id)
+        assert session.scalars(ended).all() == [1, 2, 3, 4]
+
+
+def test_a_session_does_not_end_what_was_begun(database: Database) -> None:
+    """The trap: it joins the transaction, and its commit ends nothing."""
+    engine, table = with_token(database, 1)
+    with engine.connect() as connection:
+        pings(connection)
+        with Session(connection) as session:
+            session.execute(sa.update(table).values(processing=True))
+            session.commit()
+    assert taken(engine, table) == []
+
+
+@pytest.mark.parametrize("event", ["engine_connect", "checkout"])
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg2", "pg8000"])
+@by_both
+@pytest.mark.databases("postgresql")
+def test_what_a_listener_has_set(database: Database, own: Own, driver: str, event: str) -> None:
+    """It holds for each claim, the first of a connection too: nothing rolls it back before."""
+    engine = database.engine(drivername=f"postgresql+{driver}")
+    table = job_table(Column("claim_token", String(32)))
+    fill(database.engine(), table, 3)
+    elsewhere = table.to_metadata(sa.MetaData(), schema="elsewhere")
+    with database.engine().begin() as connection:
+        connection.execute(sa.schema.CreateSchema("elsewhere"))
+        elsewhere.create(connection)
+        connection.execute(elsewhere.insert(), rows(3, first=11))
+    if event == "checkout":
+
+        @sa.event.listens_for(engine, "checkout")
+        def by_cursor(driver: Any, *_: Any) -> None:
+            driver.cursor().execute("SET search_path TO elsewhere")
+    else:
+
+        @sa.event.listens_for(engine, "engine_connect")
+        def by_connection(connection: sa.Connection) -> None:
+            connection.exec_driver_sql("SET search_path TO elsewhere")
+
+    assert [ids(claim_jobs(own(engine), table, 1)) for _ in range(3)] == [[11], [12], [13]]
+    assert taken(database.engine(), table) == []
