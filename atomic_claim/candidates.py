@@ -109,14 +109,14 @@ class Waiting(ClauseElement):
         Returns:
             the SELECTs, and the condition that the first of them finds rows.
         """
-        near = self._first.cte("claim_near")
+        near = self._first.cte("atomic_claim_near")
         due = sa.select(near).where(near.columns[DUE]).limit(self.limit).subquery("claim_enough")
         is_near = sa.or_(count_of(due) >= self.limit, count_of(near) < self.scan_limit)
         classes, rest = self.unsplit, self._rest(self.unsplit)
         assert rest is not None
-        others = self._found_by_index(classes).cte("claim_rest")
+        others = self._found_by_index(classes).cte("atomic_claim_rest")
         step = sa.case((is_near, _ZERO), (_is_much(others), _TWO), else_=_ONE)
-        steps = sa.select(step.label("step")).cte("claim_step")
+        steps = sa.select(step.label("step")).cte("atomic_claim_step")
         now = sa.select(steps.columns.step).scalar_subquery()
         found = [
             gate(self._chosen(near), limit, now == _ZERO),

@@ -146,7 +146,7 @@ class FairSearch:
     def _walked(self, free: sa.Select[Any], first: sa.Select[Any]) -> sa.Select[Any]:
         """Select the first of these rows, and of each key behind its own the first one."""
         one: sa.ColumnElement[int] = sa.literal_column("1", sa.Integer())
-        turn = first.limit(one).cte("claim_turn", recursive=True)
+        turn = first.limit(one).cte("atomic_claim_turns", recursive=True)
         behind = free.where(self._column > turn.columns[FAIR]).limit(one).lateral("claim_behind")
         following = sa.select(*behind.columns).select_from(turn.join(behind, sa.true()))
         return sa.select(*turn.union_all(following).columns)

@@ -415,6 +415,20 @@ def test_tables_called_like_parts_of_the_statement(database: Database, name: str
     assert ids(claim_jobs(engine, jobs, 2, lease=lease)) == [3]
 
 
+@pytest.mark.databases("postgresql", "sqlite")
+@pytest.mark.parametrize("name", ["claim_near", "claim_rest", "claim_step", "claim_turn"])
+def test_tables_called_like_parts_of_the_search(database: Database, name: str) -> None:
+    """The search for rows that are due, or in turns, has parts of its own, too."""
+    engine = database.engine()
+    table = job_table(Column("run_at", sa.DateTime), Column("attempts", Integer), name=name)
+    fill(engine, table, 3)
+    roles: dict[str, Any] = {"due": "run_at", "attempts": "attempts", "max_attempts": 3}
+    if name == "claim_turn":
+        roles = {"fair_by": "attempts"}
+    jobs = JobTable(table, state="processing", order="created_at", naive_times="utc", **roles)
+    assert [ids(claim_jobs(engine, jobs, 2)) for _ in range(2)] == [[1, 2], [3]]
+
+
 @pytest.mark.parametrize("event", ["after_commit", "after_transaction_end"])
 def test_a_listener_that_raises_after_the_commit(database: Database, event: str) -> None:
     """What is committed is freed again, since it is not handed out; no other row is tried."""
