@@ -431,7 +431,7 @@ def test_tables_called_like_parts_of_the_search(database: Database, name: str) -
 
 @pytest.mark.parametrize("event", ["after_commit", "after_transaction_end"])
 def test_a_listener_that_raises_after_the_commit(database: Database, event: str) -> None:
-    """What is committed is freed again, since it is not handed out; no other row is tried."""
+    """The claimed rows are freed again, since they are not handed out; no other row is tried."""
     engine, table = database.engine(), token_table()
     table.metadata.create_all(engine)
     with engine.begin() as connection:
