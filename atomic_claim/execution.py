@@ -45,7 +45,7 @@ LONGEST_OUTAGE_PAUSE = 2.0
 NOTHING = nullcontext()
 SHARED = (StaticPool, SingletonThreadPool)
 TRANSACTION_EVENTS = operator.attrgetter("begin", "commit", "rollback")
-# The key, in the ``info`` of a DBAPI connection, of what Backend.process() returns.
+# The key, in the ``info`` of a DBAPI connection, of what _process_of() returns.
 PROCESS = "atomic_claim_process"
 UNKNOWN = (
     "The connection was lost during the COMMIT, so its outcome is unknown, and without a token "
@@ -203,8 +203,8 @@ class Operation(ABC, Generic[R]):
                 found = pooled.info.get(PROCESS)
                 if found is None and self.token is not None:
                     found = pooled.info[PROCESS] = _process_of(tx)
-                self.process, level = found or (None, None)
-                if self.single is not None and _may_autocommit(tx, self.single, level):
+                self.process, can_switch = found or (None, False)
+                if can_switch and self.single is not None and _may_autocommit(tx, self.single):
                     connection.execution_options(isolation_level="AUTOCOMMIT")
                     self.committing = tx.autocommit = True
                 with NOTHING if tx.autocommit else self._transaction(tx):
@@ -292,33 +292,33 @@ def _check_key_locks(backend: Backend, name: str, *, own: bool) -> None:
         raise ClaimError(backend.key_locks.needs_own)
 
 
-def _process_of(tx: Transaction) -> tuple[Any, str | None]:
-    """Ask what :meth:`Backend.process` does, and leave a transaction that a listener has begun."""
-    connection = tx.connection
+def _process_of(tx: Transaction) -> tuple[Any, bool]:
+    """Return the server's process, and whether it is safe to switch the driver to AUTOCOMMIT.
+
+    That is a known driver of which nobody has asked for AUTOCOMMIT or for a level of its own. A
+    transaction that a listener has begun stays open.
+    """
+    connection, dialect = tx.connection, tx.connection.dialect
     driver = connection.connection.driver_connection
     begun = connection.in_transaction() or drivers.in_transaction(driver)
-    found = tx.backend.process(connection)
+    process, level = tx.backend.process(connection)
+    can_switch = dialect.driver in drivers.AUTOCOMMIT and tx.in_autocommit() is False
     if not begun:
         connection.rollback()
-    return found
+    return process, can_switch and level == dialect.default_isolation_level
 
 
-def _may_autocommit(tx: Transaction, plan: ClaimPlan, level: str | None) -> bool:
+def _may_autocommit(tx: Transaction, plan: ClaimPlan) -> bool:
     """Return True if AUTOCOMMIT makes no difference but of round trips."""
-    connection, dialect = tx.connection, tx.connection.dialect
-    pooled = connection.connection
+    connection = tx.connection
     # Asked of the dispatcher only where there are any: every Connection would build its own.
     has_events = connection._has_events or connection.engine._has_events  # noqa: SLF001 - SQLAlchemy's own test
     return (
         tx.executor is connection
-        and level == dialect.default_isolation_level
-        and dialect.driver in drivers.AUTOCOMMIT
         and not (has_events and any(TRANSACTION_EVENTS(connection.dispatch)))
         and not connection.get_execution_options()
-        and (driver := pooled.dbapi_connection) is not None
-        and not dialect.detect_autocommit_setting(driver)
         # A listener may have begun a transaction, and have set something in it.
-        and not drivers.in_transaction(pooled.driver_connection)
+        and not drivers.in_transaction(connection.connection.driver_connection)
         and plan.prepare(tx.backend.is_single)
     )
 

@@ -14,14 +14,22 @@ IDLE = 0
 NOT_SUPPORTED = "0A000"
 SERVER_STATUS_IN_TRANS = 1
 
-IN_TRANSACTION: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
-    ("psycopg", "pgconn.transaction_status", partial(operator.ne, IDLE)),
-    ("asyncpg", "is_in_transaction", bool),
-    ("pg8000", "_transaction_status", partial(operator.ne, b"I")),
+Tells = tuple[str, str, Callable[[Any], Any], Callable[[Any], Any]]
+
+
+def _tells(drivers: str, name: str, is_open: Callable[[Any], Any]) -> Tells:
+    """Return the drivers, an attribute of their connections, what it leads to, and the test."""
+    return drivers, name.partition(".")[0], operator.attrgetter(name), is_open
+
+
+IN_TRANSACTION: tuple[Tells, ...] = (
+    _tells("psycopg", "pgconn.transaction_status", partial(operator.ne, IDLE)),
+    _tells("asyncpg", "is_in_transaction", bool),
+    _tells("pg8000", "_transaction_status", partial(operator.ne, b"I")),
     # mysqlclient has a method of the name "info".
-    ("psycopg2", "get_transaction_status", partial(operator.ne, IDLE)),
-    ("sqlite3, aiosqlite, mysql-connector", "in_transaction", bool),
-    (
+    _tells("psycopg2", "get_transaction_status", partial(operator.ne, IDLE)),
+    _tells("sqlite3, aiosqlite, mysql-connector", "in_transaction", bool),
+    _tells(
         "PyMySQL, asyncmy, aiomysql, mariadbconnector",
         "server_status",
         partial(operator.and_, SERVER_STATUS_IN_TRANS),
@@ -52,9 +60,9 @@ def product_of(dialect: Dialect) -> str:
 
 def in_transaction(driver: Any) -> bool | None:
     """Return True if a transaction is open on a driver's connection; None if it does not tell."""
-    for _, name, is_open in IN_TRANSACTION:
-        if hasattr(driver, name.partition(".")[0]):
-            found = operator.attrgetter(name)(driver)
+    for _, attribute, ask, is_open in IN_TRANSACTION:
+        if hasattr(driver, attribute):
+            found = ask(driver)
             return bool(is_open(found() if callable(found) else found))
     return None
 
