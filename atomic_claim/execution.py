@@ -293,10 +293,10 @@ def _check_key_locks(backend: Backend, name: str, *, own: bool) -> None:
 
 
 def _process_of(tx: Transaction) -> tuple[Any, bool]:
-    """Return the server's process, and whether it is safe to switch the driver to AUTOCOMMIT.
+    """Return the server's process, and whether the driver can be switched to AUTOCOMMIT.
 
-    That is a known driver of which nobody has asked for AUTOCOMMIT or for a level of its own. A
-    transaction that a listener has begun stays open.
+    It can if the driver is a known one, is not in AUTOCOMMIT, and has the server's default isolation
+    level. A transaction that a listener has begun stays open.
     """
     connection, dialect = tx.connection, tx.connection.dialect
     driver = connection.connection.driver_connection
