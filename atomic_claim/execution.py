@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy import Connection, Engine, Update, update
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
 from sqlalchemy.pool import PoolProxiedConnection, SingletonThreadPool, StaticPool
 
 from .backends import Backend, Transaction, backend_for, drivers
@@ -21,7 +21,7 @@ from .backends.base import NO_KEY_LOCKS
 from .backends.recovery import end_process, logger, wait
 from .errors import ClaimConflict, ClaimError, UnsupportedDialect
 from .job_table import JobTable
-from .orm import is_own, session_of
+from .orm import is_own, pinned, session_of
 from .plan import ClaimPlan
 from .telemetry import Retried, report
 
@@ -295,8 +295,8 @@ def _check_key_locks(backend: Backend, name: str, *, own: bool) -> None:
 def _process_of(tx: Transaction) -> tuple[Any, bool]:
     """Return the server's process, and whether the driver can be switched to AUTOCOMMIT.
 
-    It can if the driver is a known one, is not in AUTOCOMMIT, and has the server's default isolation
-    level. A transaction that a listener has begun stays open.
+    It can if the driver is a known one, is not in AUTOCOMMIT, and has the server's isolation level.
+    A transaction that a listener has begun stays open.
     """
     connection, dialect = tx.connection, tx.connection.dialect
     driver = connection.connection.driver_connection
@@ -377,50 +377,6 @@ def _fail(tx: Transaction, error: BaseException) -> None:
     _raise_conflict(backend, error)
 
 
-@contextmanager
-def pinned(
-    session: Session, engine: Engine | Connection, own: Connection | None = None
-) -> Iterator[Connection]:
-    """Send every statement of a session for the table's engine to one connection.
-
-    ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
-    class may ignore them (SQLAlchemy's recipe for routing sessions does). So it is shadowed on
-    the instance while statements of ours run.
-    """
-    from sqlalchemy.orm import Session  # noqa: PLC0415 - loaded by the session
-
-    if own is None and type(session).get_bind is Session.get_bind:
-        yield _connection_of(session, engine)
-        return
-    original, target = session.get_bind, own or engine
-
-    def get_bind(mapper: Any = None, **given: Any) -> Any:
-        if given.get("bind") is not None:
-            return given["bind"]
-        if mapper is not None and _write_bind(original, mapper) is engine:
-            return target
-        found = original(mapper=mapper, **given)
-        return target if found is engine else found
-
-    shadowed = session.__dict__.get("get_bind")
-    session.get_bind = get_bind  # type: ignore[method-assign]
-    try:
-        yield _connection_of(session, target)
-    finally:
-        if shadowed is None:
-            del session.get_bind
-        else:
-            session.get_bind = shadowed  # type: ignore[method-assign]
-
-
-def _write_bind(get_bind: Callable[..., Any], mapper: Any) -> Any:
-    """Return the engine to which a session sends the writes of a mapped class."""
-    from sqlalchemy import inspect  # noqa: PLC0415 - of the ORM's
-
-    mapper = inspect(mapper)
-    return get_bind(mapper=mapper, clause=update(mapper.local_table))
-
-
 def _raise_conflict(backend: Backend, error: DBAPIError) -> None:
     """Raise ``ClaimConflict`` if the database's error is a conflict."""
     if backend.is_conflict(error):
@@ -445,13 +401,6 @@ def _engine_of(session: Session, job_table: JobTable) -> Engine | Connection:
         return session.get_bind(mapper=job_table.mapper, clause=job_table.prepare(_writing))
     except UnboundExecutionError as error:
         raise ClaimError(f"the Session has no bind for this table: {error}") from error
-
-
-def _connection_of(session: Session, bind: Engine | Connection) -> Connection:
-    try:
-        return session.connection(bind_arguments={"bind": bind})
-    except InvalidRequestError as error:
-        raise ClaimError(f"the Session cannot be used: {error}") from error
 
 
 def _refuse_shared(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Type checks for ORM objects that do not import ``sqlalchemy.orm``, which is slow to load.
+"""Sessions and other ORM objects, without an import of ``sqlalchemy.orm``, which is slow to load.
 
 A session, a session factory or a mapped class can only come from who has imported
 ``sqlalchemy.orm``, so without that nothing is one. The package has it as an attribute only once its
@@ -9,10 +9,14 @@ are led back to the synchronous ones behind them likewise.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import sqlalchemy
+from sqlalchemy.exc import InvalidRequestError
+
+from .errors import ClaimError
 
 if TYPE_CHECKING:
     import sqlalchemy.orm
@@ -39,6 +43,57 @@ def is_own(bind: object) -> TypeGuard[sqlalchemy.Engine | sessionmaker[Any]]:
 def note_changes(session: Session, entities: Iterable[object]) -> None:
     """Let a rollback to a savepoint expire entities, as after an UPDATE of SQLAlchemy's own."""
     session._register_altered(map(sqlalchemy.inspect, entities))  # noqa: SLF001 - it has no public name
+
+
+@contextmanager
+def pinned(
+    session: Session,
+    engine: sqlalchemy.Engine | sqlalchemy.Connection,
+    own: sqlalchemy.Connection | None = None,
+) -> Iterator[sqlalchemy.Connection]:
+    """Send every statement of a session for the table's engine to one connection.
+
+    ``bind_arguments`` do not reach the loads of relationships, and a ``get_bind`` of the session's
+    class may ignore them (SQLAlchemy's recipe for routing sessions does). So it is shadowed on
+    the instance while statements of ours run.
+    """
+    if own is None and type(session).get_bind is sqlalchemy.orm.Session.get_bind:
+        yield _connection_of(session, engine)
+        return
+    original, target = session.get_bind, own or engine
+
+    def get_bind(mapper: Any = None, **given: Any) -> Any:
+        if given.get("bind") is not None:
+            return given["bind"]
+        if mapper is not None and _write_bind(original, mapper) is engine:
+            return target
+        found = original(mapper=mapper, **given)
+        return target if found is engine else found
+
+    shadowed = session.__dict__.get("get_bind")
+    session.get_bind = get_bind  # type: ignore[method-assign]
+    try:
+        yield _connection_of(session, target)
+    finally:
+        if shadowed is None:
+            del session.get_bind
+        else:
+            session.get_bind = shadowed  # type: ignore[method-assign]
+
+
+def _write_bind(get_bind: Callable[..., Any], mapper: Any) -> Any:
+    """Return the engine to which a session sends the writes of a mapped class."""
+    mapper = sqlalchemy.inspect(mapper)
+    return get_bind(mapper=mapper, clause=sqlalchemy.update(mapper.local_table))
+
+
+def _connection_of(
+    session: Session, bind: sqlalchemy.Engine | sqlalchemy.Connection
+) -> sqlalchemy.Connection:
+    try:
+        return session.connection(bind_arguments={"bind": bind})
+    except InvalidRequestError as error:
+        raise ClaimError(f"the Session cannot be used: {error}") from error
 
 
 def async_types() -> tuple[type[Any], ...]:

@@ -119,7 +119,7 @@ BUGS: Final = (
     ),
     Planted(
         "a session is not pinned to one connection",
-        "execution.py",
+        "orm.py",
         "if mapper is not None and _write_bind(original, mapper) is engine:",
         "if mapper is None:",
     ),
