@@ -63,7 +63,7 @@ class Transaction:
     after_disconnect: bool = False
     careful: bool = False
     marked: list[Key] = field(default_factory=list)
-    tokens: set[Any] = field(default_factory=set)
+    tokens: frozenset[Any] = field(init=False, default=frozenset())
     autocommit: bool = field(init=False, default=False)
     outlasting: ExitStack | None = field(init=False, default=None)
 
@@ -144,6 +144,10 @@ class Transaction:
         if not plan.entities or isinstance(session, sa.Connection):
             return False
         return bool(session.dispatch.do_orm_execute)
+
+    def has_lost(self, error: BaseException) -> bool:
+        """Check whether the connection was lost, whatever error a listener has put in place."""
+        return self.connection.invalidated or is_lost(error)
 
     def in_autocommit(self) -> bool | None:
         """Check whether the driver commits after every statement; None if it does not tell.
@@ -441,7 +445,7 @@ def mark_and_load(
     try:
         return read_back(tx, plan, keys, given)
     except Exception as error:
-        if is_lost(error) or isinstance(error, ClaimError):
+        if tx.has_lost(error) or isinstance(error, ClaimError):
             raise
         raise Unreadable(keys) from error
 

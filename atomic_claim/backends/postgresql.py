@@ -111,7 +111,7 @@ class PostgreSQL(Backend):
 
     def _single(self, plan: ClaimPlan) -> tuple[Reading | None, bool]:
         single = Reading(plan, claiming(plan)) if self.is_single(plan) else None
-        return single, bool(naive_columns(plan.job_table, self))
+        return single, bool(plan.job_table.prepare(naive_columns, self))
 
     def before_search(self, tx: Transaction, job_table: JobTable) -> None:
         """Refuse naive columns whose meaning is not declared in a session that is not in UTC."""

@@ -147,7 +147,7 @@ class Reading:
         if token is not None and not plan.entities:
             place = [column is token for column in plan.columns].index(True)
             # A row that is claimable may be another's by now.
-            tx.tokens.update(row[place] for row in marked if row[plan.width] != CLAIMABLE)
+            tx.tokens = frozenset(row[place] for row in marked if row[plan.width] != CLAIMABLE)
 
 
 def instant(plan: ClaimPlan) -> Executable | None:

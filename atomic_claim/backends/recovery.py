@@ -23,7 +23,7 @@ from atomic_claim.plan import TOKEN, ClaimPlan
 from atomic_claim.sql_elements import ByKey
 
 from .base import Backend, Transaction, Unreadable, mark_and_load, read_back
-from .drivers import code_of, is_lost
+from .drivers import code_of
 from .reading import Key, KeyedRows
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ def refusal(plan: ClaimPlan, passed: Passed, *, gives_up: bool) -> ClaimError | 
 
 def is_general(tx: Transaction, error: Exception) -> bool:
     """Check whether an error is none of one row: a lost connection, a conflict, a wrong name."""
-    if tx.connection.invalidated or is_lost(error):
+    if tx.has_lost(error):
         return True
     if isinstance(error, DBAPIError) and tx.backend.is_conflict(error):
         return True
@@ -142,7 +142,7 @@ def salvage(
         BaseException: the claim's own error, where it has marked nothing, or has marked what it
             must not hand out, or was interrupted: then its rows are free again.
     """
-    if tx.connection.invalidated or is_lost(error):
+    if tx.has_lost(error):
         raise error
     try:
         keys = tx.marked or traced(tx, plan, params)

@@ -433,9 +433,7 @@ def test_tables_called_like_parts_of_the_search(database: Database, name: str) -
 def test_a_listener_that_raises_after_the_commit(database: Database, event: str) -> None:
     """The claimed rows are freed again, since they are not handed out; no other row is tried."""
     engine, table = database.engine(), token_table()
-    table.metadata.create_all(engine)
-    with engine.begin() as connection:
-        connection.execute(table.insert(), rows(8))
+    fill(engine, table, 8)
     maker = sessionmaker(engine)
 
     def fail(*_: object) -> None:

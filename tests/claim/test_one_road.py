@@ -261,11 +261,10 @@ def test_a_trigger_that_rewrites_the_mark(database: Database, kind: str) -> None
 def test_a_trigger_that_changes_the_token(database: Database, kind: str, stored: str) -> None:
     """Rows that bear another token than the claim's are found by their keys, and freed."""
     engine, jobs = hooked(database)
-    is_postgresql = database.name == "postgresql"
     change = (
-        f"new.claim_token := {stored};" if is_postgresql else f"SET new.claim_token = {stored};"
+        "new.claim_token := {};" if database.name == "postgresql" else "SET new.claim_token = {};"
     )
-    trigger(database, change)
+    trigger(database, change.format(stored))
     with bound(engine, kind) as bind:
         with pytest.raises(ClaimError, match="does not bear the mark"):
             claim_jobs(bind, jobs, 3)

@@ -398,22 +398,28 @@ def test_flags_of_a_type_that_converts(database: Database, type_: Any) -> None:
     assert ids(claim_jobs(engine, jobs, 5)) == [2]
 
 
+def reflected_jobs(engine: sa.Engine, *statements: str) -> sa.Table:
+    """Execute statements that create the table of jobs, and reflect it."""
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    return sa.Table("jobs", sa.MetaData(), autoload_with=engine)
+
+
 @pytest.mark.databases("postgresql")
 def test_columns_of_domains(database: Database) -> None:
     """A reflected domain has the roles that the type beneath it has."""
     engine = database.engine()
-    with engine.begin() as connection:
-        for text in (
-            "CREATE DOMAIN flag AS boolean",
-            "CREATE DOMAIN moment AS timestamptz",
-            "CREATE DOMAIN word AS varchar(32)",
-            "CREATE TABLE jobs (id int PRIMARY KEY, processing flag NOT NULL)",
-            "ALTER TABLE jobs ADD completed_at moment, ADD lease_until moment",
-            "ALTER TABLE jobs ADD claim_token word, ADD worker word",
-            "INSERT INTO jobs VALUES (1, false), (2, true)",
-        ):
-            connection.exec_driver_sql(text)
-    table = sa.Table("jobs", sa.MetaData(), autoload_with=engine)
+    table = reflected_jobs(
+        engine,
+        "CREATE DOMAIN flag AS boolean",
+        "CREATE DOMAIN moment AS timestamptz",
+        "CREATE DOMAIN word AS varchar(32)",
+        "CREATE TABLE jobs (id int PRIMARY KEY, processing flag NOT NULL)",
+        "ALTER TABLE jobs ADD completed_at moment, ADD lease_until moment",
+        "ALTER TABLE jobs ADD claim_token word, ADD worker word",
+        "INSERT INTO jobs VALUES (1, false), (2, true)",
+    )
     claim = claim_jobs(engine, table, 5, lease=LEASE, worker="w")
     assert (ids(claim), claim[0].worker) == ([1], "w")
     assert extend_jobs(engine, claim) == complete_jobs(engine, claim) == 1
@@ -424,14 +430,12 @@ def test_columns_of_domains(database: Database) -> None:
 def test_a_domain_of_an_enum(database: Database, role: str) -> None:
     """PostgreSQL compares no such column with anything, so it is refused where it is declared."""
     engine = database.engine()
-    with engine.begin() as connection:
-        for text in (
-            "CREATE TYPE stage AS ENUM ('new', 'run')",
-            "CREATE DOMAIN stage_of_a_job AS stage",
-            "CREATE TABLE jobs (id int PRIMARY KEY, processing boolean, stage stage_of_a_job)",
-        ):
-            connection.exec_driver_sql(text)
-    table = sa.Table("jobs", sa.MetaData(), autoload_with=engine)
+    table = reflected_jobs(
+        engine,
+        "CREATE TYPE stage AS ENUM ('new', 'run')",
+        "CREATE DOMAIN stage_of_a_job AS stage",
+        "CREATE TABLE jobs (id int PRIMARY KEY, processing boolean, stage stage_of_a_job)",
+    )
     others = {"state": "processing", "free": "new", "claimed": "run"}
     if role == "exclusive_by":
         others |= {"free": False, "claimed": True}
